@@ -1,0 +1,81 @@
+# make demo    a real language model decodes a long document with MAC-Attention
+# make test    formatting, the kernels alone (CTest, sanitizers), the Python tests
+# make bench   the quick benchmarks
+#
+# Everything goes into .venv. Variables:
+#   PYTHON=python3.12     the Python that .venv is made with
+#   TORCH="torch==2.13.0" what to install if .venv has no torch yet
+#   DEMO_ARGS, TEST_ARGS  passed on
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+venv := .venv
+bin := $(venv)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check -q
+cxx_files := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/cpp/*.cpp)
+sources := setup.py pyproject.toml build_support/toolkit.py mac_attn/_version.py $(cxx_files)
+
+.PHONY: demo test lint build kernels bench format clean help
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: $(venv)/built-demo
+	$(bin)/python -m mac_attn.demo $(DEMO_ARGS)
+
+test: lint kernels $(venv)/built-test
+	$(bin)/python -m pytest --cov --cov-report=term $(TEST_ARGS)
+
+lint: $(venv)/built-test
+	$(bin)/ruff format --check .
+	$(bin)/ruff check .
+	$(bin)/clang-format --dry-run -Werror $(cxx_files)
+
+# The kernels without torch, plain and under each sanitizer.
+kernels: $(venv)/built-test
+	@for sanitize in "" address,undefined thread; do \
+	  dir=build/kernels-$${sanitize:-plain}; \
+	  $(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
+	    -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
+	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir --output-on-failure || exit 1; \
+	done
+
+bench: $(venv)/built-test
+	$(bin)/python bench/cpu_decode.py --quick
+
+build: $(venv)/built
+
+format: $(venv)/built-test
+	$(bin)/ruff format .
+	$(bin)/ruff check --fix .
+	$(bin)/clang-format -i $(cxx_files)
+
+clean:
+	rm -rf $(venv) build dist *.egg-info mac_attn/*.so
+
+$(venv)/python:
+	$(PYTHON) -m venv $(venv)
+	touch $@
+
+$(venv)/torch: $(venv)/python
+	$(bin)/python -c "import torch" 2> /dev/null || $(pip) install "$(TORCH)"
+	$(pip) install numpy ninja pybind11 wheel "setuptools>=77"
+	touch $@
+
+# Editable, so that the sources here and the installed package are the same files: `python -m mac_attn...`
+# started in this folder takes the folder's mac_attn, which must then hold the built extension.
+$(venv)/built: $(venv)/torch $(sources)
+	$(pip) install --no-build-isolation -e .
+	touch $@
+
+# Already installed, so this only adds what the extra names.
+$(venv)/built-demo: $(venv)/built
+	$(pip) install "mac-attn[demo]"
+	touch $@
+
+$(venv)/built-test: $(venv)/built
+	$(pip) install "mac-attn[test]"
+	touch $@

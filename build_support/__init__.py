@@ -1,0 +1,1 @@
+"""What setup.py needs and tests/test_build.py tests."""

@@ -1,0 +1,129 @@
+// Checks of arguments, before anything is read or written. Each message names the argument, what it
+// was and what it must be. Wrong values and shapes raise ValueError, wrong dtypes TypeError.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "params.h"
+
+namespace mac_attn {
+
+constexpr int64_t kAny = -1;  // in an expected shape: this size is free
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kHeadDimStep = 16;  // elements; a vector of the widest instruction set
+
+// A tensor argument of a given shape, dtype and device whose last dimension is contiguous.
+inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType dtype,
+                         at::Device device) {
+  bool fits = t.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] == kAny || t.size(i) == shape[i];
+  TORCH_CHECK_VALUE(fits, name, " has shape ", t.sizes(), ", must be ", shape, " (-1: any size)");
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " is ", t.scalar_type(), ", must be ", dtype);
+  TORCH_CHECK_VALUE(t.device() == device, name, " is on ", t.device(), ", must be on ", device);
+  TORCH_CHECK_VALUE(t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1, name, " has stride ",
+                    t.dim() ? t.stride(-1) : 1, " in its last dimension, must be 1");
+}
+
+// One that the kernels index as a plain array.
+inline void check_array(const at::Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType dtype,
+                        at::Device device) {
+  check_tensor(t, name, shape, dtype, device);
+  TORCH_CHECK_VALUE(t.is_contiguous(), name, " has strides ", t.strides(), ", must be contiguous");
+}
+
+// A tensor that defines the call's dtype and head_dim.
+inline void check_query(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.dim() == 3, name, " has shape ", t.sizes(), ", must be [batch, num_qo_heads, head_dim]");
+  TORCH_CHECK_TYPE(
+      t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf, name,
+      " is ", t.scalar_type(), ", must be float32, bfloat16 or float16");
+  const int64_t head_dim = t.size(2);
+  TORCH_CHECK_VALUE(head_dim > 0 && head_dim % kHeadDimStep == 0 && head_dim <= kMaxHeadDim, name, " has head_dim ",
+                    head_dim, ", must be a multiple of ", kHeadDimStep, ", at most ", kMaxHeadDim);
+  check_tensor(t, name, t.sizes(), t.scalar_type(), t.device());
+}
+
+// GQA and MQA: `num_qo_heads` is a multiple of `num_kv_heads`.
+inline Shape make_shape(const at::Tensor& query, int64_t num_kv_heads) {
+  const int64_t num_qo_heads = query.size(1);
+  TORCH_CHECK_VALUE(num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0, "num_qo_heads is ",
+                    num_qo_heads, ", must be a positive multiple of num_kv_heads = ", num_kv_heads);
+  TORCH_CHECK_VALUE(query.size(0) * num_qo_heads <= INT32_MAX, "batch * num_qo_heads is ",
+                    query.size(0) * num_qo_heads, ", must be below 2^31");
+  return {static_cast<int32_t>(query.size(0)), static_cast<int32_t>(num_kv_heads),
+          static_cast<int32_t>(num_qo_heads / num_kv_heads), static_cast<int32_t>(query.size(2))};
+}
+
+inline DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: return DType::kFloat32;
+  }
+}
+
+inline int32_t check_int32(int64_t value, const char* name, int64_t low) {
+  TORCH_CHECK_VALUE(value >= low && value <= INT32_MAX, name, " is ", value, ", must be from ", low, " to ",
+                    INT32_MAX);
+  return static_cast<int32_t>(value);
+}
+
+// The checks below read values, so they are for tensors that lie on the host.
+
+inline void check_seq_lens(const Shape& shape, const Requests& requests, int64_t longest) {
+  for (int32_t b = 0; b < shape.batch; ++b) {
+    const int32_t n = requests.seq_lens[b];
+    TORCH_CHECK_VALUE(n >= 0 && n <= longest, "seq_lens[", b, "] is ", n, ", must be from 0 to ", longest,
+                      " (max_pages * page_size)");
+  }
+}
+
+// Every slot in range, none twice; padding rows have none.
+inline void check_slots(const Shape& shape, const Requests& requests, int32_t num_slots) {
+  c10::SmallVector<int32_t, 64> row_of(num_slots, -1);
+  for (int32_t b = 0; b < shape.batch; ++b) {
+    if (requests.seq_lens[b] == 0) continue;
+    const int32_t slot = requests.slots[b];
+    TORCH_CHECK_VALUE(slot >= 0 && slot < num_slots, "slots[", b, "] is ", slot, ", must be from 0 to ",
+                      num_slots - 1);
+    TORCH_CHECK_VALUE(row_of[slot] < 0, "slots[", b, "] is ", slot, ", which slots[", row_of[slot],
+                      "] has too; every request needs its own");
+    row_of[slot] = b;
+    const int64_t id = requests.request_ids ? requests.request_ids[b] : 0;
+    TORCH_CHECK_VALUE(id >= 0, "request_ids[", b, "] is ", id, ", must not be negative");
+  }
+}
+
+// Every source is kMiss or a position that match may answer.
+inline void check_source(const Shape& shape, const Requests& requests, const int32_t* source, int32_t window,
+                         int32_t band, bool per_group) {
+  for (int32_t b = 0; b < shape.batch; ++b) {
+    const int32_t position = requests.seq_lens[b] - 1;
+    if (position < 0) continue;
+    const int32_t oldest = std::max(band, position - window);
+    for (int32_t h = 0; h < shape.num_qo_heads(); ++h) {
+      const int64_t row = static_cast<int64_t>(b) * shape.num_qo_heads() + h;
+      TORCH_CHECK_VALUE(source[row] == kMiss || (source[row] >= oldest && source[row] < position), "source[", b,
+                        ", ", h, "] is ", source[row], ", must be -1 or from ", oldest, " to ", position - 1);
+      TORCH_CHECK_VALUE(!per_group || source[row] == source[row - h % shape.group_size], "source[", b, ", ", h,
+                        "] is ", source[row], ", must be the same for all query heads of a KV head with anchors");
+    }
+  }
+}
+
+// The pages that are read, and only those, lie inside the cache.
+inline void check_pages(const KVPages& kv, int64_t num_pages, int32_t request, int32_t first_token,
+                        int32_t last_token) {
+  const int32_t* pages = kv.block_table + request * kv.block_table_stride;
+  for (int32_t i = first_token / kv.page_size; i <= last_token / kv.page_size; ++i) {
+    TORCH_CHECK_VALUE(pages[i] >= 0 && pages[i] < num_pages, "block_table[", request, ", ", i, "] is ", pages[i],
+                      ", must be from 0 to ", num_pages - 1);
+  }
+}
+
+}  // namespace mac_attn

@@ -1,0 +1,108 @@
+// The CPU kernels, one table per instruction set, and the work they share out among threads.
+//
+// A kernel is entered by every thread of a team with the same arguments; the threads draw work from
+// the shared counters until none is left. So the kernels need no thread library of their own, and
+// one request still keeps every core busy.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../params.h"
+
+namespace mac_attn::cpu {
+
+// A candidate as one number, the smaller the better: the bits of its total (they are ordered like a
+// number that is not negative), then its age, so that the newest wins a tie.
+inline uint64_t match_key(float total, int32_t age) {
+  uint32_t bits;
+  std::memcpy(&bits, &total, sizeof bits);
+  return static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(age);
+}
+inline float match_total(uint64_t key) {
+  const uint32_t bits = static_cast<uint32_t>(key >> 32);
+  float total;
+  std::memcpy(&total, &bits, sizeof total);
+  return total;
+}
+
+struct MatchWork {
+  MatchWork(const MatchParams& params, int num_threads);
+
+  int32_t chunk;             // candidates per task
+  int32_t chunks_per_group;  // tasks of one (request, KV head)
+  int64_t num_tasks;
+  int32_t decisions_per_group;
+  std::atomic<int64_t> next{0};
+  // [B, H, decisions_per_group] smallest key; it starts at (the total that is no hit any more, age 0),
+  // which no candidate equals, as ages begin with 1.
+  std::unique_ptr<std::atomic<uint64_t>[]> best;
+
+  void write_source(const MatchParams& params) const;
+};
+
+// A piece of one KV head's tokens, attended by those of its query heads that start at or before it.
+struct AmendTask {
+  int32_t group;  // request * H + KV head
+  Span span;
+  int32_t begin, end;  // token positions, or places in the anchor list
+  bool anchors;        // the tokens are the entry's anchors
+  int64_t partial;     // where the partial state goes
+};
+
+struct AmendGroup {
+  int64_t first_partial = 0;
+  int32_t num_partials = 0;
+  int64_t logits = -1;                 // offset of [G, E(p)] logits kept for choosing anchors, -1: none
+  const int32_t* inherited = nullptr;  // anchors of the matched entry
+  int32_t num_inherited = 0;
+};
+
+struct AmendWork {
+  AmendWork(const AmendParams& params, int num_threads);
+
+  std::vector<AmendTask> tasks;
+  std::vector<AmendGroup> groups;                   // [B, H]
+  std::vector<Span> partial_span;                   // [P]
+  std::unique_ptr<std::atomic<int32_t>[]> pending;  // [B, H] tasks not done yet
+  std::unique_ptr<float[]> partial_out;             // [P, G, D] sum of exp(logit - max) * value
+  std::unique_ptr<float[]> partial_max;             // [P, G]
+  std::unique_ptr<float[]> partial_sum;             // [P, G] sum of exp(logit - max)
+  std::unique_ptr<float[]> logits;
+  std::atomic<int64_t> next{0};
+};
+
+struct CompleteWork {
+  explicit CompleteWork(const CompleteParams& params);
+  int64_t num_tasks;
+  std::atomic<int64_t> next{0};
+};
+
+struct Kernels {
+  const char* name;
+  void (*match)(const MatchParams&, MatchWork&);
+  void (*amend)(const AmendParams&, AmendWork&);
+  void (*complete)(const CompleteParams&, CompleteWork&);
+};
+
+// The best table this machine can run; the environment variable MAC_ATTN_SIMD (generic, avx2, avx512,
+// avx512_bf16) asks for a lesser one, so that all of them can be tested on one machine.
+const Kernels& kernels();
+
+namespace generic {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+
+}  // namespace mac_attn::cpu

@@ -1,0 +1,27 @@
+// The CPU kernels for x86-64 with avx512f, avx512bw, avx512vl, avx512dq, fma, f16c.
+#include "common.h"
+
+#if MAC_X86
+#include <immintrin.h>
+
+// Everything below is compiled for these instructions; nothing calls it before a look at the CPU.
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
+#endif
+
+#define MAC_LEVEL 2
+#define MAC_LEVEL_NAME avx512
+namespace mac_attn::cpu::avx512 {
+#include "level.h"
+}  // namespace mac_attn::cpu::avx512
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // MAC_X86

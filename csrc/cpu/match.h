@@ -1,0 +1,109 @@
+// Match: for every decision, the stored query with the smallest score.
+//
+//   d2_h(c) = |q_h - ring_query_h(c)|^2,   score(c) = mean over the group of d2_h / theta_h
+//   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the newest.
+//   Below, `total` is the sum where the formula has the mean: a hit is a total below the group size.
+//
+// Tasks: (request, KV head, chunk of candidates). Traffic: the ring rows of the valid candidates, once;
+// partial sums only grow, so a candidate is left as soon as it cannot win, which skips most rows.
+
+template <typename T>
+MAC_INLINE float squared_distance(const float* query, const T* row, int head_dim) {
+  vf sum = vf{};
+  for (int d = 0; d < head_dim; d += kLanes) {
+    const vf difference = load(query + d) - load(row + d);
+    sum += difference * difference;
+  }
+  return hsum(sum);
+}
+
+// theta of a head, or NaN when it can never hit (theta 0 or not finite, query not finite).
+MAC_INLINE float usable_threshold(const MatchParams& p, const float* query, int head) {
+  const int head_dim = p.shape.head_dim;
+  vf sum = vf{};
+  for (int d = 0; d < head_dim; d += kLanes) sum += load(query + d) * load(query + d);
+  const float norm = hsum(sum);
+  const float theta = p.relative ? p.threshold[head] * norm : p.threshold[head];
+  const bool usable = std::isfinite(norm) && std::isfinite(theta) && theta > 0.f;
+  return usable ? theta : std::numeric_limits<float>::quiet_NaN();
+}
+
+MAC_INLINE void keep_smaller(std::atomic<uint64_t>& best, uint64_t key) {
+  uint64_t seen = best.load(std::memory_order_relaxed);
+  while (key < seen && !best.compare_exchange_weak(seen, key, std::memory_order_relaxed)) {
+  }
+}
+
+template <typename T>
+void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* query, float* theta) {
+  const int G = p.shape.group_size, D = p.shape.head_dim, M = p.ring.window;
+  const int64_t group = task / work.chunks_per_group;
+  const int chunk = static_cast<int>(task % work.chunks_per_group);
+  const int request = static_cast<int>(group / p.shape.num_kv_heads);
+  const int kv_head = static_cast<int>(group % p.shape.num_kv_heads);
+
+  const int position = p.requests.seq_lens[request] - 1;
+  if (position < 0 || position + 1 < p.min_context) return;
+  const int slot = p.requests.slots[request];
+  const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;
+  if (p.ring.end[slot] != position || p.ring.request[slot] != id) return;  // history is broken
+
+  const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride;
+  for (int g = 0; g < G; ++g) {
+    const int head = kv_head * G + g;
+    const T* row = rows + head * p.query.head_stride;
+    for (int d = 0; d < D; d += kLanes) store(query + g * D + d, load(row + d));
+    theta[g] = usable_threshold(p, query + g * D, head);
+    // One head that cannot hit decides for its group; with decisions per head it only skips itself.
+    if (!p.per_head && std::isnan(theta[g])) return;
+  }
+
+  // Candidates have p - M <= c < p, so their ages are 1..M. E(c) > 0 needs c >= band.
+  const int first_age = 1 + chunk * work.chunk;
+  const int oldest = std::max(p.ring.begin[slot], p.band);
+  const int last_age = std::min({first_age + work.chunk - 1, M, position - oldest});
+  const int64_t ring_base = (static_cast<int64_t>(slot) * p.shape.num_kv_heads + kv_head) * M;
+  const T* ring_query = static_cast<const T*>(p.ring.query);
+  std::atomic<uint64_t>* best = &work.best[group * work.decisions_per_group];
+
+  for (int age = first_age; age <= last_age; ++age) {
+    const int candidate = position - age;
+    const int index = candidate % M;
+    if (p.ring.position[static_cast<int64_t>(slot) * M + index] != candidate) continue;
+    const T* entry = ring_query + (ring_base + index) * G * D;
+    const int32_t* depth = p.ring.depth + (ring_base + index) * G;
+    if (p.per_head) {
+      for (int g = 0; g < G; ++g) {
+        if (std::isnan(theta[g]) || depth[g] >= p.max_reuse_depth) continue;
+        const float total = squared_distance(query + g * D, entry + g * D, D) / theta[g];
+        if (total < 1.f) keep_smaller(best[g], match_key(total, age));
+      }
+      continue;
+    }
+    if (depth[0] >= p.max_reuse_depth) continue;
+    const float limit = match_total(best[0].load(std::memory_order_relaxed));
+    float total = 0.f;
+    for (int g = 0; g < G && total <= limit; ++g) {
+      total += squared_distance(query + g * D, entry + g * D, D) / theta[g];
+    }
+    if (total <= limit) keep_smaller(*best, match_key(total, age));
+  }
+}
+
+template <typename T>
+void match_all(const MatchParams& p, MatchWork& work) {
+  Scratch scratch;
+  float* query = scratch.array<float>(0, static_cast<int64_t>(p.shape.group_size) * p.shape.head_dim);
+  float* theta = scratch.array<float>(1, p.shape.group_size);
+  for (int64_t task; (task = work.next.fetch_add(1, std::memory_order_relaxed)) < work.num_tasks;) {
+    match_task<T>(p, work, task, query, theta);
+  }
+}
+
+void match(const MatchParams& p, MatchWork& work) {
+  switch (p.dtype) {
+    case DType::kFloat32: return match_all<float>(p, work);
+    case DType::kBFloat16: return match_all<bfloat16>(p, work);
+    case DType::kFloat16: return match_all<float16>(p, work);
+  }
+}

@@ -1,0 +1,16 @@
+// Which tokens a head has to attend to, and how they are cut into tasks.
+#pragma once
+
+#include "../params.h"
+#include "kernels.h"
+
+namespace mac_attn::cpu {
+
+// First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
+inline int32_t amend_start(const AmendParams& p, int request, int head) {
+  if (!p.source) return 0;
+  const int32_t source = p.source[static_cast<int64_t>(request) * p.shape.num_qo_heads() + head];
+  return source == kMiss ? 0 : band_start(source, p.band);
+}
+
+}  // namespace mac_attn::cpu

@@ -1,0 +1,397 @@
+// Amend on the GPU: split-KV decode attention over the tokens that reuse does not cover.
+//
+//   old   = state([s, E(p)) without the anchors)        fresh = state(anchors) (+) state([E(p), n))
+//
+// Grid: persistent, see schedule.cuh. Four warps a CTA; of each tile of 64 tokens every warp takes 16, with
+// a cp.async pipeline of its own straight from the pages and without a barrier of the block. Tokens are the M
+// rows of the MMAs and query heads the N columns, so that a group of 8 wastes nothing:
+//   S^T [16 tokens, heads] = K Q^T,   O^T [D, heads] += V^T P^T.
+// The maximum a weight is relative to moves only when a logit passes it by 8 (log2): until then neither a
+// shuffle nor a rescaling is needed, and no weight exceeds 256.
+// Traffic: the K and V rows of [s, n) and of the inherited anchors, once per 16 query heads.
+#pragma once
+
+#include "finish.cuh"
+#include "ptx/async_copy.h"
+#include "ptx/barrier.h"
+#include "ptx/math.h"
+#include "ptx/matrix.h"
+#include "ptx/memory.h"
+#include "ptx/warp.h"
+#include "schedule.cuh"
+
+namespace mac_attn::cuda {
+
+constexpr int kStages = 3;
+constexpr float kMaxLead = 8.f;          // log2, see above
+constexpr float kCandidateLead = -12.f;  // log2: lighter tokens, against the maximum so far, are no anchors
+
+// Shared memory of one stage of one warp: 16 rows of K, 16 of V. 16 bytes of padding put the eight rows of
+// an ldmatrix into different banks.
+template <int kHeadDim>
+struct Stage {
+  static constexpr int kRow = kHeadDim + 8;  // elements
+  static constexpr int kElements = 2 * kWarpTokens * kRow;
+  static constexpr int kBytes = kElements * 2;
+};
+
+template <int kHeadDim>
+constexpr int amend_shared_bytes() {
+  return kWarps * kStages * Stage<kHeadDim>::kBytes;
+}
+
+// The two token rows that a lane loads, four lanes side by side on each.
+struct RowPair {
+  int64_t page[2];
+  int offset[2];
+  bool valid[2];
+};
+
+MAC_DEVICE RowPair find_row_pair(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, int warp) {
+  const TileTokens tokens = tile_tokens(p, cursor);
+  const int request = cursor.request(p, w);
+  const int32_t* pages = p.kv.block_table + request * p.kv.block_table_stride;
+  RowPair rows;
+  for (int i = 0; i < 2; ++i) {
+    int token = tokens.begin + warp * kWarpTokens + ptx::lane_id() / 4 + 8 * i;
+    rows.valid[i] = token < tokens.end;
+    if (tokens.anchors && rows.valid[i]) {
+      token = inherited_anchors(p, request, cursor.kv_head(p, w))[token];
+      rows.valid[i] = token != kNoAnchor;
+    }
+    rows.page[i] = 0, rows.offset[i] = 0;
+    if (rows.valid[i]) {
+      const int page_index = token / p.kv.page_size;
+      rows.page[i] = pages[page_index];
+      rows.offset[i] = token - page_index * p.kv.page_size;
+    }
+  }
+  return rows;
+}
+
+template <typename T, int kHeadDim>
+MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, const RowPair& rows,
+                           T* stage) {
+  constexpr int kChunks = kHeadDim / 8;
+  const int lane = ptx::lane_id(), kv_head = cursor.kv_head(p, w);
+  for (int i = 0; i < 2; ++i) {
+    // A page id outside the cache is not followed: the request is marked and answers NaN.
+    bool valid = rows.valid[i];
+    if (valid && (rows.page[i] < 0 || rows.page[i] >= w.num_pages)) {
+      valid = false;
+      ptx::atomic_or(w.status + cursor.request(p, w), kBadPage);
+      if (w.error_flag) ptx::atomic_or(w.error_flag, kBadPage);
+    }
+    const int64_t page = valid ? rows.page[i] : 0;
+    const T* k = static_cast<const T*>(p.kv.k) + page * p.kv.k_page_stride + rows.offset[i] * p.kv.k_token_stride +
+                 kv_head * p.kv.k_head_stride;
+    const T* v = static_cast<const T*>(p.kv.v) + page * p.kv.v_page_stride + rows.offset[i] * p.kv.v_token_stride +
+                 kv_head * p.kv.v_head_stride;
+    T* k_row = stage + (lane / 4 + 8 * i) * Stage<kHeadDim>::kRow;
+    T* v_row = k_row + kWarpTokens * Stage<kHeadDim>::kRow;
+#pragma unroll
+    for (int chunk = lane % 4; chunk < kChunks; chunk += 4) {
+      ptx::cp_async_16(k_row + chunk * 8, k + chunk * 8, valid);
+      ptx::cp_async_16(v_row + chunk * 8, v + chunk * 8, valid);
+    }
+  }
+}
+
+// One warp's running softmax over its tokens. A lane holds heads 2 (lane % 4) + {0, 1} of each block of
+// eight, of O^T rows lane / 4 + {0, 8} of each 16.
+template <typename T, int kHeadDim, int kHeadBlocks>
+struct WarpState {
+  static constexpr int kSteps = kHeadDim / 16;
+  uint32_t q[kHeadBlocks][kSteps][2];
+  float out[kHeadBlocks][kSteps][4];
+  float max[kHeadBlocks][2];
+  float sum[kHeadBlocks][2];
+  int start[kHeadBlocks][2];  // first token of the head; beyond any token for a column without head
+
+  MAC_DEVICE void clear() {
+#pragma unroll
+    for (int b = 0; b < kHeadBlocks; ++b) {
+      for (int i = 0; i < 2; ++i) max[b][i] = -INFINITY, sum[b][i] = 0.f;
+      for (int s = 0; s < kSteps; ++s) {
+        for (int i = 0; i < 4; ++i) out[b][s][i] = 0.f;
+      }
+    }
+  }
+
+  MAC_DEVICE void load_query(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor) {
+    const int lane = ptx::lane_id(), request = cursor.request(p, w), kv_head = cursor.kv_head(p, w);
+    const int first = cursor.pass % w.head_tiles * kMaxTileHeads;  // within the group
+    const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride;
+#pragma unroll
+    for (int b = 0; b < kHeadBlocks; ++b) {
+      const int g = first + b * 8 + lane / 4;
+      const T* row = rows + static_cast<int64_t>(kv_head * p.shape.group_size + g) * p.query.head_stride;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        for (int i = 0; i < 2; ++i) {
+          q[b][s][i] = g < p.shape.group_size ? ptx::load_4(row + s * 16 + i * 8 + lane % 4 * 2) : 0u;
+        }
+      }
+      for (int i = 0; i < 2; ++i) {
+        const int column = first + b * 8 + lane % 4 * 2 + i;
+        start[b][i] = column < p.shape.group_size ? amend_start(p, request, kv_head * p.shape.group_size + column)
+                                                  : 0x7fffffff;
+      }
+    }
+  }
+};
+
+// Logits of the warp's 16 tokens, log2, masked: x[b][0, 1] token lane / 4, x[b][2, 3] token lane / 4 + 8.
+template <typename T, int kHeadDim, int kHeadBlocks>
+MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, kHeadBlocks>& state, const T* stage,
+                            int first_token, int end, bool anchors, const int32_t* list,
+                            float (&x)[kHeadBlocks][4]) {
+  constexpr int kSteps = kHeadDim / 16;
+  const int lane = ptx::lane_id();
+  float even[kHeadBlocks][4] = {}, odd[kHeadBlocks][4] = {};  // two chains of MMAs hide their latency
+  const T* row = stage + (lane % 8 + lane / 8 % 2 * 8) * Stage<kHeadDim>::kRow + lane / 16 * 8;
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    uint32_t k[4];
+    ptx::ldmatrix_x4(k, row + s * 16);
+#pragma unroll
+    for (int b = 0; b < kHeadBlocks; ++b) {
+      ptx::mma_m16n8k16<T>(s % 2 ? odd[b] : even[b], k, state.q[b][s][0], state.q[b][s][1]);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    const int token = first_token + lane / 4 + i / 2 * 8;
+    bool valid = token < end;
+    if (anchors && valid) valid = list[token] != kNoAnchor;
+#pragma unroll
+    for (int b = 0; b < kHeadBlocks; ++b) {
+      float logit = (even[b][i] + odd[b][i]) * p.sm_scale;
+      if (p.logits_soft_cap > 0.f) logit = p.logits_soft_cap * ptx::tanh_exact(logit / p.logits_soft_cap);
+      const int start = state.start[b][i % 2];
+      const bool counts = anchors ? start != 0x7fffffff : token >= start;
+      x[b][i] = valid && counts ? logit * kLog2E : -INFINITY;
+    }
+  }
+}
+
+// Remembers the heaviest of the warp's tokens as a candidate for an anchor, if one is heavy at all.
+template <typename T, int kHeadDim, int kHeadBlocks>
+MAC_DEVICE void keep_candidate(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor,
+                               const WarpState<T, kHeadDim, kHeadBlocks>& state, const float (&x)[kHeadBlocks][4],
+                               int first_token) {
+  const int lane = ptx::lane_id(), G = p.shape.group_size;
+  float weight = -INFINITY;
+  int token = 0x7fffffff;
+  for (int half = 0; half < 2; ++half) {
+    float heaviest = -INFINITY;
+    for (int b = 0; b < kHeadBlocks; ++b) {
+      for (int i = 0; i < 2; ++i) {
+        const float lead = x[b][2 * half + i] - state.max[b][i];
+        if (lead > heaviest) heaviest = lead;
+      }
+    }
+    const int t = first_token + lane / 4 + 8 * half;
+    if (heaviest > weight) weight = heaviest, token = t;
+  }
+  const int64_t place = static_cast<int64_t>(cursor.kv_group(w)) * w.max_candidates + first_token / kWarpTokens;
+  if (!ptx::ballot(weight > kCandidateLead)) {
+    if (lane == 0) w.candidate[place] = kNoAnchor;
+    return;
+  }
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float other_weight = ptx::shfl_xor(weight, distance);
+    const int other_token = ptx::shfl_xor(token, distance);
+    if (other_weight > weight || (other_weight == weight && other_token < token)) {
+      weight = other_weight, token = other_token;
+    }
+  }
+  if (lane == 0) w.candidate[place] = token;
+  if (lane / 4 != (token - first_token) % 8) return;
+  const int half = (token - first_token) / 8;
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    for (int i = 0; i < 2; ++i) {
+      const int g = b * 8 + lane % 4 * 2 + i;
+      if (g >= G) continue;
+      w.candidate_logit[place * G + g] = half ? x[b][2 + i] : x[b][i];
+      w.candidate_max[place * G + g] = state.max[b][i];
+    }
+  }
+}
+
+template <typename T, int kHeadDim, int kHeadBlocks>
+MAC_DEVICE void raise_max(WarpState<T, kHeadDim, kHeadBlocks>& state, const float (&x)[kHeadBlocks][4]) {
+  float high[kHeadBlocks][2];
+  bool passed = false;
+#pragma unroll
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    for (int i = 0; i < 2; ++i) {
+      high[b][i] = fmaxf(x[b][i], x[b][2 + i]);
+      passed = passed || high[b][i] > state.max[b][i] + kMaxLead;
+    }
+  }
+  if (!ptx::ballot(passed)) return;
+#pragma unroll
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    for (int i = 0; i < 2; ++i) {
+      for (int distance = 4; distance < 32; distance *= 2) {
+        high[b][i] = fmaxf(high[b][i], ptx::shfl_xor(high[b][i], distance));
+      }
+      const float max = fmaxf(state.max[b][i], high[b][i]);
+      const float rescale = max == state.max[b][i] ? 1.f : ptx::ex2(state.max[b][i] - max);
+      state.max[b][i] = max;
+      state.sum[b][i] *= rescale;
+#pragma unroll
+      for (int s = 0; s < kHeadDim / 16; ++s) state.out[b][s][i] *= rescale, state.out[b][s][2 + i] *= rescale;
+    }
+  }
+}
+
+template <typename T, int kHeadDim, int kHeadBlocks>
+MAC_DEVICE void add_values(WarpState<T, kHeadDim, kHeadBlocks>& state, const float (&x)[kHeadBlocks][4],
+                           const T* stage) {
+  const int lane = ptx::lane_id();
+  uint32_t weights[kHeadBlocks][2];
+#pragma unroll
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    for (int half = 0; half < 2; ++half) {
+      float weight[2];
+      for (int i = 0; i < 2; ++i) weight[i] = ptx::ex2(x[b][2 * half + i] - finite_or_zero(state.max[b][i]));
+      const uint32_t pair = ptx::pack2<T>(weight[0], weight[1]);
+      // Sum what the MMA multiplies by, so that numerator and denominator are rounded alike.
+      const float2 rounded = ptx::unpack2<T>(pair);
+      state.sum[b][0] += rounded.x;
+      state.sum[b][1] += rounded.y;
+      weights[b][half] = ptx::movmatrix_trans(pair);
+    }
+  }
+  const T* row = stage + (kWarpTokens + lane / 16 * 8 + lane % 8) * Stage<kHeadDim>::kRow + lane / 8 % 2 * 8;
+#pragma unroll
+  for (int s = 0; s < kHeadDim / 16; ++s) {
+    uint32_t v[4];
+    ptx::ldmatrix_x4_trans(v, row + s * 16);
+#pragma unroll
+    for (int b = 0; b < kHeadBlocks; ++b) ptx::mma_m16n8k16<T>(state.out[b][s], v, weights[b][0], weights[b][1]);
+  }
+}
+
+// Merges the four warps' states through the stages they have just read and writes the segment's partial
+// state. Every thread of the block comes here at the same tile.
+template <typename T, int kHeadDim, int kHeadBlocks>
+MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kHeadBlocks>& state, T* shared,
+                              int slot, int64_t partial) {
+  constexpr int kRow = kHeadDim + 4;  // floats; the padding spreads the heads over the banks
+  constexpr int kHeads = 8 * kHeadBlocks;
+  const int lane = ptx::lane_id(), warp = threadIdx.x / 32, heads = w.tile_heads;
+  auto warp_area = [&](int i) {
+    return reinterpret_cast<float*>(shared + (i * kStages + slot) * Stage<kHeadDim>::kElements);
+  };
+  static_assert((kHeads * (kRow + 2)) * 4 <= Stage<kHeadDim>::kBytes, "a state fits a stage");
+  float* mine = warp_area(warp);
+  ptx::sync_warp();  // all lanes have read the stage
+#pragma unroll
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    for (int i = 0; i < 2; ++i) {
+      const int head = b * 8 + lane % 4 * 2 + i;
+      for (int distance = 4; distance < 32; distance *= 2) {
+        state.sum[b][i] += ptx::shfl_xor(state.sum[b][i], distance);
+      }
+      if (lane < 4) {
+        mine[kHeads * kRow + head] = state.max[b][i];
+        mine[kHeads * kRow + kHeads + head] = state.sum[b][i];
+      }
+#pragma unroll
+      for (int s = 0; s < kHeadDim / 16; ++s) {
+        mine[head * kRow + s * 16 + lane / 4] = state.out[b][s][i];
+        mine[head * kRow + s * 16 + lane / 4 + 8] = state.out[b][s][2 + i];
+      }
+    }
+  }
+  ptx::sync_block();
+  for (int i = threadIdx.x; i < heads * kHeadDim; i += kThreads) {
+    const int head = i / kHeadDim, d = i % kHeadDim;
+    float max = -INFINITY, sum = 0.f, out = 0.f;
+    for (int j = 0; j < kWarps; ++j) max = fmaxf(max, warp_area(j)[kHeads * kRow + head]);
+    for (int j = 0; j < kWarps; ++j) {
+      const float weight = ptx::ex2(warp_area(j)[kHeads * kRow + head] - finite_or_zero(max));
+      sum += warp_area(j)[kHeads * kRow + kHeads + head] * weight;
+      out += warp_area(j)[head * kRow + d] * weight;
+    }
+    w.partial_out[(partial * heads + head) * kHeadDim + d] = out;
+    if (d == 0) {
+      w.partial_max[partial * heads + head] = max;
+      w.partial_sum[partial * heads + head] = sum;
+    }
+  }
+  ptx::sync_block();  // the stages may be filled again
+  state.clear();
+}
+
+template <typename T, int kHeadDim, int kHeadBlocks>
+__global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
+    amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
+  T* shared = static_cast<T*>(dynamic_shared());
+  const int warp = threadIdx.x / 32;
+  T* stages = shared + warp * kStages * Stage<kHeadDim>::kElements;
+
+  ptx::grid_dependency_wait();  // match's answer
+  Cursor cursor;
+  const Line line = find_first_tile(p, w, cursor);
+  ptx::grid_dependency_launch();
+  if (static_cast<int64_t>(blockIdx.x) >= line.ctas) return;
+  const int64_t last = line.first_tile(blockIdx.x + 1);
+
+  // `ahead` runs kStages - 1 tiles before `cursor`, and looks up the rows of its tile one tile earlier still.
+  Cursor ahead = cursor;
+  RowPair rows = find_row_pair(p, w, ahead, warp);
+  auto load_next = [&](int slot) {
+    if (ahead.tile < last) {
+      load_stage<T, kHeadDim>(p, w, ahead, rows, stages + slot * Stage<kHeadDim>::kElements);
+      ahead.advance(p, w, last);
+      if (ahead.tile < last) rows = find_row_pair(p, w, ahead, warp);
+    }
+    ptx::cp_async_commit();
+  };
+  for (int slot = 0; slot < kStages - 1; ++slot) load_next(slot);
+
+  WarpState<T, kHeadDim, kHeadBlocks> state;
+  state.clear();
+  state.load_query(p, w, cursor);
+  int slot = 0;
+  while (cursor.tile < last) {
+    ptx::cp_async_wait<kStages - 2>();
+    ptx::sync_warp();  // this stage is filled for all lanes, and all have read the one to be filled
+    load_next((slot + kStages - 1) % kStages);
+
+    const TileTokens tokens = tile_tokens(p, cursor);
+    const int first = tokens.begin + warp * kWarpTokens;
+    const int32_t* list =
+        tokens.anchors ? inherited_anchors(p, cursor.request(p, w), cursor.kv_head(p, w)) : nullptr;
+    const T* stage = stages + slot * Stage<kHeadDim>::kElements;
+    if (first < tokens.end) {
+      float x[kHeadBlocks][4];
+      warp_logits<T, kHeadDim, kHeadBlocks>(p, state, stage, first, tokens.end, tokens.anchors, list, x);
+      raise_max<T, kHeadDim, kHeadBlocks>(state, x);
+      if (p.num_anchors > 0 && !cursor.work.hit && cursor.span() == kOld) {
+        keep_candidate<T, kHeadDim, kHeadBlocks>(p, w, cursor, state, x, first);
+      }
+      add_values<T, kHeadDim, kHeadBlocks>(state, x, stage);
+    }
+
+    Cursor next = cursor;
+    next.advance(p, w, last);
+    const bool ends = next.tile == last || next.pass != cursor.pass;
+    if (ends || next.span() != cursor.span()) {
+      const int64_t segment = static_cast<int64_t>(blockIdx.x) + cursor.pass;
+      write_partial<T, kHeadDim, kHeadBlocks>(w, state, shared, slot, segment * kNumSpans + cursor.span());
+    }
+    if (ends && (next.tile == last || next.kv_group(w) != cursor.kv_group(w))) {
+      leave_kv_head<T>(p, w, line, cursor);
+    }
+    cursor = next;
+    if (ends && cursor.tile < last) state.load_query(p, w, cursor);
+    slot = (slot + 1) % kStages;
+  }
+  ptx::cp_async_wait<0>();
+}
+
+}  // namespace mac_attn::cuda

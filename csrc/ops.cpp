@@ -1,0 +1,339 @@
+// The ops as torch sees them: schemas, argument checks, dispatch. Everything that computes lies behind
+// params.h and knows no torch.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/schedule.h"
+
+namespace mac_attn {
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename T>
+T* data_or_null(const OptionalTensor& t) {
+  return t ? t->data_ptr<T>() : nullptr;
+}
+
+HeadsView heads_view(const Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
+}
+
+// Lengths, slots and ids of the call's rows.
+Requests check_requests(const Shape& shape, const Tensor& seq_lens, const OptionalTensor& slots,
+                        const OptionalTensor& request_ids, at::Device device) {
+  check_array(seq_lens, "seq_lens", {shape.batch}, at::kInt, device);
+  if (slots) check_array(*slots, "slots", {shape.batch}, at::kInt, device);
+  if (request_ids) check_array(*request_ids, "request_ids", {shape.batch}, at::kLong, device);
+  return {seq_lens.const_data_ptr<int32_t>(), slots ? slots->const_data_ptr<int32_t>() : nullptr,
+          request_ids ? request_ids->const_data_ptr<int64_t>() : nullptr};
+}
+
+// The parts of the ring that match reads; complete adds the rest.
+Ring check_ring(const Shape& shape, const Tensor& query, const Tensor& ring_query, const Tensor& ring_depth,
+                const Tensor& ring_position, const Tensor& slot_begin, const Tensor& slot_end,
+                const Tensor& slot_request) {
+  const at::Device device = query.device();
+  check_array(ring_query, "ring_query", {kAny, shape.num_kv_heads, kAny, shape.group_size, shape.head_dim},
+              query.scalar_type(), device);
+  const int64_t slots = ring_query.size(0), window = ring_query.size(2);
+  check_int32(slots, "num_slots", 1);
+  check_int32(window, "window", 1);
+  check_array(ring_depth, "ring_depth", {slots, shape.num_kv_heads, window, shape.group_size}, at::kInt, device);
+  check_array(ring_position, "ring_position", {slots, window}, at::kInt, device);
+  check_array(slot_begin, "slot_begin", {slots}, at::kInt, device);
+  check_array(slot_end, "slot_end", {slots}, at::kInt, device);
+  check_array(slot_request, "slot_request", {slots}, at::kLong, device);
+  Ring ring{};
+  ring.query = ring_query.data_ptr();
+  ring.depth = ring_depth.data_ptr<int32_t>();
+  ring.position = ring_position.data_ptr<int32_t>();
+  ring.begin = slot_begin.data_ptr<int32_t>();
+  ring.end = slot_end.data_ptr<int32_t>();
+  ring.request = slot_request.data_ptr<int64_t>();
+  ring.num_slots = static_cast<int32_t>(slots);
+  ring.window = static_cast<int32_t>(window);
+  return ring;
+}
+
+// Enters `kernel` with every thread of ATen's team.
+template <typename Kernel, typename Params, typename Work>
+void run_team(Kernel kernel, const Params& params, Work& work) {
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { kernel(params, work); });
+}
+
+Tensor match_cpu(const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots,
+                 const OptionalTensor& request_ids, const Tensor& ring_query, const Tensor& ring_depth,
+                 const Tensor& ring_position, const Tensor& slot_begin, const Tensor& slot_end,
+                 const Tensor& slot_request, const Tensor& threshold, bool relative, bool per_head, int64_t band,
+                 int64_t min_context, int64_t max_reuse_depth) {
+  check_query(q_match, "q_match");
+  const at::Device device = q_match.device();
+  TORCH_CHECK_VALUE(ring_query.dim() == 5, "ring_query has shape ", ring_query.sizes(),
+                    ", must be [num_slots, num_kv_heads, window, group_size, head_dim]");
+  MatchParams p{};
+  p.shape = make_shape(q_match, ring_query.size(1));
+  p.dtype = dtype_of(q_match);
+  p.query = heads_view(q_match);
+  p.requests = check_requests(p.shape, seq_lens, slots, request_ids, device);
+  p.ring = check_ring(p.shape, q_match, ring_query, ring_depth, ring_position, slot_begin, slot_end, slot_request);
+  check_array(threshold, "threshold", {p.shape.num_qo_heads()}, at::kFloat, device);
+  p.threshold = threshold.const_data_ptr<float>();
+  p.relative = relative;
+  p.per_head = per_head;
+  p.band = check_int32(band, "band", 1);
+  p.min_context = check_int32(min_context, "min_context", 0);
+  p.max_reuse_depth = check_int32(max_reuse_depth, "max_reuse_depth", 0);
+  check_seq_lens(p.shape, p.requests, INT32_MAX);
+  check_slots(p.shape, p.requests, p.ring.num_slots);
+
+  Tensor source = at::empty({p.shape.batch, p.shape.num_qo_heads()}, seq_lens.options());
+  p.source = source.data_ptr<int32_t>();
+  cpu::MatchWork work(p, at::get_num_threads());
+  run_team(cpu::kernels().match, p, work);
+  work.write_source(p);
+  return source;
+}
+
+KVPages check_kv(const Shape& shape, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                 const Tensor& block_table) {
+  check_tensor(k_cache, "k_cache", {kAny, kAny, shape.num_kv_heads, shape.head_dim}, q.scalar_type(), q.device());
+  check_tensor(v_cache, "v_cache", k_cache.sizes(), q.scalar_type(), q.device());
+  check_tensor(block_table, "block_table", {shape.batch, kAny}, at::kInt, q.device());
+  KVPages kv{};
+  kv.page_size = check_int32(k_cache.size(1), "page_size", 1);
+  check_int32(k_cache.size(0), "num_pages", 0);
+  check_int32(block_table.size(1), "max_pages", 0);
+  kv.k = k_cache.const_data_ptr();
+  kv.v = v_cache.const_data_ptr();
+  kv.k_page_stride = k_cache.stride(0), kv.k_token_stride = k_cache.stride(1), kv.k_head_stride = k_cache.stride(2);
+  kv.v_page_stride = v_cache.stride(0), kv.v_token_stride = v_cache.stride(1), kv.v_head_stride = v_cache.stride(2);
+  kv.block_table = block_table.const_data_ptr<int32_t>();
+  kv.block_table_stride = block_table.stride(0);
+  return kv;
+}
+
+// What amend is going to read: the tokens of every request, the anchors of every matched entry.
+void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_pages, int32_t num_slots) {
+  check_seq_lens(p.shape, p.requests, max_pages * p.kv.page_size);
+  if (p.source) check_source(p.shape, p.requests, p.source, p.window, p.band, p.num_anchors > 0);
+  if (p.num_anchors > 0) check_slots(p.shape, p.requests, num_slots);
+  for (int32_t b = 0; b < p.shape.batch; ++b) {
+    const int32_t n = p.requests.seq_lens[b];
+    if (n == 0) continue;
+    int32_t first = n;
+    for (int32_t head = 0; head < p.shape.num_qo_heads(); ++head) {
+      first = std::min(first, cpu::amend_start(p, b, head));
+    }
+    check_pages(p.kv, num_pages, b, first, n - 1);
+    for (int32_t h = 0; p.num_anchors > 0 && h < p.shape.num_kv_heads; ++h) {
+      const int32_t source = p.source[(static_cast<int64_t>(b) * p.shape.num_kv_heads + h) * p.shape.group_size];
+      if (source == kMiss) continue;
+      const int64_t entry =
+          (static_cast<int64_t>(p.requests.slots[b]) * p.shape.num_kv_heads + h) * p.window + source % p.window;
+      for (int32_t i = 0; i < p.num_anchors; ++i) {
+        const int32_t token = p.ring_anchors[entry * p.num_anchors + i];
+        if (token == kNoAnchor) break;
+        TORCH_CHECK_VALUE(token >= 0 && token < band_start(source, p.band), "ring_anchors of slot ",
+                          p.requests.slots[b], ", position ", source, " hold ", token, ", must be from 0 to ",
+                          band_start(source, p.band) - 1);
+        check_pages(p.kv, num_pages, b, token, token);
+      }
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> amend_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                             const Tensor& block_table, const Tensor& seq_lens,
+                                             const OptionalTensor& source, const OptionalTensor& slots,
+                                             const OptionalTensor& ring_anchors, int64_t window, int64_t band,
+                                             double sm_scale, double logits_soft_cap) {
+  check_query(q, "q");
+  TORCH_CHECK_VALUE(k_cache.dim() == 4, "k_cache has shape ", k_cache.sizes(),
+                    ", must be [num_pages, page_size, num_kv_heads, head_dim]");
+  AmendParams p{};
+  p.shape = make_shape(q, k_cache.size(2));
+  p.dtype = dtype_of(q);
+  p.query = heads_view(q);
+  p.kv = check_kv(p.shape, q, k_cache, v_cache, block_table);
+  p.requests = check_requests(p.shape, seq_lens, slots, std::nullopt, q.device());
+  p.window = check_int32(window, "window", 1);
+  p.band = check_int32(band, "band", 1);
+  TORCH_CHECK_VALUE(std::isfinite(sm_scale), "sm_scale is ", sm_scale, ", must be finite");
+  TORCH_CHECK_VALUE(std::isfinite(logits_soft_cap) && logits_soft_cap >= 0, "logits_soft_cap is ", logits_soft_cap,
+                    ", must be finite and not negative (0: off)");
+  p.sm_scale = static_cast<float>(sm_scale);
+  p.logits_soft_cap = static_cast<float>(logits_soft_cap);
+  int32_t num_slots = 0;
+  if (source) {
+    check_array(*source, "source", {p.shape.batch, p.shape.num_qo_heads()}, at::kInt, q.device());
+    p.source = source->const_data_ptr<int32_t>();
+  }
+  if (ring_anchors && ring_anchors->dim() == 4 && ring_anchors->size(3) > 0) {
+    TORCH_CHECK_VALUE(source && slots, "ring_anchors is given, so source and slots must be given too");
+    check_array(*ring_anchors, "ring_anchors", {kAny, p.shape.num_kv_heads, window, kAny}, at::kInt, q.device());
+    num_slots = check_int32(ring_anchors->size(0), "num_slots", 1);
+    p.num_anchors = check_int32(ring_anchors->size(3), "anchors", 1);
+    p.ring_anchors = ring_anchors->const_data_ptr<int32_t>();
+  }
+  check_amend_reads(p, k_cache.size(0), block_table.size(1), num_slots);
+
+  const auto options = q.options().dtype(at::kFloat);
+  Tensor states = at::empty({kNumSpans, p.shape.batch, p.shape.num_qo_heads(), p.shape.head_dim}, options);
+  Tensor state_lse = at::empty({kNumSpans, p.shape.batch, p.shape.num_qo_heads()}, options);
+  Tensor anchors = at::empty({p.shape.batch, p.shape.num_kv_heads, p.num_anchors}, seq_lens.options());
+  p.out = states.data_ptr<float>();
+  p.lse = state_lse.data_ptr<float>();
+  p.anchors = anchors.data_ptr<int32_t>();
+  cpu::AmendWork work(p, at::get_num_threads());
+  run_team(cpu::kernels().amend, p, work);
+  return {states, state_lse, anchors};
+}
+
+// The states of amend and the tensors that receive their merger.
+CompleteParams check_merge(const Tensor& states, const Tensor& state_lse, int64_t num_kv_heads,
+                           const Tensor& seq_lens, const Tensor& out, const Tensor& lse) {
+  check_query(out, "out");
+  CompleteParams p{};
+  p.shape = make_shape(out, num_kv_heads);
+  p.dtype = dtype_of(out);
+  const int64_t batch = p.shape.batch, heads = p.shape.num_qo_heads();
+  p.requests = check_requests(p.shape, seq_lens, std::nullopt, std::nullopt, out.device());
+  check_array(states, "states", {kNumSpans, batch, heads, p.shape.head_dim}, at::kFloat, out.device());
+  check_array(state_lse, "state_lse", {kNumSpans, batch, heads}, at::kFloat, out.device());
+  check_array(lse, "lse", {batch, heads}, at::kFloat, out.device());
+  p.states = states.const_data_ptr<float>();
+  p.state_lse = state_lse.const_data_ptr<float>();
+  p.out = out.data_ptr();
+  p.out_batch_stride = out.stride(0);
+  p.out_head_stride = out.stride(1);
+  p.lse = lse.data_ptr<float>();
+  return p;
+}
+
+void run_complete(const CompleteParams& p) {
+  cpu::CompleteWork work(p);
+  run_team(cpu::kernels().complete, p, work);
+}
+
+void complete_exact_cpu(const Tensor& states, const Tensor& state_lse, const Tensor& seq_lens, Tensor& out,
+                        Tensor& lse) {
+  run_complete(check_merge(states, state_lse, out.dim() == 3 ? out.size(1) : 1, seq_lens, out, lse));
+}
+
+void complete_cpu(const Tensor& states, const Tensor& state_lse, const Tensor& anchors, const Tensor& source,
+                  const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots,
+                  const OptionalTensor& request_ids, Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse,
+                  Tensor& ring_depth, Tensor& ring_anchors, Tensor& ring_position, Tensor& slot_begin,
+                  Tensor& slot_end, Tensor& slot_request, Tensor& counters, int64_t band, Tensor& out,
+                  Tensor& lse) {
+  TORCH_CHECK_VALUE(ring_query.dim() == 5, "ring_query has shape ", ring_query.sizes(),
+                    ", must be [num_slots, num_kv_heads, window, group_size, head_dim]");
+  CompleteParams p = check_merge(states, state_lse, ring_query.size(1), seq_lens, out, lse);
+  const at::Device device = out.device();
+  const int64_t H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
+  check_query(q_match, "q_match");
+  check_tensor(q_match, "q_match", out.sizes(), out.scalar_type(), device);
+  p.query = heads_view(q_match);
+  p.requests = check_requests(p.shape, seq_lens, slots, request_ids, device);
+  check_array(source, "source", {p.shape.batch, p.shape.num_qo_heads()}, at::kInt, device);
+  p.source = source.const_data_ptr<int32_t>();
+  p.ring = check_ring(p.shape, q_match, ring_query, ring_depth, ring_position, slot_begin, slot_end, slot_request);
+  const int64_t N = p.ring.num_slots, M = p.ring.window;
+  check_array(ring_out, "ring_out", {N, H, M, G, D}, at::kFloat, device);
+  check_array(ring_lse, "ring_lse", {N, H, M, G}, at::kFloat, device);
+  check_array(ring_anchors, "ring_anchors", {N, H, M, kAny}, at::kInt, device);
+  const int64_t S = ring_anchors.size(3);
+  check_array(anchors, "anchors", {p.shape.batch, H, S}, at::kInt, device);
+  check_array(counters, "counters", {N, kNumCounters}, at::kLong, device);
+  p.ring.out = ring_out.data_ptr<float>();
+  p.ring.lse = ring_lse.data_ptr<float>();
+  p.ring.anchors = ring_anchors.data_ptr<int32_t>();
+  p.ring.counters = counters.data_ptr<int64_t>();
+  p.ring.num_anchors = static_cast<int32_t>(S);
+  p.anchors = anchors.const_data_ptr<int32_t>();
+  p.band = check_int32(band, "band", 1);
+  check_seq_lens(p.shape, p.requests, INT32_MAX);
+  check_slots(p.shape, p.requests, p.ring.num_slots);
+  check_source(p.shape, p.requests, p.source, p.ring.window, p.band, S > 0);
+  for (int64_t row = 0; row < source.numel(); ++row) {
+    const int64_t request = row / p.shape.num_qo_heads();
+    if (p.source[row] == kMiss || p.requests.seq_lens[request] == 0) continue;
+    const int32_t tag = p.ring.position[p.requests.slots[request] * M + p.source[row] % M];
+    TORCH_CHECK_VALUE(tag == p.source[row], "source[", request, ", ", row % p.shape.num_qo_heads(), "] is ",
+                      p.source[row], ", but its place in the ring holds position ", tag);
+  }
+  run_complete(p);
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = MAC_ATTN_VERSION;
+  std::vector<std::string> arches;
+#ifdef MAC_ATTN_CUDA_ARCHES
+  std::string arch;
+  for (const char c : std::string(MAC_ATTN_CUDA_ARCHES) + ";") {
+    if (c != ';') {
+      arch += c;
+    } else if (!arch.empty()) {
+      arches.push_back(arch);
+      arch.clear();
+    }
+  }
+#endif
+  info["cuda_arches"] = arches;
+  info["simd"] = cpu::kernels().name;
+  info["threads"] = at::get_num_threads();
+#ifdef __clang__
+  info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
+  return info;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(mac_attn, m) {
+  m.def(
+      "match(Tensor q_match, Tensor seq_lens, Tensor slots, Tensor? request_ids, Tensor ring_query, "
+      "Tensor ring_depth, Tensor ring_position, Tensor slot_begin, Tensor slot_end, Tensor slot_request, "
+      "Tensor threshold, bool relative, bool per_head, int band, int min_context, int max_reuse_depth) -> Tensor");
+  m.def(
+      "amend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? source, "
+      "Tensor? slots, Tensor? ring_anchors, int window, int band, float sm_scale, float logits_soft_cap) "
+      "-> (Tensor states, Tensor state_lse, Tensor anchors)");
+  m.def("complete_exact(Tensor states, Tensor state_lse, Tensor seq_lens, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "complete(Tensor states, Tensor state_lse, Tensor anchors, Tensor source, Tensor q_match, Tensor seq_lens, "
+      "Tensor slots, Tensor? request_ids, Tensor(a!) ring_query, Tensor(b!) ring_out, Tensor(c!) ring_lse, "
+      "Tensor(d!) ring_depth, Tensor(e!) ring_anchors, Tensor(f!) ring_position, Tensor(g!) slot_begin, "
+      "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, int band, Tensor(k!) out, "
+      "Tensor(l!) lse) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(mac_attn, CPU, m) {
+  m.impl("match", match_cpu);
+  m.impl("amend", amend_cpu);
+  m.impl("complete_exact", complete_exact_cpu);
+  m.impl("complete", complete_cpu);
+}
+
+}  // namespace mac_attn
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Registers the mac_attn ops; build_info() tells how they were built.";
+  m.def("build_info", &mac_attn::build_info, "Version, CUDA architectures, SIMD level, threads, compiler.");
+}

@@ -1,0 +1,139 @@
+// What every backend is handed: plain pointers, strides and sizes. No torch here, so that the
+// kernels build and run on their own (CMakeLists.txt).
+//
+// Letters in the shape comments: B requests, Hq query heads, H KV heads, G = Hq / H query heads per
+// KV head, D head_dim, N ring slots, M window, S anchors. Strides count elements, the last one is 1.
+#pragma once
+
+#include <cstdint>
+
+namespace mac_attn {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+constexpr int32_t kMiss = -1;      // in `source`: no entry is reused
+constexpr int32_t kNoAnchor = -1;  // in `anchors`: the place is not used
+
+struct Shape {
+  int32_t batch;
+  int32_t num_kv_heads;
+  int32_t group_size;
+  int32_t head_dim;
+  int32_t num_qo_heads() const { return num_kv_heads * group_size; }
+};
+
+// A [B, Hq, D] tensor whose outer strides are free.
+struct HeadsView {
+  const void* data;
+  int64_t batch_stride;
+  int64_t head_stride;
+};
+
+// The ring of recent queries with their carried states, and the history of each slot.
+struct Ring {
+  void* query;        // [N, H, M, G, D] dtype
+  float* out;         // [N, H, M, G, D]
+  float* lse;         // [N, H, M, G]
+  int32_t* depth;     // [N, H, M, G]
+  int32_t* anchors;   // [N, H, M, S]
+  int32_t* position;  // [N, M] tag: the position whose entry lies here, -1 when empty
+  int32_t* begin;     // [N] entries are valid for positions [begin, end)
+  int32_t* end;       // [N] seq_len of the slot's last call
+  int64_t* request;   // [N] -1 when none was given
+  int64_t* counters;  // [N, kNumCounters]
+  int32_t num_slots;
+  int32_t window;
+  int32_t num_anchors;
+};
+
+// Order of the columns of `counters`; mac_attn/cache.py reads them.
+enum Counter : int32_t {
+  kSteps,
+  kKvHeadSteps,
+  kKvHeadHits,
+  kQueryHeadHits,
+  kKvTokensRead,
+  kKvTokensFull,
+  kNumCounters
+};
+
+// The rows of the call: which request, how long, which slot.
+struct Requests {
+  const int32_t* seq_lens;     // [B], 0 marks a padding row
+  const int32_t* slots;        // [B], null without reuse
+  const int64_t* request_ids;  // [B] or null
+};
+
+struct KVPages {
+  const void* k;  // [num_pages, page_size, H, D], any strides but the last
+  const void* v;
+  int64_t k_page_stride, k_token_stride, k_head_stride;
+  int64_t v_page_stride, v_token_stride, v_head_stride;
+  const int32_t* block_table;  // [B, max_pages]
+  int64_t block_table_stride;
+  int32_t page_size;
+};
+
+struct MatchParams {
+  Shape shape;
+  DType dtype;
+  HeadsView query;  // pre-RoPE
+  Requests requests;
+  Ring ring;
+  const float* threshold;  // [Hq] theta (absolute) or rho (relative)
+  bool relative;
+  bool per_head;  // granularity "head"
+  int32_t band;
+  int32_t min_context;
+  int32_t max_reuse_depth;
+  int32_t* source;  // out: [B, Hq] position of the reused entry, or kMiss
+};
+
+struct AmendParams {
+  Shape shape;
+  DType dtype;
+  HeadsView query;  // post-RoPE
+  KVPages kv;
+  Requests requests;
+  const int32_t* source;        // [B, Hq], null: exact attention, everything is fresh
+  const int32_t* ring_anchors;  // [N, H, M, S], null when S = 0
+  int32_t window;
+  int32_t band;
+  int32_t num_anchors;
+  float sm_scale;
+  float logits_soft_cap;  // 0: off
+  float* out;             // out: [2, B, Hq, D], see `Span`
+  float* lse;             // out: [2, B, Hq]
+  int32_t* anchors;       // out: [B, H, S] anchors of the new entry
+};
+
+// The two states that amend yields for every head.
+enum Span : int32_t {
+  kOld,    // tokens [s, E(p)) without the anchors: joins the reused state, becomes the new entry
+  kFresh,  // the anchors and the band [E(p), n): only this step's output needs it
+  kNumSpans
+};
+
+struct CompleteParams {
+  Shape shape;
+  DType dtype;
+  Requests requests;
+  const float* states;     // [2, B, Hq, D] from amend
+  const float* state_lse;  // [2, B, Hq]
+  const int32_t* source;   // [B, Hq], null without reuse; so are the next two and `ring`
+  const int32_t* anchors;  // [B, H, S]
+  HeadsView query;         // pre-RoPE, stored in the ring
+  Ring ring;
+  int32_t band;
+  void* out;  // out: [B, Hq, D] dtype
+  int64_t out_batch_stride;
+  int64_t out_head_stride;
+  float* lse;  // out: [B, Hq] or null
+};
+
+// First position that the entry of position `p` leaves out: E(p) = max(0, p + 1 - band).
+inline int32_t band_start(int32_t p, int32_t band) {
+  return p + 1 > band ? p + 1 - band : 0;
+}
+
+}  // namespace mac_attn

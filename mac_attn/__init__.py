@@ -1,0 +1,33 @@
+"""MAC-Attention: decode attention that reuses what a recent, similar query has already attended to.
+
+`decode` is one step: match a recent query, amend what its result gets wrong, complete by log-sum-exp
+(arXiv:2604.00235). `ReuseCache` holds the recent queries of one layer, `ReuseConfig` its options.
+"""
+
+from ._version import __version__
+from .cache import ReuseCache, ReuseStats
+from .config import ReuseConfig
+from .decode import decode
+from .ops import Amended, amend, complete, match, merge_states
+from .paging import dense_as_pages, from_flashinfer
+from .rope import RotaryEmbedding, rotate, unrotate
+from .seed import seed
+
+__all__ = [
+    "Amended",
+    "ReuseCache",
+    "ReuseConfig",
+    "ReuseStats",
+    "RotaryEmbedding",
+    "__version__",
+    "amend",
+    "complete",
+    "decode",
+    "dense_as_pages",
+    "from_flashinfer",
+    "match",
+    "merge_states",
+    "rotate",
+    "seed",
+    "unrotate",
+]

@@ -1,0 +1,316 @@
+"""The rings of recent queries and their attention states that reuse works with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._checks import (
+    FLOAT_DTYPES,
+    INT32_MAX,
+    INT_DTYPES,
+    check_heads,
+    check_int,
+    check_tensor,
+    check_type,
+)
+from .config import ReuseConfig
+from .rope import RotaryEmbedding
+from .stats import COUNTERS, ReuseStats
+
+NO_POSITION = -1  # tag of an empty place of a ring, and an anchor place that is not used
+NO_REQUEST = -1
+
+# Bits of ReuseCache.error_flag, set by kernels and by methods that were given values on the GPU.
+ERROR_SEQ_LENS, ERROR_BLOCK_TABLE, ERROR_SLOTS = 1, 2, 4
+ERRORS = {
+    ERROR_SEQ_LENS: "seq_lens held a length outside [0, max_pages * page_size] (decode) or beyond "
+    "the end of its slot (truncate)",
+    ERROR_BLOCK_TABLE: "block_table held a page id outside the KV cache among the pages in use",
+    ERROR_SLOTS: "slots held a number outside [0, num_slots), or one number twice",
+}
+
+Ints = int | Sequence[int] | Tensor
+
+
+class ReuseCache:
+    """Rings of `num_slots` requests for one layer: `window` recent queries with their states.
+
+    Args:
+        cfg: the options of reuse.
+        num_slots: requests that are served at a time, >= 1; each keeps to one slot.
+        num_qo_heads, num_kv_heads: query heads divide evenly among the KV heads.
+        head_dim: a multiple of 16, at most 256.
+        dtype: of the queries and the KV cache: float32, bfloat16 or float16.
+        device: where everything lives.
+        rotary: the model's rotary embedding; with it `decode` and `seed` need no `q_match`.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type.
+        MemoryError: the device has not enough memory; the message says how much it takes.
+
+    Attributes (N slots, H KV heads, G query heads per KV head, M window, S anchors, D head_dim):
+        An entry belongs to a position c and lies at c % M. It holds that position's query and its
+        attention state over the tokens [0, E(c)) without the anchors, E(c) = max(0, c + 1 - band).
+
+        ring_query: [N, H, M, G, D] dtype, pre-RoPE queries.
+        ring_out: [N, H, M, G, D] float32, the states' softmax-weighted means of values.
+        ring_lse: [N, H, M, G] float32, the states' natural log of the sum of exp(logit).
+        ring_depth: [N, H, M, G] int32, hits in a row that made the entry; 0 for a miss.
+        ring_anchors: [N, H, M, S] int32, positions below E(c), then -1 where fewer than S.
+        ring_position: [N, M] int32, tag: the position whose entry lies here, -1 for none.
+        slot_begin, slot_end: [N] int32, entries count for positions [begin, end); end is the
+            seq_len of the slot's last call.
+        slot_request: [N] int64, request id of the slot's last call, -1 if none was given.
+        counters: [N, 6] int64, see `ReuseStats`.
+        threshold: [Hq] float32, see `ReuseConfig.threshold_per_head`.
+        error_flag: [1] int32, see `check`.
+    """
+
+    def __init__(
+        self,
+        cfg: ReuseConfig,
+        *,
+        num_slots: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        rotary: RotaryEmbedding | None = None,
+    ) -> None:
+        check_type("cfg", cfg, ReuseConfig)
+        self.cfg = cfg
+        self.num_slots = check_int("num_slots", num_slots, low=1)
+        self.num_qo_heads = check_int("num_qo_heads", num_qo_heads, low=1)
+        self.num_kv_heads = check_int("num_kv_heads", num_kv_heads, low=1)
+        self.group_size = check_heads(num_qo_heads, num_kv_heads)
+        self.head_dim = check_int("head_dim", head_dim, low=16, high=256)
+        if head_dim % 16:
+            raise ValueError(f"head_dim is {head_dim}, must be a multiple of 16")
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype is {dtype}, must be {' or '.join(map(str, FLOAT_DTYPES))}")
+        self.dtype = dtype
+        if rotary is not None:
+            check_type("rotary", rotary, RotaryEmbedding)
+            if rotary.dim > head_dim:
+                raise ValueError(f"rotary rotates {rotary.dim} dims, must be at most {head_dim}")
+
+        threshold = cfg.threshold_per_head(num_qo_heads, head_dim)
+        self.error_flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self.device = self.error_flag.device  # "cuda" has become "cuda:0", as tensors name it
+        self.threshold = threshold.to(self.device)
+        self.rotary = None if rotary is None else rotary.to(self.device)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        entries = (self.num_slots, self.num_kv_heads, self.cfg.window)
+        heads = (*entries, self.group_size)
+        per_entry = self.group_size * (self.head_dim * (self.dtype.itemsize + 4) + 8)
+        size = self.num_slots * self.num_kv_heads * self.cfg.window
+        size *= per_entry + 4 * self.cfg.anchors
+
+        def full(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=self.device)
+
+        try:
+            self.ring_query = full((*heads, self.head_dim), 0.0, self.dtype)
+            self.ring_out = full((*heads, self.head_dim), 0.0, torch.float32)
+            self.ring_lse = full(heads, -torch.inf, torch.float32)
+            self.ring_depth = full(heads, 0, torch.int32)
+            self.ring_anchors = full((*entries, self.cfg.anchors), NO_POSITION, torch.int32)
+            self.ring_position = full((self.num_slots, self.cfg.window), NO_POSITION, torch.int32)
+            self.slot_begin = full((self.num_slots,), 0, torch.int32)
+            self.slot_end = full((self.num_slots,), 0, torch.int32)
+            self.slot_request = full((self.num_slots,), NO_REQUEST, torch.int64)
+            self.counters = full((self.num_slots, len(COUNTERS)), 0, torch.int64)
+        # The device works (error_flag lies there) and the arguments are valid: it is the size.
+        except RuntimeError as error:
+            raise MemoryError(
+                f"num_slots = {self.num_slots} of window = {self.cfg.window} need "
+                f"{size / 2**20:.1f} MiB on {self.device}, which could not be allocated"
+            ) from error
+
+    def _rings(self) -> tuple[Tensor, ...]:
+        """Everything that makes up the contents of a slot, its history included."""
+        return (
+            self.ring_query,
+            self.ring_out,
+            self.ring_lse,
+            self.ring_depth,
+            self.ring_anchors,
+            self.ring_position,
+            self.slot_begin,
+            self.slot_end,
+            self.slot_request,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (*self._rings(), self.counters, self.threshold, self.error_flag)
+        return sum(t.nbytes for t in tensors)
+
+    def __repr__(self) -> str:
+        return (
+            f"ReuseCache({self.cfg}, num_slots={self.num_slots}, "
+            f"num_qo_heads={self.num_qo_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, dtype={self.dtype}, device='{self.device}'): "
+            f"{self.nbytes / 2**20:.1f} MiB"
+        )
+
+    # Slots and lengths are an int, a sequence, or an int32 or int64 tensor [k] on the CPU or on the
+    # cache's device. Those on a GPU are not read back: a wrong one is set aside and flagged.
+
+    def reset(self, slots: Ints | None = None) -> None:
+        """Empty these slots, counters included; None is all of them.
+
+        Raises ValueError for a slot out of range; on the GPU it is ignored and `check` raises.
+        """
+        if slots is None:
+            which = torch.ones(self.num_slots, dtype=torch.bool, device=self.device)
+        else:
+            which = self._mask(self._slots("slots", slots, distinct=False)[0])
+        self._empty(which)
+
+    def fork(self, src: Ints, dst: Ints) -> None:
+        """Copy slot `src[i]` over slot `dst[i]`: beam search, parallel sampling.
+
+        All of `src` is read before any of `dst` is written, so a permutation is fine. The counters
+        of `dst` start at zero. A copy keeps the request id of its source: to go on under another,
+        write that to `slot_request[dst]`.
+
+        Raises ValueError for slots out of range, a `dst` that occurs twice, or different numbers
+        of them. On the GPU such a `dst` is emptied, and `check` raises.
+        """
+        source, source_valid = self._slots("src", src, distinct=False)
+        target, target_valid = self._slots("dst", dst, distinct=True)
+        if len(source) != len(target):
+            raise ValueError(f"dst has {len(target)} slots, must have {len(source)} as src")
+        if len(source) == 0:
+            return
+        valid = source_valid & target_valid
+        # A pair that is not valid repeats one that is; without any, slot 0 is copied onto itself.
+        first = valid.to(torch.int32).argmax()
+        read, write = (
+            slots.where(valid, slots.take(first).where(valid.any(), 0))
+            for slots in (source, target)
+        )
+        for tensor in self._rings():
+            tensor.index_copy_(0, write, tensor.index_select(0, read))
+        self.counters.masked_fill_(self._mask(target, valid)[:, None], 0)
+        self._empty(self._mask(target, ~valid))
+
+    def truncate(self, slots: Ints, seq_lens: Ints) -> None:
+        """Drop the entries at positions from `seq_lens[i]` on of slot `slots[i]`: rejected drafts.
+
+        The next decode step of that slot is the one with seq_len `seq_lens[i] + 1`. Entries that
+        the dropped ones had overwritten do not come back: the ring has fewer for a while.
+
+        Raises ValueError for slots out of range or given twice, and for lengths that are negative
+        or beyond the slot's end. On the GPU `check` raises: a slot out of range is ignored, of one
+        given twice the shorter length counts, a length too long drops nothing and a negative one
+        everything.
+        """
+        index, _ = self._slots("slots", slots, distinct=True)
+        lens = self._ints("seq_lens", seq_lens).to(self.device)
+        if len(lens) != len(index):
+            raise ValueError(f"seq_lens has {len(lens)} lengths, must have {len(index)} as slots")
+        untouched = torch.iinfo(torch.int64).max
+        limit = torch.full((self.num_slots + 1,), untouched, dtype=torch.int64, device=self.device)
+        limit = limit.scatter_reduce_(0, index, lens, "amin")[: self.num_slots]
+        wrong = (limit < 0) | ((limit > self.slot_end) & (limit != untouched))
+        if self.device.type == "cpu":
+            for slot in wrong.nonzero().flatten().tolist():
+                raise ValueError(
+                    f"seq_lens for slot {slot} is {int(limit[slot])}, "
+                    f"must be from 0 to the slot's end, {int(self.slot_end[slot])}"
+                )
+        self._flag(wrong, ERROR_SEQ_LENS)
+        limit = limit.clamp(0, INT32_MAX).to(torch.int32)
+        self.slot_end.copy_(torch.minimum(self.slot_end, limit))
+        self.slot_begin.copy_(torch.minimum(self.slot_begin, self.slot_end))
+        self.ring_position.masked_fill_(self.ring_position >= limit[:, None], NO_POSITION)
+
+    def stats(self) -> ReuseStats:
+        """What reuse has saved so far, in all and per slot. Waits for the device.
+
+        The counters of a slot run from its last `reset`, or from the `fork` that made it.
+        """
+        return ReuseStats(self.counters.to("cpu", copy=True), self.num_qo_heads, self.num_kv_heads)
+
+    def check(self) -> None:
+        """Raise ValueError if a call since the last check was given bad values on the GPU.
+
+        Values that live on a GPU (lengths, page ids, slots) are checked there, without waiting:
+        the kernels answer NaN for such a request, touch nothing outside their tensors and set a
+        flag, which this method reads (waiting for the device) and clears.
+        """
+        flag = int(self.error_flag.item())
+        if flag:
+            self.error_flag.zero_()
+            raise ValueError("; ".join(text for bit, text in ERRORS.items() if flag & bit))
+
+    def _empty(self, which: Tensor) -> None:
+        """Empty the slots of a mask `[N]`: what their rings hold no longer has a tag or a range."""
+        self.ring_position.masked_fill_(which[:, None], NO_POSITION)
+        self.slot_begin.masked_fill_(which, 0)
+        self.slot_end.masked_fill_(which, 0)
+        self.slot_request.masked_fill_(which, NO_REQUEST)
+        self.counters.masked_fill_(which[:, None], 0)
+
+    def _mask(self, index: Tensor, where: Tensor | None = None) -> Tensor:
+        """Mask `[N]` of the slots that `_slots` gave; of those only the ones `where`."""
+        if where is not None:
+            index = index.where(where, self.num_slots)
+        mask = torch.zeros(self.num_slots + 1, dtype=torch.bool, device=self.device)
+        return mask.index_fill_(0, index, True)[: self.num_slots]
+
+    def _flag(self, wrong: Tensor, bit: int) -> None:
+        self.error_flag.bitwise_or_(wrong.any().to(torch.int32) * bit)
+
+    def _slots(self, name: str, slots: Ints, *, distinct: bool) -> tuple[Tensor, Tensor]:
+        """Slots int64 `[k]` on the device, and which of them are valid (in range, not given twice).
+
+        One that is out of range has become num_slots, which is nobody's.
+        """
+        given = self._ints(name, slots)
+        if given.device.type == "cpu":
+            seen: set[int] = set()
+            for slot in given.tolist():
+                check_int(name, slot, low=0, high=self.num_slots - 1)
+                if distinct and slot in seen:
+                    raise ValueError(f"{name} holds {slot} twice, must name every slot once")
+                seen.add(slot)
+            index = given.to(self.device)
+            return index, torch.ones_like(index, dtype=torch.bool)
+        index, valid = _valid_slots(given, self.num_slots, distinct=distinct)
+        self._flag(~valid, ERROR_SLOTS)
+        return index, valid
+
+    def _ints(self, name: str, values: Ints) -> Tensor:
+        """One int or several as int64 `[k]`, on the CPU or where the caller had them."""
+        if not isinstance(values, Tensor):
+            numbers = list(values) if isinstance(values, Sequence) else [values]
+            for number in numbers:
+                check_int(name, number, low=-INT32_MAX)
+            return torch.tensor(numbers, dtype=torch.int64)
+        check_tensor(name, values, dtype=INT_DTYPES)
+        if values.ndim > 1:
+            raise ValueError(f"{name} has shape {list(values.shape)}, must be [] or [k]")
+        if values.device.type != "cpu":
+            check_tensor(name, values, device=self.device)
+        return values.reshape(-1).to(torch.int64)
+
+
+def _valid_slots(given: Tensor, num_slots: int, *, distinct: bool) -> tuple[Tensor, Tensor]:
+    """What `ReuseCache._slots` answers for values that must not be read back from a GPU."""
+    in_range = (given >= 0) & (given < num_slots)
+    index = given.where(in_range, num_slots)
+    if not distinct:
+        return index, in_range
+    uses = torch.zeros(num_slots + 1, dtype=torch.int32, device=given.device)
+    uses.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+    return index, in_range & (uses[index] == 1)

@@ -1,0 +1,119 @@
+"""The options of reuse: how far back to look, how alike is enough, what is attended afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ._checks import check_choice, check_int, check_number
+
+
+@dataclass(frozen=True)
+class ReuseConfig:
+    """Options of reuse, checked when constructed; immutable, comparable and hashable.
+
+    At a step of position p the pre-RoPE query is compared with those of the `window` positions
+    before. If the nearest is within the threshold, its attention result over the old tokens is
+    reused and only the newest ones, from `band` tokens before it on, are attended afresh.
+
+    Args:
+        window: how many recent queries are kept and searched, >= 1. Memory and matching time grow
+            with it.
+        band: newest tokens of an entry that are never reused but always attended afresh, >= 1. A
+            larger band lowers the error of a hit and raises its cost.
+        anchors: heaviest tokens per KV head that a hit attends exactly with its own query, >= 0.
+            They cut the error of a hit to less than half (not in the paper: 0 is the paper).
+        threshold: how far apart two queries may be, one number or one per query head (a sequence or
+            tensor `[num_qo_heads]`, kept as a tuple). 0 in the relative and 1 in the absolute mode
+            never hit.
+        threshold_mode: "relative": the squared distance must be below `threshold * |query|²`.
+            "absolute" (the paper): below `2 * head_dim * (1 - threshold)²`, the threshold being
+            the paper's τ in `[0, 1]`.
+        granularity: "group": the query heads that share a KV head decide together, by the mean of
+            their scores, so that a KV head is read in full for all of them or for none. "head" (the
+            paper): each for itself; needs `anchors=0`.
+        min_context: shortest seq_len at which a hit is allowed, >= 0.
+        max_reuse_depth: longest chain of reuse, >= 1: an entry made by that many hits in a row is
+            not reused again. None is no limit.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type.
+    """
+
+    window: int = 512
+    band: int = 256
+    anchors: int = 64
+    threshold: float | Sequence[float] | Tensor = 0.16
+    threshold_mode: Literal["relative", "absolute"] = "relative"
+    granularity: Literal["group", "head"] = "group"
+    min_context: int = 2048
+    max_reuse_depth: int | None = None
+
+    def __post_init__(self) -> None:
+        check_int("window", self.window, low=1)
+        check_int("band", self.band, low=1)
+        check_int("anchors", self.anchors, low=0)
+        check_int("min_context", self.min_context, low=0)
+        if self.max_reuse_depth is not None:
+            check_int("max_reuse_depth", self.max_reuse_depth, low=1)
+        check_choice("threshold_mode", self.threshold_mode, ("relative", "absolute"))
+        check_choice("granularity", self.granularity, ("group", "head"))
+        if self.granularity == "head" and self.anchors > 0:
+            raise ValueError(
+                f"anchors is {self.anchors}, must be 0 with granularity='head': "
+                "anchors belong to a KV head, so its query heads must decide together"
+            )
+        # Plain numbers, so that configs compare, hash and do not change with a caller's tensor.
+        object.__setattr__(self, "threshold", self._plain_threshold(self.threshold))
+
+    def _plain_threshold(self, threshold: Any) -> float | tuple[float, ...]:
+        # τ > 1 would widen the threshold again: a slip, not a setting. rho ends up as a float32.
+        high = 1.0 if self.threshold_mode == "absolute" else torch.finfo(torch.float32).max
+        if isinstance(threshold, Tensor):
+            if threshold.ndim > 1:
+                raise ValueError(
+                    f"threshold has shape {list(threshold.shape)}, must be [] or [num_qo_heads]"
+                )
+            threshold = threshold.tolist()
+        if isinstance(threshold, Sequence) and not isinstance(threshold, str):
+            if not threshold:
+                raise ValueError("threshold is empty, must hold one number per query head")
+            return tuple(
+                check_number(f"threshold[{i}]", number, low=0.0, high=high)
+                for i, number in enumerate(threshold)
+            )
+        return check_number("threshold", threshold, low=0.0, high=high)
+
+    def threshold_per_head(self, num_qo_heads: int, head_dim: int) -> Tensor:
+        """What the kernels compare with, float32 `[num_qo_heads]` on the CPU.
+
+        Absolute mode: θ = 2 * head_dim * (1 - τ)²; relative mode: the factor of |query|². Raises
+        ValueError if the config holds another number of thresholds than there are query heads.
+        """
+        assert isinstance(self.threshold, (float, tuple))  # by __post_init__
+        given = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        if len(given) not in (1, num_qo_heads):
+            raise ValueError(
+                f"threshold has {len(given)} numbers, must have 1 or num_qo_heads = {num_qo_heads}"
+            )
+        number = torch.tensor(given, dtype=torch.float64)
+        if self.threshold_mode == "absolute":
+            number = 2.0 * head_dim * (1.0 - number) ** 2
+        return number.float().expand(num_qo_heads).contiguous()
+
+    @classmethod
+    def paper(cls) -> ReuseConfig:
+        """The settings of MAC-Attention (arXiv:2604.00235): τ = 0.45, every head for itself."""
+        return cls(
+            window=512,
+            band=256,
+            anchors=0,
+            threshold=0.45,
+            threshold_mode="absolute",
+            granularity="head",
+            min_context=2048,
+        )

@@ -1,0 +1,26 @@
+"""Hugging Face transformers: decode an unpatched Llama, Qwen2, Qwen3, ... with MAC-Attention.
+
+    from mac_attn.integrations.transformers import MacCache  # importing it registers "mac"
+
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="mac")
+    cache = MacCache(model, max_length=8192)
+    model.generate(**inputs, past_key_values=cache)
+    print(cache.stats())
+
+Prefill is torch SDPA, followed by `mac_attn.seed` with the last queries of the prompt; a step with
+one new token is `mac_attn.decode`, which finds the pre-RoPE query by itself. Several tokens on a
+cache in use (chunked prefill, draft tokens) are SDPA and `seed` again. Without a MacCache, "mac" is
+SDPA.
+"""
+
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from .attention import mac_attention_forward
+from .cache import MacCache
+from .timer import AttentionTimer
+
+__all__ = ["AttentionTimer", "MacCache", "mac_attention_forward"]
+
+AttentionInterface.register("mac", mac_attention_forward)
+AttentionMaskInterface.register("mac", sdpa_mask)

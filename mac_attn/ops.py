@@ -1,0 +1,259 @@
+"""The three stages as thin functions over the compiled ops, with their fake kernels beside them.
+
+`mac_attn.decode` is these three in a row. Alone they compose with other kernels: `match` and
+`complete` with another attention kernel in place of `amend`, or `amend` as a split-KV decode kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (registers torch.ops.mac_attn)
+from ._checks import check_tensor
+from .paging import KVCache, kv_views
+
+if TYPE_CHECKING:
+    from .cache import ReuseCache
+
+_INT32_MAX = 2**31 - 1
+
+
+class Amended(NamedTuple):
+    """What `amend` yields: two attention states per query head and the new entry's anchors.
+
+    Attributes:
+        states: [2, B, num_qo_heads, head_dim] float32, softmax-weighted means. Row 0 is over the old
+            tokens that no reused state covers, row 1 over the anchors and the band.
+        state_lse: [2, B, num_qo_heads] float32, natural log of the sum of exp(logit), -inf if empty.
+        anchors: [B, num_kv_heads, S] int32 positions, -1 where unused (those last).
+    """
+
+    states: Tensor
+    state_lse: Tensor
+    anchors: Tensor
+
+
+def match(
+    reuse: ReuseCache,
+    q_match: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor,
+    request_ids: Tensor | None = None,
+) -> Tensor:
+    """Find, for every query head, the recent query to reuse (paper §3.1, "match").
+
+    Args:
+        reuse: the layer's cache; it is only read.
+        q_match: [B, num_qo_heads, head_dim] pre-RoPE queries, in the cache's dtype.
+        seq_lens: [B] int32, tokens in the KV cache, the current one included; 0 is a padding row.
+        slots: [B] int32, the ring slot of each request.
+        request_ids: [B] int64 or None; a slot whose last call had another id counts as empty.
+
+    Returns:
+        [B, num_qo_heads] int32: the position of the matched entry, or -1 for a miss. With group
+        decisions it is the same for all query heads of a KV head.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
+    """
+    _check_query("q_match", q_match, reuse)
+    return torch.ops.mac_attn.match(
+        q_match,
+        seq_lens,
+        slots,
+        request_ids,
+        reuse.ring_query,
+        reuse.ring_depth,
+        reuse.ring_position,
+        reuse.slot_begin,
+        reuse.slot_end,
+        reuse.slot_request,
+        reuse.threshold,
+        reuse.cfg.threshold_mode == "relative",
+        reuse.cfg.granularity == "head",
+        reuse.cfg.band,
+        reuse.cfg.min_context,
+        _INT32_MAX if reuse.cfg.max_reuse_depth is None else reuse.cfg.max_reuse_depth,
+    )
+
+
+def amend(
+    q: Tensor,
+    kv_cache: KVCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    source: Tensor | None = None,
+    reuse: ReuseCache | None = None,
+    slots: Tensor | None = None,
+    sm_scale: float | None = None,
+    logits_soft_cap: float = 0.0,
+    kv_layout: str = "NHD",
+) -> Amended:
+    """Attend afresh to what the reused state does not cover (paper §3.2, "amend").
+
+    With `source` and `reuse` the tokens are [E(c), n) on a hit and [0, n) on a miss, split at E(p);
+    without them all of [0, n), in row 1 of the result: plain split-KV decode attention.
+
+    Args: as for `mac_attn.decode`; `source` is what `match` returned.
+    """
+    k_cache, v_cache = kv_views(kv_cache, kv_layout)
+    if (source is None) != (reuse is None):
+        raise ValueError("source and reuse: one is None, must be given both or neither")
+    if sm_scale is None:
+        sm_scale = 1.0 / math.sqrt(q.size(-1))
+    if reuse is not None:
+        _check_query("q", q, reuse)
+        check_tensor(
+            "k_cache", k_cache, shape=("pages", "page", reuse.num_kv_heads, reuse.head_dim)
+        )
+    states, state_lse, anchors = torch.ops.mac_attn.amend(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        source,
+        slots if reuse is not None else None,
+        reuse.ring_anchors if reuse is not None else None,
+        reuse.cfg.window if reuse is not None else 1,
+        reuse.cfg.band if reuse is not None else 1,
+        sm_scale,
+        logits_soft_cap,
+    )
+    return Amended(states, state_lse, anchors)
+
+
+def complete(
+    amended: Amended,
+    seq_lens: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    reuse: ReuseCache | None = None,
+    source: Tensor | None = None,
+    q_match: Tensor | None = None,
+    slots: Tensor | None = None,
+    request_ids: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Merge the parts by log-sum-exp and store the new ring entries (paper §3.3, "complete").
+
+    Without `reuse` it only merges the two states of `amended`.
+
+    Args:
+        amended: from `amend`, or from another kernel in the same form.
+        seq_lens: [B] int32, as given to `amend`.
+        dtype: of the output, when neither `reuse` nor `out` says it.
+        reuse, source, q_match, slots, request_ids: as for `match`, whose answer `source` is.
+        out: [B, num_qo_heads, head_dim], written in place, or None for a new tensor.
+
+    Returns:
+        (out, lse): [B, num_qo_heads, head_dim] and [B, num_qo_heads] float32 (natural log).
+    """
+    states, state_lse, anchors = amended
+    lse = torch.empty_like(state_lse[0])
+    if out is None:
+        dtype = reuse.dtype if reuse is not None else dtype
+        out = torch.empty_like(states[0], dtype=dtype)
+    if reuse is None:
+        torch.ops.mac_attn.complete_exact(states, state_lse, seq_lens, out, lse)
+        return out, lse
+    check_tensor("source", source, dtype=torch.int32)
+    _check_query("q_match", q_match, reuse)
+    check_tensor("slots", slots, dtype=torch.int32)
+    torch.ops.mac_attn.complete(
+        states,
+        state_lse,
+        anchors,
+        source,
+        q_match,
+        seq_lens,
+        slots,
+        request_ids,
+        reuse.ring_query,
+        reuse.ring_out,
+        reuse.ring_lse,
+        reuse.ring_depth,
+        reuse.ring_anchors,
+        reuse.ring_position,
+        reuse.slot_begin,
+        reuse.slot_end,
+        reuse.slot_request,
+        reuse.counters,
+        reuse.cfg.band,
+        out,
+        lse,
+    )
+    return out, lse
+
+
+def _check_query(name: str, query: Tensor, reuse: ReuseCache) -> None:
+    """Queries of the model that the cache was made for."""
+    shape = ("batch", reuse.num_qo_heads, reuse.head_dim)
+    check_tensor(name, query, shape=shape, dtype=reuse.dtype, device=reuse.device)
+
+
+def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge two attention states over disjoint sets of tokens, exactly.
+
+    `lse = log(exp(lse1) + exp(lse2))`, `out = out1 exp(lse1 - lse) + out2 exp(lse2 - lse)`; an empty
+    state is (0, -inf) and may be either operand or both. Any device, differentiable in no argument.
+
+    Args:
+        out1, out2: [..., head_dim], softmax-weighted means of the values.
+        lse1, lse2: [...], natural log of the sum of exp(logit). (FlashInfer's are base 2: multiply
+            those by ln 2 first.)
+
+    Returns:
+        (out, lse) in the operands' promoted dtypes.
+    """
+    check_tensor("out2", out2, shape=tuple(out1.shape))
+    check_tensor("lse1", lse1, shape=tuple(out1.shape[:-1]))
+    check_tensor("lse2", lse2, shape=tuple(out1.shape[:-1]))
+    lse = torch.logaddexp(lse1, lse2)
+    # Two empty states: -inf - -inf would be NaN; their weights are 0.
+    base = torch.where(lse == -math.inf, torch.zeros_like(lse), lse)
+    weight1 = torch.exp(lse1 - base).unsqueeze(-1)
+    weight2 = torch.exp(lse2 - base).unsqueeze(-1)
+    out = out1 * weight1 + out2 * weight2
+    return out.to(torch.promote_types(out1.dtype, out2.dtype)), lse
+
+
+@torch.library.register_fake("mac_attn::match")
+def _match_fake(q_match: Tensor, seq_lens: Tensor, *args: object) -> Tensor:
+    return seq_lens.new_empty((q_match.size(0), q_match.size(1)))
+
+
+@torch.library.register_fake("mac_attn::amend")
+def _amend_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    source: Tensor | None,
+    slots: Tensor | None,
+    ring_anchors: Tensor | None,
+    *args: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_qo_heads, head_dim = q.shape
+    num_anchors = 0 if ring_anchors is None else ring_anchors.size(-1)
+    return (
+        q.new_empty((2, batch, num_qo_heads, head_dim), dtype=torch.float32),
+        q.new_empty((2, batch, num_qo_heads), dtype=torch.float32),
+        seq_lens.new_empty((batch, k_cache.size(2), num_anchors)),
+    )
+
+
+@torch.library.register_fake("mac_attn::complete_exact")
+def _complete_exact_fake(*args: object) -> None:
+    return None
+
+
+@torch.library.register_fake("mac_attn::complete")
+def _complete_fake(*args: object) -> None:
+    return None

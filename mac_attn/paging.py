@@ -1,0 +1,135 @@
+"""Paged KV caches as other libraries lay them out, brought to the form that the kernels read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import INT_DTYPES, check_choice, check_int, check_tensor
+
+KVCache = Tensor | tuple[Tensor, Tensor]
+
+_LAYOUTS = ("NHD", "HND")
+_NHD = ("num_pages", "page_size", "num_kv_heads", "head_dim")
+_HND = ("num_pages", "num_kv_heads", "page_size", "head_dim")
+
+
+def kv_views(kv_cache: KVCache, kv_layout: str = "NHD") -> tuple[Tensor, Tensor]:
+    """The keys and the values of a paged cache as views, whatever its layout. Copies nothing.
+
+    Args:
+        kv_cache: a pair (k_cache, v_cache), each [num_pages, page_size, num_kv_heads, head_dim] for
+            kv_layout "NHD" or [num_pages, num_kv_heads, page_size, head_dim] for "HND", or one
+            tensor with the pair in dimension 1. The last dimension must be contiguous.
+        kv_layout: "NHD" or "HND".
+
+    Returns:
+        (k, v), both [num_pages, page_size, num_kv_heads, head_dim] with strides of any kind but
+        in the last dimension.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or stride does not fit.
+    """
+    check_choice("kv_layout", kv_layout, _LAYOUTS)
+    shape = _NHD if kv_layout == "NHD" else _HND
+    if isinstance(kv_cache, Tensor):
+        check_tensor("kv_cache", kv_cache, shape=(shape[0], 2, *shape[1:]))
+        k, v = kv_cache.unbind(1)
+    elif isinstance(kv_cache, (tuple, list)) and len(kv_cache) == 2:
+        k, v = kv_cache
+    else:
+        size = f" of {len(kv_cache)}" if isinstance(kv_cache, (tuple, list)) else ""
+        raise TypeError(
+            f"kv_cache is a {type(kv_cache).__name__}{size}, must be a tensor or a pair of tensors"
+        )
+    check_tensor("k_cache", k, shape=shape, rows=True)
+    check_tensor("v_cache", v, shape=k.shape, dtype=k.dtype, device=k.device, rows=True)
+    if kv_layout == "HND":
+        return k.transpose(1, 2), v.transpose(1, 2)
+    return k, v
+
+
+def from_flashinfer(
+    indptr: Tensor,
+    indices: Tensor,
+    last_page_len: Tensor,
+    page_size: int,
+    *,
+    max_pages: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Turn FlashInfer's ragged page table into a block table and lengths.
+
+    Args:
+        indptr: [B + 1] int32 or int64, where the pages of each request begin in `indices`, from 0.
+        indices: [total pages] int32 or int64, page ids.
+        last_page_len: [B] int32 or int64, tokens in the last page, 1 to page_size. A request
+            without pages has length 0, whatever stands here.
+        page_size: tokens per page.
+        max_pages: columns of the block table. None is the most pages of any request, which waits
+            for the device to learn it.
+
+    Returns:
+        (block_table [B, max_pages] int32, 0 beyond a request's pages; seq_lens [B] int32).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit; on the CPU also if the values
+            of indptr or last_page_len are out of range or max_pages is too small.
+    """
+    page_size = check_int("page_size", page_size, low=1)
+    check_tensor("indptr", indptr, shape=("batch + 1",), dtype=INT_DTYPES)
+    device, batch = indptr.device, len(indptr) - 1
+    if batch < 0:
+        raise ValueError("indptr has shape [0], must be [batch + 1]")
+    check_tensor("indices", indices, shape=("pages",), dtype=INT_DTYPES, device=device)
+    check_tensor("last_page_len", last_page_len, (batch,), dtype=INT_DTYPES, device=device)
+    indptr = indptr.long()
+    pages = indptr.diff()
+    if device.type == "cpu":
+        _check_flashinfer(indptr, indices, last_page_len, page_size)
+    most = int(pages.max()) if batch and (max_pages is None or device.type == "cpu") else 0
+    if max_pages is None:
+        max_pages = most
+    max_pages = check_int("max_pages", max_pages, low=most)
+
+    # Two sentinels of value 0: `indices` may be empty, and places beyond a request's pages hold 0.
+    padded = torch.nn.functional.pad(indices.to(torch.int32), (0, 1))
+    column = torch.arange(max_pages, device=device)
+    at = torch.where(column < pages[:, None], indptr[:-1, None] + column, len(indices))
+    # The clamp keeps a wrong indptr on the GPU, which nobody checks, inside `indices`.
+    block_table = padded[at.clamp(0, len(indices))]
+    seq_lens = torch.where(pages > 0, (pages - 1) * page_size + last_page_len, 0)
+    return block_table, seq_lens.to(torch.int32)
+
+
+def dense_as_pages(k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """See a dense KV cache as a paged one with a page per request. Copies nothing.
+
+    Args:
+        k, v: [B, L, num_kv_heads, head_dim] with any strides but 1 in the last dimension. A cache
+            [B, num_kv_heads, L, head_dim] is `k.transpose(1, 2)`.
+
+    Returns:
+        ((k, v), block_table [B, 1] int32), for kv_layout "NHD": the page size is L.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or stride does not fit.
+    """
+    check_tensor("k", k, shape=("batch", "length", "num_kv_heads", "head_dim"), rows=True)
+    check_tensor("v", v, shape=k.shape, dtype=k.dtype, device=k.device, rows=True)
+    return (k, v), torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[:, None]
+
+
+def _check_flashinfer(
+    indptr: Tensor, indices: Tensor, last_page_len: Tensor, page_size: int
+) -> None:
+    pages = indptr.diff()
+    if int(indptr[0]) != 0 or bool((pages < 0).any()) or int(indptr[-1]) > len(indices):
+        raise ValueError(
+            f"indptr is {indptr.tolist()}, must rise from 0 to at most {len(indices)}, "
+            "the length of indices"
+        )
+    wrong = (pages > 0) & ((last_page_len < 1) | (last_page_len > page_size))
+    for b in wrong.nonzero().flatten().tolist():
+        raise ValueError(
+            f"last_page_len[{b}] is {int(last_page_len[b])}, must be from 1 to {page_size}"
+        )

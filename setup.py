@@ -1,0 +1,75 @@
+"""Builds the extension mac_attn._C; everything else about the package is in pyproject.toml.
+
+Environment:
+    MAC_ATTN_CUDA=0|1       leave the CUDA kernels out, or insist on them
+    CUDA_HOME               the toolkit to build with
+    TORCH_CUDA_ARCH_LIST    the GPUs to build for, default 8.0;9.0a
+    MAC_ATTN_SANITIZE=LIST  e.g. address,undefined: an instrumented build for tests
+    MAX_JOBS                compilers at a time
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))  # pip does not, and build_support lies here
+
+from build_support.toolkit import DEFAULT_ARCHES, find_toolkit, use_cuda  # noqa: E402
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        "mac_attn is built against the torch it runs with: install torch first, then\n"
+        "    pip install --no-build-isolation ."
+    ) from error
+
+cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
+toolkit = find_toolkit() if os.environ.get("MAC_ATTN_CUDA") != "0" else None
+cuda = use_cuda(torch.version.cuda, bool(cuda_sources), toolkit)
+if cuda:
+    os.environ["CUDA_HOME"] = str(toolkit)  # before torch's module looks for one itself
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHES)
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+version = runpy.run_path(str(ROOT / "mac_attn" / "_version.py"))["__version__"]
+macros = [("MAC_ATTN_VERSION", f'"{version}"')]
+# The SIMD kernels choose their instructions file by file and at run time: no -march here.
+# torch's headers have unused parameters by the hundred.
+cxx = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fopenmp"]
+link = ["-fopenmp"]
+if sanitizers := os.environ.get("MAC_ATTN_SANITIZE"):
+    cxx += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g", "-O1"]
+    link += [f"-fsanitize={sanitizers}"]
+
+sources = [*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+flags = {"cxx": cxx}
+if cuda:
+    sources += cuda_sources
+    macros += [
+        ("MAC_ATTN_WITH_CUDA", "1"),
+        ("MAC_ATTN_CUDA_ARCHES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'),
+    ]
+    flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xptxas=-v"]
+else:
+    sources = [path for path in sources if path.name != "ops_cuda.cpp"]
+
+setup(
+    ext_modules=[
+        (CUDAExtension if cuda else CppExtension)(
+            "mac_attn._C",
+            # Relative, as setuptools wants them in a source distribution.
+            [str(path.relative_to(ROOT)) for path in sources],
+            depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*h"))],
+            define_macros=macros,
+            extra_compile_args=flags,
+            extra_link_args=link,
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
+)

@@ -1,0 +1,223 @@
+"""Random cases for the tests: paged KV caches as engines have them, queries that resemble others.
+
+Everything is drawn from a generator seeded per case, so that a case is the same on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mac_attn
+from mac_attn.reference import ReferenceReuse, Step, decode
+
+# Ids that a block table may hold beyond a request's pages: never to be followed.
+GARBAGE_PAGES = (-1, 2**31 - 1, -(2**31), 10**6)
+
+
+@dataclass
+class PagedKV:
+    """KV of several requests in shuffled pages; every place that holds no token yet is NaN."""
+
+    k: Tensor  # [B, L, Hkv, D] what the pages receive, in order
+    v: Tensor  # [B, L, Hkv, D]
+    cache: Tensor | tuple[Tensor, Tensor]  # as mac_attn.decode takes it
+    pages: Tensor  # [B, P] int64, the page ids of a request of length L
+    page_size: int
+    layout: str
+
+    def write(self, begin: list[int], end: list[int]) -> None:
+        """Write the tokens `[begin[b], end[b])` of every request b to their pages."""
+        pair = self.cache.unbind(1) if isinstance(self.cache, Tensor) else self.cache
+        for pages, tokens in zip(pair, (self.k, self.v), strict=True):
+            rows = pages.transpose(1, 2) if self.layout == "HND" else pages
+            for b, (first, last) in enumerate(zip(begin, end, strict=True)):
+                at = torch.arange(first, last, device=self.pages.device)
+                rows[self.pages[b, at // self.page_size], at % self.page_size] = tokens[b, at]
+
+    def table(self, seq_lens: list[int]) -> Tensor:
+        """Block table int32 `[B, P]` with garbage beyond each request's `ceil(n / page_size)`."""
+        table = self.pages.cpu().int()
+        for b, n in enumerate(seq_lens):
+            used = -(-n // self.page_size)
+            for i in range(used, table.shape[1]):
+                table[b, i] = GARBAGE_PAGES[(i + b) % len(GARBAGE_PAGES)]
+        return table.to(self.pages.device)
+
+
+def make_kv(
+    seed: int,
+    *,
+    batch: int,
+    length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    layout: str = "NHD",
+    combined: bool = False,
+    strided: bool = False,
+) -> PagedKV:
+    """KV for `batch` requests of up to `length` tokens, none of them written yet.
+
+    `combined` is one tensor with K and V in dimension 1 instead of a pair. `strided` leaves gaps
+    between pages, tokens and heads, as caches cut from a larger allocation have them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pages_each = -(-length // page_size)
+    num_pages = batch * pages_each + 3  # some pages belong to nobody
+    order = torch.randperm(num_pages, generator=generator)[: batch * pages_each]
+    shape = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
+
+    def allocate(*lead: int) -> Tensor:
+        full = (*lead, *shape, head_dim)
+        if not strided:
+            return torch.full(full, torch.nan, dtype=dtype, device=device)
+        # Rows stay aligned to 16 bytes: 8 elements of padding in the last dimension.
+        padded = (2 * lead[0], *lead[1:], shape[0] + 1, shape[1] + 2, head_dim + 8)
+        buffer = torch.full(padded, torch.nan, dtype=dtype, device=device)
+        return buffer[::2, ..., : shape[0], : shape[1], :head_dim]
+
+    size = (batch, length, num_kv_heads, head_dim)
+    k, v = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
+    cache = allocate(num_pages, 2) if combined else (allocate(num_pages), allocate(num_pages))
+    pages = order.view(batch, pages_each).to(device)
+    return PagedKV(k, v, cache, pages, page_size, layout)
+
+
+def make_q(
+    seed: int,
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    strided: bool = False,
+) -> Tensor:
+    """Normal queries `[..., Hq, D]`; `strided` cuts them out of a fused QKV projection's output."""
+    generator = torch.Generator().manual_seed(seed)
+    *lead, heads, head_dim = shape
+    extra = 2 if strided else 0
+    q = torch.randn((*lead, heads + extra, head_dim), generator=generator).to(device, dtype)
+    return q[..., :heads, :]
+
+
+def random_walk(
+    seed: int,
+    steps: int,
+    batch: int,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    *,
+    step: float = 0.25,
+    jump: float = 0.15,
+    revisit: float = 0.3,
+    reach: int = 8,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Queries `[steps, B, Hq, D]`, normal at every step, each near one of the few before it.
+
+    `q_t = sqrt(1 - a²) q_s + a·noise` for every KV head's group: s is t - 1, or with probability
+    `revisit` one of the `reach` steps before; a is `step`, or 1 (a fresh query) with probability
+    `jump`. Single heads also jump on their own, a third as often. The relative squared distance to
+    the source is about a², so a threshold between step² and 1 gives hits and misses.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, num_kv_heads, group_size)
+    walk = torch.empty(steps, *shape, head_dim)
+    b, h = torch.arange(batch)[:, None], torch.arange(num_kv_heads)
+    for t in range(steps):
+        noise = torch.randn(*shape, head_dim, generator=generator)
+        back = torch.randint(1, reach + 1, shape[:2], generator=generator)
+        near = torch.rand(shape[:2], generator=generator) >= revisit
+        source = walk[(t - back.masked_fill(near, 1)).clamp(min=0), b, h] if t else noise
+        jumps = torch.rand(*shape[:2], 1, generator=generator) < jump
+        jumps = jumps | (torch.rand(shape, generator=generator) < jump / 3)
+        a = torch.where(jumps, 1.0, step)[..., None]
+        walk[t] = (1 - a**2).sqrt() * source + a * noise
+    return walk.flatten(2, 3).to(device, dtype)
+
+
+def small_config(**changes: Any) -> mac_attn.ReuseConfig:
+    """Options small enough that a context of some hundred tokens wraps the ring several times."""
+    options = dict(window=32, band=16, anchors=0, threshold=0.16, min_context=24) | changes
+    return mac_attn.ReuseConfig(**options)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the reference: its tiny operations gain nothing from threads, which on a busy machine
+    wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class ReferenceChain:
+    """Requests decoded by the reference, a slot each; q_match is not q, to tell them apart."""
+
+    def __init__(
+        self,
+        cfg: mac_attn.ReuseConfig,
+        *,
+        steps: int,
+        batch: int = 1,
+        heads: tuple[int, int] = (4, 2),
+        head_dim: int = 16,
+        seed: int = 0,
+        **walk: Any,
+    ) -> None:
+        self.kv = make_kv(
+            seed, batch=batch, length=steps, num_kv_heads=heads[1], head_dim=head_dim, page_size=4
+        )
+        self.kv.write([0] * batch, [steps] * batch)
+        self.q = make_q(seed + 1, steps, batch, heads[0], head_dim)
+        self.q_match = random_walk(
+            seed + 2, steps, batch, heads[1], heads[0] // heads[1], head_dim, **walk
+        )
+        self.reuse = ReferenceReuse(
+            cfg, num_slots=batch + 1, num_qo_heads=heads[0], num_kv_heads=heads[1]
+        )
+        self.batch = batch
+
+    def step(
+        self,
+        p: int,
+        *,
+        q: Tensor | None = None,
+        q_match: Tensor | None = None,
+        slots: list[int] | None = None,
+        request_ids: list[int] | None = None,
+        **options: Any,
+    ) -> Step:
+        """Decode position p of every request."""
+        with one_thread():
+            return decode(
+                self.q[p] if q is None else q,
+                self.kv.cache,
+                self.kv.table([p + 1] * self.batch),
+                torch.tensor([p + 1] * self.batch),
+                reuse=self.reuse,
+                slots=torch.arange(self.batch) if slots is None else torch.tensor(slots),
+                q_match=self.q_match[p] if q_match is None else q_match,
+                request_ids=None if request_ids is None else torch.tensor(request_ids),
+                **options,
+            )
+
+    def run(self, begin: int, end: int, **options: Any) -> list[Step]:
+        """Decode the positions `[begin, end)`."""
+        return [self.step(p, **options) for p in range(begin, end)]
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    """Assert equality of two float64 computations: sums of some hundred terms of unit size."""
+    torch.testing.assert_close(got, want.double(), atol=1e-12, rtol=1e-12)

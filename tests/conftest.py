@@ -1,0 +1,27 @@
+"""Fixtures shared by all tests."""
+
+import pytest
+import torch
+
+
+def _cuda_missing() -> str | None:
+    """Why the CUDA tests cannot run here, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    from mac_attn import _C
+
+    return None if _C.build_info()["cuda_arches"] else "mac_attn was built without CUDA"
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every backend in turn; the same test must hold on all of them."""
+    if request.param == "cuda" and (reason := _cuda_missing()):
+        pytest.skip(reason)
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers in every run of a test."""
+    torch.manual_seed(0)

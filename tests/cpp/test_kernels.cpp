@@ -1,0 +1,184 @@
+// The CPU kernels without torch: a decode loop on random data with std::thread as the team, compared with
+// sums in double written out below. Small on purpose: tests/*.py go through the shapes; this one shows that
+// the kernels stand alone, and is what the sanitizers (-DMAC_ATTN_SANITIZE=...) run on.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/schedule.h"
+
+namespace {
+
+using namespace mac_attn;
+
+constexpr int kBatch = 2, kKvHeads = 2, kGroup = 3, kHeadDim = 80, kPageSize = 7, kMaxPages = 60;
+constexpr int kHeads = kKvHeads * kGroup, kSlots = 3, kWindow = 24, kBand = 16, kAnchors = 4, kThreads = 3;
+constexpr int kFirst = 60, kTokens = 200;
+
+std::mt19937 generator(7);
+float normal() {
+  static std::normal_distribution<float> distribution;
+  return distribution(generator);
+}
+std::vector<float> random_floats(size_t count) {
+  std::vector<float> values(count);
+  for (float& value : values) value = normal();
+  return values;
+}
+
+template <typename Kernel, typename Params, typename Work>
+void run_team(Kernel kernel, const Params& params, Work& work) {
+  std::vector<std::thread> team;
+  for (int i = 0; i < kThreads; ++i) team.emplace_back([&] { kernel(params, work); });
+  for (std::thread& thread : team) thread.join();
+}
+
+struct State {
+  double lse = -INFINITY;
+  std::vector<double> out = std::vector<double>(kHeadDim, 0.0);
+};
+
+struct Model {
+  std::vector<float> k = random_floats(size_t{kBatch} * kMaxPages * kPageSize * kKvHeads * kHeadDim);
+  std::vector<float> v = random_floats(k.size());
+  std::vector<int32_t> block_table;
+  std::vector<float> query = random_floats(kBatch * kHeads * kHeadDim);
+  std::vector<int32_t> seq_lens = std::vector<int32_t>(kBatch);
+  std::vector<int32_t> slots = {2, 0};
+
+  // Page i of request b is page i * kBatch + b of the cache.
+  Model() {
+    for (int b = 0; b < kBatch; ++b) {
+      for (int i = 0; i < kMaxPages; ++i) block_table.push_back(i * kBatch + b);
+    }
+  }
+  size_t row(int b, int token, int kv_head) const {
+    const size_t page = block_table[b * kMaxPages + token / kPageSize];
+    return ((page * kPageSize + token % kPageSize) * kKvHeads + kv_head) * kHeadDim;
+  }
+  // Exact attention of one head over [0, n).
+  State attend(int b, int head, int n) const {
+    const float* q = &query[(b * kHeads + head) * kHeadDim];
+    std::vector<double> logits(n);
+    double high = -INFINITY, sum = 0;
+    for (int t = 0; t < n; ++t) {
+      double dot = 0;
+      for (int d = 0; d < kHeadDim; ++d) dot += double(q[d]) * k[row(b, t, head / kGroup) + d];
+      logits[t] = dot / std::sqrt(double(kHeadDim));
+      high = std::max(high, logits[t]);
+    }
+    State state;
+    for (int t = 0; t < n; ++t) {
+      const double weight = std::exp(logits[t] - high);
+      sum += weight;
+      for (int d = 0; d < kHeadDim; ++d) state.out[d] += weight * v[row(b, t, head / kGroup) + d];
+    }
+    for (double& value : state.out) value /= sum;
+    state.lse = high + std::log(sum);
+    return state;
+  }
+};
+
+struct RingTensors {
+  std::vector<float> query = std::vector<float>(kSlots * kKvHeads * kWindow * kGroup * kHeadDim);
+  std::vector<float> out = query, lse = std::vector<float>(kSlots * kKvHeads * kWindow * kGroup);
+  std::vector<int32_t> depth = std::vector<int32_t>(lse.size());
+  std::vector<int32_t> anchors = std::vector<int32_t>(kSlots * kKvHeads * kWindow * kAnchors, -1);
+  std::vector<int32_t> position = std::vector<int32_t>(kSlots * kWindow, -1);
+  std::vector<int32_t> begin = std::vector<int32_t>(kSlots), end = begin;
+  std::vector<int64_t> request = std::vector<int64_t>(kSlots, -1);
+  std::vector<int64_t> counters = std::vector<int64_t>(kSlots * kNumCounters);
+
+  Ring view() {
+    return {query.data(),    out.data(),   lse.data(), depth.data(),   anchors.data(),
+            position.data(), begin.data(), end.data(), request.data(), counters.data(),
+            kSlots,          kWindow,      kAnchors};
+  }
+};
+
+// Decodes kTokens tokens. The query changes only every `repeat` steps, so with a threshold above 0 the steps
+// between are hits on an equal query, whose result must still be exact. Returns the largest error.
+double decode(float threshold, int repeat, int64_t& hits) {
+  Model model;
+  RingTensors ring;
+  std::vector<float> thresholds(kHeads, threshold);
+  const Shape shape{kBatch, kKvHeads, kGroup, kHeadDim};
+  const HeadsView query{model.query.data(), kHeads * kHeadDim, kHeadDim};
+  const Requests requests{model.seq_lens.data(), model.slots.data(), nullptr};
+  double error = 0;
+  for (int step = 0; step < kTokens; ++step) {
+    if (step % repeat == 0) model.query = random_floats(model.query.size());
+    for (int b = 0; b < kBatch; ++b) model.seq_lens[b] = kFirst + step + 5 * b;
+    const HeadsView now{model.query.data(), query.batch_stride, query.head_stride};
+
+    std::vector<int32_t> source(kBatch * kHeads), anchors(kBatch * kKvHeads * kAnchors);
+    std::vector<float> states(kNumSpans * kBatch * kHeads * kHeadDim), state_lse(kNumSpans * kBatch * kHeads);
+    std::vector<float> out(kBatch * kHeads * kHeadDim), lse(kBatch * kHeads);
+
+    MatchParams match{shape, DType::kFloat32, now,   requests, ring.view(), thresholds.data(),
+                      true,  false,           kBand, 1,        1 << 30,     source.data()};
+    cpu::MatchWork match_work(match, kThreads);
+    run_team(cpu::kernels().match, match, match_work);
+    match_work.write_source(match);
+
+    AmendParams amend{};
+    amend.shape = shape, amend.dtype = DType::kFloat32, amend.query = now, amend.requests = requests;
+    amend.kv = {model.k.data(),      model.v.data(), kPageSize * kKvHeads * kHeadDim,
+                kKvHeads * kHeadDim, kHeadDim,       kPageSize * kKvHeads * kHeadDim,
+                kKvHeads * kHeadDim, kHeadDim,       model.block_table.data(),
+                kMaxPages,           kPageSize};
+    amend.source = source.data(), amend.ring_anchors = ring.anchors.data();
+    amend.window = kWindow, amend.band = kBand, amend.num_anchors = kAnchors;
+    amend.sm_scale = 1 / std::sqrt(float(kHeadDim));
+    amend.out = states.data(), amend.lse = state_lse.data(), amend.anchors = anchors.data();
+    cpu::AmendWork amend_work(amend, kThreads);
+    run_team(cpu::kernels().amend, amend, amend_work);
+
+    CompleteParams complete{};
+    complete.shape = shape, complete.dtype = DType::kFloat32, complete.requests = requests;
+    complete.states = states.data(), complete.state_lse = state_lse.data(), complete.source = source.data();
+    complete.anchors = anchors.data(), complete.query = now, complete.ring = ring.view(), complete.band = kBand;
+    complete.out = out.data(), complete.out_batch_stride = kHeads * kHeadDim, complete.out_head_stride = kHeadDim;
+    complete.lse = lse.data();
+    cpu::CompleteWork complete_work(complete);
+    run_team(cpu::kernels().complete, complete, complete_work);
+
+    for (int b = 0; b < kBatch; ++b) {
+      for (int head = 0; head < kHeads; ++head) {
+        const State exact = model.attend(b, head, model.seq_lens[b]);
+        error = std::max(error, std::abs(exact.lse - lse[b * kHeads + head]));
+        for (int d = 0; d < kHeadDim; ++d) {
+          error = std::max(error, std::abs(exact.out[d] - out[(b * kHeads + head) * kHeadDim + d]));
+        }
+      }
+    }
+  }
+  hits = ring.counters[2 * kNumCounters + kKvHeadHits] + ring.counters[kKvHeadHits];
+  return error;
+}
+
+int check(const char* what, bool holds, double error, int64_t hits) {
+  std::printf("%s: %s (largest error %.2g, %lld hits of %d)\n", holds ? "ok" : "FAILED", what, error,
+              static_cast<long long>(hits), kBatch * kKvHeads * kTokens);
+  return holds ? 0 : 1;
+}
+
+}  // namespace
+
+int main() {
+  std::printf("SIMD level: %s\n", cpu::kernels().name);
+  // float32 sums over at most 264 tokens of values near 1: some 264 * 6e-8.
+  constexpr double kTolerance = 2e-5;
+  int64_t hits = 0;
+  double error = decode(0.f, 1, hits);
+  int failed = check("threshold 0 is exact", error < kTolerance && hits == 0, error, hits);
+  error = decode(1e-6f, 8, hits);
+  // 7 of every 8 steps meet an equal query.
+  const int64_t expected = int64_t{kBatch} * kKvHeads * (kTokens - kTokens / 8);
+  failed += check("a hit on an equal query is exact", error < kTolerance && hits == expected, error, hits);
+  error = decode(0.5f, 8, hits);
+  failed += check("queries further apart do not hit", error < kTolerance && hits == expected, error, hits);
+  return failed;
+}

@@ -1,0 +1,385 @@
+"""`mac_attn.decode` against the reference (and SDPA), over the shapes and layouts that go wrong."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import make_kv, make_q, one_thread, random_walk, small_config
+from compare import Twins, check_ring, out_tolerance, state_tolerance
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import mac_attn
+from mac_attn import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GROUPS = [1, 3, 5, 8, 32]
+HEAD_DIMS = [64, 80, 96, 128, 256]
+PAGE_SIZES = [1, 7, 16, 64]
+BAND = 16
+
+
+def check_exact(
+    *,
+    seed: int,
+    lengths: list[int],
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    strided: bool = False,
+    softmax: dict[str, float] | None = None,
+    **options: Any,
+) -> None:
+    """Exact decode of requests of the given lengths equals the reference and torch's SDPA."""
+    softmax = softmax or {}
+    kv = make_kv(
+        seed,
+        batch=len(lengths),
+        length=max(lengths),
+        num_kv_heads=heads[1],
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        strided=strided,
+        **options,
+    )
+    kv.write([0] * len(lengths), lengths)
+    shape = (len(lengths), heads[0], head_dim)
+    q = make_q(seed + 1, *shape, dtype=dtype, device=device, strided=strided)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    call = (q, kv.cache, kv.table(lengths), seq_lens)
+    out, lse = mac_attn.decode(*call, kv_layout=kv.layout, return_lse=True, **softmax)
+    with one_thread():
+        want = reference.decode(*call, kv_layout=kv.layout, **softmax)
+    assert out.shape == shape and out.dtype == dtype and lse.dtype == torch.float32
+    out_tolerance(dtype, device).check(out, want.out, "out")
+    state_tolerance(dtype, device).check(lse, want.lse, "lse")
+    if "logits_soft_cap" in softmax:
+        return
+    for b, n in enumerate(lengths):
+        if n:
+            k, v = (x[b, :n].transpose(0, 1).double() for x in (kv.k, kv.v))
+            row = scaled_dot_product_attention(
+                q[b, :, None].double(), k, v, scale=softmax.get("sm_scale"), enable_gqa=True
+            )
+            out_tolerance(dtype, device).check(out[b], row[:, 0], f"out[{b}] beside SDPA")
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_exact_over_shapes(group, head_dim, device):
+    # Every page size and dtype meets every group size and head_dim somewhere in this grid.
+    at = GROUPS.index(group) * len(HEAD_DIMS) + HEAD_DIMS.index(head_dim)
+    page_size, dtype = PAGE_SIZES[at % 4], DTYPES[at % 3]
+    check_exact(
+        seed=100 + at,
+        lengths=[1, BAND, BAND + 1, 0, 2 * page_size, 2 * page_size + 1, 63, 150],
+        heads=(2 * group, 2),
+        head_dim=head_dim,
+        page_size=page_size,
+        layout="NHD" if at % 2 else "HND",
+        dtype=dtype,
+        device=device,
+    )
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("combined", [False, True])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_over_layouts(dtype, layout, combined, strided, device):
+    check_exact(
+        seed=7,
+        lengths=[1, 33, 14, 28],
+        heads=(6, 2),
+        head_dim=64,
+        page_size=7,
+        layout=layout,
+        combined=combined,
+        strided=strided,
+        dtype=dtype,
+        device=device,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softmax", [{"logits_soft_cap": 2.0}, {"sm_scale": 0.3}])
+def test_exact_with_soft_cap_and_scale(softmax, dtype, device):
+    check_exact(
+        seed=9,
+        lengths=[1, 33, 200],
+        heads=(4, 2),
+        head_dim=64,
+        dtype=dtype,
+        device=device,
+        softmax=softmax,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_at_100k_tokens(dtype, device):
+    check_exact(
+        seed=11,
+        lengths=[100_000],
+        heads=(3, 1),
+        head_dim=64,
+        page_size=64,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def test_exact_of_large_logits_does_not_overflow(device):
+    check_exact(
+        seed=12,
+        lengths=[1, 300],
+        heads=(4, 2),
+        head_dim=64,
+        dtype=torch.float32,
+        device=device,
+        # Logits of about ±300, far beyond exp's range in float32; they cost the tolerance nothing
+        # here, because one token dominates. The lse's tolerance is relative.
+        softmax={"sm_scale": 12.0},
+    )
+
+
+@pytest.mark.parametrize("with_reuse", [False, True])
+def test_empty_batch(with_reuse, device):
+    kv = make_kv(5, batch=1, length=4, num_kv_heads=2, head_dim=64, device=device)
+    ints = torch.empty(0, dtype=torch.int32, device=device)
+    q = torch.empty(0, 4, 64, device=device)
+    options = {}
+    if with_reuse:
+        twins = Twins(small_config(), num_slots=1, heads=(4, 2), head_dim=64, device=device)
+        options = {"reuse": twins.cache, "slots": ints, "q_match": q}
+    out, lse = mac_attn.decode(q, kv.cache, ints.view(0, 1), ints, return_lse=True, **options)
+    assert out.shape == (0, 4, 64) and lse.shape == (0, 4)
+
+
+# --- with reuse ---------------------------------------------------------------------------------
+
+
+def chain(
+    cfg: mac_attn.ReuseConfig,
+    *,
+    device: torch.device,
+    steps: int = 70,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    softmax: dict[str, float] | None = None,
+    **options: Any,
+) -> Twins:
+    """Decode three requests for `steps` steps from empty rings and compare everything each time.
+
+    They start at different lengths, change places in the batch, and one of them pauses now and then
+    (a padding row).
+    """
+    batch, first = 3, [1, 40, 17]
+    kv = make_kv(
+        seed,
+        batch=batch,
+        length=max(first) + steps,
+        num_kv_heads=heads[1],
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        **options,
+    )
+    q = make_q(seed + 1, steps, batch, heads[0], head_dim, dtype=dtype, device=device)
+    group = heads[0] // heads[1]
+    q_match = random_walk(
+        seed + 2, steps, batch, heads[1], group, head_dim, dtype=dtype, device=device
+    )
+    twins = Twins(cfg, num_slots=5, heads=heads, head_dim=head_dim, dtype=dtype, device=device)
+    lengths = [n - 1 for n in first]
+    kv.write([0] * batch, lengths)
+    generator = torch.Generator().manual_seed(seed)
+    for t in range(steps):
+        before, paused = list(lengths), t % 7 == 3
+        lengths = [n + (b != 1 or not paused) for b, n in enumerate(lengths)]
+        kv.write(before, lengths)
+        twins.decode(
+            kv,
+            [0 if b == 1 and paused else n for b, n in enumerate(lengths)],
+            q[t],
+            q_match[t],
+            slots=[4, 0, 2],
+            order=torch.randperm(batch, generator=generator).tolist(),
+            **(softmax or {}),
+        )
+    assert 0 < twins.hit_rate < 1
+    return twins
+
+
+CONFIGS = {
+    "head": dict(granularity="head"),
+    "head absolute": dict(granularity="head", threshold_mode="absolute", threshold=0.75),
+    "group": dict(),
+    "group absolute": dict(threshold_mode="absolute", threshold=0.75),
+    "threshold per head": dict(granularity="head", threshold=[0.1, 0.2, 0.3, 0.15]),
+    "group, threshold per head": dict(threshold=(0.1, 0.2, 0.3, 0.15)),
+    "anchors": dict(anchors=5),
+    "more anchors than tokens at first": dict(anchors=40),
+    "depth": dict(max_reuse_depth=2),
+    "depth per head": dict(granularity="head", max_reuse_depth=3),
+    "anchors and depth": dict(anchors=3, max_reuse_depth=1),
+    "min_context": dict(min_context=60),
+    "window 1": dict(window=1),
+    "band 1": dict(band=1),
+    "band beyond the window": dict(window=8, band=20, anchors=4),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reuse_over_options(name, device):
+    chain(small_config(**CONFIGS[name]), device=device, seed=20)
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_reuse_over_shapes(at, device):
+    group, head_dim, page_size = GROUPS[at], HEAD_DIMS[(at + 2) % 5], PAGE_SIZES[at % 4]
+    chain(
+        small_config(anchors=6),
+        device=device,
+        heads=(2 * group, 2) if group < 32 else (32, 1),
+        head_dim=head_dim,
+        page_size=page_size,
+        seed=40 + at,
+    )
+
+
+@pytest.mark.parametrize("layout, combined, strided", [("NHD", True, True), ("HND", False, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reuse_over_dtypes_and_layouts(dtype, layout, combined, strided, device):
+    chain(
+        small_config(anchors=6),
+        device=device,
+        heads=(6, 2),
+        dtype=dtype,
+        layout=layout,
+        combined=combined,
+        strided=strided,
+        page_size=7,
+        seed=60,
+    )
+
+
+def test_reuse_with_soft_cap_and_scale(device):
+    softmax = {"sm_scale": 0.2, "logits_soft_cap": 3.0}
+    chain(small_config(anchors=6), device=device, softmax=softmax, seed=70)
+
+
+class OneRequest:
+    """Slots of one cache that follow copies of one sequence of tokens."""
+
+    def __init__(
+        self, cfg: mac_attn.ReuseConfig, device: torch.device, *, length: int = 120
+    ) -> None:
+        self.kv = make_kv(80, batch=1, length=length, num_kv_heads=2, head_dim=64, device=device)
+        self.kv.write([0], [length])
+        self.q = make_q(81, length, 1, 4, 64, device=device)
+        self.q_match = random_walk(82, length, 1, 2, 2, 64, device=device)
+        self.twins = Twins(cfg, num_slots=3, heads=(4, 2), head_dim=64, device=device)
+        self.device = device
+
+    def decode(self, positions: range, slot: int = 0, request: int | None = None) -> None:
+        """Decode the given positions and compare the slot after each."""
+        for p in positions:
+            self.twins.decode(
+                self.kv,
+                [p + 1],
+                self.q[p],
+                self.q_match[p],
+                [slot],
+                request_ids=None if request is None else [request],
+            )
+
+    def ints(self, *values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def check(self) -> None:
+        """Compare all slots."""
+        for slot in range(3):
+            check_ring(self.twins.cache, self.twins.reference, slot, self.twins.state)
+
+
+def test_history_rule(device):
+    case = OneRequest(small_config(anchors=3), device)
+    case.decode(range(30, 60), request=7)
+    case.decode(range(59, 80), request=7)  # the last token again: the slot starts anew
+    case.decode(range(82, 90), request=7)  # a gap
+    case.decode(range(90, 100), request=8)  # another request
+    case.decode(range(100, 110))  # no ids
+    assert 0 < case.twins.hit_rate < 1
+
+
+def test_truncate_fork_reset(device):
+    case = OneRequest(small_config(anchors=3), device)
+    cache, twin = case.twins.cache, case.twins.reference
+    case.decode(range(80))
+    cache.fork(case.ints(0, 0), case.ints(2, 1))
+    twin.fork([0, 0], [2, 1])
+    case.check()
+    case.decode(range(80, 90), slot=2)
+    cache.truncate(case.ints(2, 0), case.ints(85, 60))
+    twin.truncate([2, 0], [85, 60])
+    case.check()
+    case.decode(range(85, 100), slot=2)
+    case.decode(range(60, 70), slot=0)
+    cache.reset(case.ints(2))
+    twin.reset([2])
+    case.check()
+    case.decode(range(90, 110), slot=2)
+    cache.reset()
+    twin.reset()
+    case.check()
+    assert 0 < case.twins.hit_rate < 1
+
+
+@pytest.mark.parametrize("anchors", [0, 5])
+def test_seed_then_decode(anchors, device):
+    case = OneRequest(small_config(anchors=anchors), device)
+    last = slice(48, 70)
+    call = (
+        case.q[last].transpose(0, 1),
+        case.kv.cache,
+        case.kv.table([70]),
+        case.ints(70),
+    )
+    rows = {"slots": case.ints(1), "q_match": case.q_match[last].transpose(0, 1)}
+    mac_attn.seed(case.twins.cache, *call, **rows)
+    reference.seed(case.twins.reference, *call, **rows, anchors=case.twins.anchors([1], [70]))
+    case.check()
+    case.decode(range(70, 110), slot=1)
+    assert 0 < case.twins.hit_rate < 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("granularity", ["head", "group"])
+def test_non_finite_query_is_a_miss_and_is_never_matched(granularity, bad, device):
+    case = OneRequest(small_config(granularity=granularity), device)
+    case.decode(range(60))
+    case.q_match[60:70] = case.q_match[59].clone()  # all of them hit
+    case.q_match[62, 0, 1, 5] = bad
+    case.q_match[66, 0, 2, 63] = -bad
+    case.decode(range(60, 75))
+
+
+def test_hit_reads_nothing_below_the_source_but_the_anchors(device):
+    case = OneRequest(small_config(anchors=3), device)
+    case.q_match[79] = case.q_match[78].clone()
+    case.decode(range(79))
+    anchors = [a.tolist() for a in case.twins.reference.entries(0)[78].anchors]
+    for head in range(2):
+        at = torch.tensor([i for i in range(78 + 1 - 16) if i not in anchors[head]], device=device)
+        for pages in case.kv.cache:
+            pages[case.kv.pages[0, at // 16], at % 16, head] = math.nan
+    case.decode(range(79, 80))  # compares with the reference, which gathers but does not use them
+    out = mac_attn.decode(case.q[79], case.kv.cache, case.kv.table([80]), case.ints(80))
+    assert out.isnan().all()  # the poison is where exact attention reads
