@@ -1,7 +1,8 @@
 """MAC-Attention: decode attention that reuses what a recent, similar query has already attended to.
 
-`decode` is one step: match a recent query, amend what its result gets wrong, complete by log-sum-exp
-(arXiv:2604.00235). `ReuseCache` holds the recent queries of one layer, `ReuseConfig` its options.
+`decode` is one step: match a recent query, amend what its result gets wrong, complete by
+log-sum-exp (arXiv:2604.00235). `ReuseCache` holds the recent queries of one layer, `ReuseConfig`
+its options.
 """
 
 from ._version import __version__

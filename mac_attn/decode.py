@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import check_tensor
+from ._checks import FLOAT_DTYPES, check_tensor, check_type
 from .cache import ReuseCache
 from .paging import KVCache
-from .rope import unrotate
-
-
-@overload
-def decode(
-    q: Tensor, kv_cache: KVCache, *args: object, return_lse: Literal[True], **kwargs: object
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def decode(q: Tensor, kv_cache: KVCache, *args: object, **kwargs: object) -> Tensor: ...
+from .rope import pre_rope_query
 
 
 def decode(
@@ -43,18 +31,19 @@ def decode(
     """Attention of one new token per request over its paged KV cache, reusing what it can.
 
     The new tokens' keys and values are in the cache already. With `reuse=None` this is exact decode
-    attention. With a `ReuseCache` a query that resembles a recent one takes over that one's attention
-    to the old context (arXiv:2604.00235); a miss is exact; the cache learns the new query either way.
+    attention. With a `ReuseCache` a query that resembles a recent one takes over that one's
+    attention to the old context (arXiv:2604.00235); a miss is exact; the cache learns the new query
+    either way.
 
     Args:
-        q: [B, num_qo_heads, head_dim] float32, bfloat16 or float16, post-RoPE. head_dim is a multiple
-            of 16, at most 256. The last dimension is contiguous, the others may be strided.
+        q: [B, num_qo_heads, head_dim] float32, bfloat16 or float16, post-RoPE. head_dim is a
+            multiple of 16, at most 256. Only the last dimension has to be contiguous.
         kv_cache: a pair (k_cache, v_cache), each [num_pages, page_size, num_kv_heads, head_dim] for
-            kv_layout "NHD" or [num_pages, num_kv_heads, page_size, head_dim] for "HND", or one tensor
-            with the pair in dimension 1. In q's dtype; read in place. num_kv_heads divides
+            kv_layout "NHD" or [num_pages, num_kv_heads, page_size, head_dim] for "HND", or one
+            tensor with the pair in dimension 1. In q's dtype; read in place. num_kv_heads divides
             num_qo_heads: query head h reads KV head h // (num_qo_heads / num_kv_heads).
-        block_table: [B, max_pages] int32, the pages of each request in order. Entries past the pages
-            in use are never read.
+        block_table: [B, max_pages] int32, the pages of each request in order. Entries past the
+            pages in use are never read.
         seq_lens: [B] int32, tokens per request, the new one included. 0 marks a padding row, whose
             output is 0 (lse -inf) and whose slot is left alone.
         reuse: the layer's cache, or None.
@@ -65,18 +54,23 @@ def decode(
             empty, so that no request can meet another's state.
         sm_scale: factor of the logits, default 1 / sqrt(head_dim).
         logits_soft_cap: cap * tanh(logit / cap) when above 0.
+        kv_layout: "NHD" or "HND", see `kv_cache`.
         out: [B, num_qo_heads, head_dim] in q's dtype, written in place.
-        return_lse: also return the log-sum-exp of the logits (natural log, float32, [B, num_qo_heads]).
+        return_lse: also return the log-sum-exp of the logits: natural log, float32,
+            [B, num_qo_heads].
 
     Returns:
         [B, num_qo_heads, head_dim] in q's dtype, or (out, lse).
 
     Raises:
-        ValueError: a shape, layout, device or value (length, page id, slot) does not fit. On the CPU
-            values are checked too; on CUDA see `ReuseCache.check`. Nothing has been written then.
+        ValueError: a shape, layout, device or value (length, page id, slot) does not fit. On the
+            CPU values are checked too; on CUDA see `ReuseCache.check`. Nothing has been written.
         TypeError: an argument is no tensor or has another dtype than it must.
     """
-    check_tensor("q", q, shape=("batch", "num_qo_heads", "head_dim"))
+    check_tensor("q", q, ("batch", "num_qo_heads", "head_dim"), FLOAT_DTYPES)
+    if reuse is not None:
+        check_type("reuse", reuse, ReuseCache)
+        ops.check_query("q", q, reuse)
     check_tensor("block_table", block_table, shape=(q.size(0), "max_pages"), dtype=torch.int32)
     check_tensor("seq_lens", seq_lens, shape=(q.size(0),), dtype=torch.int32)
     if out is not None:
@@ -88,7 +82,7 @@ def decode(
         out, lse = ops.complete(amended, seq_lens, dtype=q.dtype, out=out)
         return (out, lse) if return_lse else out
 
-    q_match = _pre_rope_query(q, q_match, seq_lens, reuse)
+    q_match = pre_rope_query(q, q_match, seq_lens - 1, reuse.rotary)
     check_tensor("slots", slots, shape=(q.size(0),), dtype=torch.int32)
     rows = {"slots": slots, "request_ids": request_ids}
 
@@ -100,16 +94,3 @@ def decode(
         amended, seq_lens, reuse=reuse, source=source, q_match=q_match, out=out, **rows
     )
     return (out, lse) if return_lse else out
-
-
-def _pre_rope_query(
-    q: Tensor, q_match: Tensor | None, seq_lens: Tensor, reuse: ReuseCache
-) -> Tensor:
-    if q_match is not None:
-        check_tensor("q_match", q_match, shape=tuple(q.shape), dtype=q.dtype, device=q.device)
-        return q_match
-    if reuse.rotary is None:
-        raise ValueError(
-            "q_match is None, must be the pre-RoPE queries unless the ReuseCache was made with `rotary`"
-        )
-    return unrotate(q, seq_lens - 1, reuse.rotary)

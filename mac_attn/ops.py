@@ -1,7 +1,8 @@
 """The three stages as thin functions over the compiled ops, with their fake kernels beside them.
 
 `mac_attn.decode` is these three in a row. Alone they compose with other kernels: `match` and
-`complete` with another attention kernel in place of `amend`, or `amend` as a split-KV decode kernel.
+`complete` with another attention kernel in place of `amend`, or `amend` as a split-KV decode
+kernel.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Amended(NamedTuple):
     """What `amend` yields: two attention states per query head and the new entry's anchors.
 
     Attributes:
-        states: [2, B, num_qo_heads, head_dim] float32, softmax-weighted means. Row 0 is over the old
-            tokens that no reused state covers, row 1 over the anchors and the band.
-        state_lse: [2, B, num_qo_heads] float32, natural log of the sum of exp(logit), -inf if empty.
+        states: [2, B, num_qo_heads, head_dim] float32, softmax-weighted means. Row 0 is over the
+            old tokens that no reused state covers, row 1 over the anchors and the band.
+        state_lse: [2, B, num_qo_heads] float32, natural log of the sum of exp(logit); -inf: empty.
         anchors: [B, num_kv_heads, S] int32 positions, -1 where unused (those last).
     """
 
@@ -60,7 +61,7 @@ def match(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
     """
-    _check_query("q_match", q_match, reuse)
+    check_query("q_match", q_match, reuse)
     return torch.ops.mac_attn.match(
         q_match,
         seq_lens,
@@ -107,7 +108,7 @@ def amend(
     if sm_scale is None:
         sm_scale = 1.0 / math.sqrt(q.size(-1))
     if reuse is not None:
-        _check_query("q", q, reuse)
+        check_query("q", q, reuse)
         check_tensor(
             "k_cache", k_cache, shape=("pages", "page", reuse.num_kv_heads, reuse.head_dim)
         )
@@ -163,7 +164,7 @@ def complete(
         torch.ops.mac_attn.complete_exact(states, state_lse, seq_lens, out, lse)
         return out, lse
     check_tensor("source", source, dtype=torch.int32)
-    _check_query("q_match", q_match, reuse)
+    check_query("q_match", q_match, reuse)
     check_tensor("slots", slots, dtype=torch.int32)
     torch.ops.mac_attn.complete(
         states,
@@ -191,7 +192,7 @@ def complete(
     return out, lse
 
 
-def _check_query(name: str, query: Tensor, reuse: ReuseCache) -> None:
+def check_query(name: str, query: Tensor, reuse: ReuseCache) -> None:
     """Queries of the model that the cache was made for."""
     shape = ("batch", reuse.num_qo_heads, reuse.head_dim)
     check_tensor(name, query, shape=shape, dtype=reuse.dtype, device=reuse.device)
@@ -200,8 +201,8 @@ def _check_query(name: str, query: Tensor, reuse: ReuseCache) -> None:
 def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two attention states over disjoint sets of tokens, exactly.
 
-    `lse = log(exp(lse1) + exp(lse2))`, `out = out1 exp(lse1 - lse) + out2 exp(lse2 - lse)`; an empty
-    state is (0, -inf) and may be either operand or both. Any device, differentiable in no argument.
+    `lse = log(exp(lse1) + exp(lse2))`, `out = out1 exp(lse1 - lse) + out2 exp(lse2 - lse)`; an
+    empty state is (0, -inf) and may be either operand or both. Plain torch: any device.
 
     Args:
         out1, out2: [..., head_dim], softmax-weighted means of the values.

@@ -157,6 +157,21 @@ def unrotate(q: Tensor, positions: Tensor, rotary: RotaryEmbedding) -> Tensor:
     return _turn(q, cos / rotary.scale, sin / -rotary.scale, rotary)
 
 
+def pre_rope_query(
+    q: Tensor, q_match: Tensor | None, positions: Tensor, rotary: RotaryEmbedding | None
+) -> Tensor:
+    """`q_match` checked against `q`, or, where it is None, `q` turned back by `rotary`."""
+    if q_match is not None:
+        check_tensor("q_match", q_match, tuple(q.shape), q.dtype, q.device)
+        return q_match
+    if rotary is None:
+        raise ValueError(
+            "q_match is None, must be the pre-RoPE queries, "
+            "as the ReuseCache was made without `rotary`"
+        )
+    return unrotate(q, positions, rotary)
+
+
 def _check(q: Tensor, positions: Tensor, rotary: RotaryEmbedding) -> None:
     check_type("rotary", rotary, RotaryEmbedding)
     check_tensor("q", q, dtype=FLOAT_DTYPES)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ._checks import check_number, check_tensor, check_type
 from .cache import NO_POSITION, NO_REQUEST, ReuseCache
 from .paging import KVCache, kv_views
-from .rope import unrotate
+from .rope import pre_rope_query
 
 # Keys per step of the running softmax: 512 queries of 32 heads then take 64 MiB of logits.
 _CHUNK = 1024
@@ -83,16 +83,8 @@ def seed(
         sm_scale = 1.0 / math.sqrt(reuse.head_dim)
     check_number("sm_scale", sm_scale)
     check_number("logits_soft_cap", logits_soft_cap, low=0.0)
-    if q_match is None:
-        if reuse.rotary is None:
-            raise ValueError(
-                "q_match is None, must be the pre-RoPE queries unless the ReuseCache was made with "
-                "`rotary`"
-            )
-        positions = seq_lens[:, None] - length + torch.arange(length, device=device)
-        q_match = unrotate(q, positions, reuse.rotary)
-    else:
-        check_tensor("q_match", q_match, tuple(q.shape), q.dtype, device)
+    positions = seq_lens[:, None] - length + torch.arange(length, device=device)
+    q_match = pre_rope_query(q, q_match, positions, reuse.rotary)
 
     lens, rows = seq_lens.tolist(), slots.tolist()
     ids = [NO_REQUEST] * batch if request_ids is None else request_ids.tolist()

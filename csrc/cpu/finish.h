@@ -2,8 +2,7 @@
 // anchors of the new entry.
 //
 // Anchors are the S tokens of [0, E(p)) with the largest softmax weight, maximum over the heads of the
-// group. They leave the old state by subtraction from its fp32 sums: what that loses in digits is
-// relative to the weight that was there, and the remainder's own weight is what is left of it.
+// group. They leave the old state after the fact, see take_out.
 
 // Sums of exp(logit - max) and of exp(logit - max) * value over a set of tokens, for one head.
 struct Total {
@@ -42,8 +41,8 @@ MAC_INLINE void write_state(const AmendParams& p, Span span, int request, int he
   p.lse[row] = total.lse();
 }
 
-// Below this share of the old sum, what the subtraction leaves is its own rounding error.
-constexpr float kRoundingOfSums = 4 * std::numeric_limits<float>::epsilon();
+// Subtraction serves while this share of the old sum stays: it then costs at most 1.5 of float's seven digits.
+constexpr float kSubtractableShare = 1.f / 32;
 
 struct Candidate {
   float weight;  // log of the largest softmax weight
@@ -96,38 +95,77 @@ inline int32_t choose_anchors(const float* logits, const float* lse, int group_s
   return count;
 }
 
-// Moves the chosen tokens' terms from the old totals to the fresh ones.
+// What is left of one head's old state once the anchors' logits are -inf: its max and sum anew, its `out` by
+// subtracting what the anchors had added. Where they held nearly everything that would leave little but
+// rounding errors, so there the values are summed up again.
 template <typename T>
-void move_anchors(const AmendParams& p, Total* totals, const float* logits, int32_t num_old, const int32_t* anchors,
+void take_out(const AmendParams& p, const AmendTask& task, const float* logits, int32_t num_old,
+              const float* anchor_out, Total& old) {
+  const int D = p.shape.head_dim;
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float total = old.sum, total_max = old.max;
+  vf high = broadcast(-infinity), sum = vf{};
+  int32_t t = 0;
+  for (; t + kLanes <= num_old; t += kLanes) high = vmax(load(logits + t), high);
+  float max = hmax(high);
+  for (; t < num_old; ++t) max = std::max(max, logits[t]);
+  const float base = max == -infinity ? 0.f : max;
+  for (t = 0; t + kLanes <= num_old; t += kLanes) sum += vexp(load(logits + t) - base);
+  old.max = max;
+  old.sum = hsum(sum);
+  for (; t < num_old; ++t) old.sum += std::exp(logits[t] - base);
+
+  const float rescale = std::exp(total_max - base);
+  if (old.sum >= kSubtractableShare * total * rescale) {
+    for (int d = 0; d < D; d += kLanes) {
+      store(old.out + d, (load(old.out + d) - load(anchor_out + d)) * rescale);
+    }
+    return;
+  }
+  std::fill(old.out, old.out + D, 0.f);
+  Rows<T> rows;
+  for (int32_t first = 0; first < num_old; first += kBlock) {
+    find_rows(p, task, nullptr, first, rows);
+    for (int i = 0; i < rows.count; ++i) {
+      const float weight = std::exp(logits[first + i] - base);
+      if (weight == 0.f) continue;  // an anchor, or too light to show; a NaN stays
+      for (int d = 0; d < D; d += kLanes) {
+        store(old.out + d, load(old.out + d) + load(rows.v[i] + d) * weight);
+      }
+    }
+  }
+}
+
+// Moves the chosen tokens' terms from the old totals to the fresh ones. `logits` [G, num_old] loses them.
+template <typename T>
+void move_anchors(const AmendParams& p, Total* totals, float* logits, int32_t num_old, const int32_t* anchors,
                   int32_t count, int request, int kv_head, float* moved) {
   const int G = p.shape.group_size, D = p.shape.head_dim;
+  AmendTask task{};
+  task.group = request * p.shape.num_kv_heads + kv_head;
+  Rows<T> rows;
   for (int g = 0; g < G; ++g) {
     Total& old = totals[kOld * G + g];
     Total& fresh = totals[kFresh * G + g];
     if (old.sum == 0.f) continue;
+    float* row = logits + static_cast<int64_t>(g) * num_old;
     Total anchor{old.max, 0.f, moved};
     std::fill(moved, moved + D, 0.f);
-    AmendTask task{};
-    task.group = request * p.shape.num_kv_heads + kv_head;
     task.end = count;
-    Rows<T> rows;
     for (int first = 0; first < count; first += kBlock) {
       find_rows(p, task, anchors, first, rows);
       for (int t = 0; t < rows.count; ++t) {
-        const float weight = std::exp(logits[static_cast<int64_t>(g) * num_old + anchors[first + t]] - old.max);
+        const int32_t token = anchors[first + t];
+        const float weight = std::exp(row[token] - old.max);
+        row[token] = -std::numeric_limits<float>::infinity();
         anchor.sum += weight;
         for (int d = 0; d < D; d += kLanes) {
           store(anchor.out + d, load(anchor.out + d) + load(rows.v[t] + d) * weight);
         }
       }
     }
-    // Nothing is left when every token became an anchor, or nothing that its rounding would let stand.
-    const float rest = old.sum - anchor.sum;
-    const bool empty = count == num_old || rest <= old.sum * kRoundingOfSums;
-    for (int d = 0; d < D; d += kLanes) {
-      store(old.out + d, empty ? vf{} : load(old.out + d) - load(anchor.out + d));
-    }
-    old.sum = empty ? 0.f : rest;
+    task.end = num_old;
+    take_out<T>(p, task, row, num_old, anchor.out, old);
     // fresh (+) anchors
     const float high = std::max(fresh.max, anchor.max);
     const float w_fresh = std::exp(fresh.max - high), w_anchor = std::exp(anchor.max - high);
@@ -164,7 +202,7 @@ void finish_group(const AmendParams& p, AmendWork& work, int32_t group_index, Sc
 
   if (group.logits >= 0) {
     const int32_t num_old = band_start(p.requests.seq_lens[request] - 1, p.band);
-    const float* logits = work.logits.get() + group.logits;
+    float* logits = work.logits.get() + group.logits;
     Candidate* chosen = scratch.array<Candidate>(3, 2 * static_cast<int64_t>(p.num_anchors));
     const int32_t count = choose_anchors(logits, lse, G, num_old, p.num_anchors, chosen);
     for (int i = 0; i < count; ++i) anchors[i] = chosen[i].token;

@@ -17,6 +17,7 @@ from .layer import MacLayer, Mode, Shared
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT_CONFIG = mac_attn.ReuseConfig()
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -56,7 +57,7 @@ class MacCache(Cache):
         *,
         max_length: int,
         batch_size: int | None = None,
-        config: mac_attn.ReuseConfig | None = mac_attn.ReuseConfig(),
+        config: mac_attn.ReuseConfig | None = _DEFAULT_CONFIG,
         rotary: mac_attn.RotaryEmbedding | None = None,
     ) -> None:
         for name, value in (("max_length", max_length), ("batch_size", batch_size)):
