@@ -57,7 +57,7 @@ if cuda:
     ]
     flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xptxas=-v"]
 else:
-    sources = [path for path in sources if path.name != "ops_cuda.cpp"]
+    sources = [path for path in sources if path.name != "backend_cuda.cpp"]
 
 setup(
     ext_modules=[

@@ -4,10 +4,10 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
-#include <c10/util/SmallVector.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <optional>
+#include <vector>
 
 #include "params.h"
 
@@ -85,7 +85,7 @@ inline void check_seq_lens(const Shape& shape, const Requests& requests, int64_t
 
 // Every slot in range, none twice; padding rows have none.
 inline void check_slots(const Shape& shape, const Requests& requests, int32_t num_slots) {
-  c10::SmallVector<int32_t, 64> row_of(num_slots, -1);
+  std::vector<int32_t> row_of(num_slots, -1);
   for (int32_t b = 0; b < shape.batch; ++b) {
     if (requests.seq_lens[b] == 0) continue;
     const int32_t slot = requests.slots[b];

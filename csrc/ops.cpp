@@ -12,8 +12,9 @@
 #include <tuple>
 #include <vector>
 
+#include "backend.h"
 #include "checks.h"
-#include "cpu/schedule.h"
+#include "cpu/kernels.h"
 
 namespace mac_attn {
 
@@ -21,11 +22,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-template <typename T>
-T* data_or_null(const OptionalTensor& t) {
-  return t ? t->data_ptr<T>() : nullptr;
-}
 
 HeadsView heads_view(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1)};
@@ -68,17 +64,11 @@ Ring check_ring(const Shape& shape, const Tensor& query, const Tensor& ring_quer
   return ring;
 }
 
-// Enters `kernel` with every thread of ATen's team.
-template <typename Kernel, typename Params, typename Work>
-void run_team(Kernel kernel, const Params& params, Work& work) {
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { kernel(params, work); });
-}
-
-Tensor match_cpu(const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots,
-                 const OptionalTensor& request_ids, const Tensor& ring_query, const Tensor& ring_depth,
-                 const Tensor& ring_position, const Tensor& slot_begin, const Tensor& slot_end,
-                 const Tensor& slot_request, const Tensor& threshold, bool relative, bool per_head, int64_t band,
-                 int64_t min_context, int64_t max_reuse_depth) {
+Tensor match(const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& request_ids,
+             const Tensor& ring_query, const Tensor& ring_depth, const Tensor& ring_position,
+             const Tensor& slot_begin, const Tensor& slot_end, const Tensor& slot_request, const Tensor& threshold,
+             bool relative, bool per_head, int64_t band, int64_t min_context, int64_t max_reuse_depth,
+             const OptionalTensor& workspace, const OptionalTensor& error_flag) {
   check_query(q_match, "q_match");
   const at::Device device = q_match.device();
   TORCH_CHECK_VALUE(ring_query.dim() == 5, "ring_query has shape ", ring_query.sizes(),
@@ -96,14 +86,14 @@ Tensor match_cpu(const Tensor& q_match, const Tensor& seq_lens, const Tensor& sl
   p.band = check_int32(band, "band", 1);
   p.min_context = check_int32(min_context, "min_context", 0);
   p.max_reuse_depth = check_int32(max_reuse_depth, "max_reuse_depth", 0);
-  check_seq_lens(p.shape, p.requests, INT32_MAX);
-  check_slots(p.shape, p.requests, p.ring.num_slots);
 
   Tensor source = at::empty({p.shape.batch, p.shape.num_qo_heads()}, seq_lens.options());
   p.source = source.data_ptr<int32_t>();
-  cpu::MatchWork work(p, at::get_num_threads());
-  run_team(cpu::kernels().match, p, work);
-  work.write_source(p);
+  if (device.is_cpu()) {
+    cpu_backend::match(p);
+  } else {
+    cuda_backend::match(p, {workspace, error_flag}, q_match);
+  }
   return source;
 }
 
@@ -125,41 +115,12 @@ KVPages check_kv(const Shape& shape, const Tensor& q, const Tensor& k_cache, con
   return kv;
 }
 
-// What amend is going to read: the tokens of every request, the anchors of every matched entry.
-void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_pages, int32_t num_slots) {
-  check_seq_lens(p.shape, p.requests, max_pages * p.kv.page_size);
-  if (p.source) check_source(p.shape, p.requests, p.source, p.window, p.band, p.num_anchors > 0);
-  if (p.num_anchors > 0) check_slots(p.shape, p.requests, num_slots);
-  for (int32_t b = 0; b < p.shape.batch; ++b) {
-    const int32_t n = p.requests.seq_lens[b];
-    if (n == 0) continue;
-    int32_t first = n;
-    for (int32_t head = 0; head < p.shape.num_qo_heads(); ++head) {
-      first = std::min(first, cpu::amend_start(p, b, head));
-    }
-    check_pages(p.kv, num_pages, b, first, n - 1);
-    for (int32_t h = 0; p.num_anchors > 0 && h < p.shape.num_kv_heads; ++h) {
-      const int32_t source = p.source[(static_cast<int64_t>(b) * p.shape.num_kv_heads + h) * p.shape.group_size];
-      if (source == kMiss) continue;
-      const int64_t entry =
-          (static_cast<int64_t>(p.requests.slots[b]) * p.shape.num_kv_heads + h) * p.window + source % p.window;
-      for (int32_t i = 0; i < p.num_anchors; ++i) {
-        const int32_t token = p.ring_anchors[entry * p.num_anchors + i];
-        if (token == kNoAnchor) break;
-        TORCH_CHECK_VALUE(token >= 0 && token < band_start(source, p.band), "ring_anchors of slot ",
-                          p.requests.slots[b], ", position ", source, " hold ", token, ", must be from 0 to ",
-                          band_start(source, p.band) - 1);
-        check_pages(p.kv, num_pages, b, token, token);
-      }
-    }
-  }
-}
-
-std::tuple<Tensor, Tensor, Tensor> amend_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                             const Tensor& block_table, const Tensor& seq_lens,
-                                             const OptionalTensor& source, const OptionalTensor& slots,
-                                             const OptionalTensor& ring_anchors, int64_t window, int64_t band,
-                                             double sm_scale, double logits_soft_cap) {
+std::tuple<Tensor, Tensor, Tensor> amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                         const Tensor& block_table, const Tensor& seq_lens,
+                                         const OptionalTensor& source, const OptionalTensor& slots,
+                                         const OptionalTensor& ring_anchors, int64_t window, int64_t band,
+                                         double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
+                                         const OptionalTensor& error_flag) {
   check_query(q, "q");
   TORCH_CHECK_VALUE(k_cache.dim() == 4, "k_cache has shape ", k_cache.sizes(),
                     ", must be [num_pages, page_size, num_kv_heads, head_dim]");
@@ -188,7 +149,6 @@ std::tuple<Tensor, Tensor, Tensor> amend_cpu(const Tensor& q, const Tensor& k_ca
     p.num_anchors = check_int32(ring_anchors->size(3), "anchors", 1);
     p.ring_anchors = ring_anchors->const_data_ptr<int32_t>();
   }
-  check_amend_reads(p, k_cache.size(0), block_table.size(1), num_slots);
 
   const auto options = q.options().dtype(at::kFloat);
   Tensor states = at::empty({kNumSpans, p.shape.batch, p.shape.num_qo_heads(), p.shape.head_dim}, options);
@@ -197,8 +157,12 @@ std::tuple<Tensor, Tensor, Tensor> amend_cpu(const Tensor& q, const Tensor& k_ca
   p.out = states.data_ptr<float>();
   p.lse = state_lse.data_ptr<float>();
   p.anchors = anchors.data_ptr<int32_t>();
-  cpu::AmendWork work(p, at::get_num_threads());
-  run_team(cpu::kernels().amend, p, work);
+  const AmendLimits limits{k_cache.size(0), block_table.size(1), num_slots};
+  if (q.is_cpu()) {
+    cpu_backend::amend(p, limits);
+  } else {
+    cuda_backend::amend(p, limits, {workspace, error_flag}, q);
+  }
   return {states, state_lse, anchors};
 }
 
@@ -223,22 +187,24 @@ CompleteParams check_merge(const Tensor& states, const Tensor& state_lse, int64_
   return p;
 }
 
-void run_complete(const CompleteParams& p) {
-  cpu::CompleteWork work(p);
-  run_team(cpu::kernels().complete, p, work);
+void run_complete(const CompleteParams& p, const Persistent& persistent, const Tensor& on) {
+  if (on.is_cpu()) {
+    cpu_backend::complete(p);
+  } else {
+    cuda_backend::complete(p, persistent, on);
+  }
 }
 
-void complete_exact_cpu(const Tensor& states, const Tensor& state_lse, const Tensor& seq_lens, Tensor& out,
-                        Tensor& lse) {
-  run_complete(check_merge(states, state_lse, out.dim() == 3 ? out.size(1) : 1, seq_lens, out, lse));
+void complete_exact(const Tensor& states, const Tensor& state_lse, const Tensor& seq_lens, Tensor& out,
+                    Tensor& lse) {
+  run_complete(check_merge(states, state_lse, out.dim() == 3 ? out.size(1) : 1, seq_lens, out, lse), {}, out);
 }
 
-void complete_cpu(const Tensor& states, const Tensor& state_lse, const Tensor& anchors, const Tensor& source,
-                  const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots,
-                  const OptionalTensor& request_ids, Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse,
-                  Tensor& ring_depth, Tensor& ring_anchors, Tensor& ring_position, Tensor& slot_begin,
-                  Tensor& slot_end, Tensor& slot_request, Tensor& counters, int64_t band, Tensor& out,
-                  Tensor& lse) {
+void complete(const Tensor& states, const Tensor& state_lse, const Tensor& anchors, const Tensor& source,
+              const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& request_ids,
+              Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth, Tensor& ring_anchors,
+              Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request, Tensor& counters,
+              int64_t band, const OptionalTensor& workspace, Tensor& out, Tensor& lse) {
   TORCH_CHECK_VALUE(ring_query.dim() == 5, "ring_query has shape ", ring_query.sizes(),
                     ", must be [num_slots, num_kv_heads, window, group_size, head_dim]");
   CompleteParams p = check_merge(states, state_lse, ring_query.size(1), seq_lens, out, lse);
@@ -265,17 +231,7 @@ void complete_cpu(const Tensor& states, const Tensor& state_lse, const Tensor& a
   p.ring.num_anchors = static_cast<int32_t>(S);
   p.anchors = anchors.const_data_ptr<int32_t>();
   p.band = check_int32(band, "band", 1);
-  check_seq_lens(p.shape, p.requests, INT32_MAX);
-  check_slots(p.shape, p.requests, p.ring.num_slots);
-  check_source(p.shape, p.requests, p.source, p.ring.window, p.band, S > 0);
-  for (int64_t row = 0; row < source.numel(); ++row) {
-    const int64_t request = row / p.shape.num_qo_heads();
-    if (p.source[row] == kMiss || p.requests.seq_lens[request] == 0) continue;
-    const int32_t tag = p.ring.position[p.requests.slots[request] * M + p.source[row] % M];
-    TORCH_CHECK_VALUE(tag == p.source[row], "source[", request, ", ", row % p.shape.num_qo_heads(), "] is ",
-                      p.source[row], ", but its place in the ring holds position ", tag);
-  }
-  run_complete(p);
+  run_complete(p, {workspace, std::nullopt}, out);
 }
 
 pybind11::dict build_info() {
@@ -310,26 +266,54 @@ TORCH_LIBRARY(mac_attn, m) {
   m.def(
       "match(Tensor q_match, Tensor seq_lens, Tensor slots, Tensor? request_ids, Tensor ring_query, "
       "Tensor ring_depth, Tensor ring_position, Tensor slot_begin, Tensor slot_end, Tensor slot_request, "
-      "Tensor threshold, bool relative, bool per_head, int band, int min_context, int max_reuse_depth) -> Tensor");
+      "Tensor threshold, bool relative, bool per_head, int band, int min_context, int max_reuse_depth, "
+      "Tensor(a!)? workspace, Tensor(b!)? error_flag) -> Tensor");
   m.def(
       "amend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? source, "
-      "Tensor? slots, Tensor? ring_anchors, int window, int band, float sm_scale, float logits_soft_cap) "
+      "Tensor? slots, Tensor? ring_anchors, int window, int band, float sm_scale, float logits_soft_cap, "
+      "Tensor(a!)? workspace, Tensor(b!)? error_flag) "
       "-> (Tensor states, Tensor state_lse, Tensor anchors)");
   m.def("complete_exact(Tensor states, Tensor state_lse, Tensor seq_lens, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "complete(Tensor states, Tensor state_lse, Tensor anchors, Tensor source, Tensor q_match, Tensor seq_lens, "
       "Tensor slots, Tensor? request_ids, Tensor(a!) ring_query, Tensor(b!) ring_out, Tensor(c!) ring_lse, "
       "Tensor(d!) ring_depth, Tensor(e!) ring_anchors, Tensor(f!) ring_position, Tensor(g!) slot_begin, "
-      "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, int band, Tensor(k!) out, "
-      "Tensor(l!) lse) -> ()");
+      "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, int band, "
+      "Tensor? workspace, Tensor(k!) out, Tensor(l!) lse) -> ()");
+}
+
+template <typename Library>
+void implement(Library& m) {
+  m.impl("match", match);
+  m.impl("amend", amend);
+  m.impl("complete_exact", complete_exact);
+  m.impl("complete", complete);
 }
 
 TORCH_LIBRARY_IMPL(mac_attn, CPU, m) {
-  m.impl("match", match_cpu);
-  m.impl("amend", amend_cpu);
-  m.impl("complete_exact", complete_exact_cpu);
-  m.impl("complete", complete_cpu);
+  implement(m);
 }
+#ifdef MAC_ATTN_WITH_CUDA
+TORCH_LIBRARY_IMPL(mac_attn, CUDA, m) {
+  implement(m);
+}
+#else
+// So that a CUDA tensor meets a sentence, not a missing dispatch key.
+namespace cuda_backend {
+[[noreturn]] void not_built() {
+  TORCH_CHECK(false, "the tensors are on CUDA, but mac_attn was built without it; see `python -m mac_attn.info`");
+}
+void match(const MatchParams&, const Persistent&, const at::Tensor&) {
+  not_built();
+}
+void amend(const AmendParams&, const AmendLimits&, const Persistent&, const at::Tensor&) {
+  not_built();
+}
+void complete(const CompleteParams&, const Persistent&, const at::Tensor&) {
+  not_built();
+}
+}  // namespace cuda_backend
+#endif
 
 }  // namespace mac_attn
 

@@ -19,7 +19,7 @@ struct Shape {
   int32_t num_kv_heads;
   int32_t group_size;
   int32_t head_dim;
-  int32_t num_qo_heads() const { return num_kv_heads * group_size; }
+  constexpr int32_t num_qo_heads() const { return num_kv_heads * group_size; }
 };
 
 // A [B, Hq, D] tensor whose outer strides are free.
@@ -132,7 +132,7 @@ struct CompleteParams {
 };
 
 // First position that the entry of position `p` leaves out: E(p) = max(0, p + 1 - band).
-inline int32_t band_start(int32_t p, int32_t band) {
+constexpr int32_t band_start(int32_t p, int32_t band) {
   return p + 1 > band ? p + 1 - band : 0;
 }
 

@@ -126,6 +126,9 @@ class ReuseCache:
             self.slot_end = full((self.num_slots,), 0, torch.int32)
             self.slot_request = full((self.num_slots,), NO_REQUEST, torch.int64)
             self.counters = full((self.num_slots, len(COUNTERS)), 0, torch.int64)
+            # The CUDA kernels' status of each request and counters of each KV head.
+            workspace = self.num_slots * (1 + self.num_kv_heads) if self.device.type != "cpu" else 0
+            self.workspace = full((workspace,), 0, torch.int32)
         # The device works (error_flag lies there) and the arguments are valid: it is the size.
         except RuntimeError as error:
             raise MemoryError(
@@ -150,7 +153,7 @@ class ReuseCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (*self._rings(), self.counters, self.threshold, self.error_flag)
+        tensors = (*self._rings(), self.counters, self.threshold, self.error_flag, self.workspace)
         return sum(t.nbytes for t in tensors)
 
     def __repr__(self) -> str:

@@ -79,6 +79,8 @@ def match(
         reuse.cfg.band,
         reuse.cfg.min_context,
         _INT32_MAX if reuse.cfg.max_reuse_depth is None else reuse.cfg.max_reuse_depth,
+        reuse.workspace,
+        reuse.error_flag,
     )
 
 
@@ -125,6 +127,8 @@ def amend(
         reuse.cfg.band if reuse is not None else 1,
         sm_scale,
         logits_soft_cap,
+        reuse.workspace if reuse is not None else None,
+        reuse.error_flag if reuse is not None else None,
     )
     return Amended(states, state_lse, anchors)
 
@@ -186,6 +190,7 @@ def complete(
         reuse.slot_request,
         reuse.counters,
         reuse.cfg.band,
+        reuse.workspace,
         out,
         lse,
     )

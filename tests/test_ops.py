@@ -56,16 +56,18 @@ def op_arguments(reuse, device):
     ring = (reuse.slot_begin, reuse.slot_end, reuse.slot_request)
     match = (q_match, seq_lens, slots, None, reuse.ring_query, reuse.ring_depth)
     match += (reuse.ring_position, *ring, reuse.threshold, True, False, BAND, 1, 2**31 - 1)
+    match += (reuse.workspace, reuse.error_flag)
     source = torch.ops.mac_attn.match(*match)
     assert (source == seq_lens[:, None] - 2).all()  # the planted hit
     scale = 1 / math.sqrt(HEAD_DIM)
     amend = (q, kv[:, 0], kv[:, 1], table, seq_lens, source, slots)
-    amend += (reuse.ring_anchors, WINDOW, BAND, scale, 0.0)
+    amend += (reuse.ring_anchors, WINDOW, BAND, scale, 0.0, reuse.workspace, reuse.error_flag)
     states, state_lse, anchors = torch.ops.mac_attn.amend(*amend)
     out, lse = torch.empty_like(q), torch.empty_like(state_lse[0])
     complete = (states, state_lse, anchors, source, q_match, seq_lens, slots, None)
     complete += (reuse.ring_query, reuse.ring_out, reuse.ring_lse, reuse.ring_depth)
-    complete += (reuse.ring_anchors, reuse.ring_position, *ring, reuse.counters, BAND, out, lse)
+    complete += (reuse.ring_anchors, reuse.ring_position, *ring, reuse.counters, BAND)
+    complete += (reuse.workspace, out, lse)
     return {
         "match": match,
         "amend": amend,

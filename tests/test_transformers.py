@@ -478,7 +478,7 @@ def test_works_across_inference_mode(make_model: MakeModel, device: torch.device
     with torch.enable_grad():  # a forgotten no_grad must not fail, nor keep a graph
         logits = next_logits(model, cache, more[:, 3:])
     assert logits.isfinite().all()
-    assert not cache.layers[0].keys.requires_grad
+    assert not cache.layers[0].key_store.requires_grad
     cache.crop(-2)
     assert cache.stats().hit_rate == 1
 

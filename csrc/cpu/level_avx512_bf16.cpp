@@ -10,6 +10,9 @@
                              apply_to = function)
 #else
 #pragma GCC push_options
+// GCC's headers make "any register" by `__Y = __Y` and then warn about it (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")
 #endif
 

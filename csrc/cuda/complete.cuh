@@ -12,10 +12,6 @@
 
 namespace mac_attn::cuda {
 
-struct CompleteWorkspace {
-  const int32_t* status;  // [B] Error bits of match and amend, null in exact mode
-};
-
 // What all heads of a request share: the tag, the anchors, the slot's history and the counters.
 MAC_DEVICE void complete_request(const CompleteParams& p, int request, int lane) {
   const int n = p.requests.seq_lens[request], position = n - 1;

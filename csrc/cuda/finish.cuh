@@ -16,8 +16,6 @@ namespace mac_attn::cuda {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
-constexpr int kMaxAnchors = 256;
-constexpr int kMaxGroup = 128;
 constexpr int kBins = 256;
 constexpr float kBinsPerLog2 = 8.f;
 // Below this share of the old sum, what the subtraction leaves is its own rounding error.
@@ -166,10 +164,28 @@ MAC_DEVICE_NOINLINE void finish_kv_head(const AmendParams& p, const AmendWorkspa
   const int G = p.shape.group_size, D = p.shape.head_dim, H = p.shape.num_kv_heads;
   const int group = request * H + kv_head;
   const int64_t spans = static_cast<int64_t>(p.shape.batch) * H * G;
+  int32_t* anchors = p.anchors + static_cast<int64_t>(group) * p.num_anchors;
+  const int n = p.requests.seq_lens[request];
+  const bool bad_length = n < 0 || n > w.max_tokens;
+  if (bad_length && threadIdx.x == 0) {
+    ptx::atomic_or(w.status + request, kBadLength);
+    if (w.error_flag) ptx::atomic_or(w.error_flag, kBadLength);
+  }
+  if (bad_length || w.status[request] != 0) {
+    for (int i = threadIdx.x; i < G * D; i += kThreads) {
+      p.out[static_cast<int64_t>(group) * G * D + i] = NAN;
+      p.out[(spans + static_cast<int64_t>(group) * G) * D + i] = NAN;
+    }
+    for (int g = threadIdx.x; g < G; g += kThreads) {
+      p.lse[static_cast<int64_t>(group) * G + g] = NAN;
+      p.lse[spans + static_cast<int64_t>(group) * G + g] = NAN;
+    }
+    for (int i = threadIdx.x; i < p.num_anchors; i += kThreads) anchors[i] = kNoAnchor;
+    return;
+  }
   for (int g = threadIdx.x; g < G; g += kThreads) merge_sums(w, segments, g, totals);
   ptx::sync_block();
 
-  int32_t* anchors = p.anchors + static_cast<int64_t>(group) * p.num_anchors;
   const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
   int count = 0;
   if (p.num_anchors > 0 && !work.hit && work.old_end > 0) {

@@ -23,19 +23,14 @@ MAC_DEVICE uint64_t match_key(float total, int age) {
   return static_cast<uint64_t>(float_bits(total)) << 32 | static_cast<uint32_t>(age);
 }
 
-struct MatchWorkspace {
-  int32_t* status;      // [B] Error bits, written for every request
-  int32_t* error_flag;  // [1] sticky
-};
-
-// Whether the request can be served; the same answer in all of its CTAs.
+// This thread's share of looking whether the request can be served: Error bits.
 MAC_DEVICE int request_errors(const MatchParams& p, int request) {
   const int n = p.requests.seq_lens[request];
   if (n == 0) return 0;
-  int errors = n < 0 ? kBadLength : 0;
   const int slot = p.requests.slots[request];
+  int errors = n < 0 ? kBadLength : 0;
   if (slot < 0 || slot >= p.ring.num_slots) errors |= kBadSlot;
-  for (int b = 0; b < p.shape.batch; ++b) {
+  for (int b = threadIdx.x; b < p.shape.batch; b += kMatchThreads) {
     if (b != request && p.requests.seq_lens[b] != 0 && p.requests.slots[b] == slot) errors |= kBadSlot;
   }
   return errors;
@@ -60,9 +55,7 @@ __global__ void __launch_bounds__(kMatchThreads)
   ptx::grid_dependency_launch();
   ptx::grid_dependency_wait();  // the last step's ring
   if (threadIdx.x == 0) {
-    errors = request_errors(p, request);
-    if (kv_head == 0) w.status[request] = errors;
-    if (errors && w.error_flag) ptx::atomic_or(w.error_flag, errors);
+    errors = 0;
     usable = 1;
   }
   const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
@@ -71,6 +64,7 @@ __global__ void __launch_bounds__(kMatchThreads)
     query[i] = ptx::to_float(rows[i / kHeadDim * p.query.head_stride + i % kHeadDim]);
   }
   ptx::sync_block();
+  if (const int found = request_errors(p, request)) ptx::atomic_or(&errors, found);
   // theta, or NaN for a head that can never hit; in a group it decides for all.
   for (int g = warp; g < G; g += kMatchWarps) {
     float norm = 0.f;
@@ -87,13 +81,17 @@ __global__ void __launch_bounds__(kMatchThreads)
   }
   ptx::sync_block();
 
+  if (threadIdx.x == 0) {
+    if (kv_head == 0) w.status[request] = errors;
+    if (errors && w.error_flag) ptx::atomic_or(w.error_flag, errors);
+  }
   const int n = p.requests.seq_lens[request], position = n - 1;
-  const int slot = errors ? 0 : p.requests.slots[request];
+  const int slot = errors || n == 0 ? 0 : p.requests.slots[request];  // padding may name any
   const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;
   const bool searches = !errors && usable && n > 0 && n >= p.min_context && p.ring.end[slot] == position &&
                         p.ring.request[slot] == id;
   // Candidates have p - M <= c < p, so their ages are 1..M. E(c) > 0 needs c >= band.
-  const int begin = p.ring.begin[slot];
+  const int begin = n > 0 ? p.ring.begin[slot] : 0;
   const int oldest = begin > p.band ? begin : p.band;
   const int last_age = !searches ? 0 : position - oldest < M ? position - oldest : M;
   const int64_t ring_row = (static_cast<int64_t>(slot) * H + kv_head) * M;
@@ -147,7 +145,7 @@ __global__ void __launch_bounds__(kMatchThreads)
         }
         total[u] += distance / theta[g];
         // NaN is no candidate, and a total beyond the best so far cannot win.
-        alive[u] = alive[u] && total[u] <= bits_float(static_cast<uint32_t>(best[0] >> 32));
+        alive[u] = alive[u] && total[u] <= bits_float(static_cast<uint32_t>(ptx::load_volatile(&best[0]) >> 32));
         if (alive[u] && g == G - 1 && piece == 0) ptx::atomic_min(&best[0], match_key(total[u], age[u]));
         any = any || alive[u];
       }

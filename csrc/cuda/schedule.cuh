@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../params.h"
+#include "kernels.h"
 #include "ptx/barrier.h"
 #include "ptx/warp.h"
 #include "simt.h"
@@ -17,31 +18,7 @@ namespace mac_attn::cuda {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kWarpTokens = 16;  // rows of one MMA
 constexpr int kTileTokens = kWarps * kWarpTokens;
-constexpr int kMaxTileHeads = 16;  // query heads that one pass over the tokens serves
-
-// Bits of a request's status and of the sticky error flag; mac_attn/cache.py reads them.
-enum Error : int32_t { kBadLength = 1, kBadPage = 2, kBadSlot = 4 };
-
-// Device memory of one amend call. `done` is zero before the launch and after it.
-struct AmendWorkspace {
-  int32_t* done;        // [B, H] CTAs that have left their segments
-  int32_t* status;      // [B] Error bits
-  int32_t* error_flag;  // [1] sticky, or null
-  float* partial_out;   // [C + B * H * head_tiles, kNumSpans, tile_heads, D] sum of weight * value
-  float* partial_max;   // [.., kNumSpans, tile_heads] log2
-  float* partial_sum;   // [.., kNumSpans, tile_heads]
-  // What choosing anchors needs, one candidate for each 16 tokens of the old span of a miss.
-  int32_t* candidate;      // [B, H, max_candidates] token or -1
-  float* candidate_logit;  // [B, H, max_candidates, G] log2
-  float* candidate_max;    // [B, H, max_candidates, G] the maximum its weight was relative to
-  int32_t max_candidates;
-  int32_t num_pages;
-  int64_t max_tokens;  // max_pages * page_size
-  int32_t tile_heads;  // min(G, kMaxTileHeads)
-  int32_t head_tiles;  // passes per KV head: ceil(G / kMaxTileHeads)
-};
 
 // First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
 MAC_DEVICE int amend_start(const AmendParams& p, int request, int head) {

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mac_attn import ReuseConfig
+from mac_attn.info import info
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from . import model as models
     from . import report
-    from .run import measure
+    from .run import Choice, measure
 
     transformers_logging.set_verbosity_error()
     start = time.perf_counter()
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = options.text.read_text("utf-8") if options.text else models.python_reference()
     ids = models.build_prompt(tokenizer, text, options.prompt_tokens)
 
-    where = f"{torch.get_num_threads()} CPU threads"
+    threads = torch.get_num_threads()
+    where = f"{threads} CPU thread{'s' * (threads > 1)}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     heading = f"{name}, {str(dtype).removeprefix('torch.')}, {where}"
@@ -61,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"window {config.window}, band {config.band}, anchors {config.anchors}, "
         f"threshold {config.threshold} ({config.threshold_mode})"
     )
-    result = measure(model, ids, options.new_tokens, config, _stop_tokens(model, tokenizer))
+    choice = Choice(_stop_tokens(model, tokenizer), options.repetition_penalty)
+    result = measure(model, ids, options.new_tokens, config, choice)
     figures = report.summary(result)
 
     print(f"MAC-Attention demo: {heading}")
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report.table(figures), end="\n\n")
     print(report.meaning(figures), end="\n\n")
     print(report.NOTES, end="\n\n")
-    print(report.texts(result, tokenizer.decode), end="\n\n")
+    print(report.texts(result, lambda tokens: str(tokenizer.decode(tokens))), end="\n\n")
     report.plot(
         result, f"{heading}\n{result.prompt_tokens:,} prompt tokens, {settings}", options.out
     )
@@ -114,8 +117,14 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{meaning}; default: {default}",
         )
     add(
-        "--out", type=Path, default=Path("mac_attn_demo.png"), help="the plot; default: %(default)s"
+        "--repetition-penalty",
+        type=float,
+        default=1.1,
+        metavar="X",
+        help="of the greedy choice; a small model repeats itself without, which is what reuse is\n"
+        "best at; 1 is none, default: %(default)s",
     )
+    add("--out", type=Path, default=Path("mac_attn_demo.png"), help="plot; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     return parser
 
@@ -128,16 +137,12 @@ def _positive(text: str) -> int:
 
 
 def _best_device() -> str:
-    from mac_attn import _C
-
-    return "cuda" if torch.cuda.is_available() and _C.build_info()["cuda_arches"] else "cpu"
+    return "cuda" if torch.cuda.is_available() and info()["cuda_arches"] else "cpu"
 
 
 def _best_dtype(device: torch.device) -> str:
-    from mac_attn import _C
-
     # Without bfloat16 instructions a CPU converts every operand, which is slower than float32.
-    has_bfloat16 = device.type == "cuda" or "bf16" in _C.build_info()["simd"]
+    has_bfloat16 = device.type == "cuda" or "bf16" in str(info()["simd"])
     return "bfloat16" if has_bfloat16 else "float32"
 
 

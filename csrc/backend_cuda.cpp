@@ -1,0 +1,115 @@
+// The CUDA side of the ops: working memory from torch's allocator, launches on its current stream.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "backend.h"
+#include "checks.h"
+#include "cuda/kernels.h"
+
+namespace mac_attn::cuda_backend {
+
+namespace {
+
+using at::Tensor;
+
+void check_supported(const Shape& shape, DType dtype) {
+  const int D = shape.head_dim;
+  TORCH_CHECK_TYPE(dtype != DType::kFloat32, "q is float32, must be bfloat16 or float16 on CUDA");
+  TORCH_CHECK_VALUE(D == 64 || D == 80 || D == 96 || D == 128 || D == 256, "q has head_dim ", D,
+                    ", must be 64, 80, 96, 128 or 256 on CUDA");
+  TORCH_CHECK_VALUE(shape.group_size <= cuda::kMaxGroup, "num_qo_heads / num_kv_heads is ", shape.group_size,
+                    ", must be at most ", cuda::kMaxGroup, " on CUDA");
+}
+
+// cp.async moves 16 bytes at a time, so every row must begin at a multiple of them.
+void check_rows(const void* data, const char* name, std::initializer_list<int64_t> strides) {
+  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (const int64_t stride : strides) aligned = aligned && stride % 8 == 0;
+  TORCH_CHECK_VALUE(aligned, name, " has strides ", at::IntArrayRef(strides.begin(), strides.size()),
+                    ", must have rows aligned to 16 bytes on CUDA");
+}
+
+// [status of B requests, counters of B * H KV heads]; zeros of its own for a call without a ReuseCache.
+Tensor workspace_for(const Shape& shape, const Persistent& persistent, const Tensor& on) {
+  const int64_t size = static_cast<int64_t>(shape.batch) * (1 + shape.num_kv_heads);
+  if (!persistent.workspace) return at::zeros({size}, on.options().dtype(at::kInt));
+  const Tensor& workspace = *persistent.workspace;
+  check_array(workspace, "workspace", {kAny}, at::kInt, on.device());
+  TORCH_CHECK_VALUE(workspace.numel() >= size, "batch is ", shape.batch, ", must be at most the ",
+                    workspace.numel() / (1 + shape.num_kv_heads), " slots of the ReuseCache");
+  return workspace;
+}
+
+int32_t* error_flag_of(const Persistent& persistent, const Tensor& on) {
+  if (!persistent.error_flag) return nullptr;
+  check_array(*persistent.error_flag, "error_flag", {1}, at::kInt, on.device());
+  return persistent.error_flag->data_ptr<int32_t>();
+}
+
+}  // namespace
+
+void match(const MatchParams& p, const Persistent& persistent, const Tensor& on) {
+  check_supported(p.shape, p.dtype);
+  if (p.shape.batch == 0) return;
+  const c10::cuda::CUDAGuard guard(on.device());
+  Tensor workspace = workspace_for(p.shape, persistent, on);
+  const cuda::MatchWorkspace w{workspace.data_ptr<int32_t>(), error_flag_of(persistent, on)};
+  C10_CUDA_CHECK(cuda::launch_match(p, w, c10::cuda::getCurrentCUDAStream()));
+}
+
+void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& persistent, const Tensor& on) {
+  check_supported(p.shape, p.dtype);
+  const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
+  TORCH_CHECK_VALUE(p.num_anchors <= cuda::kMaxAnchors, "anchors is ", p.num_anchors, ", must be at most ",
+                    cuda::kMaxAnchors, " on CUDA");
+  TORCH_CHECK_VALUE(p.num_anchors == 0 || G <= cuda::kMaxTileHeads, "num_qo_heads / num_kv_heads is ", G,
+                    ", must be at most ", cuda::kMaxTileHeads, " with anchors on CUDA");
+  check_rows(p.query.data, "q", {p.query.batch_stride, p.query.head_stride});
+  check_rows(p.kv.k, "k_cache", {p.kv.k_page_stride, p.kv.k_token_stride, p.kv.k_head_stride});
+  check_rows(p.kv.v, "v_cache", {p.kv.v_page_stride, p.kv.v_token_stride, p.kv.v_head_stride});
+  if (B == 0) return;
+  const c10::cuda::CUDAGuard guard(on.device());
+  int32_t ctas = 0;
+  C10_CUDA_CHECK(cuda::amend_ctas(p.shape.head_dim, p.shape.group_size, &ctas));
+
+  Tensor workspace = workspace_for(p.shape, persistent, on);
+  cuda::AmendWorkspace w{};
+  w.status = workspace.data_ptr<int32_t>();
+  w.done = w.status + B;
+  w.error_flag = error_flag_of(persistent, on);
+  w.num_pages = static_cast<int32_t>(limits.num_pages);
+  w.max_tokens = limits.max_pages * p.kv.page_size;
+  w.tile_heads = std::min<int32_t>(p.shape.group_size, cuda::kMaxTileHeads);
+  w.head_tiles = (p.shape.group_size + cuda::kMaxTileHeads - 1) / cuda::kMaxTileHeads;
+  const auto floats = on.options().dtype(at::kFloat);
+  const int64_t states = (ctas + B * H * w.head_tiles) * kNumSpans * w.tile_heads;
+  Tensor partial = at::empty({states * (D + 2)}, floats);
+  w.partial_out = partial.data_ptr<float>();
+  w.partial_max = w.partial_out + states * D;
+  w.partial_sum = w.partial_max + states;
+  Tensor candidate, candidate_floats;
+  if (p.num_anchors > 0) {
+    w.max_candidates = static_cast<int32_t>((w.max_tokens + cuda::kWarpTokens - 1) / cuda::kWarpTokens);
+    const int64_t candidates = B * H * w.max_candidates;
+    candidate = at::empty({candidates}, on.options().dtype(at::kInt));
+    candidate_floats = at::empty({2 * candidates * G}, floats);
+    w.candidate = candidate.data_ptr<int32_t>();
+    w.candidate_logit = candidate_floats.data_ptr<float>();
+    w.candidate_max = w.candidate_logit + candidates * G;
+  }
+  C10_CUDA_CHECK(cuda::launch_amend(p, w, ctas, c10::cuda::getCurrentCUDAStream()));
+}
+
+void complete(const CompleteParams& p, const Persistent& persistent, const Tensor& on) {
+  check_supported(p.shape, p.dtype);
+  if (p.shape.batch == 0) return;
+  const c10::cuda::CUDAGuard guard(on.device());
+  cuda::CompleteWorkspace w{};
+  if (p.source) w.status = workspace_for(p.shape, persistent, on).data_ptr<int32_t>();
+  C10_CUDA_CHECK(cuda::launch_complete(p, w, c10::cuda::getCurrentCUDAStream()));
+}
+
+}  // namespace mac_attn::cuda_backend

@@ -1,0 +1,34 @@
+// Launching a kernel so that its start overlaps the end of the one before it, where the chip can
+// (programmatic dependent launch, CUDA Programming Guide, sm_90).
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace mac_attn::cuda {
+
+template <typename Kernel, typename... Args>
+cudaError_t launch(Kernel* kernel, dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
+                   const Args&... args) {
+  int device = 0, major = 0;
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
+  if (shared_bytes > 48 * 1024) {
+    const int size = static_cast<int>(shared_bytes);
+    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, size)) {
+      return error;
+    }
+  }
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace mac_attn::cuda

@@ -1,0 +1,32 @@
+// What the kernels need of CUDA C++ beyond the instructions in ptx/.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "types.h"
+
+#define MAC_DEVICE __device__ __forceinline__
+#define MAC_DEVICE_NOINLINE __device__ __noinline__
+
+namespace mac_attn {
+
+// The launch's dynamic shared memory.
+MAC_DEVICE void* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char mac_attn_dynamic_shared[];
+  return mac_attn_dynamic_shared;
+}
+
+MAC_DEVICE uint32_t float_bits(float x) {
+  return __float_as_uint(x);
+}
+MAC_DEVICE float bits_float(uint32_t x) {
+  return __uint_as_float(x);
+}
+MAC_DEVICE int popcount(uint32_t x) {
+  return __popc(x);
+}
+
+}  // namespace mac_attn
