@@ -17,11 +17,7 @@ MAC_DEVICE void complete_request(const CompleteParams& p, int request, int lane)
   const int n = p.requests.seq_lens[request], position = n - 1;
   const int H = p.shape.num_kv_heads, G = p.shape.group_size, M = p.ring.window, S = p.ring.num_anchors;
   const int64_t slot = p.requests.slots[request];
-  for (int i = lane; i < H * S; i += 32) {
-    const int64_t group = static_cast<int64_t>(request) * H + i / S;
-    p.ring.anchors[((slot * H + i / S) * M + position % M) * S + i % S] = p.anchors[group * S + i % S];
-  }
-  int64_t counts[4] = {};  // KV-head hits, query-head hits, tokens read; of this lane's KV heads
+  int64_t counts[3] = {};  // KV-head hits, query-head hits, tokens read
   for (int h = lane; h < H; h += 32) {
     const int64_t group = static_cast<int64_t>(request) * H + h;
     int hits = 0, start = n;
@@ -34,9 +30,13 @@ MAC_DEVICE void complete_request(const CompleteParams& p, int request, int lane)
     counts[0] += hits == G;
     counts[1] += hits;
     counts[2] += n - start;
-    if (hits == G) {
-      for (int i = 0; i < S; ++i) counts[2] += p.anchors[group * S + i] != kNoAnchor;
-    }
+  }
+  for (int i = lane; i < H * S; i += 32) {
+    const int64_t group = static_cast<int64_t>(request) * H + i / S;
+    const int anchor = p.anchors[group * S + i % S];
+    p.ring.anchors[((slot * H + i / S) * M + position % M) * S + i % S] = anchor;
+    // With anchors a group decides as one, so its first head tells of a hit, which has read them.
+    counts[2] += anchor != kNoAnchor && p.source[group * G] != kMiss;
   }
   for (int i = 0; i < 3; ++i) {
     for (int distance = 1; distance < 32; distance *= 2) {

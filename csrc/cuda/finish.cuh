@@ -26,18 +26,22 @@ MAC_DEVICE float finite_or_zero(float max) {
   return max == -INFINITY ? 0.f : max;
 }
 
-// One KV head's merged sums, per query head; in shared memory.
+// One KV head's merged sums, per query head, and the choice of its anchors; in shared memory.
 struct Totals {
+  int cta[kNumSpans][2];  // first and last CTA with a partial state of the span, for the current pass
   float max[kNumSpans][kMaxGroup];
   float sum[kNumSpans][kMaxGroup];
-  int anchor[kMaxAnchors];  // places of the chosen candidates
+  float lse[kMaxTileHeads];  // log2, over all tokens
+  int anchor[kMaxAnchors];   // places of the chosen candidates
+  int64_t row[kMaxAnchors];  // where their values begin
   int bin[kBins];
-  int num_anchors;
+  int taken[kWarps];
+  int edge[kWarps];
   int cutoff;
   int room;
 };
 
-// The segments of a KV head: consecutive CTAs for each of its passes.
+// The tiles of a KV head on the line: one run of them for each pass.
 struct Segments {
   int64_t first_tile;  // of the first pass
   int pass_tiles;
@@ -48,47 +52,38 @@ struct Segments {
   MAC_DEVICE int64_t pass_begin(int head_tile) const {
     return first_tile + static_cast<int64_t>(head_tile) * pass_tiles;
   }
-  MAC_DEVICE int first_cta(int head_tile) const { return line.cta_of(pass_begin(head_tile)); }
-  MAC_DEVICE int last_cta(int head_tile) const { return line.cta_of(pass_begin(head_tile) + pass_tiles - 1); }
-  // Whether the CTA's piece has tiles of the span, that is whether it left a partial state.
-  MAC_DEVICE bool has(int head_tile, int cta, Span span) const {
-    const int64_t begin = pass_begin(head_tile) + (span == kOld ? 0 : old_tiles);
-    const int64_t end = pass_begin(head_tile) + (span == kOld ? old_tiles : pass_tiles);
-    return begin < end && line.first_tile(cta) < end && line.first_tile(cta + 1) > begin;
-  }
-  MAC_DEVICE int64_t partial(int head_tile, int cta, Span span) const {
-    return (static_cast<int64_t>(cta) + first_pass + head_tile) * kNumSpans + span;
+  MAC_DEVICE int first_cta() const { return line.cta_of(first_tile); }
+  MAC_DEVICE int last_cta(int head_tiles) const { return line.cta_of(pass_begin(head_tiles) - 1); }
+  // The span's tiles follow one another, so the CTAs that left a partial state of it do too.
+  MAC_DEVICE int span_cta(int head_tile, Span span, int end) const {
+    const int begin = span == kOld ? 0 : old_tiles, count = (span == kOld ? old_tiles : pass_tiles) - begin;
+    if (count == 0) return -end;  // first 0, last -1
+    return line.cta_of(pass_begin(head_tile) + begin + (end ? count - 1 : 0));
   }
 };
 
-// For query head g of the group: max and sum over all segments.
-MAC_DEVICE void merge_sums(const AmendWorkspace& w, const Segments& segments, int g, Totals& totals) {
-  const int head_tile = g / kMaxTileHeads, head = g % kMaxTileHeads;
-  for (int span = 0; span < kNumSpans; ++span) {
-    float max = -INFINITY, sum = 0.f;
-    for (int cta = segments.first_cta(head_tile); cta <= segments.last_cta(head_tile); ++cta) {
-      if (!segments.has(head_tile, cta, static_cast<Span>(span))) continue;
-      const int64_t i = segments.partial(head_tile, cta, static_cast<Span>(span)) * w.tile_heads + head;
-      const float partial_max = w.partial_max[i], higher = fmaxf(max, partial_max);
-      sum = sum * ptx::ex2(max - finite_or_zero(higher)) +
-            w.partial_sum[i] * ptx::ex2(partial_max - finite_or_zero(higher));
-      max = higher;
-    }
-    totals.max[span][g] = max;
-    totals.sum[span][g] = sum;
+// Max and sum of one head over the partial states of a span.
+MAC_DEVICE void merge_sums(const AmendWorkspace& w, int pass, int head, Span span, const int (&ctas)[2], float& max,
+                           float& sum) {
+  max = -INFINITY, sum = 0.f;
+  for (int cta = ctas[0]; cta <= ctas[1]; ++cta) {
+    const int64_t i = (static_cast<int64_t>(cta + pass) * kNumSpans + span) * w.tile_heads + head;
+    const float partial_max = w.partial_max[i], higher = fmaxf(max, partial_max);
+    sum = sum * ptx::ex2(max - finite_or_zero(higher)) +
+          w.partial_sum[i] * ptx::ex2(partial_max - finite_or_zero(higher));
+    max = higher;
   }
 }
 
 // Element d of the sum of weight * value of a span, relative to the span's maximum.
-MAC_DEVICE float merge_out(const AmendWorkspace& w, const Segments& segments, const Totals& totals, int g, int d,
-                           int head_dim, Span span) {
-  const int head_tile = g / kMaxTileHeads, head = g % kMaxTileHeads;
-  const float max = finite_or_zero(totals.max[span][g]);
+MAC_DEVICE float merge_out(const AmendWorkspace& w, int pass, int head, int d, int head_dim, Span span,
+                           const int (&ctas)[2], float max) {
+  const float base = finite_or_zero(max);
   float out = 0.f;
-  for (int cta = segments.first_cta(head_tile); cta <= segments.last_cta(head_tile); ++cta) {
-    if (!segments.has(head_tile, cta, span)) continue;
-    const int64_t i = segments.partial(head_tile, cta, span) * w.tile_heads + head;
-    out += w.partial_out[i * head_dim + d] * ptx::ex2(w.partial_max[i] - max);
+#pragma unroll 4
+  for (int cta = ctas[0]; cta <= ctas[1]; ++cta) {
+    const int64_t i = (static_cast<int64_t>(cta + pass) * kNumSpans + span) * w.tile_heads + head;
+    out += w.partial_out[i * head_dim + d] * ptx::ex2(w.partial_max[i] - base);
   }
   return out;
 }
@@ -97,30 +92,30 @@ MAC_DEVICE float log2_total(float max, float sum) {
   return sum == 0.f ? -INFINITY : max + ptx::lg2(sum);
 }
 
-// Marks the heaviest candidates: `totals.anchor`, ascending. The whole block takes part.
-MAC_DEVICE void choose_anchors(const AmendParams& p, const AmendWorkspace& w, int group, int num_candidates,
-                               Totals& totals) {
+// Marks the heaviest candidates: `totals.anchor`, ascending; returns how many. The whole block takes part.
+MAC_DEVICE int choose_anchors(const AmendParams& p, const AmendWorkspace& w, int group, int num_candidates,
+                              Totals& totals) {
   const int G = p.shape.group_size, lane = ptx::lane_id(), warp = threadIdx.x / 32;
   const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
-  // The heaviest head's log2 weight below 1 as a bin, or -1 for no candidate.
+  // The heaviest head's log2 weight below 1 as a bin, or kBins for no candidate.
   auto bin_of = [&](int i) {
-    if (i >= num_candidates || w.candidate[base + i] == kNoAnchor) return -1;
+    if (i >= num_candidates || w.candidate[base + i] == kNoAnchor) return kBins;
     float weight = -INFINITY;
-    for (int g = 0; g < G; ++g) {
-      const float old = log2_total(totals.max[kOld][g], totals.sum[kOld][g]);
-      const float fresh = log2_total(totals.max[kFresh][g], totals.sum[kFresh][g]);
-      const float high = fmaxf(old, fresh);
-      const float total = high + ptx::lg2(ptx::ex2(old - high) + ptx::ex2(fresh - high));
-      weight = fmaxf(weight, w.candidate_logit[(base + i) * G + g] - total);
-    }
+    for (int g = 0; g < G; ++g) weight = fmaxf(weight, w.candidate_logit[(base + i) * G + g] - totals.lse[g]);
     const float bin = -weight * kBinsPerLog2;
     return bin < 0.f ? 0 : bin < kBins - 1 ? static_cast<int>(bin) : kBins - 1;
   };
+  for (int g = threadIdx.x; g < G; g += kThreads) {
+    const float old = log2_total(totals.max[kOld][g], totals.sum[kOld][g]);
+    const float fresh = log2_total(totals.max[kFresh][g], totals.sum[kFresh][g]);
+    const float high = finite_or_zero(fmaxf(old, fresh));
+    totals.lse[g] = high + ptx::lg2(ptx::ex2(old - high) + ptx::ex2(fresh - high));
+  }
   for (int i = threadIdx.x; i < kBins; i += kThreads) totals.bin[i] = 0;
   ptx::sync_block();
   for (int i = threadIdx.x; i < num_candidates; i += kThreads) {
     const int bin = bin_of(i);
-    if (bin >= 0) ptx::atomic_add_shared(&totals.bin[bin], 1);
+    if (bin < kBins) ptx::atomic_add_shared(&totals.bin[bin], 1);
   }
   ptx::sync_block();
   if (threadIdx.x == 0) {
@@ -128,26 +123,43 @@ MAC_DEVICE void choose_anchors(const AmendParams& p, const AmendWorkspace& w, in
     while (bin < kBins && count + totals.bin[bin] <= p.num_anchors) count += totals.bin[bin++];
     totals.cutoff = bin;                  // lighter bins do not fit any more,
     totals.room = p.num_anchors - count;  // and of this one only so many do
-    totals.num_anchors = 0;
   }
   ptx::sync_block();
-  // One warp collects in order, so that the choice does not depend on timing.
-  if (warp == 0) {
-    int count = 0, room = totals.room;
-    for (int first = 0; first < num_candidates; first += 32) {
-      const int bin = bin_of(first + lane);
-      const bool at_cutoff = bin == totals.cutoff;
-      const uint32_t below = (1u << lane) - 1u;
-      const uint32_t edge = ptx::ballot(at_cutoff);
-      const bool taken = (bin >= 0 && bin < totals.cutoff) || (at_cutoff && popcount(edge & below) < room);
-      const uint32_t all = ptx::ballot(taken);
-      if (taken) totals.anchor[count + popcount(all & below)] = first + lane;
-      count += popcount(all);
-      room -= popcount(edge) < room ? popcount(edge) : room;
+  // In order of position, so that the choice does not depend on timing: each warp has a stretch of the
+  // candidates, counts, and then knows where its own begin.
+  const int stretch = (num_candidates + 32 * kWarps - 1) / (32 * kWarps) * 32;
+  const int begin = warp * stretch, end = begin + stretch < num_candidates ? begin + stretch : num_candidates;
+  int taken = 0, edge = 0;
+  for (int first = begin; first < end; first += 32) {
+    const int bin = bin_of(first + lane < end ? first + lane : num_candidates);
+    taken += popcount(ptx::ballot(bin < totals.cutoff));
+    edge += popcount(ptx::ballot(bin == totals.cutoff && bin < kBins));
+  }
+  if (lane == 0) totals.taken[warp] = taken, totals.edge[warp] = edge;
+  ptx::sync_block();
+  int count = 0, seen = 0, all = 0;  // before this warp; and of all warps
+  int all_edges = 0;
+  for (int i = 0; i < kWarps; ++i) {
+    if (i == warp) {
+      seen = all_edges;
+      count = all + (all_edges < totals.room ? all_edges : totals.room);
     }
-    if (lane == 0) totals.num_anchors = count;
+    all += totals.taken[i];
+    all_edges += totals.edge[i];
+  }
+  for (int first = begin; first < end; first += 32) {
+    const int bin = bin_of(first + lane < end ? first + lane : num_candidates);
+    const uint32_t below = (1u << lane) - 1u;
+    const uint32_t at_edge = ptx::ballot(bin == totals.cutoff && bin < kBins);
+    const bool fits = seen + popcount(at_edge & below) < totals.room;
+    const bool take = bin < totals.cutoff || (bin == totals.cutoff && bin < kBins && fits);
+    const uint32_t takers = ptx::ballot(take);
+    if (take) totals.anchor[count + popcount(takers & below)] = first + lane;
+    count += popcount(takers);
+    seen += popcount(at_edge);
   }
   ptx::sync_block();
+  return all + (all_edges < totals.room ? all_edges : totals.room);
 }
 
 // The weight that a candidate had in the sums, relative to the old span's maximum.
@@ -183,14 +195,35 @@ MAC_DEVICE_NOINLINE void finish_kv_head(const AmendParams& p, const AmendWorkspa
     for (int i = threadIdx.x; i < p.num_anchors; i += kThreads) anchors[i] = kNoAnchor;
     return;
   }
-  for (int g = threadIdx.x; g < G; g += kThreads) merge_sums(w, segments, g, totals);
+  const auto find_ctas = [&](int head_tile) {
+    ptx::sync_block();
+    if (threadIdx.x < 2 * kNumSpans) {
+      const int span = threadIdx.x / 2, end = threadIdx.x % 2;
+      totals.cta[span][end] = segments.span_cta(head_tile, static_cast<Span>(span), end);
+    }
+    ptx::sync_block();
+  };
+  for (int tile = 0; tile < w.head_tiles; ++tile) {
+    find_ctas(tile);
+    const int first = tile * kMaxTileHeads, heads = G - first < w.tile_heads ? G - first : w.tile_heads;
+    for (int i = threadIdx.x; i < heads * kNumSpans; i += kThreads) {
+      const int span = i % kNumSpans, head = i / kNumSpans;
+      merge_sums(w, segments.first_pass + tile, head, static_cast<Span>(span), totals.cta[span],
+                 totals.max[span][first + head], totals.sum[span][first + head]);
+    }
+  }
   ptx::sync_block();
 
   const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
   int count = 0;
   if (p.num_anchors > 0 && !work.hit && work.old_end > 0) {
-    choose_anchors(p, w, group, (work.old_end + kWarpTokens - 1) / kWarpTokens, totals);
-    count = totals.num_anchors;
+    count = choose_anchors(p, w, group, (work.old_end + kWarpTokens - 1) / kWarpTokens, totals);
+    const int32_t* pages = p.kv.block_table + request * p.kv.block_table_stride;
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const int token = w.candidate[base + totals.anchor[i]], page = token / p.kv.page_size;
+      totals.row[i] = static_cast<int64_t>(pages[page]) * p.kv.v_page_stride +
+                      (token - page * p.kv.page_size) * p.kv.v_token_stride;
+    }
     // From here on the logit's place holds the weight.
     for (int i = threadIdx.x; i < count * G; i += kThreads) {
       const int64_t place = base + totals.anchor[i / G];
@@ -204,41 +237,42 @@ MAC_DEVICE_NOINLINE void finish_kv_head(const AmendParams& p, const AmendWorkspa
   }
   ptx::sync_block();
 
-  const int32_t* pages = p.kv.block_table + request * p.kv.block_table_stride;
   const T* values = static_cast<const T*>(p.kv.v) + kv_head * p.kv.v_head_stride;
-  for (int i = threadIdx.x; i < G * D; i += kThreads) {
-    const int g = i / D, d = i % D;
-    float old_out = merge_out(w, segments, totals, g, d, D, kOld), old_sum = totals.sum[kOld][g];
-    float fresh_out = merge_out(w, segments, totals, g, d, D, kFresh), fresh_sum = totals.sum[kFresh][g];
-    float fresh_max = totals.max[kFresh][g];
-    if (count > 0) {
-      float out = 0.f, sum = 0.f;
-      for (int a = 0; a < count; ++a) {
-        const int64_t place = base + totals.anchor[a];
-        const int token = w.candidate[place], page_index = token / p.kv.page_size;
-        const int64_t page = pages[page_index];
-        if (page < 0 || page >= w.num_pages) continue;
-        const float weight = w.candidate_logit[place * G + g];
-        sum += weight;
-        out += weight * ptx::to_float(values[page * p.kv.v_page_stride +
-                                             (token - page_index * p.kv.page_size) * p.kv.v_token_stride + d]);
+  for (int tile = 0; tile < w.head_tiles; ++tile) {
+    if (w.head_tiles > 1) find_ctas(tile);
+    const int first = tile * kMaxTileHeads, heads = G - first < w.tile_heads ? G - first : w.tile_heads;
+    const int pass = segments.first_pass + tile;
+    for (int i = threadIdx.x; i < heads * D; i += kThreads) {
+      const int head = i / D, g = first + head, d = i % D;
+      float old_out = merge_out(w, pass, head, d, D, kOld, totals.cta[kOld], totals.max[kOld][g]);
+      float fresh_out = merge_out(w, pass, head, d, D, kFresh, totals.cta[kFresh], totals.max[kFresh][g]);
+      float old_sum = totals.sum[kOld][g], fresh_sum = totals.sum[kFresh][g];
+      float fresh_max = totals.max[kFresh][g];
+      if (count > 0) {
+        float out = 0.f, sum = 0.f;
+#pragma unroll 8
+        for (int a = 0; a < count; ++a) {
+          const float weight = w.candidate_logit[(base + totals.anchor[a]) * G + g];
+          sum += weight;
+          out += weight * ptx::to_float(values[totals.row[a] + d]);
+        }
+        const float rest = old_sum - sum;
+        const bool empty = count == work.old_end || rest <= old_sum * kRoundingOfSums;
+        old_out = empty ? 0.f : old_out - out;
+        old_sum = empty ? 0.f : rest;
+        const float anchor_max = finite_or_zero(totals.max[kOld][g]), max = fmaxf(fresh_max, anchor_max);
+        const float fresh_weight = ptx::ex2(fresh_max - max), anchor_weight = ptx::ex2(anchor_max - max);
+        fresh_out = fresh_out * fresh_weight + out * anchor_weight;
+        fresh_sum = fresh_sum * fresh_weight + sum * anchor_weight;
+        fresh_max = max;
       }
-      const float rest = old_sum - sum;
-      const bool empty = count == work.old_end || rest <= old_sum * kRoundingOfSums;
-      old_out = empty ? 0.f : old_out - out;
-      old_sum = empty ? 0.f : rest;
-      const float anchor_max = finite_or_zero(totals.max[kOld][g]), max = fmaxf(fresh_max, anchor_max);
-      const float fresh_weight = ptx::ex2(fresh_max - max), anchor_weight = ptx::ex2(anchor_max - max);
-      fresh_out = fresh_out * fresh_weight + out * anchor_weight;
-      fresh_sum = fresh_sum * fresh_weight + sum * anchor_weight;
-      fresh_max = max;
-    }
-    const int64_t row = static_cast<int64_t>(group) * G + g;
-    p.out[row * D + d] = old_sum == 0.f ? 0.f : old_out / old_sum;
-    p.out[(spans + row) * D + d] = fresh_sum == 0.f ? 0.f : fresh_out / fresh_sum;
-    if (d == 0) {
-      p.lse[row] = log2_total(totals.max[kOld][g], old_sum) * kLn2;
-      p.lse[spans + row] = log2_total(fresh_max, fresh_sum) * kLn2;
+      const int64_t row = static_cast<int64_t>(group) * G + g;
+      p.out[row * D + d] = old_sum == 0.f ? 0.f : old_out / old_sum;
+      p.out[(spans + row) * D + d] = fresh_sum == 0.f ? 0.f : fresh_out / fresh_sum;
+      if (d == 0) {
+        p.lse[row] = log2_total(totals.max[kOld][g], old_sum) * kLn2;
+        p.lse[spans + row] = log2_total(fresh_max, fresh_sum) * kLn2;
+      }
     }
   }
 }
@@ -259,7 +293,7 @@ MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, con
   segments.line = line;
   // write_partial ended with a barrier: everybody's part is done, and the release below covers it.
   if (threadIdx.x == 0) {
-    const int ctas = segments.last_cta(w.head_tiles - 1) - segments.first_cta(0) + 1;
+    const int ctas = segments.last_cta(w.head_tiles) - segments.first_cta() + 1;
     is_last = ptx::atomic_add_acq_rel(w.done + group, 1) == ctas - 1;
     if (is_last) w.done[group] = 0;  // as the next call wants to find it
   }

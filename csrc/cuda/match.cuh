@@ -106,10 +106,13 @@ __global__ void __launch_bounds__(kMatchThreads)
     for (int u = 0; u < kMatchUnroll; ++u) {
       age[u] = first + u * (32 / kLanes) + lane / kLanes;
       const int candidate = position - age[u];
-      alive[u] = age[u] <= last_age && p.ring.position[static_cast<int64_t>(slot) * M + candidate % M] == candidate;
-      const int64_t row = (ring_row + (alive[u] ? candidate % M : 0)) * G;
+      // Tag, depth and first row are asked for together: none waits for another.
+      const int index = age[u] <= last_age ? candidate % M : 0;
+      const int64_t row = (ring_row + index) * G;
+      const int tag = p.ring.position[static_cast<int64_t>(slot) * M + index];
+      const int depth = p.ring.depth[row];
       // With decisions per head every head has a depth of its own, looked at below.
-      if (alive[u] && !p.per_head) alive[u] = p.ring.depth[row] < p.max_reuse_depth;
+      alive[u] = age[u] <= last_age && tag == candidate && (p.per_head || depth < p.max_reuse_depth);
       entry[u] = ring + row * kHeadDim + piece * 8;
       total[u] = 0.f;
     }
@@ -117,8 +120,9 @@ __global__ void __launch_bounds__(kMatchThreads)
       uint4 data[kMatchUnroll];
 #pragma unroll
       for (int u = 0; u < kMatchUnroll; ++u) {
-        data[u] = alive[u] && piece < kPieces ? ptx::load_stream_16(entry[u] + static_cast<int64_t>(g) * kHeadDim)
-                                              : uint4{0, 0, 0, 0};
+        data[u] = (g == 0 || alive[u]) && piece < kPieces
+                      ? ptx::load_stream_16(entry[u] + static_cast<int64_t>(g) * kHeadDim)
+                      : uint4{0, 0, 0, 0};
       }
       bool any = false;
 #pragma unroll

@@ -1,12 +1,16 @@
-// What the kernels need of CUDA C++ beyond the instructions in ptx/.
+// What makes one source compile both ways: by nvcc for the GPU and, with MAC_SIMT, as plain C++ for the
+// host execution in tests/simt. The kernels name every instruction through ptx/; here are the words of
+// CUDA C++ around them.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include <cmath>
 #include <cstdint>
 
 #include "types.h"
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
 
 #define MAC_DEVICE __device__ __forceinline__
 #define MAC_DEVICE_NOINLINE __device__ __noinline__
@@ -30,3 +34,11 @@ MAC_DEVICE int popcount(uint32_t x) {
 }
 
 }  // namespace mac_attn
+
+#elif defined(MAC_SIMT)
+
+#include "simt_host.h"
+
+#else
+#error "Kernels compile with nvcc, or with MAC_SIMT for the host execution in tests/simt"
+#endif

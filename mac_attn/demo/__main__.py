@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,16 +72,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{result.prompt_tokens:,} prompt tokens, {options.new_tokens} generated; {settings}\n")
     print(report.table(figures), end="\n\n")
     print(report.meaning(figures), end="\n\n")
-    print(report.NOTES, end="\n\n")
+    print(report.notes(figures), end="\n\n")
     print(report.texts(result, lambda tokens: str(tokenizer.decode(tokens))), end="\n\n")
     report.plot(
         result, f"{heading}\n{result.prompt_tokens:,} prompt tokens, {settings}", options.out
     )
     print(f"Plot: {options.out}")
     if options.json:
-        options.json.write_text(
-            json.dumps({"model": name, "dtype": str(dtype), **figures}), "utf-8"
-        )
+        run = {"model": name, "dtype": str(dtype), "config": asdict(config), "build": info()}
+        options.json.write_text(json.dumps({**run, **figures}), "utf-8")
         print(f"Figures: {options.json}")
     seconds = time.perf_counter() - start
     print(f"Prefill took {result.prefill_seconds:.0f} s, everything {seconds:.0f} s.")

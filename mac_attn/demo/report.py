@@ -41,6 +41,7 @@ def summary(result: Result) -> dict[str, Any]:
         "prefill_s": result.prefill_seconds,
         "hit_rate": result.total_hit_rate,
         "kv_read_share": result.total_kv_read_share,
+        "search_share": result.search_share,
         "same_text_tokens": result.free_agreement,
         "modes": modes,
         "steps": {
@@ -98,13 +99,17 @@ def _times(mine: float, other: float) -> str:
     return f"{1 / ratio:.1f}x the time of"
 
 
-NOTES = textwrap.fill(
-    "Medians over the steps. Attention is the sum over the layers of the time inside the attention "
-    "call, for reuse with match and completion; all four work in place on preallocated caches, so "
-    "that SDPA is not charged for growing one. Every step feeds the token that exact decode chose "
-    "to all four, one after the other. Divergence in nats, from the distribution of exact decode.",
-    WIDTH,
-)
+def notes(figures: dict[str, Any]) -> str:
+    """How the table was measured."""
+    text = (
+        "Medians over the steps. Attention is the sum over the layers of the time inside the "
+        "attention call, for reuse with match and completion; all four work in place on "
+        "preallocated caches, so that SDPA is not charged for growing one. KV read counts keys and "
+        f"values; a match also reads recent queries, at most {figures['search_share']:.0%} as many "
+        "bytes as the KV cache has. Every step feeds the token that exact decode chose to all "
+        "four, one after the other. Divergence in nats, from the distribution of exact decode."
+    )
+    return textwrap.fill(text, WIDTH)
 
 
 def texts(result: Result, decode: Callable[[list[int]], str], characters: int = 420) -> str:
@@ -116,7 +121,7 @@ def texts(result: Result, decode: Callable[[list[int]], str], characters: int = 
         ("Exact decode writes:", result.traces[EXACT].tokens),
         (f"MAC reuse on its own writes (the text {verdict}):", result.free_tokens),
     ):
-        snippet = " ".join(decode(tokens).split())
+        snippet = " ".join(decode([result.first_token, *tokens]).split())
         snippet = textwrap.shorten(snippet, characters, placeholder=" ...")
         body = textwrap.fill(snippet, WIDTH, initial_indent="  ", subsequent_indent="  ")
         blocks.append(f"{title}\n{body}")

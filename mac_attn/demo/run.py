@@ -45,6 +45,8 @@ class Result:
     kv_read_share: list[float]  # per step
     total_hit_rate: float
     total_kv_read_share: float
+    search_share: float  # bytes of the queries that a match looks through, against the KV cache's
+    first_token: int  # chosen after the prefill
     free_tokens: list[int]  # reuse, fed with its own tokens
 
     @property
@@ -149,6 +151,11 @@ def measure(
     for _ in tqdm(range(new_tokens), desc="reuse, on its own", unit="tok", leave=False):
         free_text.append(choice(free.step(free_text[-1]), free_text))
 
+    searched = cached = 0
+    for layer in decoders[REUSE].cache.layers:
+        if layer.reuse is not None:
+            searched += layer.reuse.ring_query.nbytes
+            cached += 2 * layer.key_store[:, : layer.length].nbytes
     return Result(
         prompt_tokens=ids.shape[1],
         prefill_seconds=prefill_seconds,
@@ -157,6 +164,8 @@ def measure(
         kv_read_share=kv_read_share,
         total_hit_rate=stats.hit_rate,
         total_kv_read_share=stats.kv_read_share,
+        search_share=searched / cached,
+        first_token=text[0],
         free_tokens=free_text[1:],
     )
 

@@ -137,7 +137,11 @@ class MacLayer(CacheLayerMixin):
         query = query.detach()[:, :, 0]
         reuse = self.reuse if self.shared.mode == "reuse" else None
         slots = None if reuse is None else self.slots
-        out = mac_attn.decode(query, *self._paging(), reuse=reuse, slots=slots, sm_scale=sm_scale)
+        kv_cache, block_table, seq_lens = self._paging()
+        out = mac_attn.decode(
+            query, kv_cache, block_table, seq_lens, reuse=reuse, slots=slots, sm_scale=sm_scale
+        )
+        assert isinstance(out, Tensor)  # a pair only with `return_lse`
         return out.unsqueeze(1)
 
     def seed(self, query: Tensor, sm_scale: float | None) -> None:
