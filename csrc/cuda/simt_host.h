@@ -16,8 +16,7 @@
 #define MAC_DEVICE_NOINLINE inline
 
 // Code that runs for a whole warp at once on the execution's own buffers: no thread's accesses.
-#define MAC_SIMT_UNCHECKED \
-  __attribute__((no_sanitize("address"), no_sanitize("thread"), no_sanitize("undefined")))
+#define MAC_SIMT_UNCHECKED __attribute__((no_sanitize("address"), no_sanitize("thread"), no_sanitize("undefined")))
 
 struct uint3 {
   unsigned x, y, z;
@@ -46,6 +45,8 @@ struct Place {
 };
 extern __thread const Place* place;  // __thread: no initialiser to check for at every use
 
+constexpr uint32_t kNaN = 0x7fff7fff;  // as fp32 and twice as bf16 and fp16; as an integer, out of any bounds
+
 // A copy that has been asked for and not been waited for.
 struct AsyncCopy {
   void* shared;
@@ -54,7 +55,7 @@ struct AsyncCopy {
   bool early;          // it was
 };
 struct AsyncCopies {
-  static constexpr int kMax = 2048;
+  static constexpr int kMax = 512;
   AsyncCopy copy[kMax];
   int count;
   int group_end[kMax];  // of every committed group, the place after its last copy
@@ -72,8 +73,8 @@ struct Counters {
   int64_t matrix_products;  // mma_m16n8k16, one per warp
 };
 
-// Gives `in` of every lane to `meaning`, which is called once, when all 32 lanes have come to the
-// instruction `name`, and returns this lane's `out`. Orders no memory accesses.
+// Gives `in` of every lane to `meaning`, which is called once, when all 32 lanes have come to the instruction
+// `name`, and returns this lane's `out`. Orders no memory accesses.
 void collective(const char* name, const void* in, size_t in_bytes, void* out, size_t out_bytes,
                 void (*meaning)(const void* in, void* out));
 void sync_warp();
@@ -81,8 +82,8 @@ void sync_block();
 void named_barrier_sync(int id, int num_threads);
 void switch_point();  // other threads may run here
 void* dynamic_shared();
-AsyncCopies& async_copies();                         // of this thread
-bool random_bit();                                   // from the schedule's seed
+AsyncCopies& async_copies();                          // of this thread
+bool random_bit();                                    // from the schedule's seed
 void in_flight(void* shared, size_t bytes, bool on);  // nobody may touch it
 Counters& thread_counters();
 [[noreturn]] void fail(const char* what);  // ends the launch with a simt::Failure
@@ -93,12 +94,16 @@ inline void check_aligned(const char* name, const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail(name);
 }
 
-// collective() for types; `meaning(in, out)` has in[32] and out[32].
-template <typename Out, typename In, typename Meaning>
-inline Out collective(const char* name, const In& in, Meaning) {
+// The same for types: kMeaning(const In* in, Out* out) has the 32 lanes' values in both.
+template <typename In, typename Out>
+Out out_of(void (*)(const In*, Out*));
+
+template <auto kMeaning, typename In>
+inline auto collective(const char* name, const In& in) {
+  using Out = decltype(out_of(kMeaning));
   Out out;
   collective(name, &in, sizeof in, &out, sizeof out, [](const void* all_in, void* all_out) MAC_SIMT_UNCHECKED {
-    Meaning::apply(static_cast<const In*>(all_in), static_cast<Out*>(all_out));
+    kMeaning(static_cast<const In*>(all_in), static_cast<Out*>(all_out));
   });
   return out;
 }

@@ -1,27 +1,31 @@
-// Conversions and the fast exponential (PTX ISA 9.7.3: ex2, lg2; 9.7.9: cvt).
+// Conversions and the fast exponential (PTX ISA 9.7.3: ex2; 9.7.9: cvt).
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <type_traits>
 
 #include "../simt.h"
 
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#endif
+
 namespace mac_attn::ptx {
+
+// Where only digits matter, not time.
+MAC_DEVICE float lg2(float x) {
+  return log2f(x);
+}
+MAC_DEVICE float tanh_exact(float x) {
+  return tanhf(x);
+}
+
+#if defined(__CUDACC__)
 
 // 2^x within 2 ulp; subnormal results are 0.
 MAC_DEVICE float ex2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-MAC_DEVICE float lg2(float x) {
-  return log2f(x);
-}
-MAC_DEVICE float tanh_exact(float x) {
-  return tanhf(x);
 }
 
 // Two floats, rounded to nearest even, in one register.
@@ -44,6 +48,54 @@ MAC_DEVICE float2 unpack2(uint32_t pair) {
     return __half22float2(*reinterpret_cast<const __half2*>(&pair));
   }
 }
+
+#else
+
+inline float ex2(float x) {
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.f : y;
+}
+
+template <typename T>
+inline uint32_t round_to_16_bits(float x) {
+  const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffffu;
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (magnitude > 0x7f800000u) return 0x7fffu;  // cvt's canonical NaN
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  } else {
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    if (magnitude > 0x7f800000u) return 0x7fffu;
+    if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above: infinity
+    // A subnormal result is rounded by adding 0.5, whose last place is the half's.
+    if (magnitude < 0x38800000u) return sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u);
+    return sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13);
+  }
+}
+
+template <typename T>
+inline float from_16_bits(uint32_t bits) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return bits_float(bits << 16);
+  } else {
+    // Exponent and mantissa into place, then rebias by a product (right for subnormals too); infinities and
+    // NaNs get their full exponent back.
+    const uint32_t magnitude = (bits & 0x7fffu) << 13;
+    const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+    return bits_float(float_bits(bits_float(magnitude) * 0x1p112f) | special | (bits & 0x8000u) << 16);
+  }
+}
+
+template <typename T>
+inline uint32_t pack2(float low, float high) {
+  return round_to_16_bits<T>(low) | round_to_16_bits<T>(high) << 16;
+}
+
+template <typename T>
+inline float2 unpack2(uint32_t pair) {
+  return {from_16_bits<T>(pair & 0xffffu), from_16_bits<T>(pair >> 16)};
+}
+
+#endif
 
 template <typename T>
 MAC_DEVICE float to_float(T value) {

@@ -1,15 +1,24 @@
-// Loads and atomics with the cache and ordering behaviour in their names (PTX ISA 9.7.9: ld, 9.7.13: atom).
+// Loads and atomics with the cache and ordering behaviour in their names (PTX ISA 9.7.9: ld, st; 9.7.13: atom).
 #pragma once
 
 #include "../simt.h"
 
 namespace mac_attn::ptx {
 
+#if defined(__CUDACC__)
+
 MAC_DEVICE uint32_t load_4(const void* global) {
   return *static_cast<const uint32_t*>(global);
 }
+MAC_DEVICE uint4 load_16(const void* p) {
+  return *static_cast<const uint4*>(p);
+}
+MAC_DEVICE void store_16(void* p, uint4 value) {
+  *static_cast<uint4*>(p) = value;
+}
 
-// 16 bytes that are read once: past the L1 cache.
+// 16 bytes that are read once: past the L1 cache. Not ld.global.nc, whose data must not change during the
+// kernel: with programmatic dependent launch the kernel before this one may still be writing it.
 MAC_DEVICE uint4 load_stream_16(const void* global) {
   uint4 value;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -26,20 +35,83 @@ MAC_DEVICE int atomic_add_acq_rel(int* p, int value) {
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
   return old;
 }
+MAC_DEVICE int load_acquire(const int* p) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
 
 // Reads what other threads of the block may be changing by atomics.
 MAC_DEVICE unsigned long long load_volatile(const unsigned long long* p) {
   return *static_cast<const volatile unsigned long long*>(p);
 }
 
-MAC_DEVICE void atomic_or(int* p, int bits) {
-  atomicOr(p, bits);
+// These order nothing; the old value comes back.
+MAC_DEVICE int atomic_or(int* p, int bits) {
+  return atomicOr(p, bits);
 }
-MAC_DEVICE void atomic_add_shared(int* p, int value) {
-  atomicAdd(p, value);
+MAC_DEVICE int atomic_add_shared(int* p, int value) {
+  return atomicAdd(p, value);
 }
-MAC_DEVICE void atomic_min(unsigned long long* p, unsigned long long value) {
-  atomicMin(p, value);
+MAC_DEVICE unsigned long long atomic_min(unsigned long long* p, unsigned long long value) {
+  return atomicMin(p, value);
 }
+
+#else
+
+inline uint32_t load_4(const void* global) {
+  simt::check_aligned("load_4: address is not 4-byte aligned", global, 4);
+  simt::thread_counters().load_bytes += 4;
+  uint32_t value;
+  std::memcpy(&value, global, sizeof value);
+  return value;
+}
+inline uint4 load_16(const void* p) {
+  simt::check_aligned("load_16: address is not 16-byte aligned", p, 16);
+  simt::thread_counters().load_bytes += 16;
+  return *static_cast<const uint4*>(p);
+}
+inline void store_16(void* p, uint4 value) {
+  simt::check_aligned("store_16: address is not 16-byte aligned", p, 16);
+  simt::thread_counters().store_bytes += 16;
+  *static_cast<uint4*>(p) = value;
+}
+inline uint4 load_stream_16(const void* global) {
+  simt::check_aligned("load_stream_16: address is not 16-byte aligned", global, 16);
+  simt::thread_counters().load_stream_bytes += 16;
+  return *static_cast<const uint4*>(global);
+}
+
+inline int atomic_add_acq_rel(int* p, int value) {
+  simt::switch_point();
+  ++simt::thread_counters().atomics;
+  return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
+}
+inline int load_acquire(const int* p) {
+  simt::switch_point();
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+inline unsigned long long load_volatile(const unsigned long long* p) {
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+inline int atomic_or(int* p, int bits) {
+  simt::switch_point();
+  ++simt::thread_counters().atomics;
+  return __atomic_fetch_or(p, bits, __ATOMIC_RELAXED);
+}
+inline int atomic_add_shared(int* p, int value) {
+  simt::switch_point();
+  return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
+}
+inline unsigned long long atomic_min(unsigned long long* p, unsigned long long value) {
+  simt::switch_point();
+  ++simt::thread_counters().atomics;
+  unsigned long long old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (value < old && !__atomic_compare_exchange_n(p, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+
+#endif
 
 }  // namespace mac_attn::ptx

@@ -1,20 +1,33 @@
-// Exchange among the 32 lanes of a warp (PTX ISA 9.7.9: shfl.sync; 9.7.13: vote.sync, bar.warp.sync).
+// Exchange among the 32 lanes of a warp (PTX ISA 9.7.9: shfl.sync; 9.7.13: vote.sync, bar.warp.sync). All lanes
+// take part. Only sync_warp orders the lanes' memory accesses.
 #pragma once
 
 #include "../simt.h"
 
 namespace mac_attn::ptx {
 
+#if defined(__CUDACC__)
+
 MAC_DEVICE int lane_id() {
   return static_cast<int>(threadIdx.x % 32);
 }
 
+// 4-byte types and int64_t.
+template <typename T>
+MAC_DEVICE T shfl(T value, int lane) {
+  if constexpr (sizeof(T) == 8) {
+    return static_cast<T>(__shfl_sync(0xffffffffu, static_cast<long long>(value), lane));
+  } else {
+    return __shfl_sync(0xffffffffu, value, lane);
+  }
+}
 template <typename T>
 MAC_DEVICE T shfl_xor(T value, int mask) {
-  return __shfl_xor_sync(0xffffffffu, value, mask);
-}
-MAC_DEVICE int64_t shfl(int64_t value, int lane) {
-  return static_cast<int64_t>(__shfl_sync(0xffffffffu, static_cast<long long>(value), lane));
+  if constexpr (sizeof(T) == 8) {
+    return static_cast<T>(__shfl_xor_sync(0xffffffffu, static_cast<long long>(value), mask));
+  } else {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+  }
 }
 MAC_DEVICE uint32_t ballot(bool predicate) {
   return __ballot_sync(0xffffffffu, predicate);
@@ -22,5 +35,45 @@ MAC_DEVICE uint32_t ballot(bool predicate) {
 MAC_DEVICE void sync_warp() {
   __syncwarp();
 }
+
+#else
+
+inline int lane_id() {
+  return simt::place->lane;
+}
+
+template <typename T>
+struct ShuffleOperands {
+  T value;
+  int source;
+};
+
+template <typename T>
+MAC_SIMT_UNCHECKED inline void shfl_of_warp(const ShuffleOperands<T>* in, T* out) {
+  for (int lane = 0; lane < 32; ++lane) out[lane] = in[in[lane].source % 32].value;
+}
+
+MAC_SIMT_UNCHECKED inline void ballot_of_warp(const bool* in, uint32_t* out) {
+  uint32_t votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<uint32_t>(in[lane]) << lane;
+  for (int lane = 0; lane < 32; ++lane) out[lane] = votes;
+}
+
+template <typename T>
+inline T shfl(T value, int lane) {
+  return simt::collective<shfl_of_warp<T> >("shfl", ShuffleOperands<T>{value, lane & 31});
+}
+template <typename T>
+inline T shfl_xor(T value, int mask) {
+  return simt::collective<shfl_of_warp<T> >("shfl_xor", ShuffleOperands<T>{value, (lane_id() ^ mask) & 31});
+}
+inline uint32_t ballot(bool predicate) {
+  return simt::collective<ballot_of_warp>("ballot", predicate);
+}
+inline void sync_warp() {
+  simt::sync_warp();
+}
+
+#endif
 
 }  // namespace mac_attn::ptx

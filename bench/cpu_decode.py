@@ -1,0 +1,241 @@
+"""Decode attention on the CPU: exact and all-hit steps beside torch SDPA and a plain read loop.
+
+    python bench/cpu_decode.py [--quick] [--contexts 8192 32768] [--rounds 15] [--json FILE]
+
+Everything runs in one process on the same data, round robin, and the median of the rounds counts.
+Several caches take turns, so that together they exceed the processor's caches by far. The columns
+are explained in bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import mac_attn
+from mac_attn.info import info
+
+NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
+TOTAL_BYTES = 512 * 2**20  # of the caches that take turns
+PAGE_SIZE = 16
+
+
+def read_loop() -> Callable[[Tensor], None]:
+    """The function of read_loop.cpp over a tensor, on all threads."""
+    folder = Path(tempfile.mkdtemp(prefix="mac_attn_"))
+    source = Path(__file__).with_name("read_loop.cpp")
+    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    compiler = shutil.which("c++") or "g++"
+    subprocess.run([compiler, *flags, str(source), "-o", str(folder / "loop.so")], check=True)
+    function = ctypes.CDLL(str(folder / "loop.so")).read_loop
+    shutil.rmtree(folder)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    function.restype = ctypes.c_uint64
+    threads = torch.get_num_threads()
+
+    def run(data: Tensor) -> None:
+        function(data.data_ptr(), data.nbytes, threads)
+
+    return run
+
+
+class Context:
+    """One context length: its caches, and what is timed on them."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.kv_bytes = 2 * length * NUM_KV_HEADS * HEAD_DIM * 2
+        copies = max(1, -(-TOTAL_BYTES // self.kv_bytes))
+        pages = length // PAGE_SIZE
+        shape = (pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
+        self.kv = [
+            tuple(torch.randn(shape).to(torch.bfloat16) for _ in range(2)) for _ in range(copies)
+        ]
+        # SDPA's own layout: a dense [1, num_kv_heads, length, head_dim].
+        self.dense = [
+            tuple(
+                t.view(1, length, NUM_KV_HEADS, HEAD_DIM).transpose(1, 2).contiguous() for t in kv
+            )
+            for kv in self.kv
+        ]
+        self.table = torch.arange(pages, dtype=torch.int32)[None]
+        self.seq_lens = torch.tensor([length], dtype=torch.int32)
+        self.q = torch.randn(1, NUM_QO_HEADS, HEAD_DIM).to(torch.bfloat16)
+        self.slots = torch.zeros(1, dtype=torch.int32)
+        self.rings = [self._ring(kv) for kv in self.kv]
+        self._check()
+
+    def _ring(self, kv: tuple[Tensor, ...]) -> mac_attn.ReuseCache:
+        """A ring that has seen, and after every step sees again, nearly the current query."""
+        reuse = mac_attn.ReuseCache(
+            mac_attn.ReuseConfig(),
+            num_slots=1,
+            num_qo_heads=NUM_QO_HEADS,
+            num_kv_heads=NUM_KV_HEADS,
+            head_dim=HEAD_DIM,
+            dtype=torch.bfloat16,
+        )
+        # Random queries first, so that match has a full window to search, then the planted one.
+        window = reuse.cfg.window
+        reuse.ring_query.copy_(torch.randn(reuse.ring_query.shape).to(torch.bfloat16))
+        reuse.ring_lse.zero_()
+        reuse.ring_out.copy_(torch.randn(reuse.ring_out.shape))
+        positions = torch.arange(self.length - 2 - window, self.length - 2, dtype=torch.int32)
+        reuse.ring_position[0, positions.long() % window] = positions
+        reuse.slot_begin[0] = self.length - 2 - window
+        reuse.slot_end[0] = self.length - 2
+        self._decode(kv, reuse, self.length - 1)  # a miss: a real entry with anchors of its own
+        return reuse
+
+    def _decode(self, kv: tuple[Tensor, ...], reuse: mac_attn.ReuseCache | None, n: int) -> Tensor:
+        seq_lens = self.seq_lens if n == self.length else self.seq_lens - (self.length - n)
+        if reuse is None:
+            return mac_attn.decode(self.q, kv, self.table, seq_lens)
+        return mac_attn.decode(
+            self.q, kv, self.table, seq_lens, reuse=reuse, slots=self.slots, q_match=self.q
+        )
+
+    def _check(self) -> None:
+        expected = sdpa(
+            self.q[:, :, None].float(), *(t.float() for t in self.dense[0]), enable_gqa=True
+        )[:, :, 0]
+        out = self._decode(self.kv[0], None, self.length).float()
+        error = float((out - expected).norm() / expected.norm())
+        # bfloat16 output: half a unit of its 8 bits
+        if error > 4e-3:
+            raise SystemExit(f"exact decode at {self.length} is off by {error:.1e} from SDPA")
+
+    def sdpa(self, i: int) -> None:
+        sdpa(self.q[:, :, None], *self.dense[i % len(self.dense)], enable_gqa=True)
+
+    def sdpa_strided(self, i: int) -> None:
+        k, v = (
+            t.view(1, self.length, NUM_KV_HEADS, HEAD_DIM).transpose(1, 2)
+            for t in self.kv[i % len(self.kv)]
+        )
+        sdpa(self.q[:, :, None], k, v, enable_gqa=True)
+
+    def exact(self, i: int) -> None:
+        self._decode(self.kv[i % len(self.kv)], None, self.length)
+
+    def hit(self, i: int) -> None:
+        """The step after the planted one; the ring is put back, so the next one is the same."""
+        reuse = self.rings[i % len(self.rings)]
+        self._decode(self.kv[i % len(self.kv)], reuse, self.length)
+        reuse.slot_end[0] = self.length - 1
+
+    def hit_bytes(self) -> int:
+        """K, V and ring queries that an all-hit step has to read."""
+        reuse = self.rings[0]
+        stats = reuse.stats()
+        steps = stats.steps - 1  # all but the planted miss
+        assert stats.query_head_hits == steps * NUM_QO_HEADS, "a timed step was not a hit"
+        tokens = (stats.kv_tokens_read - NUM_KV_HEADS * (self.length - 1)) / steps
+        return int(tokens * 2 * HEAD_DIM * 2) + reuse.ring_query.nbytes
+
+
+def measure(contexts: list[int], rounds: int) -> dict[str, object]:
+    loop = read_loop()
+    buffer = torch.randint(0, 2**31, (TOTAL_BYTES // 4,), dtype=torch.int32)
+    times: dict[tuple[int, str], list[float]] = {}
+    loop_times = []
+    rows = []
+    for length in contexts:
+        context = Context(length)
+        calls = ("sdpa", "sdpa_strided", "exact", "hit")
+        for i in range(rounds + 2):
+            for name in calls:
+                # SDPA takes hundreds of milliseconds at 128K: a third of the rounds is enough.
+                if name.startswith("sdpa") and i % 3:
+                    continue
+                call = getattr(context, name)
+                start = time.perf_counter()
+                call(i)
+                elapsed = time.perf_counter() - start
+                if i >= 2 or name.startswith("sdpa") and i > 0:
+                    times.setdefault((length, name), []).append(elapsed)
+            start = time.perf_counter()
+            loop(buffer)
+            loop_times.append(time.perf_counter() - start)
+        ms = {name: 1e3 * median(times[length, name]) for name in calls}
+        peer = min(ms["sdpa"], ms["sdpa_strided"])
+        rows.append(
+            {
+                "context": length,
+                "sdpa_ms": peer,
+                "exact_ms": ms["exact"],
+                "exact_speedup": peer / ms["exact"],
+                "exact_gb_s": context.kv_bytes / ms["exact"] / 1e6,
+                "hit_ms": ms["hit"],
+                "hit_speedup": peer / ms["hit"],
+                "hit_gb_s": context.hit_bytes() / ms["hit"] / 1e6,
+            }
+        )
+        del context
+    gb_s = buffer.nbytes / median(loop_times) / 1e9
+    for row in rows:
+        row["exact_share_of_loop"] = row["exact_gb_s"] / gb_s
+    return {"read_loop_gb_s": gb_s, "rows": rows}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each kind")
+    parser.add_argument("--quick", action="store_true", help="8K and 32K, few rounds")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    if options.quick:
+        options.contexts, options.rounds = [8192, 32768], 9
+    torch.manual_seed(0)
+    build = info()
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads; mac_attn {build['mac_attn']}")
+    print(f"({build['simd']}, {build['compiler']}), torch {torch.__version__}")
+    print(f"command: python {' '.join(sys.argv)}")
+    print(
+        f"batch 1, {NUM_QO_HEADS}/{NUM_KV_HEADS} heads of {HEAD_DIM}, bfloat16, "
+        f"median of {options.rounds}\n"
+    )
+    result = measure(options.contexts, options.rounds)
+    print(f"plain read loop: {result['read_loop_gb_s']:.1f} GB/s\n")
+    print("context   SDPA ms  exact ms  ratio  GB/s  of loop  all-hit ms  ratio  GB/s")
+    for r in result["rows"]:
+        print(
+            f"{r['context']:7}  {r['sdpa_ms']:8.2f}  {r['exact_ms']:8.2f}  "
+            f"{r['exact_speedup']:5.1f}  {r['exact_gb_s']:4.1f}  {r['exact_share_of_loop']:7.0%}  "
+            f"{r['hit_ms']:10.3f}  {r['hit_speedup']:5.0f}  {r['hit_gb_s']:4.1f}"
+        )
+    last = result["rows"][-1]
+    for earlier in result["rows"][:-1]:
+        print(
+            f"all-hit step at {last['context']} over {earlier['context']}: "
+            f"{last['hit_ms'] / earlier['hit_ms']:.2f}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps({"build": build, "cpu": cpu_name(), **result}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The build: finding the toolkit, saying what was built, every instruction set, a real install."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mac_attn
+from mac_attn import _C
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from build_support.toolkit import BuildError, find_toolkit, use_cuda  # noqa: E402
+
+
+def make_toolkit(home: Path) -> Path:
+    for name in ("bin/nvcc", "include/cuda_runtime.h"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).touch()
+    (home / "bin" / "nvcc").chmod(0o755)
+    return home
+
+
+def test_cuda_home_wins_and_must_be_right(tmp_path):
+    home = make_toolkit(tmp_path / "cuda")
+    other = make_toolkit(tmp_path / "other")
+    environ = {"CUDA_HOME": str(home), "PATH": str(other / "bin")}
+    assert find_toolkit(environ, tmp_path) == home
+    with pytest.raises(BuildError, match="CUDA_HOME is .*nowhere, must be a folder with bin/nvcc"):
+        find_toolkit({**environ, "CUDA_HOME": str(tmp_path / "nowhere")}, tmp_path)
+
+
+def test_nvcc_on_path_is_followed_through_links(tmp_path):
+    home = make_toolkit(tmp_path / "cuda-13")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").symlink_to(home / "bin" / "nvcc")
+    assert find_toolkit({"PATH": str(tmp_path / "bin")}, tmp_path / "empty") == home
+
+
+def test_a_wrapper_script_is_no_toolkit_and_wheels_come_last(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    environ = {"PATH": str(tmp_path / "bin")}
+    site = tmp_path / "site"
+    assert find_toolkit(environ, site) is None
+    old = make_toolkit(site / "nvidia" / "cuda_nvcc")
+    assert find_toolkit(environ, site) == old
+    new = make_toolkit(site / "nvidia" / "cu13")
+    assert find_toolkit(environ, site) == new
+    real = make_toolkit(tmp_path / "real")
+    assert find_toolkit({"PATH": str(real / "bin")}, site) == real
+
+
+def test_forcing_cuda(tmp_path):
+    home = make_toolkit(tmp_path)
+    assert use_cuda("13.0", True, home, {})
+    assert not use_cuda("13.0", True, home, {"MAC_ATTN_CUDA": "0"})
+    for missing in [(None, True, home), ("13.0", True, None), ("13.0", False, home)]:
+        assert not use_cuda(*missing, {})
+    forced = {"MAC_ATTN_CUDA": "1"}
+    with pytest.raises(BuildError, match="=1, but the installed torch is a CPU build$"):
+        use_cuda(None, True, home, forced)
+    with pytest.raises(BuildError, match="=1, but no CUDA toolkit by CUDA_HOME"):
+        use_cuda("13.0", True, None, forced)
+    with pytest.raises(BuildError, match="is 'yes', must be 0 or 1"):
+        use_cuda("13.0", True, home, {"MAC_ATTN_CUDA": "yes"})
+
+
+def run(*args: str, **options) -> str:
+    result = subprocess.run(
+        [sys.executable, *args], check=True, capture_output=True, text=True, **options
+    )
+    return result.stdout
+
+
+def test_info():
+    text, data = run("-m", "mac_attn.info"), json.loads(run("-m", "mac_attn.info", "--json"))
+    assert re.search(rf"^mac_attn +{re.escape(mac_attn.__version__)}$", text, re.MULTILINE)
+    assert data["torch"] == torch.__version__ and data["simd"] in text
+
+
+def test_versions_agree():
+    assert _C.build_info()["version"] == mac_attn.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.findall(r"^## \[(\d\S+)\]", changelog, re.MULTILINE)[0] == mac_attn.__version__
+
+
+SMALL_DECODE = """
+import torch, mac_attn
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for heads, head_dim in ((6, 80), (3, 64), (32, 128)):
+        kv = torch.randn(1, 2, 300, 1, head_dim).to(dtype)
+        q = torch.randn(1, heads, head_dim).to(dtype)
+        table, seq_lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([299]).int()
+        out, lse = mac_attn.decode(q, kv, table, seq_lens, return_lse=True)
+        k, v = kv[0, :, :299, 0].double()
+        logits = q[0].double() @ k.T * head_dim**-0.5
+        # one rounding of the output to its dtype, or float32 sums over 299 tokens
+        eps = max(torch.finfo(dtype).eps, 2e-6)
+        torch.testing.assert_close(out[0].double(), logits.softmax(1) @ v, rtol=eps, atol=eps)
+        torch.testing.assert_close(lse[0].double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+print(mac_attn._C.build_info()["simd"])
+"""
+
+
+@pytest.mark.parametrize("simd", ["generic", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set(simd):
+    got = run("-c", SMALL_DECODE, env={**os.environ, "MAC_ATTN_SIMD": simd}).strip()
+    order = ["generic", "avx2", "avx512", "avx512_bf16"]
+    assert order.index(got) <= order.index(simd)  # a machine may lack the level asked for
+    if simd == "generic":
+        assert got == "generic"
+
+
+@pytest.mark.slow
+def test_install_from_a_clean_copy(tmp_path):
+    """What git has is enough to install, and what is installed works away from the sources."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in filter(None, listing.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    install = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps")
+    run(*install, "--target", str(target), str(source))
+    environ = {**os.environ, "PYTHONPATH": str(target)}
+    where = "import mac_attn, mac_attn.demo, mac_attn.integrations.transformers; "
+    code = where + "print(mac_attn.__file__); mac_attn.decode"
+    assert run("-c", code, cwd=tmp_path, env=environ).startswith(str(target))
+    assert mac_attn.__version__ in run("-m", "mac_attn.info", cwd=tmp_path, env=environ)
+    assert (target / "mac_attn" / "py.typed").exists()
+    assert not list(target.glob("tests")) and not list(target.glob("build_support"))
