@@ -123,14 +123,19 @@ void take_out(const AmendParams& p, const AmendTask& task, const float* logits, 
     return;
   }
   std::fill(old.out, old.out + D, 0.f);
-  Rows<T> rows;
+  // All that are lighter than this do not add up to a rounding error of the sum.
+  const float lightest = old.sum * std::numeric_limits<float>::epsilon() / static_cast<float>(num_old);
   for (int32_t first = 0; first < num_old; first += kBlock) {
-    find_rows(p, task, nullptr, first, rows);
-    for (int i = 0; i < rows.count; ++i) {
-      const float weight = std::exp(logits[first + i] - base);
-      if (weight == 0.f) continue;  // an anchor, or too light to show; a NaN stays
+    const int count = std::min(kBlock, num_old - first);
+    alignas(64) float weights[kBlock];
+    std::fill(weights, weights + kBlock, -infinity);
+    std::memcpy(weights, logits + first, count * sizeof(float));
+    for (int i = 0; i < kBlock; i += kLanes) store(weights + i, vexp(load(weights + i) - base));
+    for (int i = 0; i < count; ++i) {
+      if (weights[i] < lightest) continue;  // a NaN stays
+      const T* row = token_value<T>(p, task, first + i);
       for (int d = 0; d < D; d += kLanes) {
-        store(old.out + d, load(old.out + d) + load(rows.v[i] + d) * weight);
+        store(old.out + d, load(old.out + d) + load(row + d) * weights[i]);
       }
     }
   }
@@ -164,7 +169,6 @@ void move_anchors(const AmendParams& p, Total* totals, float* logits, int32_t nu
         }
       }
     }
-    task.end = num_old;
     take_out<T>(p, task, row, num_old, anchor.out, old);
     // fresh (+) anchors
     const float high = std::max(fresh.max, anchor.max);

@@ -33,3 +33,13 @@ MAC_INLINE void find_rows(const AmendParams& p, const AmendTask& task, const int
     rows.v[i] = rows.v[rows.count - 1];
   }
 }
+
+// The V row of one token.
+template <typename T>
+MAC_INLINE const T* token_value(const AmendParams& p, const AmendTask& task, int32_t token) {
+  const int kv_head = task.group % p.shape.num_kv_heads;
+  const int request = task.group / p.shape.num_kv_heads;
+  const int64_t page = p.kv.block_table[request * p.kv.block_table_stride + token / p.kv.page_size];
+  return static_cast<const T*>(p.kv.v) + page * p.kv.v_page_stride + token % p.kv.page_size * p.kv.v_token_stride +
+         kv_head * p.kv.v_head_stride;
+}

@@ -12,6 +12,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static  // blocks run one after another; tests/simt fills it with NaN between them
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define MAC_DEVICE inline
 #define MAC_DEVICE_NOINLINE inline
 

@@ -45,7 +45,7 @@ struct Failure : std::runtime_error {
 void launch(const LaunchConfig& config, void (*body)(const void* context), const void* context);
 
 template <typename... Params, typename... Args>
-void launch(const LaunchConfig& config, void (*kernel)(Params...), const Args&... args) {
+void launch(const LaunchConfig& config, void (*kernel)(Params...), Args... args) {
   const auto call = [&] { kernel(args...); };
   launch(config, [](const void* context) { (*static_cast<const decltype(call)*>(context))(); }, &call);
 }

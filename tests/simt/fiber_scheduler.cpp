@@ -2,8 +2,6 @@
 //
 // A uniform choice among the threads that can run seldom lets one warp get far ahead of the others, which is what
 // shows a missing barrier; so the seed also chooses among three manners of choosing.
-#include <cstdlib>
-
 #include "machine.h"
 
 namespace mac_attn::simt {
@@ -33,7 +31,6 @@ class FiberScheduler final : public Scheduler {
     Thread* first = choose();
     place = first;
     first->fiber.switch_from(caller_);
-    place = nullptr;
   }
 
   void wake(Thread& thread) override {
@@ -47,10 +44,6 @@ class FiberScheduler final : public Scheduler {
   }
   void maybe_give_way(Thread& self) override {
     if (manner_ != kInOrder && random_.next() % 8 == 0) give_way(self);
-  }
-  void abandon(Thread& self) override {
-    caller_.switch_from(self.fiber, true);
-    std::abort();
   }
 
  private:
@@ -97,15 +90,14 @@ class FiberScheduler final : public Scheduler {
 
   void run_next(Thread& self, bool for_good) {
     Thread* next = choose();
-    if (next == &self) return;
-    if (next) {
-      place = next;
-      next->fiber.switch_from(self.fiber, for_good);
-      return;
+    if (!next && block_->exited < block_->num_threads) {
+      note_deadlock();  // which wakes everybody
+      next = choose();
     }
-    if (block_->exited < block_->num_threads) note_failure(*block_, nullptr, "deadlock");
-    caller_.switch_from(self.fiber, true);
-    std::abort();
+    if (next == &self) return;
+    Fiber& to = next ? next->fiber : caller_;
+    place = next;
+    to.switch_from(self.fiber, for_good);
   }
 
   Random random_;

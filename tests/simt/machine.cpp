@@ -16,14 +16,46 @@ Scheduler* scheduler;
 SharedMemory* shared_memory;
 Counters totals;
 
+typedef uint32_t __attribute__((may_alias, aligned(1))) Word;
+
 Thread& self() {
   return *static_cast<Thread*>(const_cast<Place*>(place));
 }
 
+void wake(Thread& thread) {
+  thread.waits_for = nullptr;
+  thread.barrier = -1;
+  --block->waiting;
+  scheduler->wake(thread);
+}
+
+struct Abandoned {};  // thrown through the kernel by every thread after a failure
+
+void leave_if_failed() {
+  if (__atomic_load_n(&block->failed, __ATOMIC_RELAXED)) throw Abandoned();
+}
+
+// The first failure counts. Everybody wakes up to leave.
+void note_failure(const Thread* thread, const std::string& what) {
+  if (block->failed) return;
+  const uint3 where = block->threads[0]->block;
+  block->failure =
+      "block (" + std::to_string(where.x) + ", " + std::to_string(where.y) + ", " + std::to_string(where.z) + ")";
+  if (thread) {
+    block->failure += " thread " + std::to_string(thread->index) + " (warp " +
+                      std::to_string(thread->index / kLanes) + ", lane " + std::to_string(thread->lane) + ")";
+  }
+  block->failure += ": " + what + "; " + block->describe();
+  __atomic_store_n(&block->failed, true, __ATOMIC_RELAXED);
+  for (auto& other : block->threads) {
+    if (other->waits_for) wake(*other);
+  }
+}
+
 [[noreturn]] void fail_entered(Thread& thread, const std::string& what) {
-  note_failure(*block, &thread, what);
-  scheduler->abandon(thread);
-  __builtin_unreachable();
+  note_failure(&thread, what);
+  scheduler->leave();
+  throw Abandoned();
 }
 
 void add(Counters& sum, const Counters& c) {
@@ -36,17 +68,23 @@ void add(Counters& sum, const Counters& c) {
   sum.matrix_products += c.matrix_products;
 }
 
+// Not memcpy, which the sanitizers would take for an access by the running thread.
+void copy(void* to, const void* from, size_t bytes) {
+  auto* out = static_cast<volatile unsigned char*>(to);
+  const auto* in = static_cast<const unsigned char*>(from);
+  for (; bytes >= 4; bytes -= 4, in += 4, out += 4) {
+    uint32_t word;
+    __builtin_memcpy(&word, in, 4);
+    *reinterpret_cast<volatile Word*>(out) = word;
+  }
+  for (; bytes > 0; --bytes) *out++ = *in++;
+}
+
 void wait_for(Thread& thread, const char* name) {
   thread.waits_for = name;
   ++block->waiting;
   scheduler->wait(thread);
-}
-
-void wake(Thread& thread) {
-  thread.waits_for = nullptr;
-  thread.barrier = -1;
-  --block->waiting;
-  scheduler->wake(thread);
+  leave_if_failed();
 }
 
 // Waits for all lanes of the warp; the last one to come does the work.
@@ -54,6 +92,7 @@ void meet(Thread& thread, const char* name, const void* in, size_t in_bytes, voi
           void (*meaning)(const void*, void*), bool orders) {
   if (in_bytes > kMaxOperandBytes || out_bytes > kMaxOperandBytes) fail("operands are too large");
   Warp& warp = *thread.warp;
+  leave_if_failed();
   scheduler->enter();
   if (warp.exited > 0) fail_entered(thread, std::string(name) + ": lanes of the warp have exited");
   if (warp.arrived == 0) warp.name = name;
@@ -61,7 +100,7 @@ void meet(Thread& thread, const char* name, const void* in, size_t in_bytes, voi
     fail_entered(thread, std::string(name) + ": other lanes of the warp are at " + warp.name);
   }
   const unsigned phase = warp.phase % 2;
-  if (in_bytes) __builtin_memcpy(warp.in[phase] + thread.lane * in_bytes, in, in_bytes);
+  copy(warp.in[phase] + thread.lane * in_bytes, in, in_bytes);
   if (orders) order_release(&warp.order[phase]);
   if (++warp.arrived < kLanes) {
     wait_for(thread, name);
@@ -76,11 +115,12 @@ void meet(Thread& thread, const char* name, const void* in, size_t in_bytes, voi
     scheduler->give_way(thread);
   }
   if (orders) order_acquire(&warp.order[phase]);
-  if (out_bytes) __builtin_memcpy(out, warp.out[phase] + thread.lane * out_bytes, out_bytes);
+  copy(out, warp.out[phase] + thread.lane * out_bytes, out_bytes);
 }
 
 void barrier_sync(const char* name, int id, int num_threads) {
   Thread& thread = self();
+  leave_if_failed();
   scheduler->enter();
   if (id < 0 || id >= kNumBarriers) fail_entered(thread, "no such barrier");
   if (num_threads <= 0 || num_threads % kLanes != 0 || num_threads > block->num_threads) {
@@ -135,6 +175,7 @@ void named_barrier_sync(int id, int num_threads) {
   barrier_sync("named_barrier_sync", id, num_threads);
 }
 void switch_point() {
+  leave_if_failed();
   scheduler->maybe_give_way(self());
 }
 void* dynamic_shared() {
@@ -169,13 +210,18 @@ void check_shared(const char* name, const void* p, size_t bytes) {
 
 void run_thread(Block& running, Thread& thread) {
   order_acquire(&running.start_order);
-  running.body(running.context);
-  scheduler->enter();
-  if (thread.copies->count > 0) fail_entered(thread, "exits with asynchronous copies in flight");
-  if (thread.warp->arrived > 0) {
-    fail_entered(thread, std::string("exits while other lanes of the warp are at ") + thread.warp->name);
+  try {
+    leave_if_failed();
+    running.body(running.context);
+    scheduler->enter();
+    if (thread.copies->count > 0) fail_entered(thread, "exits with asynchronous copies in flight");
+    if (thread.warp->arrived > 0) {
+      fail_entered(thread, std::string("exits while other lanes of the warp are at ") + thread.warp->name);
+    }
+    if (running.barriers[0].arrived > 0) fail_entered(thread, "exits while other threads are at sync_block");
+  } catch (const Abandoned&) {
+    scheduler->enter();
   }
-  if (running.barriers[0].arrived > 0) fail_entered(thread, "exits while other threads are at sync_block");
   thread.exited = true;
   ++thread.warp->exited;
   ++running.exited;
@@ -183,16 +229,8 @@ void run_thread(Block& running, Thread& thread) {
   scheduler->leave();
 }
 
-void note_failure(Block& failed, const Thread* thread, const std::string& what) {
-  if (!failed.failure.empty()) return;
-  const Place& where = *failed.threads[0];
-  failed.failure = "block (" + std::to_string(where.block.x) + ", " + std::to_string(where.block.y) + ", " +
-                   std::to_string(where.block.z) + ")";
-  if (thread) {
-    failed.failure += " thread " + std::to_string(thread->index) + " (warp " +
-                      std::to_string(thread->index / kLanes) + ", lane " + std::to_string(thread->lane) + ")";
-  }
-  failed.failure += ": " + what + "; " + failed.describe();
+void note_deadlock() {
+  note_failure(nullptr, "deadlock");
 }
 
 std::string Block::describe() const {
@@ -273,7 +311,7 @@ void launch(const LaunchConfig& config, void (*body)(const void*), const void* c
     order_release(&running.start_order);
     chosen->run(running);
     order_acquire(&running.end_order);
-    if (!running.failure.empty()) break;
+    if (running.failed) break;
   }
   for (int i = 0; i < threads; ++i) {
     add(totals, running.threads[i]->counters);
@@ -284,7 +322,7 @@ void launch(const LaunchConfig& config, void (*body)(const void*), const void* c
   block = nullptr;
   scheduler = nullptr;
   shared_memory = nullptr;
-  if (!running.failure.empty()) throw Failure(running.failure);
+  if (running.failed) throw Failure(running.failure);
 }
 
 Counters counters() {

@@ -74,13 +74,14 @@ struct Block {
   int waiting = 0;
   int exited = 0;
   std::string failure;  // empty: none
+  bool failed = false;  // the threads are on their way out
   char start_order, end_order;
 
   void reset(const LaunchConfig& config, uint3 index, Random& random);
   std::string describe() const;  // who waits for what
 };
 
-// Lets the threads of a block run, all to their end or until one of them fails.
+// Lets the threads of a block run, all to their end.
 class Scheduler {
  public:
   virtual ~Scheduler() = default;
@@ -90,10 +91,9 @@ class Scheduler {
   virtual void enter() {}
   virtual void leave() {}
   virtual void wake(Thread& thread) = 0;
-  virtual void wait(Thread& self) = 0;         // leaves; returns when somebody has woken `self`
-  virtual void give_way(Thread& self) = 0;     // leaves; others may run
-  virtual void maybe_give_way(Thread&) = 0;    // not within enter()
-  virtual void abandon(Thread& self) = 0;      // after a failure; never returns
+  virtual void wait(Thread& self) = 0;      // leaves; returns when somebody has woken `self`
+  virtual void give_way(Thread& self) = 0;  // leaves; others may run
+  virtual void maybe_give_way(Thread&) = 0;  // not within enter()
 };
 
 std::unique_ptr<Scheduler> make_fiber_scheduler(uint64_t seed);
@@ -102,8 +102,8 @@ std::unique_ptr<Scheduler> make_thread_scheduler();
 // What a scheduler calls as a thread of the block: the kernel, from its first line to the exit.
 void run_thread(Block& block, Thread& thread);
 
-// Notes the failure, within enter(); the first one counts.
-void note_failure(Block& block, const Thread* thread, const std::string& what);
+// For a scheduler, within enter(): nobody is left that could run, and not all have exited.
+void note_deadlock();
 
 // Shared memory of the running block.
 class SharedMemory {
