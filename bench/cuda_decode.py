@@ -2,9 +2,9 @@
 
     python bench/cuda_decode.py [--anchors 0 64] [--json FILE]
 
-Hits are planted in the rings: random entries fill the window, and one holds the current query. The
-L2 cache is overwritten before every replay; the median of 30 counts. The history of the slots is put
-back by one small fill kernel within the graph, whose own time stands in the last column.
+Hits are planted in the rings: random entries fill the window, and one holds the current query.
+The L2 cache is overwritten before every replay; the median of 30 counts. The history of the slots
+is put back by one small fill kernel within the graph, whose own time stands in the last column.
 """
 
 from __future__ import annotations
