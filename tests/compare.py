@@ -230,4 +230,4 @@ class Twins:
                 else:
                     tokens = chosen[b, head][chosen[b, head] >= 0].tolist()
                     assert tokens and len({t // 16 for t in tokens}) == len(tokens)
-                    assert 0 <= min(tokens) and max(tokens) < old
+                    assert min(tokens) >= 0 and max(tokens) < old
