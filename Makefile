@@ -15,10 +15,10 @@ TEST_ARGS ?=
 venv := .venv
 bin := $(venv)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -q
-cxx_files := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/cpp/*.cpp)
+cxx_files := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/cpp/*.cpp tests/simt/*.cpp tests/simt/*.h)
 sources := setup.py pyproject.toml build_support/toolkit.py mac_attn/_version.py $(cxx_files)
 
-.PHONY: demo test lint build kernels bench format clean help
+.PHONY: demo test lint build kernels simt bench format clean help
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -41,6 +41,15 @@ kernels: $(venv)/built-test
 	  $(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
 	    -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
 	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir --output-on-failure || exit 1; \
+	done
+
+# The host execution of CUDA kernels: its own tests, the kernels do not run on it yet.
+simt: $(venv)/built-test
+	@for sanitize in "" thread; do \
+	  dir=build/simt-$${sanitize:-plain}; \
+	  $(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
+	    -DMAC_ATTN_SIMT=ON -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
+	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -R simt --output-on-failure || exit 1; \
 	done
 
 bench: $(venv)/built-test

@@ -21,12 +21,12 @@ namespace mac_attn::simt {
 
 inline int failed_checks = 0;
 
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::printf("%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);     \
-      ++::mac_attn::simt::failed_checks;                                        \
-    }                                                                           \
+#define CHECK(condition)                                                    \
+  do {                                                                      \
+    if (!(condition)) {                                                     \
+      std::printf("%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
+      ++::mac_attn::simt::failed_checks;                                    \
+    }                                                                       \
   } while (false)
 
 // Both engines; the second is slow, and its schedule is the operating system's.

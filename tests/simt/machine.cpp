@@ -35,6 +35,13 @@ void leave_if_failed() {
   if (__atomic_load_n(&block->failed, __ATOMIC_RELAXED)) throw Abandoned();
 }
 
+void enter_unless_failed() {
+  scheduler->enter();
+  if (!block->failed) return;
+  scheduler->leave();
+  throw Abandoned();
+}
+
 // The first failure counts. Everybody wakes up to leave.
 void note_failure(const Thread* thread, const std::string& what) {
   if (block->failed) return;
@@ -92,8 +99,7 @@ void meet(Thread& thread, const char* name, const void* in, size_t in_bytes, voi
           void (*meaning)(const void*, void*), bool orders) {
   if (in_bytes > kMaxOperandBytes || out_bytes > kMaxOperandBytes) fail("operands are too large");
   Warp& warp = *thread.warp;
-  leave_if_failed();
-  scheduler->enter();
+  enter_unless_failed();
   if (warp.exited > 0) fail_entered(thread, std::string(name) + ": lanes of the warp have exited");
   if (warp.arrived == 0) warp.name = name;
   if (std::strcmp(warp.name, name) != 0) {
@@ -120,8 +126,7 @@ void meet(Thread& thread, const char* name, const void* in, size_t in_bytes, voi
 
 void barrier_sync(const char* name, int id, int num_threads) {
   Thread& thread = self();
-  leave_if_failed();
-  scheduler->enter();
+  enter_unless_failed();
   if (id < 0 || id >= kNumBarriers) fail_entered(thread, "no such barrier");
   if (num_threads <= 0 || num_threads % kLanes != 0 || num_threads > block->num_threads) {
     fail_entered(thread, "a barrier is for whole warps of the block");
@@ -220,6 +225,7 @@ void run_thread(Block& running, Thread& thread) {
     }
     if (running.barriers[0].arrived > 0) fail_entered(thread, "exits while other threads are at sync_block");
   } catch (const Abandoned&) {
+    for (int i = 0; i < thread.copies->count; ++i) in_flight(thread.copies->copy[i].shared, 16, false);
     scheduler->enter();
   }
   thread.exited = true;
@@ -318,7 +324,6 @@ void launch(const LaunchConfig& config, void (*body)(const void*), const void* c
     running.threads[i]->counters = {};
     pool[i] = std::move(running.threads[i]);
   }
-  shared.fill_with_nan();  // and nothing is in flight any more
   block = nullptr;
   scheduler = nullptr;
   shared_memory = nullptr;

@@ -14,7 +14,7 @@ namespace mac_attn::simt {
 
 constexpr int kLanes = 32;
 constexpr int kMaxWarps = 32;
-constexpr int kNumBarriers = 16;     // PTX ISA 9.7.13.1: barriers of a CTA
+constexpr int kNumBarriers = 16;      // PTX ISA 9.7.13.1: barriers of a CTA
 constexpr int kMaxOperandBytes = 48;  // of one lane
 
 class Random {
@@ -60,8 +60,8 @@ struct Thread : Place {
   Random random;
   Counters counters = {};
   std::unique_ptr<AsyncCopies> copies;
-  Fiber fiber;          // kFibers
-  uint32_t awake = 0;   // kThreads: a futex
+  Fiber fiber;         // kFibers
+  uint32_t awake = 0;  // kThreads: a futex
 };
 
 struct Block {
@@ -91,8 +91,8 @@ class Scheduler {
   virtual void enter() {}
   virtual void leave() {}
   virtual void wake(Thread& thread) = 0;
-  virtual void wait(Thread& self) = 0;      // leaves; returns when somebody has woken `self`
-  virtual void give_way(Thread& self) = 0;  // leaves; others may run
+  virtual void wait(Thread& self) = 0;       // leaves; returns when somebody has woken `self`
+  virtual void give_way(Thread& self) = 0;   // leaves; others may run
   virtual void maybe_give_way(Thread&) = 0;  // not within enter()
 };
 

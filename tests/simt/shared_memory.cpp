@@ -22,7 +22,7 @@ namespace {
 
 struct Variable {
   char* address;
-  size_t size;
+  size_t size;  // Clang counts ASan's zone behind the variable in
 };
 
 uintptr_t load_address() {
@@ -53,7 +53,7 @@ std::vector<Variable> find_static_shared() {
     const char* names = image + sections[sections[s].sh_link].sh_offset;
     const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(image + sections[s].sh_offset);
     for (size_t i = 0; i < sections[s].sh_size / sizeof(ElfW(Sym)); ++i) {
-      const ElfW(Sym)& symbol = symbols[i];
+      const ElfW(Sym) & symbol = symbols[i];
       const bool is_variable = (symbol.st_info & 0xf) == STT_OBJECT && symbol.st_shndx < header->e_shnum &&
                                (sections[symbol.st_shndx].sh_flags & SHF_WRITE);
       if (!is_variable || std::strncmp(names + symbol.st_name, "_ZZN8mac_attn4cuda", 18) != 0) continue;
@@ -70,7 +70,6 @@ const std::vector<Variable>& static_shared() {
 }
 
 void fill(void* p, size_t size) {
-  unpoison(p, size);
   for (size_t i = 0; i < size; ++i) {
     static_cast<volatile unsigned char*>(p)[i] = static_cast<unsigned char>(kNaN >> i % 4 * 8);
   }

@@ -189,16 +189,12 @@ __global__ void make_mistake(Mistake mistake, char* global) {
         ptx::shfl_xor(1.f, 1);
       }
       break;
-    case Mistake::kWarpApart:
-      ptx::named_barrier_sync(t < 64 ? 1 : 2, 128);
-      break;
+    case Mistake::kWarpApart: ptx::named_barrier_sync(t < 64 ? 1 : 2, 128); break;
     case Mistake::kTooFewAtBarrier:
       if (t < 64) ptx::named_barrier_sync(1, 96);
       if (t >= 64) ptx::named_barrier_sync(2, 96);
       break;
-    case Mistake::kCountsDiffer:
-      ptx::named_barrier_sync(1, t < 64 ? 96 : 64);
-      break;
+    case Mistake::kCountsDiffer: ptx::named_barrier_sync(1, t < 64 ? 96 : 64); break;
     case Mistake::kPartOfWarp:
       if (t % 2 == 0) ptx::named_barrier_sync(1, 64);
       ptx::sync_warp();
@@ -334,7 +330,8 @@ void test_failures(const Run& run) {
     const char* report[2];  // one or the other, as the schedule has it
   } cases[] = {
       {Mistake::kExitBeforeBarrier, {"threads have exited that it waits for", "exits while other threads are at"}},
-      {Mistake::kExitBeforeShuffle, {"lanes of the warp have exited", "exits while other lanes of the warp are at"}},
+      {Mistake::kExitBeforeShuffle,
+       {"lanes of the warp have exited", "exits while other lanes of the warp are at"}},
       {Mistake::kShuffleWithoutLane, {"deadlock", "threads 64-69 at shfl_xor, threads 70-70 at sync_block"}},
       {Mistake::kTwoInstructions, {"shfl_xor: other lanes of the warp are at ballot", "ballot: other lanes"}},
       {Mistake::kWarpApart, {"deadlock", "deadlock"}},
@@ -355,7 +352,8 @@ void test_failures(const Run& run) {
     if (!reported) std::printf("mistake %d: \"%s\"\n", static_cast<int>(c.mistake), failure.c_str());
     CHECK(reported);
   }
-  CHECK(contains(failure_of([&] { launch({1, 48}, cuda::note_places, static_cast<int*>(nullptr)); }), "whole warps"));
+  CHECK(
+      contains(failure_of([&] { launch({1, 48}, cuda::note_places, static_cast<int*>(nullptr)); }), "whole warps"));
 }
 
 }  // namespace

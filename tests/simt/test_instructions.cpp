@@ -138,7 +138,8 @@ void test_mma(const Run& run) {
     for (int i = 0; i < 4; ++i) {
       const int row = i < 2 ? lane >> 2 : (lane >> 2) + 8, column = lane % 4 * 2 + (i & 1);
       double sum = mc[row][column], magnitude = std::fabs(sum);
-      for (int k = 0; k < 16; ++k) sum += ma[row][k] * mb[k][column], magnitude += std::fabs(ma[row][k] * mb[k][column]);
+      for (int k = 0; k < 16; ++k)
+        sum += ma[row][k] * mb[k][column], magnitude += std::fabs(ma[row][k] * mb[k][column]);
       CHECK(std::fabs(c[lane * 4 + i] - sum) <= tolerance(magnitude));
     }
   }
@@ -180,9 +181,9 @@ void test_conversions(float largest) {
   std::uniform_int_distribution<uint32_t> any;
   for (int i = 0; i < 200000; ++i) {
     uint32_t bits = any(generator);
-    if (i % 2) bits = (bits & 0x8fffffffu) | 0x30000000u;     // mostly numbers that fp16 has, subnormals too
+    if (i % 2) bits = (bits & 0x8fffffffu) | 0x30000000u;        // mostly numbers that fp16 has, subnormals too
     if (i % 4 == 3) bits &= 0xffffe000u, bits |= (i & 4) << 10;  // ties, or nothing to round, in fp16
-    if (i % 16 == 5) bits &= 0xffff8000u;                     // the same in bf16
+    if (i % 16 == 5) bits &= 0xffff8000u;                        // the same in bf16
     const float x = bits_float(bits);
     if (!(std::fabs(x) < largest)) continue;
     const uint16_t y = ptx::from_float<T>(x).bits;

@@ -89,7 +89,8 @@ namespace {
 
 enum class Expect { kReversed, kReversedByWarp, kSame };
 
-// Runs the kernel on 20 schedules (3 of the slow engine) and compares; `floats` in and out, as much dynamic shared memory.
+// Runs the kernel on 20 schedules (3 of the slow engine) and compares; `floats` in and out, as much dynamic shared
+// memory.
 template <typename... Args>
 bool right_everywhere(Engine engine, int floats, Expect expect, void (*kernel)(const float*, float*, Args...),
                       Args... args) {
@@ -122,7 +123,8 @@ bool run(const std::string& mistake, Engine engine) {
            right_everywhere(engine, kOne, Expect::kSame, overrun_static_shared, 0) &&
            right_everywhere(engine, kOne, Expect::kSame, overrun_copy, 0);
   }
-  if (mistake == "missing_sync_block") return right_everywhere(engine, kOne, Expect::kReversed, reverse_block<false>);
+  if (mistake == "missing_sync_block")
+    return right_everywhere(engine, kOne, Expect::kReversed, reverse_block<false>);
   if (mistake == "missing_sync_warp") {
     return right_everywhere(engine, kOne, Expect::kReversedByWarp, reverse_warp<false>);
   }
