@@ -43,9 +43,9 @@ kernels: $(venv)/built-test
 	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir --output-on-failure || exit 1; \
 	done
 
-# The host execution of CUDA kernels: its own tests, the kernels do not run on it yet.
+# The host execution of CUDA kernels: its own tests. Tests of the kernels on it are still to come.
 simt: $(venv)/built-test
-	@for sanitize in "" thread; do \
+	@for sanitize in "" address,undefined thread; do \
 	  dir=build/simt-$${sanitize:-plain}; \
 	  $(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
 	    -DMAC_ATTN_SIMT=ON -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
