@@ -22,6 +22,7 @@
 
 namespace mac_attn::cuda {
 
+constexpr int kNoHead = 0x7ffffffe;
 constexpr float kMaxLead = 8.f;          // log2, see above
 constexpr float kCandidateLead = -12.f;  // log2: lighter tokens, against the maximum so far, are no anchors
 
@@ -58,16 +59,25 @@ MAC_DEVICE RowPair find_row_pair(const AmendParams& p, const AmendWorkspace& w, 
     rows.valid[i] = token[i] < tokens.end;
   }
   if (tokens.anchors) {
+    // Who reads the inherited anchors hands them on.
     const int32_t* list = inherited_anchors(p, cursor.request, cursor.kv_head);
+    int32_t* handed_on = p.anchors + static_cast<int64_t>(cursor.kv_group(p)) * p.num_anchors;
+    int place[2] = {token[0], token[1]};
     for (int i = 0; i < 2; ++i) {
-      token[i] = rows.valid[i] ? list[token[i]] : kNoAnchor;
+      token[i] = kNoAnchor;
+      if (rows.valid[i]) token[i] = list[place[i]];
+    }
+    for (int i = 0; i < 2; ++i) {
+      if (rows.valid[i] && ptx::lane_id() % 4 == 0 && cursor.head_tile == 0) handed_on[place[i]] = token[i];
       rows.valid[i] = token[i] != kNoAnchor;
     }
   }
   for (int i = 0; i < 2; ++i) {
-    const int page_index = rows.valid[i] ? w.page_size.divide(token[i]) : 0;
-    rows.page[i] = rows.valid[i] ? pages[page_index] : 0;
-    rows.offset[i] = rows.valid[i] ? token[i] - page_index * p.kv.page_size : 0;
+    rows.page[i] = 0, rows.offset[i] = 0;
+    if (!rows.valid[i]) continue;
+    const int page_index = w.page_size.divide(token[i]);
+    rows.page[i] = pages[page_index];
+    rows.offset[i] = token[i] - page_index * p.kv.page_size;
   }
   return rows;
 }
@@ -113,7 +123,7 @@ struct WarpState {
   float out[kHeadBlocks][kSteps][4];
   float max[kHeadBlocks][2];
   float sum[kHeadBlocks][2];
-  int start[kHeadBlocks][2];  // first token of the head; beyond any token for a column without head
+  int source[kHeadBlocks][2];  // position of the entry that the head reuses; kNoHead for a column without one
 
   MAC_DEVICE void clear() {
 #pragma unroll
@@ -131,6 +141,7 @@ struct WarpState {
     const int G = p.shape.group_size, first = cursor.head_tile * kMaxTileHeads;  // within the group
     const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
                     static_cast<int64_t>(kv_head) * G * p.query.head_stride;
+    const int32_t* sources = p.source + static_cast<int64_t>(cursor.kv_group(p)) * G;
     if constexpr (kQueryInShared) {
       constexpr int kPieces = kHeadDim / 8;
 #pragma unroll 1
@@ -153,7 +164,8 @@ struct WarpState {
     for (int b = 0; b < kHeadBlocks; ++b) {
       for (int i = 0; i < 2; ++i) {
         const int column = first + b * 8 + lane % 4 * 2 + i;
-        start[b][i] = column < G ? amend_start(p, request, kv_head * G + column) : 0x7fffffff;
+        source[b][i] = column < G ? kMiss : kNoHead;
+        if (column < G && p.source) source[b][i] = sources[column];
       }
     }
   }
@@ -190,8 +202,8 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
     for (int b = 0; b < kHeadBlocks; ++b) {
       float logit = (even[b][i] + odd[b][i]) * p.sm_scale;
       if (p.logits_soft_cap > 0.f) logit = p.logits_soft_cap * ptx::tanh(logit / p.logits_soft_cap);
-      const int start = state.start[b][i % 2];
-      const bool counts = anchors ? start != 0x7fffffff : token >= start;
+      const int source = state.source[b][i % 2];
+      const bool counts = source != kNoHead && (anchors || token >= amend_start(p, source));
       x[b][i] = (valid >> (i / 2) & 1u) && counts ? logit * kLog2E : -INFINITY;
     }
   }
@@ -203,46 +215,39 @@ MAC_DEVICE void keep_candidate(const AmendParams& p, const AmendWorkspace& w, co
                                const WarpState<T, kHeadDim, kHeadBlocks>& state, const float (&x)[kHeadBlocks][4],
                                int first_token) {
   const int lane = ptx::lane_id(), G = p.shape.group_size;
-  float weight = -INFINITY;
-  int token = 0x7fffffff;
+  // A weight's lead over kCandidateLead as a number whose bits are ordered like it; the last four are the token's.
+  uint32_t heaviest = 0;
+#pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float heaviest = -INFINITY;
+    float lead = 0.f;
+#pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
-      for (int i = 0; i < 2; ++i) {
-        const float lead = x[b][2 * half + i] - state.max[b][i];
-        if (lead > heaviest) heaviest = lead;
-      }
+      for (int i = 0; i < 2; ++i) lead = fmaxf(lead, x[b][2 * half + i] - state.max[b][i] - kCandidateLead);
     }
-    const int t = first_token + lane / 4 + 8 * half;
-    if (heaviest > weight) weight = heaviest, token = t;
+    const uint32_t key = (float_bits(lead) & ~15u) | (15 - lane / 4 - 8 * half);
+    if (lead > 0.f) heaviest = key > heaviest ? key : heaviest;
   }
+  heaviest = ptx::reduce_max(heaviest);
   const int64_t base = static_cast<int64_t>(cursor.kv_group(p)) * w.max_candidates;
-  const int place = first_token / kWarpTokens;
+  const int place = first_token / kWarpTokens, row = 15 - heaviest % 16;
   float* logits = w.candidate_logit + base * G + place;
   if (first_token + kWarpTokens >= cursor.work.old_end && lane < G) {
     // They are read four at a time: fill up the last four.
     for (int i = 1; (place + i) % 4 != 0; ++i) logits[static_cast<int64_t>(lane) * w.max_candidates + i] = -INFINITY;
   }
-  if (!ptx::ballot(weight > kCandidateLead)) {
+  if (heaviest == 0) {
     if (lane < G) logits[static_cast<int64_t>(lane) * w.max_candidates] = -INFINITY;
     return;
   }
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const float other_weight = ptx::shfl_xor(weight, distance);
-    const int other_token = ptx::shfl_xor(token, distance);
-    if (other_weight > weight || (other_weight == weight && other_token < token)) {
-      weight = other_weight, token = other_token;
-    }
-  }
-  if (lane == 0) w.candidate[base + place] = token;
-  if (lane / 4 != (token - first_token) % 8) return;
-  const int half = (token - first_token) / 8;
+  if (lane == 0) w.candidate[base + place] = first_token + row;
+  if (lane / 4 != row % 8) return;
+#pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
     for (int i = 0; i < 2; ++i) {
       const int g = b * 8 + lane % 4 * 2 + i;
       if (g >= G) continue;
       const int64_t offset = static_cast<int64_t>(g) * w.max_candidates;
-      logits[offset] = half ? x[b][2 + i] : x[b][i];
+      logits[offset] = row < 8 ? x[b][i] : x[b][2 + i];
       w.candidate_max[base * G + offset + place] = state.max[b][i];
     }
   }

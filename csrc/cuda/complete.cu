@@ -8,7 +8,8 @@ namespace {
 
 template <typename T, int kHeadDim>
 cudaError_t launch_dim(const CompleteParams& p, const CompleteWorkspace& w, cudaStream_t stream) {
-  const dim3 grid((p.shape.batch * p.shape.num_qo_heads() + kWarps - 1) / kWarps);
+  const int warps = p.shape.batch * (p.shape.num_qo_heads() + (p.source ? p.shape.num_kv_heads : 0));
+  const dim3 grid((warps + kWarps - 1) / kWarps);
   return launch(complete_kernel<T, kHeadDim>, grid, kThreads, 0, stream, p, w);
 }
 

@@ -3,8 +3,8 @@
 //   carried = reused (+) old        out = carried (+) fresh
 //   entry p = (q_match, carried, anchors, depth)
 //
-// Grid: one warp for each (request, query head), four a CTA; the first of a KV head and of a request do what
-// their heads share. Traffic: two states, one ring row read and one written, all small.
+// Grid: one warp for each (request, query head), four a CTA, and with reuse one for each (request, KV head), for
+// what its heads share. Traffic: two states, one ring row read and one written, all small.
 #pragma once
 
 #include "../state.h"
@@ -60,7 +60,7 @@ MAC_DEVICE void complete_kv_head(const CompleteParams& p, int request, int kv_he
   ptx::atomic_add(counters + kKvTokensFull, n);
 }
 
-// The slot's history and the entry's tag.
+// The slot's history and the entry's tag; one thread.
 MAC_DEVICE void complete_request(const CompleteParams& p, int request) {
   const int n = p.requests.seq_lens[request], position = n - 1;
   const int64_t slot = p.requests.slots[request];
@@ -81,7 +81,14 @@ __global__ void __launch_bounds__(kThreads)
   const int row = blockIdx.x * kWarps + threadIdx.x / 32;
   ptx::grid_dependency_launch();
   ptx::grid_dependency_wait();
-  if (row >= p.shape.batch * Hq) return;
+  if (row >= p.shape.batch * Hq) {
+    const int group = row - p.shape.batch * Hq, request = group / H;
+    if (!p.source || request >= p.shape.batch) return;
+    if (p.requests.seq_lens[request] <= 0 || (w.status && w.status[request] != 0)) return;
+    if (group % H == 0 && lane == 31) complete_request(p, request);
+    complete_kv_head(p, request, group % H, lane);
+    return;
+  }
   const int request = row / Hq, head = row % Hq;
   const int64_t old_row = row, fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
 
@@ -145,8 +152,6 @@ __global__ void __launch_bounds__(kThreads)
     if (lane + 32 * i < D) out[lane + 32 * i] = ptx::from_float<T>(bad ? NAN : value);
   }
   if (lane == 0) p.lse[row] = bad ? NAN : merge.lse;
-  if (reuse && head % G == 0) complete_kv_head(p, request, head / G, lane);
-  if (reuse && head == 0 && lane == 0) complete_request(p, request);
 }
 
 }  // namespace mac_attn::cuda

@@ -3,7 +3,7 @@
 //   d2_h(c) = |q_h - ring_query_h(c)|^2,   score(c) = mean over the group of d2_h / theta_h
 //   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the newest.
 //
-// Grid: `splits` CTAs of eight warps for each (request, KV head), which share the candidates out; the last one
+// Grid: `splits` CTAs of 16 warps for each (request, KV head), which share the candidates out; the last one
 // to finish writes the answer. A ring row is read by as many lanes as it has 16-byte pieces, so a warp looks at
 // several candidates at a time, head after head: partial sums only grow, so candidates that cannot win any more
 // drop out, most of them after their first head.
@@ -19,7 +19,7 @@
 
 namespace mac_attn::cuda {
 
-constexpr int kMatchThreads = 256;
+constexpr int kMatchThreads = 512;
 constexpr int kMatchWarps = kMatchThreads / 32;
 
 template <int kHeadDim>
@@ -67,8 +67,15 @@ MAC_DEVICE float piece_distance(const float* query, const uint4& data) {
   return distance;
 }
 
+MAC_DEVICE float piece_norm(const float* query) {
+  float norm = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) norm += query[i] * query[i];
+  return norm;
+}
+
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kMatchThreads)
+__global__ void __launch_bounds__(kMatchThreads, 2)
     match_kernel(const __grid_constant__ MatchParams p, const __grid_constant__ MatchWorkspace w) {
   using Layout = MatchLayout<kHeadDim>;
   const int G = p.shape.group_size, H = p.shape.num_kv_heads, M = p.ring.window;
@@ -78,9 +85,9 @@ __global__ void __launch_bounds__(kMatchThreads)
   const bool in_row = piece < Layout::kPieces;
 
   float* query = static_cast<float*>(dynamic_shared());  // [G, D]
-  __shared__ float theta[kMaxGroup];
+  __shared__ float threshold[kMaxGroup];
   __shared__ unsigned long long best[kMaxGroup];
-  __shared__ int usable, errors, is_last;
+  __shared__ int errors, is_last;
 
   ptx::grid_dependency_launch();
   ptx::grid_dependency_wait();  // the last step's ring
@@ -92,9 +99,13 @@ __global__ void __launch_bounds__(kMatchThreads)
   for (int i = threadIdx.x; i < G * kHeadDim; i += kMatchThreads) {
     query[i] = ptx::to_float(rows[i / kHeadDim * p.query.head_stride + i % kHeadDim]);
   }
-  if (threadIdx.x == 0) errors = 0, usable = 1;
+#pragma unroll 1
+  for (int g = threadIdx.x; g < G; g += kMatchThreads) {
+    threshold[g] = p.threshold[kv_head * G + g];
+    best[g] = match_key(p.per_head ? 1.f : static_cast<float>(G), 0);
+  }
+  if (threadIdx.x == 0) errors = 0;
   const int found = request_errors(p, request, n, given_slot);
-  const float given_threshold = warp < G ? p.threshold[kv_head * G + warp] : 0.f;
 
   // Candidates have p - M <= c < p, so their ages are 1..M. E(c) > 0 needs c >= band. Whether the slot's history
   // is unbroken is asked for together with the first rows: neither waits for the other.
@@ -108,79 +119,74 @@ __global__ void __launch_bounds__(kMatchThreads)
   const T* ring = static_cast<const T*>(p.ring.query) + piece * 8;
 
   // Tag, depth and first row of a candidate that may turn out to be none.
-  int age = 1 + split * Layout::kPerBlock + warp * Layout::kPerWarp + lane / Layout::kLanes;
-  const int stride = w.splits * Layout::kPerBlock;
-  int64_t row = 0;
-  int tag = 0, depth = 0;
-  uint4 data;
-  const auto fetch = [&] {
-    const int index = age <= last_age ? (position - age) % M : 0;
-    row = (ring_row + index) * G;
-    tag = p.ring.position[static_cast<int64_t>(slot) * M + index];
-    depth = p.ring.depth[row];
-    data = age <= last_age && in_row ? ptx::load_stream_16(ring + row * kHeadDim) : uint4{0, 0, 0, 0};
+  struct Candidate {
+    int64_t row;
+    int age, tag, depth;
+    uint4 data;
   };
-  fetch();
+  const auto fetch = [&](int age) {
+    Candidate c;
+    const int index = age <= last_age ? (position - age) % M : 0;
+    c.row = (ring_row + index) * G;
+    c.age = age;
+    c.tag = p.ring.position[static_cast<int64_t>(slot) * M + index];
+    c.depth = p.ring.depth[c.row];
+    c.data = age <= last_age && in_row ? ptx::load_stream_16(ring + c.row * kHeadDim) : uint4{0, 0, 0, 0};
+    return c;
+  };
+  const int warp_age = 1 + split * Layout::kPerBlock + warp * Layout::kPerWarp, stride = w.splits * Layout::kPerBlock;
+  Candidate next = fetch(warp_age + lane / Layout::kLanes);
 
   ptx::sync_block();
   if (found) ptx::atomic_or(&errors, found);
-  // theta, or NaN for a head that can never hit; in a group it decides for all.
-#pragma unroll 1
-  for (int g = warp; g < G; g += kMatchWarps) {
-    float norm = 0.f;
-    for (int d = lane; d < kHeadDim; d += 32) norm += query[g * kHeadDim + d] * query[g * kHeadDim + d];
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) norm += ptx::shfl_xor(norm, distance);
-    if (lane == 0) {
-      const float given = g == warp ? given_threshold : p.threshold[kv_head * G + g];
-      const float value = p.relative ? given * norm : given;
-      const bool can_hit = norm < INFINITY && value > 0.f && value < INFINITY;
-      theta[g] = can_hit ? value : NAN;
-      best[g] = match_key(p.per_head ? 1.f : static_cast<float>(G), 0);
-      if (!can_hit && !p.per_head) usable = 0;
-    }
-  }
   ptx::sync_block();
-
   if (threadIdx.x == 0 && split == 0) {
     if (kv_head == 0) w.status[request] = errors;
     if (errors && w.error_flag) ptx::atomic_or(w.error_flag, errors);
   }
-  const bool searches = !errors && usable && unbroken && n >= p.min_context;
-  const int warp_age = age - lane / Layout::kLanes;
+  const bool searches = !errors && unbroken && n >= p.min_context;
 #pragma unroll 1
-  for (int first = warp_age; searches && first <= last_age; first += stride, age += stride) {
-    if (first > warp_age) fetch();
-    const int candidate = position - age;
+  for (int first = warp_age; searches && first <= last_age; first += stride) {
+    Candidate c = next;
+    if (first + stride <= last_age) next = fetch(c.age + stride);
+    const int candidate = position - c.age;
     // With decisions per head every head has a depth of its own, looked at below.
-    bool alive = age <= last_age && candidate >= oldest && tag == candidate &&
-                 (p.per_head || depth < p.max_reuse_depth);
+    bool alive = c.age <= last_age && candidate >= oldest && c.tag == candidate &&
+                 (p.per_head || c.depth < p.max_reuse_depth);
     float total = 0.f;
 #pragma unroll 1
     for (int g = 0; g < G; ++g) {
-      float distance = in_row ? piece_distance<T>(query + g * kHeadDim + piece * 8, data) : 0.f;
+      float distance = in_row ? piece_distance<T>(query + g * kHeadDim + piece * 8, c.data) : 0.f;
       if (g + 1 < G) {
         // Asked for before it is known whether the head before it rules the candidate out, but not at first, when
         // most candidates still are in.
-        data = (g > 0 || p.per_head) && alive && in_row ? ptx::load_stream_16(ring + (row + g + 1) * kHeadDim) : data;
+        c.data = (g > 0 || p.per_head) && alive && in_row ? ptx::load_stream_16(ring + (c.row + g + 1) * kHeadDim) : c.data;
       }
+      float norm = in_row ? piece_norm(query + g * kHeadDim + piece * 8) : 0.f;
 #pragma unroll
-      for (int i = 1; i < Layout::kLanes; i *= 2) distance += ptx::shfl_xor(distance, i);
-      total = p.per_head ? distance / theta[g] : total + distance / theta[g];
+      for (int i = 1; i < Layout::kLanes; i *= 2) {
+        distance += ptx::shfl_xor(distance, i);
+        norm += ptx::shfl_xor(norm, i);
+      }
+      // NaN for a head that can never hit; in a group it decides for all.
+      const float theta = p.relative ? threshold[g] * norm : threshold[g];
+      const bool can_hit = norm < INFINITY && theta > 0.f && theta < INFINITY;
+      const float score = can_hit ? distance / theta : NAN;
+      total = p.per_head ? score : total + score;
       if (p.per_head) {
         // NaN is no candidate.
-        if (alive && piece == 0 && total < 1.f && p.ring.depth[row + g] < p.max_reuse_depth) {
-          ptx::atomic_max(&best[g], match_key(total, age));
+        if (alive && piece == 0 && total < 1.f && p.ring.depth[c.row + g] < p.max_reuse_depth) {
+          ptx::atomic_max(&best[g], match_key(total, c.age));
         }
       } else {
         // Nor is a total beyond the best so far, which cannot win. The best may be changing, and the lanes of a
         // candidate have to agree.
         alive = alive && total <= match_total(ptx::load_volatile(&best[0]));
         alive = ptx::shfl(static_cast<int>(alive), lane - piece);
-        if (alive && g == G - 1 && piece == 0) ptx::atomic_max(&best[0], match_key(total, age));
+        if (alive && g == G - 1 && piece == 0) ptx::atomic_max(&best[0], match_key(total, c.age));
       }
       if (!ptx::ballot(alive)) break;
-      if (g == 0 && !p.per_head && G > 1 && alive && in_row) data = ptx::load_stream_16(ring + (row + 1) * kHeadDim);
+      if (g == 0 && !p.per_head && G > 1 && alive && in_row) c.data = ptx::load_stream_16(ring + (c.row + 1) * kHeadDim);
     }
   }
   ptx::sync_block();
@@ -188,13 +194,16 @@ __global__ void __launch_bounds__(kMatchThreads)
   const int decisions = p.per_head ? G : 1;
   if (w.splits > 1) {
     unsigned long long* shared_best = w.best + static_cast<int64_t>(group) * G;
+    bool hit = false;
 #pragma unroll 1
     for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
-      if (match_age(best[g]) > 0) ptx::atomic_max(&shared_best[g], best[g]);
+      if (match_age(best[g]) == 0) continue;
+      ptx::atomic_max(&shared_best[g], best[g]);
+      hit = true;
     }
-    if (decisions > 32) ptx::sync_block();
-    ptx::sync_warp();
-    if (threadIdx.x == 0) is_last = ptx::atomic_add_acq_rel(w.done + group, 1) == w.splits - 1;
+    if (hit) ptx::fence();  // most CTAs have none, and a fence takes its time
+    ptx::sync_block();
+    if (threadIdx.x == 0) is_last = ptx::atomic_add_acquire(w.done + group, 1) == w.splits - 1;
     ptx::sync_block();
     if (!is_last) return;
     // Both as the next call wants to find them; no other CTA comes here any more.

@@ -22,9 +22,7 @@ constexpr int kTileTokens = kWarps * kWarpTokens;
 constexpr int kMaxSplits = 64;
 
 // First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
-MAC_DEVICE int amend_start(const AmendParams& p, int request, int head) {
-  if (!p.source) return 0;
-  const int source = p.source[static_cast<int64_t>(request) * p.shape.num_qo_heads() + head];
+MAC_DEVICE int amend_start(const AmendParams& p, int source) {
   return source == kMiss ? 0 : band_start(source, p.band);
 }
 
@@ -49,7 +47,7 @@ MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w
     int oldest = 0x7fffffff;  // kMiss is less than any
 #pragma unroll 4
     for (int g = 0; g < p.shape.group_size; ++g) oldest = source[g] < oldest ? source[g] : oldest;
-    start = oldest == kMiss ? 0 : band_start(oldest, p.band);
+    start = amend_start(p, oldest);
   }
   // Padding, and a length that cannot be: one tile without tokens, so that its state is written.
   if (n <= 0 || n > w.max_tokens) return {0, 0, 0, 0, 0, 1};
@@ -132,8 +130,12 @@ MAC_DEVICE Line find_first_tile(const AmendParams& p, const AmendWorkspace& w, C
   const int begin = threadIdx.x * each, end = begin + each < groups ? begin + each : groups;
 
   int mine = 0;
+  KvHeadWork work{};
 #pragma unroll 1
-  for (int group = begin; group < end; ++group) mine += kv_head_work(p, w, group / H, group % H).tiles * w.head_tiles;
+  for (int group = begin; group < end; ++group) {
+    work = kv_head_work(p, w, group / H, group % H);
+    mine += work.tiles * w.head_tiles;
+  }
   int upto = mine;  // inclusive prefix within the warp
 #pragma unroll 1
   for (int distance = 1; distance < 32; distance *= 2) {
@@ -154,19 +156,17 @@ MAC_DEVICE Line find_first_tile(const AmendParams& p, const AmendWorkspace& w, C
 
   const int first = line.first_tile(blockIdx.x);
   if (first >= upto - mine && first < upto) {  // one thread's KV heads hold it
-    int tile = upto - mine;
+    int group = begin, tile = upto - mine;
 #pragma unroll 1
-    for (int group = begin;; ++group) {
-      const KvHeadWork work = kv_head_work(p, w, group / H, group % H);
-      if (tile + work.tiles * w.head_tiles > first) {
-        found_group = group, found_tile = first - tile, found_work = work;
-        break;
-      }
+    for (; each > 1; ++group) {
+      work = kv_head_work(p, w, group / H, group % H);
+      if (tile + work.tiles * w.head_tiles > first) break;
       tile += work.tiles * w.head_tiles;
     }
+    found_group = group, found_tile = first - tile, found_work = work;
   }
   ptx::sync_block();
-  const KvHeadWork work = found_work;
+  work = found_work;
   cursor = {first, found_tile % work.tiles, found_group / H, found_group % H, found_tile / work.tiles, work};
   return line;
 }

@@ -46,10 +46,15 @@ MAC_DEVICE int atomic_add_acq_rel(int* p, int value) {
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
   return old;
 }
-MAC_DEVICE int load_acquire(const int* p) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
-  return value;
+// Orders what this thread has seen or written so far before its later writes.
+MAC_DEVICE void fence() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+// The same without the first half: orders only what this thread does after it.
+MAC_DEVICE int atomic_add_acquire(int* p, int value) {
+  int old;
+  asm volatile("atom.acquire.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
+  return old;
 }
 
 // Reads what other threads of the block may be changing by atomics.
@@ -117,9 +122,13 @@ inline int atomic_add_acq_rel(int* p, int value) {
   ++simt::thread_counters().atomics;
   return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
 }
-inline int load_acquire(const int* p) {
+inline void fence() {
+  __atomic_thread_fence(__ATOMIC_ACQ_REL);
+}
+inline int atomic_add_acquire(int* p, int value) {
   simt::switch_point();
-  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+  ++simt::thread_counters().atomics;
+  return __atomic_fetch_add(p, value, __ATOMIC_ACQUIRE);
 }
 inline unsigned long long load_volatile(const unsigned long long* p) {
   return __atomic_load_n(p, __ATOMIC_RELAXED);
