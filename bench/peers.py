@@ -1,0 +1,257 @@
+"""Other decode attention on the same tensors, each checked against `mac_attn.decode` before use.
+
+A peer that cannot run here keeps its place in the results, with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from workload import Workload
+
+# |out - exact| / |exact| over the whole output. Both round it to bfloat16 (2^-9 of an element at
+# most, 2^-10 or so on average) and multiply values by weights in bfloat16, in tiles of their own.
+TOLERANCE = 1e-2
+VLLM_BLOCK = 128  # tokens; vLLM's default on a CPU
+
+
+class Missing(Exception):
+    """The peer cannot run here, and why."""
+
+
+@dataclass
+class Peer:
+    """A library's decode attention, in one or several variants of which the fastest counts."""
+
+    name: str
+    variants: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)  # variant, or "" for all: why it is out
+
+
+def make_peers(work: Workload, *, slow: bool = True) -> list[Peer]:
+    """All peers of the workload's device. `slow=False` leaves out what compiles for long."""
+    makers = {
+        "cuda": [flashinfer, flash_attention, torch_sdpa],
+        "cpu": [torch_sdpa, flex, vllm_cpu],
+    }
+    peers = []
+    expected = work.exact().float()
+    for maker in makers[work.device.type]:
+        peer = Peer(maker.__doc__.splitlines()[0].rstrip("."))
+        if maker is flex and not slow:
+            peer.problems[""] = "left out by --quick: compiles for tens of seconds"
+        else:
+            _fill(peer, maker, work, expected)
+        peers.append(peer)
+    return peers
+
+
+def _fill(
+    peer: Peer,
+    maker: Callable[[Workload], dict[str, Callable[[], Tensor]]],
+    work: Workload,
+    expected: Tensor,
+) -> None:
+    # A peer may fail in any way (import, compilation, memory); the others are still to be timed.
+    try:
+        variants = maker(work)
+    except Missing as reason:
+        peer.problems[""] = str(reason)
+        return
+    except Exception as error:
+        peer.problems[""] = _describe(error)
+        return
+    for name, call in variants.items():
+        try:
+            out = call().float().view(expected.shape)
+            distance = float((out - expected).norm() / expected.norm())
+            if not distance <= TOLERANCE:
+                raise Missing(f"differs from exact decode by {distance:.1e} (limit {TOLERANCE:g})")
+            peer.variants[name] = call
+        except Exception as error:
+            peer.problems[name] = str(error) if isinstance(error, Missing) else _describe(error)
+
+
+def _describe(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [""]
+    # A compiler's message is long; what went wrong stands at its end as often as at its beginning.
+    lines = text if len(text) <= 2 else [text[0], "...", text[-1]]
+    return f"{type(error).__name__}: " + " ".join(line.strip()[:200] for line in lines)
+
+
+def flashinfer(work: Workload) -> dict[str, Callable[[], Tensor]]:
+    """FlashInfer.
+
+    BatchDecodeWithPagedKVCacheWrapper in CUDA-graph mode, planned once, as an engine does for all
+    layers of a step; on the pages in place.
+    """
+    try:
+        import flashinfer as library
+    except ImportError as error:
+        raise Missing(f"flashinfer cannot be imported ({error})") from error
+    case, device = work.case, work.device
+    per_request = case.pages_per_request
+    indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * per_request
+    indices = work.block_table.flatten().contiguous()
+    last = torch.full((case.batch,), (case.seq_len - 1) % case.page_size + 1, device=device)
+    last = last.to(torch.int32)
+    variants = {}
+    for tensor_cores in (True, False):
+        workspace = torch.zeros(256 * 2**20, dtype=torch.uint8, device=device)
+        wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
+            workspace,
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=tensor_cores,
+            paged_kv_indptr_buffer=torch.empty_like(indptr),
+            paged_kv_indices_buffer=torch.empty_like(indices),
+            paged_kv_last_page_len_buffer=torch.empty_like(last),
+        )
+        out = torch.empty_like(work.q)
+
+        def call(wrapper=wrapper, out=out, planned=[]) -> Tensor:  # noqa: B006 (one list a variant)
+            # Planned at the first call, so that a failing compilation is this variant's alone.
+            if not planned:
+                wrapper.plan(
+                    indptr,
+                    indices,
+                    last,
+                    case.num_qo_heads,
+                    case.num_kv_heads,
+                    case.head_dim,
+                    case.page_size,
+                    q_data_type=case.dtype,
+                    kv_data_type=case.dtype,
+                )
+                planned.append(True)
+            return wrapper.run(work.q, work.kv, out=out)
+
+        variants["tensor cores" if tensor_cores else "CUDA cores"] = call
+    return variants
+
+
+def flash_attention(work: Workload) -> dict[str, Callable[[], Tensor]]:
+    """FlashAttention.
+
+    flash_attn_with_kvcache on a dense copy: its paged form wants pages of 256 tokens.
+    """
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError as error:
+        raise Missing(f"flash_attn cannot be imported ({error})") from error
+    k, v = work.dense
+    q = work.q[:, None]
+    return {
+        "dense": lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=work.seq_lens)[:, 0],
+    }
+
+
+def torch_sdpa(work: Workload) -> dict[str, Callable[[], Tensor]]:
+    """torch SDPA.
+
+    scaled_dot_product_attention with enable_gqa on dense copies: in token order [B, L, H, D], and
+    on the CPU, where memory allows it, also head by head [B, H, L, D].
+    """
+    q = work.q[:, :, None]
+    k, v = (t.transpose(1, 2) for t in work.dense)
+    variants = {"[B, L, H, D]": lambda: sdpa(q, k, v, enable_gqa=True)[:, :, 0]}
+    if work.device.type == "cpu":
+        k2, v2 = work.dense_by_head
+        variants["[B, H, L, D]"] = lambda: sdpa(q, k2, v2, enable_gqa=True)[:, :, 0]
+    return variants
+
+
+def flex(work: Workload) -> dict[str, Callable[[], Tensor]]:
+    """FlexAttention.
+
+    torch.nn.attention.flex_attention, compiled, on a dense copy [B, H, L, D].
+    """
+    try:
+        from torch.nn.attention.flex_attention import flex_attention
+    except ImportError as error:
+        raise Missing(f"flex_attention cannot be imported ({error})") from error
+    q = work.q[:, :, None]
+    k, v = work.dense_by_head
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return {"compiled": lambda: compiled(q, k, v, enable_gqa=True)[:, :, 0]}
+
+
+def vllm_cpu(work: Workload) -> dict[str, Callable[[], Tensor]]:
+    """vLLM's CPU attention.
+
+    The op behind its CPU backend (vllm/v1/attention/backends/cpu_attn.py), on a cache of its own
+    layout, planned once. The library is loaded without importing vllm, whose engine this needs not.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        raise Missing("vllm is not installed")
+    # The choice of vllm/platforms/cpu.py.
+    level = "_AVX2"
+    if torch.cpu._is_avx512_supported():
+        level = "" if torch.cpu._is_avx512_bf16_supported() else "_AVX512"
+    libraries = sorted(Path(spec.submodule_search_locations[0]).glob(f"_C{level}.*so"))
+    if not libraries:
+        raise Missing("the installed vllm holds no CPU kernels")
+    torch.ops.load_library(libraries[0])
+    ops, case = torch.ops._C, work.case
+    amx = torch.cpu._is_amx_tile_supported() and case.dtype == torch.bfloat16
+    isa = "amx" if amx else "vec"
+    blocks = -(-case.seq_len // VLLM_BLOCK)  # of one request
+    shape = (case.batch * blocks, case.num_kv_heads, VLLM_BLOCK, case.head_dim)
+    k_cache, v_cache = (torch.zeros(shape, dtype=case.dtype) for _ in range(2))
+    table = torch.randperm(case.batch * blocks).int().view(case.batch, blocks)
+    tokens = torch.arange(case.seq_len)
+    for b, (k, v) in enumerate(zip(*work.dense, strict=True)):
+        places = table[b, tokens // VLLM_BLOCK].long() * VLLM_BLOCK + tokens % VLLM_BLOCK
+        ops.cpu_attn_reshape_and_cache(k, v, k_cache, v_cache, places, isa, 1.0, 1.0, "auto")
+    starts = torch.arange(case.batch + 1, dtype=torch.int32)
+    split_kv = True  # as the engine has it by default
+    plan = ops.get_scheduler_metadata(
+        case.batch,
+        case.num_qo_heads,
+        case.num_kv_heads,
+        case.head_dim,
+        work.seq_lens,
+        case.dtype,
+        starts,
+        True,
+        -1,
+        isa,
+        split_kv,
+        None,
+        "auto",
+    )
+    out = torch.empty_like(work.q)
+    scale = 1.0 / math.sqrt(case.head_dim)
+
+    def call() -> Tensor:
+        ops.cpu_attention_with_kv_cache(
+            work.q,
+            k_cache,
+            v_cache,
+            out,
+            starts,
+            work.seq_lens,
+            scale,
+            True,
+            None,
+            -1,
+            table,
+            0.0,
+            plan,
+            None,
+            None,
+            1.0,
+            1.0,
+            "auto",
+        )
+        return out
+
+    return {f"{isa}, blocks of {VLLM_BLOCK}": call}
