@@ -149,7 +149,7 @@ def measure_case(
         "peers": [_peer_result(peer, timings) for peer in peers],
     }
     result["points"] = [
-        _point_result(case, point, timings, result, bandwidth, options.age) for point in points
+        _point_result(case, point, timings, result, bandwidth, options) for point in points
     ]
     return result
 
@@ -172,12 +172,15 @@ def _point_result(
     timings: dict[str, Timing],
     result: dict[str, Any],
     bandwidth: Bandwidth,
-    age: int,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     timing = timings[point.step.name]
     peers = {peer["name"]: peer["us"] for peer in result["peers"] if peer["us"] is not None}
-    floor = case.floor(point.ring.reuse.cfg, point.mask, age)
+    floor = case.floor(point.ring.reuse.cfg, point.mask, options.age)
     exact_floor = case.floor()
+    authors = None
+    if options.device.type == "cuda":
+        authors = authors_speedup(case.layout, case.batch, case.context, point.rate)
     by_group = point.mask.view(case.batch, case.num_kv_heads, case.group_size)
     return {
         "granularity": point.setting.granularity,
@@ -193,7 +196,7 @@ def _point_result(
         "over_exact": timing.us / result["exact"]["us"],
         "speedup_best_peer": min(peers.values()) / timing.us if peers else None,
         "speedup_flashinfer": peers["FlashInfer"] / timing.us if "FlashInfer" in peers else None,
-        "speedup_authors": authors_speedup(case.layout, case.batch, case.context, point.rate),
+        "speedup_authors": authors,
         "bytes": floor.total_bytes,
         "bytes_over_exact": floor.total_bytes / exact_floor.total_bytes,
         "floor_us": bandwidth.us(floor.total_bytes),
@@ -243,6 +246,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    options.rates = sorted(set(options.rates))
     options.settings = []
     if "head" in options.granularity:
         options.settings.append(Setting("head", 0))
@@ -268,8 +272,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"command: {command}")
     print(
         f"head_dim {options.head_dim}, bfloat16, pages of {options.page_size}, shuffled; the "
-        f"reused query is {options.age} step(s) old; misses: {options.spread}; median of {options.rounds} "
-        f"after {options.warmup} to warm up"
+        f"reused query is {options.age} step(s) old; misses: {options.spread}; "
+        f"median of {options.rounds} after {options.warmup} to warm up"
     )
     print(f"floor: {bandwidth.bytes_per_s / 1e9:.1f} GB/s, {bandwidth.how}")
     results: dict[str, Any] = {

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -96,45 +97,52 @@ def flashinfer(work: Workload) -> dict[str, Callable[[], Tensor]]:
         import flashinfer as library
     except ImportError as error:
         raise Missing(f"flashinfer cannot be imported ({error})") from error
-    case, device = work.case, work.device
-    per_request = case.pages_per_request
-    indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * per_request
-    indices = work.block_table.flatten().contiguous()
-    last = torch.full((case.batch,), (case.seq_len - 1) % case.page_size + 1, device=device)
-    last = last.to(torch.int32)
-    variants = {}
-    for tensor_cores in (True, False):
-        workspace = torch.zeros(256 * 2**20, dtype=torch.uint8, device=device)
-        wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
-            workspace,
+    return {
+        "tensor cores": _FlashInfer(library, work, use_tensor_cores=True),
+        "CUDA cores": _FlashInfer(library, work, use_tensor_cores=False),
+    }
+
+
+class _FlashInfer:
+    """One wrapper. It plans, so compiles, at the first call: a failure is this variant's alone."""
+
+    def __init__(self, library: ModuleType, work: Workload, use_tensor_cores: bool) -> None:
+        case, device = work.case, work.device
+        self.work = work
+        self.out = torch.empty_like(work.q)
+        self.indptr = case.pages_per_request * torch.arange(
+            case.batch + 1, dtype=torch.int32, device=device
+        )
+        self.indices = work.block_table.flatten()
+        last = (case.seq_len - 1) % case.page_size + 1
+        self.last_page_len = torch.full((case.batch,), last, dtype=torch.int32, device=device)
+        self.wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
+            torch.zeros(256 * 2**20, dtype=torch.uint8, device=device),
             "NHD",
             use_cuda_graph=True,
-            use_tensor_cores=tensor_cores,
-            paged_kv_indptr_buffer=torch.empty_like(indptr),
-            paged_kv_indices_buffer=torch.empty_like(indices),
-            paged_kv_last_page_len_buffer=torch.empty_like(last),
+            use_tensor_cores=use_tensor_cores,
+            paged_kv_indptr_buffer=torch.empty_like(self.indptr),
+            paged_kv_indices_buffer=torch.empty_like(self.indices),
+            paged_kv_last_page_len_buffer=torch.empty_like(self.last_page_len),
         )
-        out = torch.empty_like(work.q)
+        self.planned = False
 
-        def call(wrapper=wrapper, out=out, planned=[]) -> Tensor:  # noqa: B006 (one list a variant)
-            # Planned at the first call, so that a failing compilation is this variant's alone.
-            if not planned:
-                wrapper.plan(
-                    indptr,
-                    indices,
-                    last,
-                    case.num_qo_heads,
-                    case.num_kv_heads,
-                    case.head_dim,
-                    case.page_size,
-                    q_data_type=case.dtype,
-                    kv_data_type=case.dtype,
-                )
-                planned.append(True)
-            return wrapper.run(work.q, work.kv, out=out)
-
-        variants["tensor cores" if tensor_cores else "CUDA cores"] = call
-    return variants
+    def __call__(self) -> Tensor:
+        if not self.planned:
+            case = self.work.case
+            self.wrapper.plan(
+                self.indptr,
+                self.indices,
+                self.last_page_len,
+                case.num_qo_heads,
+                case.num_kv_heads,
+                case.head_dim,
+                case.page_size,
+                q_data_type=case.dtype,
+                kv_data_type=case.dtype,
+            )
+            self.planned = True
+        return self.wrapper.run(self.work.q, self.work.kv, out=self.out)
 
 
 def flash_attention(work: Workload) -> dict[str, Callable[[], Tensor]]:

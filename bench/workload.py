@@ -1,8 +1,8 @@
 """The tensors of a decode step and rings in which a chosen share of the heads finds a match.
 
 Hits are planted: the ring is full of random queries, which are too far from the current one to be
-reused, and one entry of a given age holds the current query itself for those heads that are to hit.
-The kernels run as they always do and find it or not.
+reused (with a head_dim of 64 or more), and one entry of a given age holds the current query itself
+for those heads that are to hit. The kernels run as they always do and find it or not.
 """
 
 from __future__ import annotations
