@@ -74,7 +74,9 @@ class Progress:
 
     def advance(self, case: Case, share: float) -> None:
         if self._bar is not None:
-            self._bar.update(share * self._weight(case))
+            # Not beyond the total, which sums of shares miss by a rounding error.
+            left = self._bar.total - self._bar.n
+            self._bar.update(min(left, share * self._weight(case)))
 
     def print_case(self, result: dict[str, Any]) -> None:
         if self._bar is not None:
