@@ -50,13 +50,15 @@ def cpu_name() -> str:
 
 
 class Progress:
-    """A bar with the time left, if tqdm is there; cases count by what they have to read."""
+    """A bar with the time left, on a terminal and if tqdm is there; cases count by what they have to read."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
+        self._bar = None
         try:
             from tqdm import tqdm
         except ImportError:
-            self._bar = None
+            return
+        if not sys.stderr.isatty():  # a log needs no bar: every case prints its table
             return
         self._bar = tqdm(
             total=sum(map(self._weight, cases)),
