@@ -50,7 +50,7 @@ def cpu_name() -> str:
 
 
 class Progress:
-    """A bar with the time left, on a terminal and if tqdm is there; cases count by what they have to read."""
+    """A bar with the time left, on a terminal with tqdm; cases count by what they have to read."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
         self._bar = None
