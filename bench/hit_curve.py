@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     bandwidth = timer.bandwidth()
     build = machine(options.device)
     cases = [
-        Case(*map(int, layout.split("/")), context, batch, options.head_dim, options.page_size)
+        Case.of(layout, context, batch, options.head_dim, options.page_size)
         for layout in options.layouts
         for context in options.contexts
         for batch in options.batches

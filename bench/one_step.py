@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--age", type=int, default=1)
     parser.add_argument("--rate", type=float, default=0.95)
     options = parser.parse_args(argv)
-    heads = map(int, options.layout.split("/"))
-    case = Case(*heads, options.context, options.batch, options.head_dim)
+    case = Case.of(options.layout, options.context, options.batch, options.head_dim)
     work = Workload(case, torch.device(options.device))
     ring = PlantedRing(work, reuse_config(options.granularity, options.anchors), options.age)
     masks = [hit_mask(case, options.granularity, rate, "run") for rate in (0.0, options.rate, 1.0)]

@@ -23,6 +23,10 @@ TOLERANCE = 1e-2
 VLLM_BLOCK = 128  # tokens; vLLM's default on a CPU
 
 
+Variants = dict[str, Callable[[], Tensor]]
+Maker = Callable[[Workload], Variants]
+
+
 class Missing(Exception):
     """The peer cannot run here, and why."""
 
@@ -32,20 +36,17 @@ class Peer:
     """A library's decode attention, in one or several variants of which the fastest counts."""
 
     name: str
-    variants: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    variants: Variants = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)  # variant, or "" for all: why it is out
 
 
 def make_peers(work: Workload, *, slow: bool = True) -> list[Peer]:
     """All peers of the workload's device. `slow=False` leaves out what compiles for long."""
-    makers = {
-        "cuda": [flashinfer, flash_attention, torch_sdpa],
-        "cpu": [torch_sdpa, flex, vllm_cpu],
-    }
+    makers = CUDA_PEERS if work.device.type == "cuda" else CPU_PEERS
     peers = []
     expected = work.exact().float()
-    for maker in makers[work.device.type]:
-        peer = Peer(maker.__doc__.splitlines()[0].rstrip("."))
+    for name, maker in makers.items():
+        peer = Peer(name)
         if maker is flex and not slow:
             peer.problems[""] = "left out by --quick: compiles for tens of seconds"
         else:
@@ -54,12 +55,7 @@ def make_peers(work: Workload, *, slow: bool = True) -> list[Peer]:
     return peers
 
 
-def _fill(
-    peer: Peer,
-    maker: Callable[[Workload], dict[str, Callable[[], Tensor]]],
-    work: Workload,
-    expected: Tensor,
-) -> None:
+def _fill(peer: Peer, maker: Maker, work: Workload, expected: Tensor) -> None:
     # A peer may fail in any way (import, compilation, memory); the others are still to be timed.
     try:
         variants = maker(work)
@@ -87,11 +83,10 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: " + " ".join(line.strip()[:200] for line in lines)
 
 
-def flashinfer(work: Workload) -> dict[str, Callable[[], Tensor]]:
-    """FlashInfer.
+def flashinfer(work: Workload) -> Variants:
+    """FlashInfer's BatchDecodeWithPagedKVCacheWrapper in CUDA-graph mode, on the pages in place.
 
-    BatchDecodeWithPagedKVCacheWrapper in CUDA-graph mode, planned once, as an engine does for all
-    layers of a step; on the pages in place.
+    Planned once and outside what is timed: an engine plans once for all layers of a step.
     """
     try:
         import flashinfer as library
@@ -145,11 +140,8 @@ class _FlashInfer:
         return self.wrapper.run(self.work.q, self.work.kv, out=self.out)
 
 
-def flash_attention(work: Workload) -> dict[str, Callable[[], Tensor]]:
-    """FlashAttention.
-
-    flash_attn_with_kvcache on a dense copy: its paged form wants pages of 256 tokens.
-    """
+def flash_attention(work: Workload) -> Variants:
+    """flash_attn_with_kvcache on a dense copy: its paged form wants pages of 256 tokens."""
     try:
         from flash_attn import flash_attn_with_kvcache
     except ImportError as error:
@@ -161,11 +153,10 @@ def flash_attention(work: Workload) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def torch_sdpa(work: Workload) -> dict[str, Callable[[], Tensor]]:
-    """torch SDPA.
+def torch_sdpa(work: Workload) -> Variants:
+    """scaled_dot_product_attention with enable_gqa on a dense copy in token order [B, L, H, D].
 
-    scaled_dot_product_attention with enable_gqa on dense copies: in token order [B, L, H, D], and
-    on the CPU, where memory allows it, also head by head [B, H, L, D].
+    On the CPU, where memory allows it, also on one head by head, [B, H, L, D].
     """
     q = work.q[:, :, None]
     k, v = (t.transpose(1, 2) for t in work.dense)
@@ -176,11 +167,8 @@ def torch_sdpa(work: Workload) -> dict[str, Callable[[], Tensor]]:
     return variants
 
 
-def flex(work: Workload) -> dict[str, Callable[[], Tensor]]:
-    """FlexAttention.
-
-    torch.nn.attention.flex_attention, compiled, on a dense copy [B, H, L, D].
-    """
+def flex(work: Workload) -> Variants:
+    """torch.nn.attention.flex_attention, compiled, on a dense copy [B, H, L, D]."""
     try:
         from torch.nn.attention.flex_attention import flex_attention
     except ImportError as error:
@@ -191,11 +179,11 @@ def flex(work: Workload) -> dict[str, Callable[[], Tensor]]:
     return {"compiled": lambda: compiled(q, k, v, enable_gqa=True)[:, :, 0]}
 
 
-def vllm_cpu(work: Workload) -> dict[str, Callable[[], Tensor]]:
-    """vLLM's CPU attention.
+def vllm_cpu(work: Workload) -> Variants:
+    """The op behind vLLM's CPU backend, on a cache of its own layout, planned once.
 
-    The op behind its CPU backend (vllm/v1/attention/backends/cpu_attn.py), on a cache of its own
-    layout, planned once. The library is loaded without importing vllm, whose engine this needs not.
+    See vllm/v1/attention/backends/cpu_attn.py. The library is loaded without importing vllm, whose
+    engine this does not need.
     """
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
@@ -263,3 +251,15 @@ def vllm_cpu(work: Workload) -> dict[str, Callable[[], Tensor]]:
         return out
 
     return {f"{isa}, blocks of {VLLM_BLOCK}": call}
+
+
+CUDA_PEERS: dict[str, Maker] = {
+    "FlashInfer": flashinfer,
+    "FlashAttention": flash_attention,
+    "torch SDPA": torch_sdpa,
+}
+CPU_PEERS: dict[str, Maker] = {
+    "torch SDPA": torch_sdpa,
+    "FlexAttention": flex,
+    "vLLM's CPU attention": vllm_cpu,
+}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,10 @@ LENGTHS = [401, 0, 150, 333]  # before the first step; 0 stays a padding row
 PAGE_SIZE, STEPS = 16, 5
 
 
-def run(case: tuple[int, int, int, torch.dtype, str, int], device: str) -> list[Tensor]:
+Case = tuple[int, int, int, torch.dtype, str, int]
+
+
+def run(case: Case, device: str) -> list[Tensor]:
     """Outputs of exact decode and of some chained steps of reuse, on the CPU in float32."""
     head_dim, num_qo_heads, num_kv_heads, dtype, granularity, anchors = case
     generator = torch.Generator().manual_seed(0)
@@ -59,7 +63,7 @@ def run(case: tuple[int, int, int, torch.dtype, str, int], device: str) -> list[
     )
     slots = torch.tensor([2, 0, 4, 1], dtype=torch.int32, device=device)
     first = random(batch, num_qo_heads, head_dim)
-    outs = []
+    outs: list[Any] = []
     for step in range(STEPS):
         # Half of those that decide return to the first query at every other step, the others in
         # between: hits and misses in one call.

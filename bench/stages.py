@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     rows = []
     for layout, context, batch in shapes:
-        case = Case(*map(int, layout.split("/")), context, batch, options.head_dim)
+        case = Case.of(layout, context, batch, options.head_dim)
         for count in anchors:
             new = measure(case, options.granularity, count, options.age, device, timer, bandwidth)
             for row in new:

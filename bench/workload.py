@@ -33,6 +33,14 @@ class Case:
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
 
+    @classmethod
+    def of(
+        cls, layout: str, context: int, batch: int, head_dim: int = 128, page_size: int = 16
+    ) -> Case:
+        """With the heads as "32/8": 32 query heads, 8 KV heads."""
+        num_qo_heads, num_kv_heads = map(int, layout.split("/"))
+        return cls(num_qo_heads, num_kv_heads, context, batch, head_dim, page_size)
+
     @property
     def seq_len(self) -> int:
         return self.context + 1
@@ -94,9 +102,9 @@ class Workload:
         )
         self.seq_lens = torch.full((case.batch,), case.seq_len, dtype=torch.int32, device=device)
         self.slots = torch.arange(case.batch, dtype=torch.int32, device=device)
-        shape = (case.batch, case.num_qo_heads, case.head_dim)
-        self.q = torch.randn(shape, device=device).to(case.dtype)
-        self.q_match = torch.randn(shape, device=device).to(case.dtype)
+        heads = (case.batch, case.num_qo_heads, case.head_dim)
+        self.q = torch.randn(heads, device=device).to(case.dtype)
+        self.q_match = torch.randn(heads, device=device).to(case.dtype)
 
     def exact(self) -> Tensor:
         out = mac_attn.decode(self.q, self.kv, self.block_table, self.seq_lens)

@@ -52,7 +52,14 @@ def test_hit_curve(tmp_path):
         assert 0 < point["mac_us_low"] <= point["mac_us"] <= point["mac_us_high"]
         assert point["speedup_flashinfer"] is None and point["speedup_authors"] is None
         assert point["over_floor"] >= point["over_floor_max"] > 0
-        assert (point["bytes_over_exact"] > 1) == (point["hits"] == 0)
+    for setting in (("head", 0), ("group", 0), ("group", 64)):
+        shares = [
+            point["bytes_over_exact"]
+            for point in case["points"]
+            if (point["granularity"], point["anchors"]) == setting
+        ]
+        assert shares[0] > 1 > shares[-1]  # a miss searches the ring besides
+        assert shares == sorted(shares, reverse=True)
     rows = (tmp_path / "c.csv").read_text().splitlines()
     assert len(rows) == 1 + len(case["points"])
 
