@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from authors import authors_speedup
 from peers import Peer, make_peers
-from report import Progress, Setting, machine, write_csv
+from report import Progress, Setting, machine, print_summary, write_csv
 from timing import Bandwidth, Step, Timer, Timing, make_timer
 from torch import Tensor
 from workload import Case, PlantedRing, Workload, hit_mask, reuse_config
@@ -300,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if options.csv:
             write_csv(options.csv, results["cases"])
     progress.close()
+    print_summary(results)
     if options.png:
         try:
             from plot import draw

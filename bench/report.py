@@ -121,6 +121,32 @@ def print_case(result: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def print_summary(results: dict[str, Any]) -> None:
+    """What the curves are to show, for every layout, batch and way to decide."""
+    groups: dict[tuple[str, int, Setting], list[list[dict[str, Any]]]] = {}
+    for case in sorted(results["cases"], key=lambda case: case["context"]):
+        curves: dict[Setting, list[dict[str, Any]]] = {}
+        for point in case["points"]:
+            curves.setdefault(Setting(point["granularity"], point["anchors"]), []).append(point)
+        for setting, points in curves.items():
+            groups.setdefault((case["layout"], case["batch"], setting), []).append(points)
+    print("\nheads batch  decides            largest rise  all hits, longest over shortest context")
+    for (layout, batch, setting), all_points in groups.items():
+        # Over contexts and neighbouring rates: time must not rise with the hit rate.
+        rise = max(
+            (
+                high["mac_us"] / low["mac_us"] - 1
+                for points in all_points
+                for low, high in zip(points, points[1:], strict=False)
+            ),
+            default=0.0,
+        )
+        hits = [point["mac_us"] for points in all_points for point in points if point["rate"] == 1]
+        constant = f"{hits[-1] / hits[0]:.3f} ({hits[-1]:.1f} us)" if hits else "-"
+        print(f"{layout:>5} {batch:5}  {setting!s:18} {rise:12.1%}  {constant}")
+    sys.stdout.flush()
+
+
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
