@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from authors import authors_speedup
-from peers import Peer, make_peers
+from peers import Peer, describe, make_peers
 from report import Progress, Setting, machine, print_summary, write_csv
 from timing import Bandwidth, Step, Timer, Timing, make_timer
 from torch import Tensor
@@ -121,11 +121,7 @@ def measure_case(
         ring.reuse.counters.zero_()
 
     exact = Step("exact", work.exact)
-    others = [
-        Step(f"{peer.name}, {variant}", call)
-        for peer in peers
-        for variant, call in peer.variants.items()
-    ]
+    others = [step for peer in peers for step in _peer_steps(peer, timer)]
     steps = [exact, *others, *(point.step for point in points)]
     timings = timer.measure(steps, lambda step: progress.advance(case, 1 / len(steps)))
     for ring in rings:
@@ -152,6 +148,21 @@ def measure_case(
         _point_result(case, point, timings, result, bandwidth, options) for point in points
     ]
     return result
+
+
+def _peer_steps(peer: Peer, timer: Timer) -> list[Step]:
+    """Steps of the variants that can be timed: on CUDA, those that a graph can capture."""
+    steps = []
+    for variant, call in list(peer.variants.items()):
+        step = Step(f"{peer.name}, {variant}", call)
+        try:
+            timer.run(step)
+        except Exception as error:
+            del peer.variants[variant]
+            peer.problems[variant] = describe(error)
+        else:
+            steps.append(step)
+    return steps
 
 
 def _peer_result(peer: Peer, timings: dict[str, Timing]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def _fill(peer: Peer, maker: Maker, work: Workload, expected: Tensor) -> None:
         peer.problems[""] = str(reason)
         return
     except Exception as error:
-        peer.problems[""] = _describe(error)
+        peer.problems[""] = describe(error)
         return
     for name, call in variants.items():
         try:
@@ -73,10 +73,11 @@ def _fill(peer: Peer, maker: Maker, work: Workload, expected: Tensor) -> None:
                 raise Missing(f"differs from exact decode by {distance:.1e} (limit {TOLERANCE:g})")
             peer.variants[name] = call
         except Exception as error:
-            peer.problems[name] = str(error) if isinstance(error, Missing) else _describe(error)
+            peer.problems[name] = str(error) if isinstance(error, Missing) else describe(error)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """An exception in one line."""
     text = str(error).strip().splitlines() or [""]
     # A compiler's message is long; what went wrong stands at its end as often as at its beginning.
     lines = text if len(text) <= 2 else [text[0], "...", text[-1]]
