@@ -116,7 +116,7 @@ class CudaTimer:
                 events.append((start, end))
             torch.cuda.synchronize()
             times = [1e3 * start.elapsed_time(end) for start, end in events]
-            rounds = max(5, min(rounds, int(1e6 * self.budget_s / median(times))))
+            rounds = min(rounds, max(5, int(1e6 * self.budget_s / median(times))))
         return Timing.of(times, self.warmup)
 
     def _graph(self, call: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -146,7 +146,7 @@ class CudaTimer:
 
 
 class CpuTimer:
-    """Times steps in turns, each on data that no cache holds."""
+    """Times steps in turns, each on data that no cache holds. `budget_s` as for `CudaTimer`."""
 
     def __init__(self, rounds: int, warmup: int, budget_s: float = 5.0) -> None:
         self.rounds, self.warmup, self.budget_s = rounds, warmup, budget_s
@@ -159,7 +159,7 @@ class CpuTimer:
         every: dict[str, int] = {}
         for step in steps:
             first = min(self._timed(step) for _ in range(self.warmup))
-            wanted = max(5, min(self.rounds, int(self.budget_s / first)))
+            wanted = min(self.rounds, max(5, int(self.budget_s / first)))
             every[step.name] = max(1, self.rounds // wanted)
         for i in range(self.rounds):
             for step in steps:
@@ -204,7 +204,8 @@ Timer = CudaTimer | CpuTimer
 
 
 def make_timer(device: torch.device, rounds: int, warmup: int) -> Timer:
-    return (CudaTimer if device.type == "cuda" else CpuTimer)(rounds, warmup)
+    timer = CudaTimer if device.type == "cuda" else CpuTimer
+    return timer(max(1, rounds), max(1, warmup))
 
 
 def read_loop() -> Callable[[torch.Tensor], object]:
