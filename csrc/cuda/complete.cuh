@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
     const float value = carried * merge.first + p.states[fresh_row * D + d] * merge.second;
     out[d] = ptx::from_float<T>(bad ? NAN : value);
   }
-  if (lane == 0) p.lse[row] = bad ? NAN : merge.lse;
+  if (lane == 0 && p.lse) p.lse[row] = bad ? NAN : merge.lse;
   if (reuse && head == 0) complete_request(p, request, lane);
 }
 

@@ -119,6 +119,33 @@ void Pages::set(int request, int token, int kv_head, const reference::Vector& k,
   }
 }
 
+RingTensors::RingTensors(DType dtype, const Shape& shape, int num_slots, int window, int num_anchors, Data& data)
+    : shape(shape), num_slots(num_slots), window(window), num_anchors(num_anchors) {
+  const int64_t places = int64_t{num_slots} * window, rows = places * shape.num_qo_heads();
+  for (int64_t i = 0; i < rows * shape.head_dim; ++i) {
+    query.push_back(encode(dtype, data.normal()));
+    out.push_back(static_cast<float>(data.normal()));
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    lse.push_back(static_cast<float>(3 * data.normal()));
+    depth.push_back(data.below(5));
+  }
+  for (int64_t i = 0; i < places * shape.num_kv_heads * num_anchors; ++i) anchors.push_back(data.below(1000));
+  for (int64_t i = 0; i < places; ++i) position.push_back(data.below(1000));
+  for (int i = 0; i < num_slots; ++i) {
+    begin.push_back(data.below(1000));
+    end.push_back(data.below(1000));
+    request.push_back(data.below(1000));
+  }
+  for (int i = 0; i < num_slots * kNumCounters; ++i) counters.push_back(data.below(1000));
+}
+
+Ring RingTensors::view() {
+  return {query.data(),    out.data(),   lse.data(), depth.data(),   anchors.data(),
+          position.data(), begin.data(), end.data(), request.data(), counters.data(),
+          num_slots,       window,       num_anchors};
+}
+
 std::string name_of(const Run& run) {
   return (run.engine == Engine::kThreads ? "threads, schedule " : "fibers, schedule ") + std::to_string(run.seed);
 }

@@ -84,12 +84,35 @@ class Pages {
   std::vector<int32_t> block_table_;
 };
 
+// A ring with entries in every place, all of them random, as match and complete find it.
+struct RingTensors {
+  RingTensors(DType dtype, const Shape& shape, int num_slots, int window, int num_anchors, Data& data);
+  Ring view();
+  // Index of a query head's place for a position in lse and depth; times head_dim in query and out.
+  int64_t row(int slot, int head, int position) const {
+    const int G = shape.group_size;
+    return ((int64_t{slot} * shape.num_kv_heads + head / G) * window + position % window) * G + head % G;
+  }
+  int64_t anchor_row(int slot, int kv_head, int position) const {
+    return ((int64_t{slot} * shape.num_kv_heads + kv_head) * window + position % window) * num_anchors;
+  }
+
+  Shape shape;
+  int num_slots, window, num_anchors;
+  std::vector<uint16_t> query;
+  std::vector<float> out, lse;
+  std::vector<int32_t> depth, anchors, position, begin, end;
+  std::vector<int64_t> request, counters;
+};
+
 // Notes what the kernel must leave as it is, by value.
 class Unchanged {
  public:
   template <typename T>
   void note(const std::vector<T>& values) {
-    notes_.push_back({values.data(), std::string(reinterpret_cast<const char*>(values.data()), bytes(values))});
+    if (values.empty()) return;
+    const char* bytes = reinterpret_cast<const char*>(values.data());
+    notes_.push_back({bytes, std::string(bytes, values.size() * sizeof(T))});
   }
   bool holds() const {
     for (const auto& [p, copy] : notes_) {
@@ -99,10 +122,6 @@ class Unchanged {
   }
 
  private:
-  template <typename T>
-  static size_t bytes(const std::vector<T>& values) {
-    return values.size() * sizeof(T);
-  }
   std::vector<std::pair<const void*, std::string>> notes_;
 };
 

@@ -30,17 +30,19 @@ void test_shapes(DType dtype) {
   int i = 0;
   for (const int head_dim : {64, 80, 96, 128, 256}) {
     for (const int group_size : {1, 3, 5, 8, 16, 32}) {
-      AmendSpec spec;
-      spec.dtype = dtype, spec.head_dim = head_dim, spec.group_size = group_size;
-      spec.page_size = pages[i % 4], spec.hnd = i % 2 == 1;
-      spec.num_kv_heads = 1 + i % 2;
-      spec.seq_lens = {100 + i, 0, 1 + i % 3};
-      spec.ages = {0, 5, 12};
-      spec.anchors = group_size <= cuda::kMaxTileHeads ? 4 : 0;
-      spec.exact = i % 5 == 4;
-      spec.ctas = 1 + i % 4;
-      spec.seed = i++;
-      test(spec, one_run());
+      for (const int page_size : pages) {
+        AmendSpec spec;
+        spec.dtype = dtype, spec.head_dim = head_dim, spec.group_size = group_size;
+        spec.page_size = page_size, spec.hnd = i % 2 == 1;
+        spec.num_kv_heads = 1 + i / 3 % 2;
+        spec.seq_lens = {70 + i % 40, 0, 1 + i % 3};
+        spec.ages = {i % 3 == 0 ? 5 : 0, 12};
+        spec.anchors = group_size <= cuda::kMaxTileHeads ? 4 : 0;
+        spec.exact = i % 7 == 4;
+        spec.ctas = 1 + i % 4;
+        spec.seed = i++;
+        test(spec, one_run());
+      }
     }
   }
   // Lengths around the band, tiles and pages.
@@ -92,6 +94,18 @@ void test_mixes(DType dtype) {
       spec.soft_cap = 0;
     }
   }
+  // More candidates than the block has threads; all of one weight, so that the first ones are to be taken.
+  spec.seq_lens = {2300}, spec.group_size = 2, spec.num_kv_heads = 1, spec.page_size = 64, spec.anchors = 50;
+  for (const double sharpness : {0.0, 1.0}) {
+    for (const int ctas : {1, 9}) {
+      spec.heavy_tokens = sharpness > 0 ? 10 : 0, spec.sharpness = sharpness, spec.ctas = ctas,
+      test(spec, one_run());
+    }
+  }
+  spec.anchors = cuda::kMaxAnchors, test(spec, one_run());
+  spec.ages = {10}, test(spec, one_run());
+  spec.seq_lens = {90}, spec.group_size = cuda::kMaxGroup, spec.anchors = 0, test(spec, one_run());
+  spec.page_size = 16, spec.group_size = 3;
   // Fewer candidates than anchors; a band longer than the context.
   spec.seq_lens = {40, 24, 26}, spec.anchors = 64, spec.sharpness = 1, test(spec, one_run());
   spec.band = 100, test(spec, one_run());
