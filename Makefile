@@ -53,7 +53,8 @@ simt: $(venv)/built-test
 	done
 
 bench: $(venv)/built-test
-	$(bin)/python bench/cpu_decode.py --quick
+	$(bin)/python bench/hit_curve.py --quick
+	$(bin)/python bench/stages.py --quick
 
 build: $(venv)/built
 

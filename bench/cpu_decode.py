@@ -10,19 +10,15 @@ are explained in bench/README.md.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
+from report import cpu_name
+from timing import read_loop
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -32,25 +28,6 @@ from mac_attn.info import info
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 TOTAL_BYTES = 512 * 2**20  # of the caches that take turns
 PAGE_SIZE = 16
-
-
-def read_loop() -> Callable[[Tensor], None]:
-    """The function of read_loop.cpp over a tensor, on all threads."""
-    folder = Path(tempfile.mkdtemp(prefix="mac_attn_"))
-    source = Path(__file__).with_name("read_loop.cpp")
-    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-    compiler = shutil.which("c++") or "g++"
-    subprocess.run([compiler, *flags, str(source), "-o", str(folder / "loop.so")], check=True)
-    function = ctypes.CDLL(str(folder / "loop.so")).read_loop
-    shutil.rmtree(folder)
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    function.restype = ctypes.c_uint64
-    threads = torch.get_num_threads()
-
-    def run(data: Tensor) -> None:
-        function(data.data_ptr(), data.nbytes, threads)
-
-    return run
 
 
 class Context:
@@ -190,14 +167,6 @@ def measure(contexts: list[int], rounds: int) -> dict[str, object]:
     for row in rows:
         row["exact_share_of_loop"] = row["exact_gb_s"] / gb_s
     return {"read_loop_gb_s": gb_s, "rows": rows}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -32,16 +32,31 @@ void check_rows(const void* data, const char* name, std::initializer_list<int64_
                     ", must have rows aligned to 16 bytes on CUDA");
 }
 
-// [status of B requests, counters of B * H KV heads]; zeros of its own for a call without a ReuseCache.
-Tensor workspace_for(const Shape& shape, const Persistent& persistent, const Tensor& on) {
-  const int64_t size = static_cast<int64_t>(shape.batch) * (1 + shape.num_kv_heads);
-  if (!persistent.workspace) return at::zeros({size}, on.options().dtype(at::kInt));
-  const Tensor& workspace = *persistent.workspace;
-  check_array(workspace, "workspace", {kAny}, at::kInt, on.device());
-  TORCH_CHECK_VALUE(workspace.numel() >= size, "batch is ", shape.batch, ", must be at most the ",
-                    workspace.numel() / (1 + shape.num_kv_heads), " slots of the ReuseCache");
-  return workspace;
-}
+// What the kernels keep between launches, for as many requests as there is room for: [best keys of the query heads,
+// two numbers each | counters of match and of amend for every KV head | status of every request]. All but the last
+// is zero between launches. A call without a ReuseCache has its own.
+struct Workspace {
+  Tensor memory;
+  unsigned long long* best;
+  int32_t *status, *match_done, *amend_done;
+
+  Workspace(const Shape& shape, const Persistent& persistent, const Tensor& on) {
+    const int64_t B = shape.batch, Hq = shape.num_qo_heads(), H = shape.num_kv_heads, each = 2 * Hq + 2 * H + 1;
+    if (persistent.workspace) {
+      memory = *persistent.workspace;
+      check_array(memory, "workspace", {kAny}, at::kInt, on.device());
+    } else {
+      memory = at::zeros({B * each}, on.options().dtype(at::kInt));
+    }
+    const int64_t room = memory.numel() / each;
+    TORCH_CHECK_VALUE(B <= room, "batch is ", B, ", must be at most the ", room, " slots of the ReuseCache");
+    int32_t* first = memory.data_ptr<int32_t>();
+    best = reinterpret_cast<unsigned long long*>(first);
+    match_done = first + 2 * room * Hq;
+    amend_done = match_done + room * H;
+    status = amend_done + room * H;
+  }
+};
 
 int32_t* error_flag_of(const Persistent& persistent, const Tensor& on) {
   if (!persistent.error_flag) return nullptr;
@@ -55,8 +70,9 @@ void match(const MatchParams& p, const Persistent& persistent, const Tensor& on)
   check_supported(p.shape, p.dtype);
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
-  Tensor workspace = workspace_for(p.shape, persistent, on);
-  const cuda::MatchWorkspace w{workspace.data_ptr<int32_t>(), error_flag_of(persistent, on)};
+  const Workspace workspace(p.shape, persistent, on);
+  cuda::MatchWorkspace w{workspace.best, workspace.match_done, workspace.status, error_flag_of(persistent, on), 1};
+  C10_CUDA_CHECK(cuda::match_splits(p, &w.splits));
   C10_CUDA_CHECK(cuda::launch_match(p, w, c10::cuda::getCurrentCUDAStream()));
 }
 
@@ -75,15 +91,19 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   int32_t ctas = 0;
   C10_CUDA_CHECK(cuda::amend_ctas(p.shape.head_dim, p.shape.group_size, &ctas));
 
-  Tensor workspace = workspace_for(p.shape, persistent, on);
+  const Workspace workspace(p.shape, persistent, on);
   cuda::AmendWorkspace w{};
-  w.status = workspace.data_ptr<int32_t>();
-  w.done = w.status + B;
+  w.status = workspace.status;
+  w.done = workspace.amend_done;
   w.error_flag = error_flag_of(persistent, on);
   w.num_pages = static_cast<int32_t>(limits.num_pages);
+  w.page_size = cuda::Divisor(p.kv.page_size);
   w.max_tokens = limits.max_pages * p.kv.page_size;
   w.tile_heads = std::min<int32_t>(p.shape.group_size, cuda::kMaxTileHeads);
   w.head_tiles = (p.shape.group_size + cuda::kMaxTileHeads - 1) / cuda::kMaxTileHeads;
+  const int64_t tiles = B * H * w.head_tiles * (w.max_tokens / cuda::kWarpTokens / 4 + cuda::kMaxAnchors);
+  TORCH_CHECK_VALUE(tiles < INT32_MAX, "block_table has ", B, " rows of ", limits.max_pages, " pages of ",
+                    p.kv.page_size, " tokens, must have fewer than 2^31 tiles of 64 in all KV heads");
   const auto floats = on.options().dtype(at::kFloat);
   const int64_t states = (ctas + B * H * w.head_tiles) * kNumSpans * w.tile_heads;
   Tensor partial = at::empty({states * (D + 2)}, floats);
@@ -92,11 +112,13 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   w.partial_sum = w.partial_max + states;
   Tensor candidate, candidate_floats;
   if (p.num_anchors > 0) {
-    w.max_candidates = static_cast<int32_t>((w.max_tokens + cuda::kWarpTokens - 1) / cuda::kWarpTokens);
+    const int64_t tokens_of_bins = 16 * cuda::kWarpTokens;  // 16 bins are read at a time
+    w.max_candidates = static_cast<int32_t>((w.max_tokens + tokens_of_bins - 1) / tokens_of_bins * 16);
     const int64_t candidates = B * H * w.max_candidates;
-    candidate = at::empty({candidates}, on.options().dtype(at::kInt));
+    candidate = at::empty({candidates + candidates / 4}, on.options().dtype(at::kInt));
     candidate_floats = at::empty({2 * candidates * G}, floats);
     w.candidate = candidate.data_ptr<int32_t>();
+    w.candidate_bin = reinterpret_cast<uint8_t*>(w.candidate + candidates);
     w.candidate_logit = candidate_floats.data_ptr<float>();
     w.candidate_max = w.candidate_logit + candidates * G;
   }
@@ -107,8 +129,7 @@ void complete(const CompleteParams& p, const Persistent& persistent, const Tenso
   check_supported(p.shape, p.dtype);
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
-  cuda::CompleteWorkspace w{};
-  if (p.source) w.status = workspace_for(p.shape, persistent, on).data_ptr<int32_t>();
+  const cuda::CompleteWorkspace w{p.source ? Workspace(p.shape, persistent, on).status : nullptr};
   C10_CUDA_CHECK(cuda::launch_complete(p, w, c10::cuda::getCurrentCUDAStream()));
 }
 

@@ -126,9 +126,9 @@ class ReuseCache:
             self.slot_end = full((self.num_slots,), 0, torch.int32)
             self.slot_request = full((self.num_slots,), NO_REQUEST, torch.int64)
             self.counters = full((self.num_slots, len(COUNTERS)), 0, torch.int64)
-            # The CUDA kernels' status of each request and counters of each KV head.
-            workspace = self.num_slots * (1 + self.num_kv_heads) if self.device.type != "cpu" else 0
-            self.workspace = full((workspace,), 0, torch.int32)
+            # What the CUDA kernels keep between launches: csrc/backend_cuda.cpp.
+            numbers = 0 if self.device.type == "cpu" else 2 * (self.num_qo_heads + self.num_kv_heads) + 1
+            self.workspace = full((self.num_slots * numbers,), 0, torch.int32)
         # The device works (error_flag lies there) and the arguments are valid: it is the size.
         except RuntimeError as error:
             raise MemoryError(

@@ -22,7 +22,7 @@
 
 namespace mac_attn::cuda {
 
-constexpr int kStages = 3;
+constexpr int kNoHead = 0x7ffffffe;
 constexpr float kMaxLead = 8.f;          // log2, see above
 constexpr float kCandidateLead = -12.f;  // log2: lighter tokens, against the maximum so far, are no anchors
 
@@ -30,69 +30,85 @@ constexpr float kCandidateLead = -12.f;  // log2: lighter tokens, against the ma
 // an ldmatrix into different banks.
 template <int kHeadDim>
 struct Stage {
-  static constexpr int kRow = kHeadDim + 8;  // elements
+  static constexpr int kCount = kHeadDim <= 128 ? 3 : 2;  // in the pipeline
+  static constexpr int kRow = kHeadDim + 8;               // elements
   static constexpr int kElements = 2 * kWarpTokens * kRow;
   static constexpr int kBytes = kElements * 2;
 };
 
-template <int kHeadDim>
+// Two blocks of query heads have no room in the registers: they lie behind the stages, [16, D].
+template <int kHeadDim, int kHeadBlocks>
 constexpr int amend_shared_bytes() {
-  return kWarps * kStages * Stage<kHeadDim>::kBytes;
+  const int query = kHeadBlocks == 1 ? 0 : 8 * kHeadBlocks * Stage<kHeadDim>::kRow * 2;
+  return kWarps * Stage<kHeadDim>::kCount * Stage<kHeadDim>::kBytes + query;
 }
 
 // The two token rows that a lane loads, four lanes side by side on each.
 struct RowPair {
-  int64_t page[2];
-  int offset[2];
+  int page[2], offset[2];
   bool valid[2];
 };
 
 MAC_DEVICE RowPair find_row_pair(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, int warp) {
   const TileTokens tokens = tile_tokens(p, cursor);
-  const int request = cursor.request(p, w);
-  const int32_t* pages = p.kv.block_table + request * p.kv.block_table_stride;
+  const int32_t* pages = p.kv.block_table + cursor.request * p.kv.block_table_stride;
+  int token[2];
   RowPair rows;
   for (int i = 0; i < 2; ++i) {
-    int token = tokens.begin + warp * kWarpTokens + ptx::lane_id() / 4 + 8 * i;
-    rows.valid[i] = token < tokens.end;
-    if (tokens.anchors && rows.valid[i]) {
-      token = inherited_anchors(p, request, cursor.kv_head(p, w))[token];
-      rows.valid[i] = token != kNoAnchor;
+    token[i] = tokens.begin + warp * kWarpTokens + ptx::lane_id() / 4 + 8 * i;
+    rows.valid[i] = token[i] < tokens.end;
+  }
+  if (tokens.anchors) {
+    // Who reads the inherited anchors hands them on.
+    const int32_t* list = inherited_anchors(p, cursor.request, cursor.kv_head);
+    int32_t* handed_on = p.anchors + static_cast<int64_t>(cursor.kv_group(p)) * p.num_anchors;
+    int place[2] = {token[0], token[1]};
+    for (int i = 0; i < 2; ++i) {
+      token[i] = kNoAnchor;
+      if (rows.valid[i]) token[i] = list[place[i]];
     }
+    for (int i = 0; i < 2; ++i) {
+      if (rows.valid[i] && ptx::lane_id() % 4 == 0 && cursor.head_tile == 0) handed_on[place[i]] = token[i];
+      rows.valid[i] = token[i] != kNoAnchor;
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
     rows.page[i] = 0, rows.offset[i] = 0;
-    if (rows.valid[i]) {
-      const int page_index = token / p.kv.page_size;
-      rows.page[i] = pages[page_index];
-      rows.offset[i] = token - page_index * p.kv.page_size;
-    }
+    if (!rows.valid[i]) continue;
+    const int page_index = w.page_size.divide(token[i]);
+    rows.page[i] = pages[page_index];
+    rows.offset[i] = token[i] - page_index * p.kv.page_size;
   }
   return rows;
 }
 
 template <typename T, int kHeadDim>
-MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, const RowPair& rows,
+MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, RowPair rows,
                            T* stage) {
   constexpr int kChunks = kHeadDim / 8;
-  const int lane = ptx::lane_id(), kv_head = cursor.kv_head(p, w);
+  const int lane = ptx::lane_id();
+  // A page id outside the cache is not followed: the request is marked and answers NaN.
+  bool bad = false;
   for (int i = 0; i < 2; ++i) {
-    // A page id outside the cache is not followed: the request is marked and answers NaN.
-    bool valid = rows.valid[i];
-    if (valid && (rows.page[i] < 0 || rows.page[i] >= w.num_pages)) {
-      valid = false;
-      ptx::atomic_or(w.status + cursor.request(p, w), kBadPage);
-      if (w.error_flag) ptx::atomic_or(w.error_flag, kBadPage);
-    }
-    const int64_t page = valid ? rows.page[i] : 0;
-    const T* k = static_cast<const T*>(p.kv.k) + page * p.kv.k_page_stride + rows.offset[i] * p.kv.k_token_stride +
-                 kv_head * p.kv.k_head_stride;
-    const T* v = static_cast<const T*>(p.kv.v) + page * p.kv.v_page_stride + rows.offset[i] * p.kv.v_token_stride +
-                 kv_head * p.kv.v_head_stride;
+    if (static_cast<uint32_t>(rows.page[i]) < static_cast<uint32_t>(w.num_pages)) continue;
+    bad = bad || rows.valid[i];
+    rows.valid[i] = false, rows.page[i] = 0;
+  }
+  if (bad) {
+    ptx::atomic_or(w.status + cursor.request, kBadPage);
+    if (w.error_flag) ptx::atomic_or(w.error_flag, kBadPage);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const T* k = static_cast<const T*>(p.kv.k) + rows.page[i] * p.kv.k_page_stride +
+                 rows.offset[i] * p.kv.k_token_stride + cursor.kv_head * p.kv.k_head_stride;
+    const T* v = static_cast<const T*>(p.kv.v) + rows.page[i] * p.kv.v_page_stride +
+                 rows.offset[i] * p.kv.v_token_stride + cursor.kv_head * p.kv.v_head_stride;
     T* k_row = stage + (lane / 4 + 8 * i) * Stage<kHeadDim>::kRow;
     T* v_row = k_row + kWarpTokens * Stage<kHeadDim>::kRow;
 #pragma unroll
     for (int chunk = lane % 4; chunk < kChunks; chunk += 4) {
-      ptx::cp_async_16(k_row + chunk * 8, k + chunk * 8, valid);
-      ptx::cp_async_16(v_row + chunk * 8, v + chunk * 8, valid);
+      ptx::cp_async_16(k_row + chunk * 8, k + chunk * 8, rows.valid[i]);
+      ptx::cp_async_16(v_row + chunk * 8, v + chunk * 8, rows.valid[i]);
     }
   }
 }
@@ -102,11 +118,12 @@ MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const 
 template <typename T, int kHeadDim, int kHeadBlocks>
 struct WarpState {
   static constexpr int kSteps = kHeadDim / 16;
-  uint32_t q[kHeadBlocks][kSteps][2];
+  static constexpr bool kQueryInShared = kHeadBlocks > 1;
+  uint32_t q[kQueryInShared ? 1 : kSteps][2];
   float out[kHeadBlocks][kSteps][4];
   float max[kHeadBlocks][2];
   float sum[kHeadBlocks][2];
-  int start[kHeadBlocks][2];  // first token of the head; beyond any token for a column without head
+  int source[kHeadBlocks][2];  // position of the entry that the head reuses; kNoHead for a column without one
 
   MAC_DEVICE void clear() {
 #pragma unroll
@@ -118,58 +135,76 @@ struct WarpState {
     }
   }
 
-  MAC_DEVICE void load_query(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor) {
-    const int lane = ptx::lane_id(), request = cursor.request(p, w), kv_head = cursor.kv_head(p, w);
-    const int first = cursor.pass % w.head_tiles * kMaxTileHeads;  // within the group
-    const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride;
-#pragma unroll
-    for (int b = 0; b < kHeadBlocks; ++b) {
-      const int g = first + b * 8 + lane / 4;
-      const T* row = rows + static_cast<int64_t>(kv_head * p.shape.group_size + g) * p.query.head_stride;
+  // The whole block takes part if the query goes to `shared`.
+  MAC_DEVICE void load_query(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, T* shared) {
+    const int lane = ptx::lane_id(), request = cursor.request, kv_head = cursor.kv_head;
+    const int G = p.shape.group_size, first = cursor.head_tile * kMaxTileHeads;  // within the group
+    const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
+                    static_cast<int64_t>(kv_head) * G * p.query.head_stride;
+    const int32_t* sources = p.source + static_cast<int64_t>(cursor.kv_group(p)) * G;
+    if constexpr (kQueryInShared) {
+      constexpr int kPieces = kHeadDim / 8;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < 8 * kHeadBlocks * kPieces; i += kThreads) {
+        const int g = first + i / kPieces, d = i % kPieces * 8;
+        const uint4 piece = g < G ? ptx::load_16(rows + g * p.query.head_stride + d) : uint4{0, 0, 0, 0};
+        ptx::store_16(shared + i / kPieces * Stage<kHeadDim>::kRow + d, piece);
+      }
+      ptx::sync_block();
+    } else {
+      const int g = first + lane / 4;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         for (int i = 0; i < 2; ++i) {
-          q[b][s][i] = g < p.shape.group_size ? ptx::load_4(row + s * 16 + i * 8 + lane % 4 * 2) : 0u;
+          q[s][i] = g < G ? ptx::load_4(rows + g * p.query.head_stride + s * 16 + i * 8 + lane % 4 * 2) : 0u;
         }
       }
+    }
+#pragma unroll
+    for (int b = 0; b < kHeadBlocks; ++b) {
       for (int i = 0; i < 2; ++i) {
         const int column = first + b * 8 + lane % 4 * 2 + i;
-        start[b][i] = column < p.shape.group_size ? amend_start(p, request, kv_head * p.shape.group_size + column)
-                                                  : 0x7fffffff;
+        source[b][i] = column < G ? kMiss : kNoHead;
+        if (column < G && p.source) source[b][i] = sources[column];
       }
     }
   }
 };
 
-// Logits of the warp's 16 tokens, log2, masked: x[b][0, 1] token lane / 4, x[b][2, 3] token lane / 4 + 8.
+// Logits of the warp's 16 tokens, log2, masked: x[b][0, 1] token lane / 4, bit 0 of `valid`; x[b][2, 3] token
+// lane / 4 + 8, bit 1.
 template <typename T, int kHeadDim, int kHeadBlocks>
 MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, kHeadBlocks>& state, const T* stage,
-                            int first_token, int end, bool anchors, const int32_t* list,
+                            const T* query, int first_token, uint32_t valid, bool anchors,
                             float (&x)[kHeadBlocks][4]) {
   constexpr int kSteps = kHeadDim / 16;
   const int lane = ptx::lane_id();
   float even[kHeadBlocks][4] = {}, odd[kHeadBlocks][4] = {};  // two chains of MMAs hide their latency
   const T* row = stage + (lane % 8 + lane / 8 % 2 * 8) * Stage<kHeadDim>::kRow + lane / 16 * 8;
+  const T* query_row = query + (lane % 8 + lane / 16 * 8) * Stage<kHeadDim>::kRow + lane / 8 % 2 * 8;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    uint32_t k[4];
+    uint32_t k[4], q[4];
     ptx::ldmatrix_x4(k, row + s * 16);
+    if constexpr (kHeadBlocks == 1) {
+      q[0] = state.q[s][0], q[1] = state.q[s][1];
+    } else {
+      ptx::ldmatrix_x4(q, query_row + s * 16);
+    }
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
-      ptx::mma_m16n8k16<T>(s % 2 ? odd[b] : even[b], k, state.q[b][s][0], state.q[b][s][1]);
+      ptx::mma_m16n8k16<T>(s % 2 ? odd[b] : even[b], k, q[2 * b], q[2 * b + 1]);
     }
   }
   for (int i = 0; i < 4; ++i) {
     const int token = first_token + lane / 4 + i / 2 * 8;
-    bool valid = token < end;
-    if (anchors && valid) valid = list[token] != kNoAnchor;
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
       float logit = (even[b][i] + odd[b][i]) * p.sm_scale;
-      if (p.logits_soft_cap > 0.f) logit = p.logits_soft_cap * ptx::tanh_exact(logit / p.logits_soft_cap);
-      const int start = state.start[b][i % 2];
-      const bool counts = anchors ? start != 0x7fffffff : token >= start;
-      x[b][i] = valid && counts ? logit * kLog2E : -INFINITY;
+      if (p.logits_soft_cap > 0.f) logit = p.logits_soft_cap * ptx::tanh(logit / p.logits_soft_cap);
+      const int source = state.source[b][i % 2];
+      const bool counts = source != kNoHead && (anchors || token >= amend_start(p, source));
+      x[b][i] = (valid >> (i / 2) & 1u) && counts ? logit * kLog2E : -INFINITY;
     }
   }
 }
@@ -180,40 +215,40 @@ MAC_DEVICE void keep_candidate(const AmendParams& p, const AmendWorkspace& w, co
                                const WarpState<T, kHeadDim, kHeadBlocks>& state, const float (&x)[kHeadBlocks][4],
                                int first_token) {
   const int lane = ptx::lane_id(), G = p.shape.group_size;
-  float weight = -INFINITY;
-  int token = 0x7fffffff;
+  // A weight's lead over kCandidateLead as a number whose bits are ordered like it; the last four are the token's.
+  uint32_t heaviest = 0;
+#pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float heaviest = -INFINITY;
+    float lead = 0.f;
+#pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
-      for (int i = 0; i < 2; ++i) {
-        const float lead = x[b][2 * half + i] - state.max[b][i];
-        if (lead > heaviest) heaviest = lead;
-      }
+      for (int i = 0; i < 2; ++i) lead = fmaxf(lead, x[b][2 * half + i] - state.max[b][i] - kCandidateLead);
     }
-    const int t = first_token + lane / 4 + 8 * half;
-    if (heaviest > weight) weight = heaviest, token = t;
+    const uint32_t key = (float_bits(lead) & ~15u) | (15 - lane / 4 - 8 * half);
+    if (lead > 0.f) heaviest = key > heaviest ? key : heaviest;
   }
-  const int64_t place = static_cast<int64_t>(cursor.kv_group(w)) * w.max_candidates + first_token / kWarpTokens;
-  if (!ptx::ballot(weight > kCandidateLead)) {
-    if (lane == 0) w.candidate[place] = kNoAnchor;
+  heaviest = ptx::reduce_max(heaviest);
+  const int64_t base = static_cast<int64_t>(cursor.kv_group(p)) * w.max_candidates;
+  const int place = first_token / kWarpTokens, row = 15 - heaviest % 16;
+  float* logits = w.candidate_logit + base * G + place;
+  if (first_token + kWarpTokens >= cursor.work.old_end && lane < G) {
+    // They are read four at a time: fill up the last four.
+    for (int i = 1; (place + i) % 4 != 0; ++i) logits[static_cast<int64_t>(lane) * w.max_candidates + i] = -INFINITY;
+  }
+  if (heaviest == 0) {
+    if (lane < G) logits[static_cast<int64_t>(lane) * w.max_candidates] = -INFINITY;
     return;
   }
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const float other_weight = ptx::shfl_xor(weight, distance);
-    const int other_token = ptx::shfl_xor(token, distance);
-    if (other_weight > weight || (other_weight == weight && other_token < token)) {
-      weight = other_weight, token = other_token;
-    }
-  }
-  if (lane == 0) w.candidate[place] = token;
-  if (lane / 4 != (token - first_token) % 8) return;
-  const int half = (token - first_token) / 8;
+  if (lane == 0) w.candidate[base + place] = first_token + row;
+  if (lane / 4 != row % 8) return;
+#pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
     for (int i = 0; i < 2; ++i) {
       const int g = b * 8 + lane % 4 * 2 + i;
       if (g >= G) continue;
-      w.candidate_logit[place * G + g] = half ? x[b][2 + i] : x[b][i];
-      w.candidate_max[place * G + g] = state.max[b][i];
+      const int64_t offset = static_cast<int64_t>(g) * w.max_candidates;
+      logits[offset] = row < 8 ? x[b][i] : x[b][2 + i];
+      w.candidate_max[base * G + offset + place] = state.max[b][i];
     }
   }
 }
@@ -277,17 +312,13 @@ MAC_DEVICE void add_values(WarpState<T, kHeadDim, kHeadBlocks>& state, const flo
 // Merges the four warps' states through the stages they have just read and writes the segment's partial
 // state. Every thread of the block comes here at the same tile.
 template <typename T, int kHeadDim, int kHeadBlocks>
-MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kHeadBlocks>& state, T* shared,
-                              int slot, int64_t partial) {
+MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kHeadBlocks>& state,
+                              const Scratch& scratch, int64_t partial) {
   constexpr int kRow = kHeadDim + 4;  // floats; the padding spreads the heads over the banks
   constexpr int kHeads = 8 * kHeadBlocks;
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32, heads = w.tile_heads;
-  auto warp_area = [&](int i) {
-    return reinterpret_cast<float*>(shared + (i * kStages + slot) * Stage<kHeadDim>::kElements);
-  };
   static_assert((kHeads * (kRow + 2)) * 4 <= Stage<kHeadDim>::kBytes, "a state fits a stage");
-  float* mine = warp_area(warp);
-  ptx::sync_warp();  // all lanes have read the stage
+  float* mine = scratch.area(warp);
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
     for (int i = 0; i < 2; ++i) {
@@ -307,16 +338,20 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
     }
   }
   ptx::sync_block();
-  for (int i = threadIdx.x; i < heads * kHeadDim; i += kThreads) {
-    const int head = i / kHeadDim, d = i % kHeadDim;
-    float max = -INFINITY, sum = 0.f, out = 0.f;
-    for (int j = 0; j < kWarps; ++j) max = fmaxf(max, warp_area(j)[kHeads * kRow + head]);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
+    const int head = i / (kHeadDim / 4), d = i % (kHeadDim / 4) * 4;
+    float max = -INFINITY, sum = 0.f;
+    float4 out{0.f, 0.f, 0.f, 0.f};
+    for (int j = 0; j < kWarps; ++j) max = fmaxf(max, scratch.area(j)[kHeads * kRow + head]);
     for (int j = 0; j < kWarps; ++j) {
-      const float weight = ptx::ex2(warp_area(j)[kHeads * kRow + head] - finite_or_zero(max));
-      sum += warp_area(j)[kHeads * kRow + kHeads + head] * weight;
-      out += warp_area(j)[head * kRow + d] * weight;
+      const float* area = scratch.area(j);
+      const float weight = ptx::ex2(area[kHeads * kRow + head] - finite_or_zero(max));
+      const float4 part = ptx::load_float4(area + head * kRow + d);
+      sum += area[kHeads * kRow + kHeads + head] * weight;
+      out.x += part.x * weight, out.y += part.y * weight, out.z += part.z * weight, out.w += part.w * weight;
     }
-    w.partial_out[(partial * heads + head) * kHeadDim + d] = out;
+    ptx::store_float4(w.partial_out + (partial * heads + head) * kHeadDim + d, out);
     if (d == 0) {
       w.partial_max[partial * heads + head] = max;
       w.partial_sum[partial * heads + head] = sum;
@@ -329,67 +364,76 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
 template <typename T, int kHeadDim, int kHeadBlocks>
 __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
     amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
+  using Stage = Stage<kHeadDim>;
   T* shared = static_cast<T*>(dynamic_shared());
+  T* query = shared + kWarps * Stage::kCount * Stage::kElements;
   const int warp = threadIdx.x / 32;
-  T* stages = shared + warp * kStages * Stage<kHeadDim>::kElements;
+  T* stages = shared + warp * Stage::kCount * Stage::kElements;
 
   ptx::grid_dependency_wait();  // match's answer
   Cursor cursor;
   const Line line = find_first_tile(p, w, cursor);
   ptx::grid_dependency_launch();
-  if (static_cast<int64_t>(blockIdx.x) >= line.ctas) return;
-  const int64_t last = line.first_tile(blockIdx.x + 1);
+  if (static_cast<int>(blockIdx.x) >= line.ctas) return;
+  const int last = line.first_tile(blockIdx.x + 1);
 
-  // `ahead` runs kStages - 1 tiles before `cursor`, and looks up the rows of its tile one tile earlier still.
+  // Round r looks up the rows of tile r, asks for tile r - 1 and computes tile r - kCount. There is one loop for
+  // filling the pipeline and for using it, as the first run through any code waits for the code itself.
   Cursor ahead = cursor;
-  RowPair rows = find_row_pair(p, w, ahead, warp);
-  auto load_next = [&](int slot) {
-    if (ahead.tile < last) {
-      load_stage<T, kHeadDim>(p, w, ahead, rows, stages + slot * Stage<kHeadDim>::kElements);
-      ahead.advance(p, w, last);
-      if (ahead.tile < last) rows = find_row_pair(p, w, ahead, warp);
-    }
-    ptx::cp_async_commit();
-  };
-  for (int slot = 0; slot < kStages - 1; ++slot) load_next(slot);
-
+  RowPair rows{};
   WarpState<T, kHeadDim, kHeadBlocks> state;
   state.clear();
-  state.load_query(p, w, cursor);
-  int slot = 0;
-  while (cursor.tile < last) {
-    ptx::cp_async_wait<kStages - 2>();
-    ptx::sync_warp();  // this stage is filled for all lanes, and all have read the one to be filled
-    load_next((slot + kStages - 1) % kStages);
+  bool new_pass = true;
+  uint32_t valid = 0;  // two bits a round: which rows of the tile are there; a lane's logits are of its own rows
+  int slot = 0, filling = Stage::kCount;
+#pragma unroll 1
+  for (int round = 0;; ++round) {
+    if (round > 0 && ahead.tile < last) {
+      load_stage<T, kHeadDim>(p, w, ahead, rows, stages + (round - 1) % Stage::kCount * Stage::kElements);
+      ahead.advance(p, w, last);
+    }
+    ptx::cp_async_commit();
+    valid <<= 2;
+    if (ahead.tile < last) {
+      rows = find_row_pair(p, w, ahead, warp);
+      valid |= rows.valid[0] + 2u * rows.valid[1];
+    }
+    if (new_pass) state.load_query(p, w, cursor, query);
+    new_pass = false;
+    if (filling-- > 0) continue;
+    filling = 0;
+    ptx::cp_async_wait<Stage::kCount - 1>();
+    ptx::sync_warp();  // the stage is filled for all lanes
 
     const TileTokens tokens = tile_tokens(p, cursor);
     const int first = tokens.begin + warp * kWarpTokens;
-    const int32_t* list =
-        tokens.anchors ? inherited_anchors(p, cursor.request(p, w), cursor.kv_head(p, w)) : nullptr;
-    const T* stage = stages + slot * Stage<kHeadDim>::kElements;
+    const T* stage = stages + slot * Stage::kElements;
     if (first < tokens.end) {
       float x[kHeadBlocks][4];
-      warp_logits<T, kHeadDim, kHeadBlocks>(p, state, stage, first, tokens.end, tokens.anchors, list, x);
+      warp_logits<T, kHeadDim, kHeadBlocks>(p, state, stage, query, first, valid >> (2 * Stage::kCount),
+                                            tokens.anchors, x);
       raise_max<T, kHeadDim, kHeadBlocks>(state, x);
-      if (p.num_anchors > 0 && !cursor.work.hit && cursor.span() == kOld) {
+      if (p.num_anchors > 0 && !cursor.work.hit() && cursor.span() == kOld) {
         keep_candidate<T, kHeadDim, kHeadBlocks>(p, w, cursor, state, x, first);
       }
       add_values<T, kHeadDim, kHeadBlocks>(state, x, stage);
     }
+    ptx::sync_warp();  // all lanes have read the stage
 
-    Cursor next = cursor;
-    next.advance(p, w, last);
-    const bool ends = next.tile == last || next.pass != cursor.pass;
-    if (ends || next.span() != cursor.span()) {
-      const int64_t segment = static_cast<int64_t>(blockIdx.x) + cursor.pass;
-      write_partial<T, kHeadDim, kHeadBlocks>(w, state, shared, slot, segment * kNumSpans + cursor.span());
+    const bool at_end = cursor.tile + 1 == last;
+    new_pass = cursor.local + 1 == cursor.work.tiles;
+    if (at_end || new_pass || cursor.local + 1 == cursor.work.old_tiles) {
+      const Scratch scratch{reinterpret_cast<unsigned char*>(shared + slot * Stage::kElements),
+                            Stage::kCount * Stage::kBytes};
+      const int64_t segment = static_cast<int64_t>(blockIdx.x) + cursor.pass(p, w);
+      write_partial<T, kHeadDim, kHeadBlocks>(w, state, scratch, segment * kNumSpans + cursor.span());
+      if (at_end || (new_pass && cursor.head_tile + 1 == w.head_tiles)) {
+        leave_kv_head<T, kHeadDim>(p, w, line, cursor, scratch);
+      }
     }
-    if (ends && (next.tile == last || next.kv_group(w) != cursor.kv_group(w))) {
-      leave_kv_head<T>(p, w, line, cursor);
-    }
-    cursor = next;
-    if (ends && cursor.tile < last) state.load_query(p, w, cursor);
-    slot = (slot + 1) % kStages;
+    if (at_end) break;
+    cursor.advance(p, w, last);
+    slot = slot + 1 == Stage::kCount ? 0 : slot + 1;
   }
   ptx::cp_async_wait<0>();
 }

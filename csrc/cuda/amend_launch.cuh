@@ -11,11 +11,11 @@ namespace mac_attn::cuda {
 template <typename T, int kHeadBlocks, typename Use>
 cudaError_t with_head_dim(int head_dim, const Use& use) {
   switch (head_dim) {
-    case 64: return use(amend_kernel<T, 64, kHeadBlocks>, amend_shared_bytes<64>());
-    case 80: return use(amend_kernel<T, 80, kHeadBlocks>, amend_shared_bytes<80>());
-    case 96: return use(amend_kernel<T, 96, kHeadBlocks>, amend_shared_bytes<96>());
-    case 128: return use(amend_kernel<T, 128, kHeadBlocks>, amend_shared_bytes<128>());
-    case 256: return use(amend_kernel<T, 256, kHeadBlocks>, amend_shared_bytes<256>());
+    case 64: return use(amend_kernel<T, 64, kHeadBlocks>, amend_shared_bytes<64, kHeadBlocks>());
+    case 80: return use(amend_kernel<T, 80, kHeadBlocks>, amend_shared_bytes<80, kHeadBlocks>());
+    case 96: return use(amend_kernel<T, 96, kHeadBlocks>, amend_shared_bytes<96, kHeadBlocks>());
+    case 128: return use(amend_kernel<T, 128, kHeadBlocks>, amend_shared_bytes<128, kHeadBlocks>());
+    case 256: return use(amend_kernel<T, 256, kHeadBlocks>, amend_shared_bytes<256, kHeadBlocks>());
     default: return cudaErrorInvalidValue;
   }
 }

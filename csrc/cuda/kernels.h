@@ -17,24 +17,45 @@ constexpr int32_t kMaxGroup = 128;
 // Bits of a request's status and of the sticky error flag; mac_attn/cache.py reads them.
 enum Error : int32_t { kBadLength = 1, kBadPage = 2, kBadSlot = 4 };
 
+// Division of numbers in [0, 2^31) by one that the device does not know at compile time: n / d is n m / 2^shift with
+// m = ceil(2^shift / d), as long as 2^(shift - 31) >= d (Granlund and Montgomery, PLDI 1994).
+struct Divisor {
+  uint32_t multiplier = 0;
+  int32_t shift = 0;
+  Divisor() = default;
+  explicit Divisor(int32_t d) : shift(31) {
+    while ((int64_t{1} << (shift - 31)) < d) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) / d);
+  }
+  constexpr int32_t divide(int32_t n) const {
+    return static_cast<int32_t>(static_cast<uint64_t>(n) * multiplier >> shift);
+  }
+};
+
+// Device memory of one match call. `best` and `done` are zero before the launch and after it.
 struct MatchWorkspace {
-  int32_t* status;      // [B] Error bits, written for every request
-  int32_t* error_flag;  // [1] sticky, or null
+  unsigned long long* best;  // [B, Hq]
+  int32_t* done;             // [B, H] CTAs that have left the KV head
+  int32_t* status;           // [B] Error bits, written for every request
+  int32_t* error_flag;       // [1] sticky, or null
+  int32_t splits;            // CTAs for each KV head, see match_splits
 };
 
 // Device memory of one amend call. `done` is zero before the launch and after it.
 struct AmendWorkspace {
-  int32_t* done;           // [B, H] CTAs that have left their segments
+  int32_t* done;           // [B, H] tiles whose partial states are there
   int32_t* status;         // [B] Error bits
   int32_t* error_flag;     // [1] sticky, or null
   float* partial_out;      // [C + B H head_tiles, kNumSpans, tile_heads, D] sum of weight * value
   float* partial_max;      // [.., kNumSpans, tile_heads] log2
   float* partial_sum;      // [.., kNumSpans, tile_heads]
-  int32_t* candidate;      // [B, H, max_candidates] token or -1; of every 16 old tokens of a miss
-  float* candidate_logit;  // [B, H, max_candidates, G] log2
-  float* candidate_max;    // [B, H, max_candidates, G] the maximum its weight was relative to
-  int32_t max_candidates;
+  int32_t* candidate;      // [B, H, max_candidates] the heaviest of every 16 old tokens of a miss
+  uint8_t* candidate_bin;  // [B, H, max_candidates] its weight, roughly
+  float* candidate_logit;  // [B, H, G, max_candidates] log2; -inf: none of the 16 is heavy
+  float* candidate_max;    // [B, H, G, max_candidates] the maximum its weight was relative to
+  int32_t max_candidates;  // a multiple of 16
   int32_t num_pages;
+  Divisor page_size;
   int64_t max_tokens;  // max_pages * page_size
   int32_t tile_heads;  // min(G, kMaxTileHeads)
   int32_t head_tiles;  // passes per KV head: ceil(G / kMaxTileHeads)
@@ -43,6 +64,9 @@ struct AmendWorkspace {
 struct CompleteWorkspace {
   const int32_t* status;  // [B] Error bits of match and amend, null in exact mode
 };
+
+// CTAs for each KV head of the current device's match launch: as many as it keeps busy.
+cudaError_t match_splits(const MatchParams& params, int32_t* splits);
 
 // CTAs of the persistent amend grid on the current device.
 cudaError_t amend_ctas(int32_t head_dim, int32_t group_size, int32_t* ctas);

@@ -3,163 +3,222 @@
 //   d2_h(c) = |q_h - ring_query_h(c)|^2,   score(c) = mean over the group of d2_h / theta_h
 //   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the newest.
 //
-// Grid: one CTA of 32 warps for each (request, KV head). A ring row is read by as many lanes as it has 16-byte
-// pieces, so a warp looks at several candidates at a time, head after head: partial sums only grow, so candidates
-// that cannot win any more drop out, most of them after their first head.
+// Grid: `splits` CTAs of 16 warps for each (request, KV head), which share the candidates out; the last one
+// to finish writes the answer. A ring row is read by as many lanes as it has 16-byte pieces, so a warp looks at
+// several candidates at a time, head after head: partial sums only grow, so candidates that cannot win any more
+// drop out, most of them after their first head.
 // Traffic: between 1/G and all of the ring's queries of the KV head.
 #pragma once
 
-#include "finish.cuh"
+#include "kernels.h"
+#include "ptx/barrier.h"
+#include "ptx/math.h"
+#include "ptx/memory.h"
+#include "ptx/warp.h"
+#include "simt.h"
 
 namespace mac_attn::cuda {
 
-constexpr int kMatchThreads = 1024;
+constexpr int kMatchThreads = 512;
 constexpr int kMatchWarps = kMatchThreads / 32;
-constexpr int kMatchUnroll = 4;  // candidates of a lane in flight
 
-// A candidate as one number, the smaller the better: the bits of its total (they are ordered like a
-// number that is not negative), then its age, so that the newest wins a tie.
-MAC_DEVICE uint64_t match_key(float total, int age) {
-  return static_cast<uint64_t>(float_bits(total)) << 32 | static_cast<uint32_t>(age);
+template <int kHeadDim>
+struct MatchLayout {
+  static constexpr int kPieces = kHeadDim / 8;
+  static constexpr int kLanes = kPieces <= 8 ? 8 : kPieces <= 16 ? 16 : 32;  // of a warp, for one candidate
+  static constexpr int kPerWarp = 32 / kLanes;
+  static constexpr int kPerBlock = kMatchWarps * kPerWarp;
+};
+
+// A candidate as one number, the greater the better and never 0: the bits of its total (they are ordered like a
+// number that is not negative) and its age, so that the newest wins a tie.
+MAC_DEVICE unsigned long long match_key(float total, int age) {
+  return ~(static_cast<unsigned long long>(float_bits(total)) << 32 | static_cast<uint32_t>(age));
+}
+MAC_DEVICE float match_total(unsigned long long key) {
+  return bits_float(static_cast<uint32_t>(~key >> 32));
+}
+MAC_DEVICE int match_age(unsigned long long key) {
+  return static_cast<int>(~key & 0xffffffffu);
 }
 
 // This thread's share of looking whether the request can be served: Error bits.
-MAC_DEVICE int request_errors(const MatchParams& p, int request) {
-  const int n = p.requests.seq_lens[request];
+MAC_DEVICE int request_errors(const MatchParams& p, int request, int n, int slot) {
   if (n == 0) return 0;
-  const int slot = p.requests.slots[request];
   int errors = n < 0 ? kBadLength : 0;
   if (slot < 0 || slot >= p.ring.num_slots) errors |= kBadSlot;
   for (int b = threadIdx.x; b < p.shape.batch; b += kMatchThreads) {
-    if (b != request && p.requests.seq_lens[b] != 0 && p.requests.slots[b] == slot) errors |= kBadSlot;
+    if (b != request && p.requests.slots[b] == slot && p.requests.seq_lens[b] != 0) errors |= kBadSlot;
   }
   return errors;
 }
 
+// |q - stored|^2 over this lane's piece of a row.
+template <typename T>
+MAC_DEVICE float piece_distance(const float* query, const uint4& data) {
+  const uint32_t words[4] = {data.x, data.y, data.z, data.w};
+  float distance = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 stored = ptx::unpack2<T>(words[i]);
+    const float x = query[2 * i] - stored.x, y = query[2 * i + 1] - stored.y;
+    distance += x * x + y * y;
+  }
+  return distance;
+}
+
+MAC_DEVICE float piece_norm(const float* query) {
+  float norm = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) norm += query[i] * query[i];
+  return norm;
+}
+
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kMatchThreads)
+__global__ void __launch_bounds__(kMatchThreads, 2)
     match_kernel(const __grid_constant__ MatchParams p, const __grid_constant__ MatchWorkspace w) {
-  constexpr int kPieces = kHeadDim / 8;
-  constexpr int kLanes = kPieces <= 8 ? 8 : kPieces <= 16 ? 16 : 32;  // of a warp, for one candidate
-  constexpr int kPerWarp = 32 / kLanes * kMatchUnroll;
+  using Layout = MatchLayout<kHeadDim>;
   const int G = p.shape.group_size, H = p.shape.num_kv_heads, M = p.ring.window;
-  const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
-  const int request = blockIdx.x / H, kv_head = blockIdx.x % H;
-  const int piece = lane % kLanes;
+  const int lane = ptx::lane_id(), warp = threadIdx.x / 32, piece = lane % Layout::kLanes;
+  const int group = blockIdx.x / w.splits, split = blockIdx.x % w.splits;
+  const int request = group / H, kv_head = group % H;
+  const bool in_row = piece < Layout::kPieces;
 
   float* query = static_cast<float*>(dynamic_shared());  // [G, D]
-  __shared__ float theta[kMaxGroup];
+  __shared__ float threshold[kMaxGroup];
   __shared__ unsigned long long best[kMaxGroup];
-  __shared__ int usable, errors;
+  __shared__ int errors, is_last;
 
   ptx::grid_dependency_launch();
   ptx::grid_dependency_wait();  // the last step's ring
-  if (threadIdx.x == 0) {
-    errors = 0;
-    usable = 1;
-  }
+  const int n = p.requests.seq_lens[request], position = n - 1;
+  const int given_slot = p.requests.slots[request];
   const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
                   static_cast<int64_t>(kv_head) * G * p.query.head_stride;
+#pragma unroll 2
   for (int i = threadIdx.x; i < G * kHeadDim; i += kMatchThreads) {
     query[i] = ptx::to_float(rows[i / kHeadDim * p.query.head_stride + i % kHeadDim]);
   }
-  ptx::sync_block();
-  if (const int found = request_errors(p, request)) ptx::atomic_or(&errors, found);
-  // theta, or NaN for a head that can never hit; in a group it decides for all.
-  for (int g = warp; g < G; g += kMatchWarps) {
-    float norm = 0.f;
-    for (int d = lane; d < kHeadDim; d += 32) norm += query[g * kHeadDim + d] * query[g * kHeadDim + d];
-    for (int distance = 1; distance < 32; distance *= 2) norm += ptx::shfl_xor(norm, distance);
-    if (lane == 0) {
-      const float given = p.threshold[kv_head * G + g];
-      const float value = p.relative ? given * norm : given;
-      const bool can_hit = norm < INFINITY && value > 0.f && value < INFINITY;
-      theta[g] = can_hit ? value : NAN;
-      best[g] = match_key(p.per_head ? 1.f : static_cast<float>(G), 0);
-      if (!can_hit && !p.per_head) usable = 0;
-    }
+#pragma unroll 1
+  for (int g = threadIdx.x; g < G; g += kMatchThreads) {
+    threshold[g] = p.threshold[kv_head * G + g];
+    best[g] = match_key(p.per_head ? 1.f : static_cast<float>(G), 0);
   }
-  ptx::sync_block();
+  if (threadIdx.x == 0) errors = 0;
+  const int found = request_errors(p, request, n, given_slot);
 
-  if (threadIdx.x == 0) {
+  // Candidates have p - M <= c < p, so their ages are 1..M. E(c) > 0 needs c >= band. Whether the slot's history
+  // is unbroken is asked for together with the first rows: neither waits for the other.
+  const bool readable = n > 0 && given_slot >= 0 && given_slot < p.ring.num_slots;
+  const int slot = readable ? given_slot : 0;  // padding may name any
+  const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;
+  const bool unbroken = readable && p.ring.end[slot] == position && p.ring.request[slot] == id;
+  const int begin = p.ring.begin[slot], oldest = begin > p.band ? begin : p.band;
+  const int last_age = !readable ? 0 : position - p.band < M ? position - p.band : M;
+  const int64_t ring_row = (static_cast<int64_t>(slot) * H + kv_head) * M;
+  const T* ring = static_cast<const T*>(p.ring.query) + piece * 8;
+
+  // Tag, depth and first row of a candidate that may turn out to be none.
+  struct Candidate {
+    int64_t row;
+    int age, tag, depth;
+    uint4 data;
+  };
+  const auto fetch = [&](int age) {
+    Candidate c;
+    const int index = age <= last_age ? (position - age) % M : 0;
+    c.row = (ring_row + index) * G;
+    c.age = age;
+    c.tag = p.ring.position[static_cast<int64_t>(slot) * M + index];
+    c.depth = p.ring.depth[c.row];
+    c.data = age <= last_age && in_row ? ptx::load_stream_16(ring + c.row * kHeadDim) : uint4{0, 0, 0, 0};
+    return c;
+  };
+  const int warp_age = 1 + split * Layout::kPerBlock + warp * Layout::kPerWarp, stride = w.splits * Layout::kPerBlock;
+  Candidate next = fetch(warp_age + lane / Layout::kLanes);
+
+  ptx::sync_block();
+  if (found) ptx::atomic_or(&errors, found);
+  ptx::sync_block();
+  if (threadIdx.x == 0 && split == 0) {
     if (kv_head == 0) w.status[request] = errors;
     if (errors && w.error_flag) ptx::atomic_or(w.error_flag, errors);
   }
-  const int n = p.requests.seq_lens[request], position = n - 1;
-  const int slot = errors || n == 0 ? 0 : p.requests.slots[request];  // padding may name any
-  const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;
-  const bool searches = !errors && usable && n > 0 && n >= p.min_context && p.ring.end[slot] == position &&
-                        p.ring.request[slot] == id;
-  // Candidates have p - M <= c < p, so their ages are 1..M. E(c) > 0 needs c >= band.
-  const int begin = n > 0 ? p.ring.begin[slot] : 0;
-  const int oldest = begin > p.band ? begin : p.band;
-  const int last_age = !searches ? 0 : position - oldest < M ? position - oldest : M;
-  const int64_t ring_row = (static_cast<int64_t>(slot) * H + kv_head) * M;
-  const T* ring = static_cast<const T*>(p.ring.query);
-
-  for (int first = 1 + warp * kPerWarp; first <= last_age; first += kMatchWarps * kPerWarp) {
-    const T* entry[kMatchUnroll];
-    float total[kMatchUnroll];
-    int age[kMatchUnroll];
-    bool alive[kMatchUnroll];
-#pragma unroll
-    for (int u = 0; u < kMatchUnroll; ++u) {
-      age[u] = first + u * (32 / kLanes) + lane / kLanes;
-      const int candidate = position - age[u];
-      // Tag, depth and first row are asked for together: none waits for another.
-      const int index = age[u] <= last_age ? candidate % M : 0;
-      const int64_t row = (ring_row + index) * G;
-      const int tag = p.ring.position[static_cast<int64_t>(slot) * M + index];
-      const int depth = p.ring.depth[row];
-      // With decisions per head every head has a depth of its own, looked at below.
-      alive[u] = age[u] <= last_age && tag == candidate && (p.per_head || depth < p.max_reuse_depth);
-      entry[u] = ring + row * kHeadDim + piece * 8;
-      total[u] = 0.f;
-    }
+  const bool searches = !errors && unbroken && n >= p.min_context;
+#pragma unroll 1
+  for (int first = warp_age; searches && first <= last_age; first += stride) {
+    Candidate c = next;
+    if (first + stride <= last_age) next = fetch(c.age + stride);
+    const int candidate = position - c.age;
+    // With decisions per head every head has a depth of its own, looked at below.
+    bool alive = c.age <= last_age && candidate >= oldest && c.tag == candidate &&
+                 (p.per_head || c.depth < p.max_reuse_depth);
+    float total = 0.f;
+#pragma unroll 1
     for (int g = 0; g < G; ++g) {
-      uint4 data[kMatchUnroll];
-#pragma unroll
-      for (int u = 0; u < kMatchUnroll; ++u) {
-        data[u] = (g == 0 || alive[u]) && piece < kPieces
-                      ? ptx::load_stream_16(entry[u] + static_cast<int64_t>(g) * kHeadDim)
-                      : uint4{0, 0, 0, 0};
+      float distance = in_row ? piece_distance<T>(query + g * kHeadDim + piece * 8, c.data) : 0.f;
+      if (g + 1 < G) {
+        // Asked for before it is known whether the head before it rules the candidate out, but not at first, when
+        // most candidates still are in.
+        c.data = (g > 0 || p.per_head) && alive && in_row ? ptx::load_stream_16(ring + (c.row + g + 1) * kHeadDim) : c.data;
       }
-      bool any = false;
+      float norm = in_row ? piece_norm(query + g * kHeadDim + piece * 8) : 0.f;
 #pragma unroll
-      for (int u = 0; u < kMatchUnroll; ++u) {
-        const uint32_t words[4] = {data[u].x, data[u].y, data[u].z, data[u].w};
-        float distance = 0.f;
-        if (piece < kPieces) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float2 stored = ptx::unpack2<T>(words[i]);
-            const float x = query[g * kHeadDim + piece * 8 + 2 * i] - stored.x;
-            const float y = query[g * kHeadDim + piece * 8 + 2 * i + 1] - stored.y;
-            distance += x * x + y * y;
-          }
-        }
-        for (int i = 1; i < kLanes; i *= 2) distance += ptx::shfl_xor(distance, i);
-        if (p.per_head) {
-          const int64_t place = (ring_row + (position - age[u]) % M) * G + g;
-          const float score = distance / theta[g];
-          if (alive[u] && piece == 0 && score < 1.f && p.ring.depth[place] < p.max_reuse_depth) {
-            ptx::atomic_min(&best[g], match_key(score, age[u]));
-          }
-          continue;
-        }
-        total[u] += distance / theta[g];
-        // NaN is no candidate, and a total beyond the best so far cannot win.
-        alive[u] = alive[u] && total[u] <= bits_float(static_cast<uint32_t>(ptx::load_volatile(&best[0]) >> 32));
-        if (alive[u] && g == G - 1 && piece == 0) ptx::atomic_min(&best[0], match_key(total[u], age[u]));
-        any = any || alive[u];
+      for (int i = 1; i < Layout::kLanes; i *= 2) {
+        distance += ptx::shfl_xor(distance, i);
+        norm += ptx::shfl_xor(norm, i);
       }
-      if (!p.per_head && !ptx::ballot(any)) break;
+      // NaN for a head that can never hit; in a group it decides for all.
+      const float theta = p.relative ? threshold[g] * norm : threshold[g];
+      const bool can_hit = norm < INFINITY && theta > 0.f && theta < INFINITY;
+      const float score = can_hit ? distance / theta : NAN;
+      total = p.per_head ? score : total + score;
+      if (p.per_head) {
+        // NaN is no candidate.
+        if (alive && piece == 0 && total < 1.f && p.ring.depth[c.row + g] < p.max_reuse_depth) {
+          ptx::atomic_max(&best[g], match_key(total, c.age));
+        }
+      } else {
+        // Nor is a total beyond the best so far, which cannot win. The best may be changing, and the lanes of a
+        // candidate have to agree.
+        alive = alive && total <= match_total(ptx::load_volatile(&best[0]));
+        alive = ptx::shfl(static_cast<int>(alive), lane - piece);
+        if (alive && g == G - 1 && piece == 0) ptx::atomic_max(&best[0], match_key(total, c.age));
+      }
+      if (!ptx::ballot(alive)) break;
+      if (g == 0 && !p.per_head && G > 1 && alive && in_row) c.data = ptx::load_stream_16(ring + (c.row + 1) * kHeadDim);
     }
   }
   ptx::sync_block();
+
+  const int decisions = p.per_head ? G : 1;
+  if (w.splits > 1) {
+    unsigned long long* shared_best = w.best + static_cast<int64_t>(group) * G;
+    bool hit = false;
+#pragma unroll 1
+    for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
+      if (match_age(best[g]) == 0) continue;
+      ptx::atomic_max(&shared_best[g], best[g]);
+      hit = true;
+    }
+    if (hit) ptx::fence();  // most CTAs have none, and a fence takes its time
+    ptx::sync_block();
+    if (threadIdx.x == 0) is_last = ptx::atomic_add_acquire(w.done + group, 1) == w.splits - 1;
+    ptx::sync_block();
+    if (!is_last) return;
+    // Both as the next call wants to find them; no other CTA comes here any more.
+    if (threadIdx.x == 0) w.done[group] = 0;
+#pragma unroll 1
+    for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
+      const unsigned long long key = ptx::atomic_exchange(&shared_best[g], 0);
+      best[g] = key ? key : match_key(0.f, 0);
+    }
+    ptx::sync_block();
+  }
+#pragma unroll 1
   for (int g = threadIdx.x; g < G; g += kMatchThreads) {
-    const int age = static_cast<int>(best[p.per_head ? g : 0] & 0xffffffffu);
-    p.source[(static_cast<int64_t>(request) * H + kv_head) * G + g] = age == 0 ? kMiss : position - age;
+    const int found_age = match_age(best[p.per_head ? g : 0]);
+    p.source[static_cast<int64_t>(group) * G + g] = found_age == 0 ? kMiss : position - found_age;
   }
 }
 

@@ -2,8 +2,7 @@
 //
 // The tokens of a KV head (once per 16 query heads that share it) are cut into tiles of 64: first those of
 // the old span [s, E(p)), then the inherited anchors, then the band [E(p), n). All tiles of the call form
-// one line, T long, and each of the C CTAs takes an equal piece of it: [T c / C, T (c + 1) / C). The
-// lengths are read on the device, so a captured graph adapts to every step. A piece of a CTA within one KV
+// one line, and each CTA takes an equal piece of it, up to one tile. The lengths are read on the device, so a captured graph adapts to every step. A piece of a CTA within one KV
 // head is a segment; it leaves at most one partial state per span. Segment numbers (CTA + head) differ,
 // as from one segment to the next at least one of the two grows.
 #pragma once
@@ -19,80 +18,80 @@ namespace mac_attn::cuda {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTileTokens = kWarps * kWarpTokens;
+// CTAs for one pass over a KV head alone: with more, merging their states costs more than they save.
+constexpr int kMaxSplits = 64;
 
 // First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
-MAC_DEVICE int amend_start(const AmendParams& p, int request, int head) {
-  if (!p.source) return 0;
-  const int source = p.source[static_cast<int64_t>(request) * p.shape.num_kv_heads * p.shape.group_size + head];
+MAC_DEVICE int amend_start(const AmendParams& p, int source) {
   return source == kMiss ? 0 : band_start(source, p.band);
 }
 
 // What one KV head of one request has to attend to.
 struct KvHeadWork {
   int seq_len, start, old_end;
-  int old_tiles, anchor_tiles, fresh_tiles;
-  bool hit;
+  int old_tiles, anchor_tiles, tiles;
 
-  MAC_DEVICE int tiles() const { return old_tiles + anchor_tiles + fresh_tiles; }
+  MAC_DEVICE bool hit() const { return start > 0; }
 };
 
-MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w, int request, int kv_head) {
-  KvHeadWork work;
-  const int n = p.requests.seq_lens[request];
-  // Padding, and a length that cannot be: one tile without tokens, so that its state is written.
-  if (n <= 0 || n > w.max_tokens) return {0, 0, 0, 0, 0, 1, false};
-  int start = n;
-  for (int g = 0; g < p.shape.group_size; ++g) {
-    const int s = amend_start(p, request, kv_head * p.shape.group_size + g);
-    start = s < start ? s : start;
-  }
-  work.seq_len = n;
-  work.start = start;
-  work.old_end = p.source ? band_start(n - 1, p.band) : 0;
-  work.hit = p.source && start > 0;
-  work.old_tiles = (work.old_end - start + kTileTokens - 1) / kTileTokens;
-  work.anchor_tiles = work.hit ? (p.num_anchors + kTileTokens - 1) / kTileTokens : 0;
-  work.fresh_tiles = (n - work.old_end + kTileTokens - 1) / kTileTokens;
-  return work;
+MAC_DEVICE int tiles_for(int tokens) {
+  return (tokens + kTileTokens - 1) / kTileTokens;
 }
 
-// The line of tiles, cut evenly.
-struct Line {
-  int64_t tiles;
-  int64_t ctas;
+MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w, int request, int kv_head) {
+  int n = p.requests.seq_lens[request];
+  int start = 0;
+  if (p.source) {
+    const int32_t* source =
+        p.source + (static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head) * p.shape.group_size;
+    int oldest = 0x7fffffff;  // kMiss is less than any
+#pragma unroll 4
+    for (int g = 0; g < p.shape.group_size; ++g) oldest = source[g] < oldest ? source[g] : oldest;
+    start = amend_start(p, oldest);
+  }
+  // Padding, and a length that cannot be: one tile without tokens, so that its state is written.
+  if (n <= 0 || n > w.max_tokens) return {0, 0, 0, 0, 0, 1};
+  const int old_end = p.source ? band_start(n - 1, p.band) : 0;
+  const int old_tiles = tiles_for(old_end - start), anchor_tiles = start > 0 ? tiles_for(p.num_anchors) : 0;
+  return {n, start, old_end, old_tiles, anchor_tiles, old_tiles + anchor_tiles + tiles_for(n - old_end)};
+}
 
-  MAC_DEVICE int64_t first_tile(int64_t cta) const { return tiles * cta / ctas; }
-  MAC_DEVICE int cta_of(int64_t tile) const { return static_cast<int>(((tile + 1) * ctas - 1) / tiles); }
+// The line of tiles, cut evenly: the first `longer` CTAs have one tile more than `each`.
+struct Line {
+  int tiles, ctas;
+  int each, longer;
+
+  MAC_DEVICE Line(int tiles, int ctas)
+      : tiles(tiles), ctas(ctas), each(ctas ? tiles / ctas : 0), longer(ctas ? tiles % ctas : 0) {}
+  MAC_DEVICE int first_tile(int cta) const { return cta * each + (cta < longer ? cta : longer); }
+  MAC_DEVICE int cta_of(int tile) const {
+    const int shorter = tile - longer * (each + 1);  // tiles beyond those of the longer pieces
+    return shorter < 0 ? tile / (each + 1) : longer + shorter / each;
+  }
 };
 
 // Where a CTA stands on the line: a tile, and the pass (KV head, head tile) that it belongs to.
 struct Cursor {
-  int64_t tile;
-  int64_t pass_first_tile;
-  int pass;  // (request * H + kv_head) * head_tiles + head tile
+  int tile;   // on the line
+  int local;  // within the pass
+  int request, kv_head, head_tile;
   KvHeadWork work;
 
-  MAC_DEVICE int kv_group(const AmendWorkspace& w) const { return pass / w.head_tiles; }
-  MAC_DEVICE int request(const AmendParams& p, const AmendWorkspace& w) const {
-    return kv_group(w) / p.shape.num_kv_heads;
+  MAC_DEVICE int kv_group(const AmendParams& p) const { return request * p.shape.num_kv_heads + kv_head; }
+  MAC_DEVICE int pass(const AmendParams& p, const AmendWorkspace& w) const {
+    return kv_group(p) * w.head_tiles + head_tile;
   }
-  MAC_DEVICE int kv_head(const AmendParams& p, const AmendWorkspace& w) const {
-    return kv_group(w) % p.shape.num_kv_heads;
-  }
-  MAC_DEVICE void load_work(const AmendParams& p, const AmendWorkspace& w) {
-    work = kv_head_work(p, w, request(p, w), kv_head(p, w));
-  }
+  MAC_DEVICE Span span() const { return local < work.old_tiles ? kOld : kFresh; }
   // To the next tile; `last` is the end of the CTA's piece, beyond which there may be no pass.
-  MAC_DEVICE void advance(const AmendParams& p, const AmendWorkspace& w, int64_t last) {
-    ++tile;
-    if (tile < last && tile == pass_first_tile + work.tiles()) {
-      ++pass;
-      pass_first_tile = tile;
-      load_work(p, w);
-    }
+  MAC_DEVICE void advance(const AmendParams& p, const AmendWorkspace& w, int last) {
+    ++tile, ++local;
+    if (tile == last || local < work.tiles) return;
+    local = 0;
+    if (++head_tile < w.head_tiles) return;
+    head_tile = 0;
+    if (++kv_head == p.shape.num_kv_heads) kv_head = 0, ++request;
+    work = kv_head_work(p, w, request, kv_head);
   }
-  MAC_DEVICE int local() const { return static_cast<int>(tile - pass_first_tile); }
-  MAC_DEVICE Span span() const { return local() < work.old_tiles ? kOld : kFresh; }
 };
 
 // The tokens of a cursor's tile: positions [begin, end), or places in the list of inherited anchors.
@@ -103,7 +102,7 @@ struct TileTokens {
 
 MAC_DEVICE TileTokens tile_tokens(const AmendParams& p, const Cursor& cursor) {
   const KvHeadWork& work = cursor.work;
-  int local = cursor.local();
+  int local = cursor.local;
   if (local < work.old_tiles) return {work.start + local * kTileTokens, work.old_end, false};
   local -= work.old_tiles;
   if (local < work.anchor_tiles) return {local * kTileTokens, p.num_anchors, true};
@@ -113,57 +112,62 @@ MAC_DEVICE TileTokens tile_tokens(const AmendParams& p, const Cursor& cursor) {
 
 // The anchors of the matched entry of a KV head that hits.
 MAC_DEVICE const int32_t* inherited_anchors(const AmendParams& p, int request, int kv_head) {
-  const int64_t head = (static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head) * p.shape.group_size;
+  const int64_t group = static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
   const int64_t slot = p.requests.slots[request];
-  const int64_t entry = (slot * p.shape.num_kv_heads + kv_head) * p.window + p.source[head] % p.window;
+  const int64_t entry =
+      (slot * p.shape.num_kv_heads + kv_head) * p.window + p.source[group * p.shape.group_size] % p.window;
   return p.ring_anchors + entry * p.num_anchors;
 }
 
-// Sums up the line (every CTA for itself: a prefix sum over the passes) and puts `cursor` at the first tile of
+// Sums up the line (every CTA for itself: a prefix sum over the KV heads) and puts `cursor` at the first tile of
 // this CTA's piece. CTAs from line.ctas on have no piece.
 MAC_DEVICE Line find_first_tile(const AmendParams& p, const AmendWorkspace& w, Cursor& cursor) {
-  __shared__ int64_t warp_sum[kWarps];
-  __shared__ int64_t found_tile;
-  __shared__ int found_pass;
-  const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
-  const int passes = p.shape.batch * p.shape.num_kv_heads * w.head_tiles;
-  const int each = (passes + kThreads - 1) / kThreads;
-  const int begin = threadIdx.x * each, end = begin + each < passes ? begin + each : passes;
+  __shared__ int warp_sum[kWarps];
+  __shared__ int found_group, found_tile;
+  __shared__ KvHeadWork found_work;
+  const int lane = ptx::lane_id(), warp = threadIdx.x / 32, H = p.shape.num_kv_heads;
+  const int groups = p.shape.batch * H, each = (groups + kThreads - 1) / kThreads;
+  const int begin = threadIdx.x * each, end = begin + each < groups ? begin + each : groups;
 
-  auto tiles_of = [&](int pass) {
-    const int group = pass / w.head_tiles;
-    return kv_head_work(p, w, group / p.shape.num_kv_heads, group % p.shape.num_kv_heads).tiles();
-  };
-  int64_t mine = 0;
-  for (int pass = begin; pass < end; ++pass) mine += tiles_of(pass);
-  int64_t upto = mine;  // inclusive prefix within the warp
+  int mine = 0;
+  KvHeadWork work{};
+#pragma unroll 1
+  for (int group = begin; group < end; ++group) {
+    work = kv_head_work(p, w, group / H, group % H);
+    mine += work.tiles * w.head_tiles;
+  }
+  int upto = mine;  // inclusive prefix within the warp
+#pragma unroll 1
   for (int distance = 1; distance < 32; distance *= 2) {
-    const int64_t before = ptx::shfl(upto, lane >= distance ? lane - distance : lane);
+    const int before = ptx::shfl(upto, lane >= distance ? lane - distance : lane);
     if (lane >= distance) upto += before;
   }
   if (lane == 31) warp_sum[warp] = upto;
   ptx::sync_block();
-  Line line{0, 0};
+  int tiles = 0;
   for (int i = 0; i < kWarps; ++i) {
     if (i < warp) upto += warp_sum[i];
-    line.tiles += warp_sum[i];
+    tiles += warp_sum[i];
   }
-  line.ctas = line.tiles < gridDim.x ? line.tiles : gridDim.x;
-  if (static_cast<int64_t>(blockIdx.x) >= line.ctas) return line;
+  const int grid = static_cast<int>(gridDim.x), passes = groups * w.head_tiles;
+  const int most = passes < grid / kMaxSplits ? passes * kMaxSplits : grid;
+  const Line line(tiles, tiles < most ? tiles : most);
+  if (static_cast<int>(blockIdx.x) >= line.ctas) return line;
 
-  const int64_t first = line.first_tile(blockIdx.x);
-  if (first >= upto - mine && first < upto) {  // one thread's passes hold it
-    int64_t tile = upto - mine;
-    int pass = begin;
-    for (int tiles; tile + (tiles = tiles_of(pass)) <= first; ++pass) tile += tiles;
-    found_tile = tile;
-    found_pass = pass;
+  const int first = line.first_tile(blockIdx.x);
+  if (first >= upto - mine && first < upto) {  // one thread's KV heads hold it
+    int group = begin, tile = upto - mine;
+#pragma unroll 1
+    for (; each > 1; ++group) {
+      work = kv_head_work(p, w, group / H, group % H);
+      if (tile + work.tiles * w.head_tiles > first) break;
+      tile += work.tiles * w.head_tiles;
+    }
+    found_group = group, found_tile = first - tile, found_work = work;
   }
   ptx::sync_block();
-  cursor.tile = first;
-  cursor.pass = found_pass;
-  cursor.pass_first_tile = found_tile;
-  cursor.load_work(p, w);
+  work = found_work;
+  cursor = {first, found_tile % work.tiles, found_group / H, found_group % H, found_tile / work.tiles, work};
   return line;
 }
 

@@ -13,7 +13,7 @@
 #include <cuda_runtime.h>
 
 #define MAC_DEVICE __device__ __forceinline__
-#define MAC_DEVICE_NOINLINE __device__ __noinline__
+
 
 namespace mac_attn {
 

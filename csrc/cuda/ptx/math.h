@@ -11,14 +11,6 @@
 
 namespace mac_attn::ptx {
 
-// Where only digits matter, not time.
-MAC_DEVICE float lg2(float x) {
-  return log2f(x);
-}
-MAC_DEVICE float tanh_exact(float x) {
-  return tanhf(x);
-}
-
 #if defined(__CUDACC__)
 
 // 2^x within 2 ulp; subnormal results are 0.
@@ -26,6 +18,18 @@ MAC_DEVICE float ex2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// log2(x) within 2^-22 of the greater of 1 and the result; subnormals count as 0.
+MAC_DEVICE float lg2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// x / y within 2 ulp, for y up to 2^126.
+MAC_DEVICE float divide(float x, float y) {
+  return __fdividef(x, y);
 }
 
 // Two floats, rounded to nearest even, in one register.
@@ -54,6 +58,13 @@ MAC_DEVICE float2 unpack2(uint32_t pair) {
 inline float ex2(float x) {
   const float y = exp2f(x);
   return y < 0x1p-126f ? 0.f : y;
+}
+
+inline float lg2(float x) {
+  return log2f(x);
+}
+inline float divide(float x, float y) {
+  return x / y;
 }
 
 template <typename T>
@@ -96,6 +107,11 @@ inline float2 unpack2(uint32_t pair) {
 }
 
 #endif
+
+// 1 - 2 / (e^2x + 1), within 3e-7.
+MAC_DEVICE float tanh(float x) {
+  return 1.f - divide(2.f, fminf(ex2(2.88539008f * x), 0x1p100f) + 1.f);
+}
 
 template <typename T>
 MAC_DEVICE float to_float(T value) {

@@ -13,8 +13,19 @@ MAC_DEVICE uint32_t load_4(const void* global) {
 MAC_DEVICE uint4 load_16(const void* p) {
   return *static_cast<const uint4*>(p);
 }
+MAC_DEVICE void store_4(void* p, uint32_t value) {
+  *static_cast<uint32_t*>(p) = value;
+}
 MAC_DEVICE void store_16(void* p, uint4 value) {
   *static_cast<uint4*>(p) = value;
+}
+
+// Shared or global.
+MAC_DEVICE float4 load_float4(const float* p) {
+  return *reinterpret_cast<const float4*>(p);
+}
+MAC_DEVICE void store_float4(float* p, float4 value) {
+  *reinterpret_cast<float4*>(p) = value;
 }
 
 // 16 bytes that are read once: past the L1 cache. Not ld.global.nc, whose data must not change during the
@@ -35,10 +46,15 @@ MAC_DEVICE int atomic_add_acq_rel(int* p, int value) {
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
   return old;
 }
-MAC_DEVICE int load_acquire(const int* p) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
-  return value;
+// Orders what this thread has seen or written so far before its later writes.
+MAC_DEVICE void fence() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+// The same without the first half: orders only what this thread does after it.
+MAC_DEVICE int atomic_add_acquire(int* p, int value) {
+  int old;
+  asm volatile("atom.acquire.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
+  return old;
 }
 
 // Reads what other threads of the block may be changing by atomics.
@@ -50,11 +66,17 @@ MAC_DEVICE unsigned long long load_volatile(const unsigned long long* p) {
 MAC_DEVICE int atomic_or(int* p, int bits) {
   return atomicOr(p, bits);
 }
+MAC_DEVICE void atomic_add(int64_t* p, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value));
+}
 MAC_DEVICE int atomic_add_shared(int* p, int value) {
   return atomicAdd(p, value);
 }
-MAC_DEVICE unsigned long long atomic_min(unsigned long long* p, unsigned long long value) {
-  return atomicMin(p, value);
+MAC_DEVICE unsigned long long atomic_max(unsigned long long* p, unsigned long long value) {
+  return atomicMax(p, value);
+}
+MAC_DEVICE unsigned long long atomic_exchange(unsigned long long* p, unsigned long long value) {
+  return atomicExch(p, value);
 }
 
 #else
@@ -71,10 +93,23 @@ inline uint4 load_16(const void* p) {
   simt::thread_counters().load_bytes += 16;
   return *static_cast<const uint4*>(p);
 }
+inline void store_4(void* p, uint32_t value) {
+  simt::check_aligned("store_4: address is not 4-byte aligned", p, 4);
+  simt::thread_counters().store_bytes += 4;
+  std::memcpy(p, &value, sizeof value);
+}
 inline void store_16(void* p, uint4 value) {
   simt::check_aligned("store_16: address is not 16-byte aligned", p, 16);
   simt::thread_counters().store_bytes += 16;
   *static_cast<uint4*>(p) = value;
+}
+inline float4 load_float4(const float* p) {
+  simt::check_aligned("load_float4: address is not 16-byte aligned", p, 16);
+  return {p[0], p[1], p[2], p[3]};
+}
+inline void store_float4(float* p, float4 value) {
+  simt::check_aligned("store_float4: address is not 16-byte aligned", p, 16);
+  p[0] = value.x, p[1] = value.y, p[2] = value.z, p[3] = value.w;
 }
 inline uint4 load_stream_16(const void* global) {
   simt::check_aligned("load_stream_16: address is not 16-byte aligned", global, 16);
@@ -87,9 +122,13 @@ inline int atomic_add_acq_rel(int* p, int value) {
   ++simt::thread_counters().atomics;
   return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
 }
-inline int load_acquire(const int* p) {
+inline void fence() {
+  __atomic_thread_fence(__ATOMIC_ACQ_REL);
+}
+inline int atomic_add_acquire(int* p, int value) {
   simt::switch_point();
-  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+  ++simt::thread_counters().atomics;
+  return __atomic_fetch_add(p, value, __ATOMIC_ACQUIRE);
 }
 inline unsigned long long load_volatile(const unsigned long long* p) {
   return __atomic_load_n(p, __ATOMIC_RELAXED);
@@ -99,17 +138,27 @@ inline int atomic_or(int* p, int bits) {
   ++simt::thread_counters().atomics;
   return __atomic_fetch_or(p, bits, __ATOMIC_RELAXED);
 }
+inline void atomic_add(int64_t* p, int64_t value) {
+  simt::switch_point();
+  ++simt::thread_counters().atomics;
+  __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
+}
 inline int atomic_add_shared(int* p, int value) {
   simt::switch_point();
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
-inline unsigned long long atomic_min(unsigned long long* p, unsigned long long value) {
+inline unsigned long long atomic_max(unsigned long long* p, unsigned long long value) {
   simt::switch_point();
   ++simt::thread_counters().atomics;
   unsigned long long old = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (value < old && !__atomic_compare_exchange_n(p, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (value > old && !__atomic_compare_exchange_n(p, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
   return old;
+}
+inline unsigned long long atomic_exchange(unsigned long long* p, unsigned long long value) {
+  simt::switch_point();
+  ++simt::thread_counters().atomics;
+  return __atomic_exchange_n(p, value, __ATOMIC_RELAXED);
 }
 
 #endif

@@ -32,6 +32,10 @@ MAC_DEVICE T shfl_xor(T value, int mask) {
 MAC_DEVICE uint32_t ballot(bool predicate) {
   return __ballot_sync(0xffffffffu, predicate);
 }
+// redux.sync (sm_80)
+MAC_DEVICE uint32_t reduce_max(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
 MAC_DEVICE void sync_warp() {
   __syncwarp();
 }
@@ -59,6 +63,12 @@ MAC_SIMT_UNCHECKED inline void ballot_of_warp(const bool* in, uint32_t* out) {
   for (int lane = 0; lane < 32; ++lane) out[lane] = votes;
 }
 
+MAC_SIMT_UNCHECKED inline void reduce_max_of_warp(const uint32_t* in, uint32_t* out) {
+  uint32_t max = 0;
+  for (int lane = 0; lane < 32; ++lane) max = in[lane] > max ? in[lane] : max;
+  for (int lane = 0; lane < 32; ++lane) out[lane] = max;
+}
+
 template <typename T>
 inline T shfl(T value, int lane) {
   return simt::collective<shfl_of_warp<T> >("shfl", ShuffleOperands<T>{value, lane & 31});
@@ -69,6 +79,9 @@ inline T shfl_xor(T value, int mask) {
 }
 inline uint32_t ballot(bool predicate) {
   return simt::collective<ballot_of_warp>("ballot", predicate);
+}
+inline uint32_t reduce_max(uint32_t value) {
+  return simt::collective<reduce_max_of_warp>("reduce_max", value);
 }
 inline void sync_warp() {
   simt::sync_warp();

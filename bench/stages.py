@@ -1,0 +1,193 @@
+"""Match, amend and complete apart, so that a regression names its stage.
+
+    python bench/stages.py [--quick] [--json FILE]
+
+Every case is timed once with all heads missing and once with all hitting, beside the whole step and
+exact decode. A stage alone starts with cold caches, which within a step it does not, and it cannot
+overlap the one before: the sum of the stages exceeds the step. Columns: bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import machine
+from timing import Bandwidth, Step, Timer, make_timer
+from workload import Case, PlantedRing, Workload, hit_mask, reuse_config
+
+import mac_attn
+
+STAGES = ("match", "amend", "complete")
+# layout, context, batch
+CASES = {
+    "cuda": [
+        ("32/8", 32768, 1),
+        ("32/8", 126976, 1),
+        ("32/8", 126976, 16),
+        ("32/4", 126976, 16),
+        ("32/8", 32768, 64),
+        ("32/4", 126976, 64),
+    ],
+    "cpu": [("32/8", 8192, 1), ("32/8", 32768, 1), ("32/8", 126976, 1), ("32/8", 32768, 4)],
+}
+
+
+def measure(
+    case: Case,
+    granularity: str,
+    anchors: int,
+    age: int,
+    device: torch.device,
+    timer: Timer,
+    bandwidth: Bandwidth,
+) -> list[dict[str, Any]]:
+    """A row for all heads missing and one for all hitting."""
+    work = Workload(case, device)
+    ring = PlantedRing(work, reuse_config(granularity, anchors), age)
+    reuse = ring.reuse
+    step = partial(work.mac, reuse)
+    rows = []
+    for name, rate in (("miss", 0.0), ("hit", 1.0)):
+        mask = hit_mask(case, granularity, rate, "run")
+        put_back = partial(ring.put_back, ring.on_device(mask))
+        put_back()
+        ring.check_match(work, ring.on_device(mask))
+        match = partial(mac_attn.match, reuse, work.q_match, work.seq_lens, work.slots)
+        source = match()
+        amend = partial(
+            mac_attn.amend,
+            work.q,
+            work.kv,
+            work.block_table,
+            work.seq_lens,
+            source=source,
+            reuse=reuse,
+            slots=work.slots,
+        )
+        complete = partial(
+            mac_attn.complete,
+            amend(),
+            work.seq_lens,
+            reuse=reuse,
+            source=source,
+            q_match=work.q_match,
+            slots=work.slots,
+        )
+        timings = timer.measure(
+            [
+                Step("match", match, put_back),
+                Step("amend", amend, put_back),
+                Step("complete", complete, put_back),
+                Step("step", step, put_back),
+                Step("exact", work.exact),
+            ]
+        )
+        reuse.check()
+        floor = case.floor(reuse.cfg, mask, age)
+        floors = {
+            "match": floor.ring_query_bytes + case.batch * case.num_qo_heads * 2 * case.head_dim,
+            "amend": floor.kv_bytes + floor.anchor_bytes + floor.block_table_bytes,
+            "complete": floor.state_read_bytes + floor.state_write_bytes,
+            "step": floor.total_bytes,
+            "exact": case.floor().total_bytes,
+        }
+        rows.append(
+            {
+                "layout": case.layout,
+                "batch": case.batch,
+                "context": case.context,
+                "granularity": granularity,
+                "anchors": anchors,
+                "heads": name,
+                "us": {stage: asdict(timing) for stage, timing in timings.items()},
+                "floor_us": {stage: bandwidth.us(size) for stage, size in floors.items()},
+            }
+        )
+    return rows
+
+
+def print_row(row: dict[str, Any]) -> None:
+    decides = row["granularity"] + (f", {row['anchors']} anchors" if row["anchors"] else "")
+    times = "".join(
+        f"{row['us'][name]['us']:11.1f} {row['us'][name]['us'] / row['floor_us'][name]:5.1f}"
+        for name in (*STAGES, "step", "exact")
+    )
+    print(
+        f"{row['layout']:>5} {row['batch']:5} {row['context']:8}  {decides:17} "
+        f"{row['heads']:4}{times}",
+        flush=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
+    parser.add_argument("--layouts", nargs="+", help="these and the next two replace the cases")
+    parser.add_argument("--contexts", type=int, nargs="+")
+    parser.add_argument("--batches", type=int, nargs="+")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--granularity", choices=["head", "group"], default="group")
+    parser.add_argument("--anchors", type=int, nargs="+", default=[0, 64])
+    parser.add_argument("--age", type=int, default=1, help="see hit_curve.py")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--quick", action="store_true", help="the first two cases, few rounds")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cuda = device.type == "cuda"
+    if options.layouts or options.contexts or options.batches:
+        shapes = [
+            (layout, context, batch)
+            for layout in options.layouts or ["32/8"]
+            for context in options.contexts or [32768]
+            for batch in options.batches or [1]
+        ]
+    else:
+        shapes = CASES[device.type][: 2 if options.quick else None]
+    rounds = options.rounds or ((20 if options.quick else 60) if cuda else 7)
+    anchors = [0] if options.granularity == "head" else options.anchors
+
+    command = "python bench/stages.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    torch.manual_seed(0)
+    timer = make_timer(device, rounds, 12 if cuda else 2)
+    bandwidth = timer.bandwidth()
+    build = machine(device)
+    print(f"{build['device']}; mac_attn {build['mac_attn']}, torch {build['torch']}")
+    print(f"command: {command}")
+    print(f"floor: {bandwidth.bytes_per_s / 1e9:.1f} GB/s, {bandwidth.how}")
+    print(f"microseconds, median of {rounds}, and how many times the floor\n")
+    print(
+        "heads batch  context  decides           all "
+        + "".join(f"{name:>11} floor" for name in (*STAGES, "step", "exact"))
+    )
+    rows = []
+    for layout, context, batch in shapes:
+        case = Case.of(layout, context, batch, options.head_dim)
+        for count in anchors:
+            new = measure(case, options.granularity, count, options.age, device, timer, bandwidth)
+            for row in new:
+                print_row(row)
+            rows += new
+            if cuda:
+                torch.cuda.empty_cache()
+    result = {
+        "command": command,
+        "machine": build,
+        "bandwidth": asdict(bandwidth),
+        "rows": rows,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The tensors of a decode step and rings in which a chosen share of the heads finds a match.
+
+Hits are planted: the ring is full of random queries, which are too far from the current one to be
+reused (with a head_dim of 64 or more), and one entry of a given age holds the current query itself
+for those heads that are to hit. The kernels run as they always do and find it or not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+import mac_attn
+from mac_attn.floor import Floor, step_floor
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of a decode step. `context` tokens are in the cache before it, so seq_len is one more.
+
+    So it is in the sweep of the method's authors too.
+    """
+
+    num_qo_heads: int
+    num_kv_heads: int
+    context: int
+    batch: int
+    head_dim: int = 128
+    page_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+
+    @classmethod
+    def of(
+        cls, layout: str, context: int, batch: int, head_dim: int = 128, page_size: int = 16
+    ) -> Case:
+        """With the heads as "32/8": 32 query heads, 8 KV heads."""
+        num_qo_heads, num_kv_heads = map(int, layout.split("/"))
+        return cls(num_qo_heads, num_kv_heads, context, batch, head_dim, page_size)
+
+    @property
+    def seq_len(self) -> int:
+        return self.context + 1
+
+    @property
+    def group_size(self) -> int:
+        return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def pages_per_request(self) -> int:
+        return -(-self.seq_len // self.page_size)
+
+    @property
+    def layout(self) -> str:
+        return f"{self.num_qo_heads}/{self.num_kv_heads}"
+
+    def __str__(self) -> str:
+        return f"{self.layout} heads, batch {self.batch}, context {self.context}"
+
+    def floor(
+        self, cfg: mac_attn.ReuseConfig | None = None, hits: Tensor | None = None, age: int = 1
+    ) -> Floor:
+        """The floor of an exact step, or of one in which `hits` [B, Hq] reuse the entry of `age`"""
+        sources = None
+        if hits is not None:
+            source = self.seq_len - 1 - age
+            sources = [[source if hit else -1 for hit in row] for row in hits.tolist()]
+        return step_floor(
+            [self.seq_len] * self.batch,
+            num_qo_heads=self.num_qo_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            itemsize=self.dtype.itemsize,
+            page_size=self.page_size,
+            cfg=cfg,
+            sources=sources,
+        )
+
+
+class Workload:
+    """Queries and a paged KV cache with shuffled pages, all random.
+
+    Attributes:
+        q, q_match: [B, Hq, D]
+        kv: [pages, 2, page_size, Hkv, D], the pair of K and V in dimension 1.
+        block_table: [B, pages per request] int32
+        seq_lens, slots: [B] int32
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case = case
+        self.device = device
+        pages = case.batch * case.pages_per_request
+        shape = (pages, 2, case.page_size, case.num_kv_heads, case.head_dim)
+        # In the cache's dtype from the start: at 33 GB there is no room for a float32 copy.
+        self.kv = torch.empty(shape, dtype=case.dtype, device=device).normal_()
+        self.block_table = (
+            torch.randperm(pages, device=device).int().view(case.batch, case.pages_per_request)
+        )
+        self.seq_lens = torch.full((case.batch,), case.seq_len, dtype=torch.int32, device=device)
+        self.slots = torch.arange(case.batch, dtype=torch.int32, device=device)
+        heads = (case.batch, case.num_qo_heads, case.head_dim)
+        self.q = torch.randn(heads, device=device).to(case.dtype)
+        self.q_match = torch.randn(heads, device=device).to(case.dtype)
+
+    def exact(self) -> Tensor:
+        out = mac_attn.decode(self.q, self.kv, self.block_table, self.seq_lens)
+        assert isinstance(out, Tensor)
+        return out
+
+    def mac(self, reuse: mac_attn.ReuseCache) -> Tensor:
+        out = mac_attn.decode(
+            self.q,
+            self.kv,
+            self.block_table,
+            self.seq_lens,
+            reuse=reuse,
+            slots=self.slots,
+            q_match=self.q_match,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    @cached_property
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """A copy of K and V in order, each [B, seq_len, Hkv, D], for peers that know no pages."""
+        case = self.case
+        shape = (case.batch, -1, case.num_kv_heads, case.head_dim)
+        table = self.block_table.long()
+        k, v = (self.kv[:, i][table].view(shape)[:, : case.seq_len] for i in range(2))
+        return k, v
+
+    @cached_property
+    def dense_by_head(self) -> tuple[Tensor, Tensor]:
+        """The same as [B, Hkv, seq_len, D], contiguous."""
+        k, v = (t.transpose(1, 2).contiguous() for t in self.dense)
+        return k, v
+
+
+def reuse_config(granularity: str, anchors: int) -> mac_attn.ReuseConfig:
+    """The paper's setting with decisions per head (it has no anchors), ours with group decisions.
+
+    Window 512 and band 256 in both, as in the authors' sweep.
+    """
+    if granularity == "head":
+        return mac_attn.ReuseConfig.paper()
+    return mac_attn.ReuseConfig(anchors=anchors)
+
+
+def hit_mask(case: Case, granularity: str, rate: float, spread: str) -> Tensor:
+    """Which heads are to hit: bool [B, Hq] with exactly round(rate * decisions) hits.
+
+    Decisions are (request, query head) pairs for granularity "head", (request, KV head) pairs for
+    "group".
+
+    spread "run": the misses are one run over the flattened decisions, from the last query head of a
+    KV head on. That is the authors' quota, as the miss masks in their published results show
+    (results/cuda_graph_hit_curves in github.com/YJHMITWEB/MAC-Attention), and it is kind: most KV
+    heads miss as a whole. spread "even": as far apart as can be, rotated from request to request,
+    so that with decisions per head nearly every KV head is read in full for the sake of one head.
+    """
+    heads = case.num_qo_heads if granularity == "head" else case.num_kv_heads
+    total = case.batch * heads
+    quota = math.floor(rate * total + 0.5)
+    index = torch.arange(total)
+    if spread == "run":
+        first_miss = case.group_size - 1 if granularity == "head" else 0
+        mask = ((index - first_miss) % total >= total - quota).view(case.batch, heads)
+    elif spread == "even":
+        mask = ((index + 1) * quota // total > index * quota // total).view(case.batch, heads)
+        mask = torch.stack([row.roll(b) for b, row in enumerate(mask)])
+    else:
+        raise ValueError(f"spread is {spread!r}, must be 'run' or 'even'")
+    if granularity == "group":
+        mask = mask.repeat_interleave(case.group_size, dim=1)
+    return mask
+
+
+class PlantedRing:
+    """A full ring for every request of a workload, and what puts it back after a step.
+
+    A step overwrites the entry of age M (it has the new one's place) and moves the slots' history
+    on. `put_back` undoes both and plants the hits of a mask, in a few small copies that do not wait
+    for the device. The counters are left to run: `reuse.stats()` covers every step.
+    """
+
+    def __init__(self, work: Workload, cfg: mac_attn.ReuseConfig, age: int) -> None:
+        case, device = work.case, work.device
+        if not 1 <= age <= cfg.window:
+            raise ValueError(f"age is {age}, must be from 1 to the window, {cfg.window}")
+        if case.context < max(cfg.window + cfg.band, cfg.min_context):
+            raise ValueError(f"context is {case.context}, must be longer for a full ring of hits")
+        self.case = case
+        self.age = age
+        self.reuse = mac_attn.ReuseCache(
+            cfg,
+            num_slots=case.batch,
+            num_qo_heads=case.num_qo_heads,
+            num_kv_heads=case.num_kv_heads,
+            head_dim=case.head_dim,
+            dtype=case.dtype,
+            device=device,
+        )
+        reuse, window = self.reuse, cfg.window
+        position = case.seq_len - 1
+        reuse.ring_query.normal_()
+        reuse.ring_out.normal_()
+        reuse.ring_lse.fill_(math.log(case.context))
+        if cfg.anchors:
+            oldest = position - window + 1 - cfg.band  # E(c) of the oldest entry
+            positions = torch.randint(0, oldest, reuse.ring_anchors.shape, device=device)
+            reuse.ring_anchors.copy_(positions.sort(-1).values)
+        entries = torch.arange(position - window, position, dtype=torch.int32, device=device)
+        reuse.ring_position[:, entries.long() % window] = entries
+        reuse.slot_begin.fill_(position - window)
+        reuse.slot_end.fill_(position)
+
+        self._position = position
+        self._new = position % window
+        self._planted = (position - age) % window
+        group = (case.batch, case.num_kv_heads, case.group_size, case.head_dim)
+        self._query = work.q_match.view(group)
+        self._random = reuse.ring_query[:, :, self._planted].clone()
+        rings = (
+            reuse.ring_query,
+            reuse.ring_out,
+            reuse.ring_lse,
+            reuse.ring_depth,
+            reuse.ring_anchors,
+        )
+        self._saved = [(ring, ring[:, :, self._new].clone()) for ring in rings if ring.numel()]
+
+    def on_device(self, hits: Tensor) -> Tensor:
+        """A mask [B, Hq] in the form that `put_back` takes: [B, Hkv, G, 1] on the device."""
+        case = self.case
+        shape = (case.batch, case.num_kv_heads, case.group_size, 1)
+        return hits.view(shape).to(self.reuse.device)
+
+    def put_back(self, hits: Tensor) -> None:
+        reuse = self.reuse
+        for ring, saved in self._saved:
+            ring[:, :, self._new].copy_(saved)
+        reuse.ring_query[:, :, self._planted].copy_(torch.where(hits, self._query, self._random))
+        reuse.ring_position[:, self._new].fill_(self._position - reuse.cfg.window)
+        reuse.slot_begin.fill_(self._position - reuse.cfg.window)
+        reuse.slot_end.fill_(self._position)
+
+    def check_match(self, work: Workload, hits: Tensor) -> None:
+        """After `put_back(hits)`: match finds just the planted entries. Raises SystemExit."""
+        source = mac_attn.match(self.reuse, work.q_match, work.seq_lens, work.slots)
+        expected = torch.where(hits.view(source.shape), self._position - self.age, -1)
+        if not torch.equal(source, expected.to(source.dtype)):
+            wrong = int((source != expected).sum())
+            raise SystemExit(f"{self.case}: {wrong} heads did not find what was planted for them")

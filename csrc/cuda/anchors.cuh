@@ -1,0 +1,264 @@
+// The anchors of a new entry, chosen and taken out of the old state by the CTA that finishes a KV head.
+//
+// Candidates are the heaviest of every 16 old tokens. The S heaviest of them are taken, by softmax weight,
+// maximum over the heads of the group, up to the width of a histogram bin (1/8 log2); in one bin the earlier
+// tokens. They leave the old state by subtraction of just what was added for them (the weight as the MMA had
+// it, rounded) and join the fresh one.
+// Traffic: G logits of every candidate, G weights and one V row of every anchor.
+#pragma once
+
+#include "log2.cuh"
+#include "ptx/barrier.h"
+#include "ptx/memory.h"
+#include "ptx/warp.h"
+#include "schedule.cuh"
+
+namespace mac_attn::cuda {
+
+constexpr int kBins = 255;
+constexpr uint32_t kNoBin = 255;
+constexpr float kBinsPerLog2 = 8.f;
+// Below this share of the old sum, what the subtraction leaves is its own rounding error.
+constexpr float kRoundingOfSums = 4.8e-7f;
+
+struct CtaRange {
+  int begin, end;
+};
+
+// Dynamic shared memory that is free while a KV head is finished: an area of a stage's size in every warp's part.
+struct Scratch {
+  unsigned char* base;
+  int stride;
+  MAC_DEVICE float* area(int i) const { return reinterpret_cast<float*>(base + i * stride); }
+};
+
+// The merged sums of a KV head, per query head, and the choice of its anchors; in shared memory.
+struct AnchorChoice {
+  CtaRange ctas[kNumSpans];
+  float max[kNumSpans][kMaxTileHeads];
+  float sum[kNumSpans][kMaxTileHeads];
+  float lse[kMaxTileHeads];  // log2, over all tokens
+  int bin[kBins + 1];
+  int warp_sum[kWarps];
+  int cutoff, room;          // bins below `cutoff` fit, and `room` candidates of that bin
+  int place[kMaxAnchors];    // of the chosen candidates, ascending
+  int token[kMaxAnchors];
+  int64_t row[kMaxAnchors];  // where their values begin
+  float weight[kWarps][4];
+};
+
+// Sum over the threads of the block before this one, and over all. The caller keeps `warp_sum` free.
+MAC_DEVICE int sum_before(int mine, int (&warp_sum)[kWarps], int& all) {
+  const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
+  int upto = mine;
+#pragma unroll 1
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int before = ptx::shfl(upto, lane >= distance ? lane - distance : lane);
+    if (lane >= distance) upto += before;
+  }
+  if (lane == 31) warp_sum[warp] = upto;
+  ptx::sync_block();
+  all = 0;
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) upto += warp_sum[i];
+    all += warp_sum[i];
+  }
+  ptx::sync_block();
+  return upto - mine;
+}
+
+// The heaviest head's weight of every candidate as a bin: counted, and kept for the choice.
+MAC_DEVICE void sort_into_bins(const AmendParams& p, const AmendWorkspace& w, int group, int num_candidates,
+                               AnchorChoice& choice) {
+  const int G = p.shape.group_size;
+  const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
+  const float* logits = w.candidate_logit + base * G;
+#pragma unroll 1
+  for (int first = threadIdx.x * 4; first < num_candidates; first += kThreads * 4) {
+    float weight[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+#pragma unroll 4
+    for (int g = 0; g < G; ++g) {
+      const float4 x = ptx::load_float4(logits + static_cast<int64_t>(g) * w.max_candidates + first);
+      const float lse = choice.lse[g];
+      weight[0] = fmaxf(weight[0], x.x - lse), weight[1] = fmaxf(weight[1], x.y - lse);
+      weight[2] = fmaxf(weight[2], x.z - lse), weight[3] = fmaxf(weight[3], x.w - lse);
+    }
+    uint32_t bins = 0;
+    for (int i = 0; i < 4; ++i) {
+      uint32_t bin = kNoBin;
+      if (weight[i] > -INFINITY) {
+        const float place = -weight[i] * kBinsPerLog2;
+        bin = place < 0.f ? 0 : place < kBins - 1 ? static_cast<uint32_t>(place) : kBins - 1;
+        ptx::atomic_add_shared(&choice.bin[bin], 1);
+      }
+      bins |= bin << (8 * i);
+    }
+    ptx::store_4(w.candidate_bin + base + first, bins);
+  }
+}
+
+// Marks the heaviest candidates, ascending; returns how many. The whole block takes part.
+MAC_DEVICE int choose_anchors(const AmendParams& p, const AmendWorkspace& w, int group, int num_candidates,
+                              AnchorChoice& choice) {
+  const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
+#pragma unroll 1
+  for (int g = threadIdx.x; g < p.shape.group_size; g += kThreads) {
+    const float old = log2_total(choice.max[kOld][g], choice.sum[kOld][g]);
+    const float fresh = log2_total(choice.max[kFresh][g], choice.sum[kFresh][g]);
+    const float high = finite_or_zero(fmaxf(old, fresh));
+    choice.lse[g] = high + ptx::lg2(ptx::ex2(old - high) + ptx::ex2(fresh - high));
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i <= kBins; i += kThreads) choice.bin[i] = 0;
+  if (threadIdx.x == 0) choice.cutoff = kNoBin, choice.room = 0;
+  ptx::sync_block();
+  sort_into_bins(p, w, group, num_candidates, choice);
+  ptx::sync_block();
+
+  static_assert(2 * kThreads == kBins + 1, "two bins a thread");
+  int all = 0;
+  const int bin = 2 * threadIdx.x, count0 = choice.bin[bin], count1 = choice.bin[bin + 1];
+  const int before = sum_before(count0 + count1, choice.warp_sum, all), between = before + count0;
+  if (before <= p.num_anchors && between > p.num_anchors) {
+    choice.cutoff = bin, choice.room = p.num_anchors - before;
+  } else if (between <= p.num_anchors && between + count1 > p.num_anchors) {
+    choice.cutoff = bin + 1, choice.room = p.num_anchors - between;
+  }
+  ptx::sync_block();
+
+  // In order of position, so that the choice does not depend on timing; 16 candidates a thread at a time.
+  const uint32_t cutoff = choice.cutoff;
+  const int room = choice.room;
+  int taken = 0, edge = 0;  // so far: bins below the cutoff, and the bin at it
+#pragma unroll 1
+  for (int chunk = 0; chunk < num_candidates; chunk += kThreads * 16) {
+    const int first = chunk + threadIdx.x * 16;
+    uint4 bins{~0u, ~0u, ~0u, ~0u};
+    if (first < num_candidates) bins = ptx::load_16(w.candidate_bin + base + first);
+    const auto bin_of = [&](int i) {
+      const uint32_t word = i < 8 ? (i < 4 ? bins.x : bins.y) : (i < 12 ? bins.z : bins.w);
+      return first + i < num_candidates ? word >> (i % 4 * 8) & 255u : kNoBin;
+    };
+    int mine = 0;
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) mine += (bin_of(i) < cutoff) + ((bin_of(i) == cutoff) << 16);
+    const int upto = sum_before(mine, choice.warp_sum, all);
+    int t = taken + (upto & 0xffff), e = edge + (upto >> 16);
+#pragma unroll 1
+    for (int i = 0; i < 16 && mine; ++i) {
+      const uint32_t b = bin_of(i);
+      if (b < cutoff) {
+        choice.place[t + (e < room ? e : room)] = first + i;
+        ++t;
+      } else if (b == cutoff) {
+        if (e < room) choice.place[t + e] = first + i;
+        ++e;
+      }
+    }
+    taken += all & 0xffff, edge += all >> 16;
+  }
+  ptx::sync_block();
+  return taken + (edge < room ? edge : room);
+}
+
+// The weight that a candidate had in the sums, relative to the old span's maximum.
+template <typename T>
+MAC_DEVICE float candidate_weight(const AmendWorkspace& w, int64_t place, float old_max) {
+  const float max = w.candidate_max[place];
+  const float weight = ptx::ex2(w.candidate_logit[place] - finite_or_zero(max));
+  return ptx::unpack2<T>(ptx::pack2<T>(weight, 0.f)).x * ptx::ex2(max - finite_or_zero(old_max));
+}
+
+// Moves the chosen tokens from the old state to the fresh one, four heads at a time: as many lanes as a V row
+// has 16-byte pieces sum up some of the anchors, then all of them are added.
+template <typename T, int kHeadDim>
+MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, int request, int kv_head, int count,
+                                 int old_tokens, const Scratch& scratch, AnchorChoice& choice) {
+  constexpr int kPieces = kHeadDim / 8, kLanes = kPieces <= 8 ? 8 : kPieces <= 16 ? 16 : 32;
+  constexpr int kSharers = kThreads / kLanes, kBlock = 64, kHeads = 4;
+  const int G = p.shape.group_size, group = request * p.shape.num_kv_heads + kv_head;
+  const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
+  const int64_t spans = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads();
+  const int piece = threadIdx.x % kLanes, sharer = threadIdx.x / kLanes, warp = threadIdx.x / 32;
+  const T* values = static_cast<const T*>(p.kv.v) + kv_head * p.kv.v_head_stride;
+  float* weights = scratch.area(0);  // [kBlock, kHeads]
+  float* sums = scratch.area(1);     // [kWarps, kHeads, D]
+
+  const int32_t* pages = p.kv.block_table + request * p.kv.block_table_stride;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int token = w.candidate[base + choice.place[i]], page = token / p.kv.page_size;
+    choice.token[i] = token;
+    choice.row[i] = static_cast<int64_t>(pages[page]) * p.kv.v_page_stride +
+                    (token - page * p.kv.page_size) * p.kv.v_token_stride;
+  }
+#pragma unroll 1
+  for (int head = 0; head < G; head += kHeads) {
+    float out[kHeads][8] = {}, weight[kHeads] = {};
+#pragma unroll 1
+    for (int first = 0; first < count; first += kBlock) {
+      ptx::sync_block();
+#pragma unroll 1
+      for (int i = threadIdx.x; i < kBlock * kHeads; i += kThreads) {
+        const int a = first + i / kHeads, g = head + i % kHeads;
+        weights[i] = a < count && g < G ? candidate_weight<T>(w, base * G + static_cast<int64_t>(g) * w.max_candidates +
+                                                                     choice.place[a],
+                                                              choice.max[kOld][g])
+                                        : 0.f;
+      }
+      ptx::sync_block();
+#pragma unroll 4
+      for (int a = sharer; a < kBlock; a += kSharers) {
+        if (first + a >= count || piece >= kPieces) continue;
+        const uint4 data = ptx::load_16(values + choice.row[first + a] + piece * 8);
+        const uint32_t words[4] = {data.x, data.y, data.z, data.w};
+        for (int h = 0; h < kHeads; ++h) {
+          const float x = weights[a * kHeads + h];
+          weight[h] += x;
+          for (int i = 0; i < 4; ++i) {
+            const float2 v = ptx::unpack2<T>(words[i]);
+            out[h][2 * i] += x * v.x, out[h][2 * i + 1] += x * v.y;
+          }
+        }
+      }
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      for (int distance = kLanes; distance < 32; distance *= 2) {
+        weight[h] += ptx::shfl_xor(weight[h], distance);
+        for (int i = 0; i < 8; ++i) out[h][i] += ptx::shfl_xor(out[h][i], distance);
+      }
+      if (ptx::lane_id() >= kPieces) continue;
+      if (piece == 0) choice.weight[warp][h] = weight[h];
+      for (int i = 0; i < 8; ++i) sums[(warp * kHeads + h) * kHeadDim + piece * 8 + i] = out[h][i];
+    }
+    ptx::sync_block();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kHeads * kHeadDim; i += kThreads) {
+      const int h = i / kHeadDim, d = i % kHeadDim, g = head + h;
+      if (g >= G) break;
+      float anchor_out = 0.f, anchor_sum = 0.f;
+      for (int j = 0; j < kWarps; ++j) {
+        anchor_out += sums[(j * kHeads + h) * kHeadDim + d];
+        anchor_sum += choice.weight[j][h];
+      }
+      const float old_max = finite_or_zero(choice.max[kOld][g]), old_sum = choice.sum[kOld][g];
+      const float fresh_max = choice.max[kFresh][g], max = fmaxf(fresh_max, old_max);
+      const float anchor_scale = ptx::ex2(old_max - max);
+      const float rest = old_sum - anchor_sum;
+      const bool empty = count == old_tokens || rest <= old_sum * kRoundingOfSums;
+      const float fresh_sum = choice.sum[kFresh][g] * ptx::ex2(fresh_max - max);
+      const float new_sum = fresh_sum + anchor_sum * anchor_scale;
+      const int64_t row = static_cast<int64_t>(group) * G + g;
+      float* old_out = p.out + row * kHeadDim + d;
+      float* fresh_out = p.out + (spans + row) * kHeadDim + d;
+      *old_out = empty ? 0.f : (*old_out * old_sum - anchor_out) / rest;
+      *fresh_out = new_sum == 0.f ? 0.f : (*fresh_out * fresh_sum + anchor_out * anchor_scale) / new_sum;
+      if (d == 0) {
+        p.lse[row] = log2_total(old_max, empty ? 0.f : rest) * kLn2;
+        p.lse[spans + row] = log2_total(max, new_sum) * kLn2;
+      }
+    }
+  }
+}
+
+}  // namespace mac_attn::cuda

@@ -1,0 +1,151 @@
+"""The least memory traffic of a decode step: what no kernel that computes this step can avoid.
+
+Every byte is counted once, as if what has been read stayed on the chip for the rest of the step.
+Time over `Floor.total_bytes / bandwidth` tells how far a kernel is from the limit of its machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ._checks import check_heads
+from .config import ReuseConfig
+
+_INT32, _INT64, _FLOAT32 = 4, 8, 4
+_MISS = -1
+_COUNTERS = 6  # mac_attn.stats.COUNTERS, int64 each
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Bytes and floating-point operations of one decode step, summed over its requests.
+
+    Attributes:
+        kv_bytes: K and V rows of [s, n), once per KV head, from the earliest start s of its query
+            heads on (s = E(c) = c + 1 - band for a hit on the entry of position c, else 0).
+        anchor_bytes: K and V rows of the inherited anchors and their positions.
+        block_table_bytes: entries for the pages of the longest [s, n) of each request.
+        ring_query_bytes: stored queries that match cannot decide without, and their tags: the first
+            head of every candidate with group decisions, all heads with decisions per head.
+        ring_query_bytes_max: the same if no candidate is left early: all heads.
+        state_read_bytes: reused states: mean of values, log-sum-exp and depth of every hit.
+        state_write_bytes: the new entries, and the history and counters of the slots.
+        query_bytes: q, q_match, out and its log-sum-exp.
+        flops: logits and weighted values, 4 * head_dim for every query head and token, and the
+            squared distances of match, 3 * head_dim for every stored query it looks at.
+    """
+
+    kv_bytes: int
+    anchor_bytes: int
+    block_table_bytes: int
+    ring_query_bytes: int
+    ring_query_bytes_max: int
+    state_read_bytes: int
+    state_write_bytes: int
+    query_bytes: int
+    flops: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All parts, with the lower figure for match."""
+        return (
+            self.kv_bytes
+            + self.anchor_bytes
+            + self.block_table_bytes
+            + self.ring_query_bytes
+            + self.state_read_bytes
+            + self.state_write_bytes
+            + self.query_bytes
+        )
+
+    @property
+    def total_bytes_max(self) -> int:
+        """All parts, with the upper figure for match."""
+        return self.total_bytes - self.ring_query_bytes + self.ring_query_bytes_max
+
+
+def step_floor(
+    seq_lens: Sequence[int],
+    *,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    page_size: int,
+    cfg: ReuseConfig | None = None,
+    sources: Sequence[Sequence[int]] | None = None,
+) -> Floor:
+    """The floor of one decode step.
+
+    Args:
+        seq_lens: [B] tokens of each request, the current one included; 0 is a padding row.
+        num_qo_heads, num_kv_heads, head_dim: of the model.
+        itemsize: bytes of an element of the queries and the KV cache.
+        page_size: tokens per page.
+        cfg: the options of reuse; None is exact decode.
+        sources: [B][num_qo_heads], with `cfg`: the position of the entry that a query head reuses,
+            or -1 for a miss, as `mac_attn.match` answers. All candidates of the window count as
+            stored.
+
+    Raises:
+        ValueError: the numbers of rows or heads do not fit one another.
+    """
+    group_size = check_heads(num_qo_heads, num_kv_heads)
+    if (cfg is None) != (sources is None):
+        raise ValueError("cfg and sources: one is None, must be given both or neither")
+    if sources is None:
+        sources = [[_MISS] * num_qo_heads for _ in seq_lens]
+    if len(sources) != len(seq_lens):
+        raise ValueError(f"sources has {len(sources)} rows, must have {len(seq_lens)} as seq_lens")
+
+    row = head_dim * itemsize  # bytes of one query, key or value of a head
+    state = head_dim * _FLOAT32 + _FLOAT32 + _INT32  # mean of values, log-sum-exp, depth
+    kv = anchors = table = ring = ring_max = states_read = states_write = queries = flops = 0
+    for n, source in zip(seq_lens, sources, strict=True):
+        if len(source) != num_qo_heads:
+            raise ValueError(f"sources has {len(source)} heads, must have {num_qo_heads}")
+        if n == 0:
+            continue
+        band = cfg.band if cfg is not None else 0
+        starts = [0 if c == _MISS else max(0, c + 1 - band) for c in source]
+        groups = [starts[h : h + group_size] for h in range(0, num_qo_heads, group_size)]
+        kv += sum(n - min(group) for group in groups) * 2 * row
+        table += ((n - 1) // page_size - min(starts) // page_size + 1) * _INT32
+        queries += num_qo_heads * (2 * row + _FLOAT32)
+        flops += sum(n - start for start in starts) * 4 * head_dim
+        if cfg is None:
+            continue
+        # Anchors are read by groups that hit, as a whole: cfg.anchors is 0 for decisions per head.
+        group_hits = sum(c != _MISS for c in source[::group_size])
+        anchors += group_hits * cfg.anchors * (2 * row + _INT32)
+        flops += group_hits * group_size * cfg.anchors * 4 * head_dim
+        stored = num_candidates(n, cfg)
+        first = num_qo_heads if cfg.granularity == "head" else num_kv_heads
+        ring += stored * (first * row + _INT32)
+        ring_max += stored * (num_qo_heads * row + _INT32)
+        flops += stored * first * 3 * head_dim
+        states_read += sum(c != _MISS for c in source) * state
+        states_write += num_qo_heads * (row + state) + num_kv_heads * cfg.anchors * _INT32
+        # Tag, slot_begin, slot_end and slot_request; the counters are read and written.
+        states_write += 3 * _INT32 + _INT64 + 2 * _COUNTERS * _INT64
+        queries += num_qo_heads * row
+    return Floor(
+        kv_bytes=kv,
+        anchor_bytes=anchors,
+        block_table_bytes=table,
+        ring_query_bytes=ring,
+        ring_query_bytes_max=ring_max,
+        state_read_bytes=states_read,
+        state_write_bytes=states_write,
+        query_bytes=queries,
+        flops=flops,
+    )
+
+
+def num_candidates(seq_len: int, cfg: ReuseConfig) -> int:
+    """Stored queries that match may choose from: positions c with p - M <= c < p and E(c) > 0."""
+    position = seq_len - 1
+    if seq_len < max(1, cfg.min_context):
+        return 0
+    return max(0, position - max(position - cfg.window, cfg.band))

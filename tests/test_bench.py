@@ -1,0 +1,127 @@
+"""The benchmarks run from end to end on the CPU and count what they planted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parent.parent / "bench"
+TINY = ["--device", "cpu", "--contexts", "2304", "--head-dim", "64", "--layouts", "8/2"]
+
+
+@pytest.fixture(autouse=True)
+def _bench_modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def test_hit_curve(tmp_path):
+    import hit_curve
+
+    path = tmp_path / "curve.json"
+    arguments = [*TINY, "--quick", "--batches", "3", "--rates", "0", "0.3", "0.9", "1"]
+    hit_curve.main(
+        [*arguments, "--rounds", "5", "--json", str(path), "--csv", str(tmp_path / "c.csv")]
+    )
+    result = json.loads(path.read_text())
+    assert result["machine"]["torch"] == torch.__version__
+    assert "--quick" in result["command"]
+    (case,) = result["cases"]
+    assert (case["layout"], case["batch"], case["context"]) == ("8/2", 3, 2304)
+
+    peers = {peer["name"]: peer for peer in case["peers"]}
+    assert peers["torch SDPA"]["us"] > 0
+    for peer in peers.values():  # timed, or named with the reason
+        assert (peer["us"] is None) == (not peer["variants"])
+        assert peer["variants"] or peer["problems"]
+
+    hits = {(p["granularity"], p["anchors"], p["rate"]): p["hits"] for p in case["points"]}
+    # 24 query heads decide for themselves, or 6 KV heads for four query heads each.
+    assert hits == {
+        ("head", 0, 0.0): 0,
+        ("head", 0, 0.3): 7,
+        ("head", 0, 0.9): 22,
+        ("head", 0, 1.0): 24,
+        **{
+            ("group", anchors, rate): 4 * kv_heads
+            for anchors in (0, 64)
+            for rate, kv_heads in ((0.0, 0), (0.3, 2), (0.9, 5), (1.0, 6))
+        },
+    }
+    for point in case["points"]:
+        assert 0 < point["mac_us_low"] <= point["mac_us"] <= point["mac_us_high"]
+        assert point["speedup_flashinfer"] is None and point["speedup_authors"] is None
+        assert point["over_floor"] >= point["over_floor_max"] > 0
+    for setting in (("head", 0), ("group", 0), ("group", 64)):
+        shares = [
+            point["bytes_over_exact"]
+            for point in case["points"]
+            if (point["granularity"], point["anchors"]) == setting
+        ]
+        assert shares[0] > 1 > shares[-1]  # a miss searches the ring besides
+        assert shares == sorted(shares, reverse=True)
+    rows = (tmp_path / "c.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(case["points"])
+
+
+def test_stages(tmp_path):
+    import stages
+
+    path = tmp_path / "stages.json"
+    arguments = [*TINY, "--batches", "2", "--anchors", "16", "--rounds", "5", "--json", str(path)]
+    stages.main(arguments)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["heads"] for row in rows] == ["miss", "hit"]
+    for row in rows:
+        assert set(row["us"]) == set(row["floor_us"]) == {*stages.STAGES, "step", "exact"}
+        assert all(timing["us"] > 0 for timing in row["us"].values())
+
+
+@pytest.mark.parametrize("rate, hits", [(0.0, 0), (0.05, 26), (0.95, 486), (1.0, 512)])
+@pytest.mark.parametrize("spread", ["run", "even"])
+def test_quota_is_exact(rate, hits, spread):
+    from workload import Case, hit_mask
+
+    case = Case(32, 4, 4096, batch=16)
+    mask = hit_mask(case, "head", rate, spread)
+    assert mask.shape == (16, 32) and int(mask.sum()) == hits
+    grouped = hit_mask(case, "group", rate, spread).view(64, 8)
+    assert torch.equal(grouped.any(1), grouped.all(1))
+    assert int(grouped.all(1).sum()) == int(rate * 64 + 0.5)
+
+
+def test_spreads():
+    from workload import Case, hit_mask
+
+    # The authors' masks at batch 64, 32/4 heads, hit rate 0.95, as published: of 256 KV heads one
+    # misses with its last query head, twelve as a whole and one with its first five.
+    case = Case(32, 4, 4096, batch=64)
+    misses = (~hit_mask(case, "head", 0.95, "run")).view(256, 8)
+    assert misses[0].tolist() == [False] * 7 + [True]
+    assert misses[1:13].all() and misses[13].tolist() == [True] * 5 + [False] * 3
+    assert not misses[14:].any()
+    # Spread evenly the same misses touch every request.
+    misses = ~hit_mask(case, "head", 0.95, "even")
+    assert set(misses.sum(1).tolist()) <= {1, 2}
+
+
+@pytest.mark.parametrize("age", [1, 2, 256, 512])
+def test_a_put_back_step_can_be_repeated(age):
+    from workload import Case, PlantedRing, Workload, hit_mask, reuse_config
+
+    import mac_attn
+
+    case = Case(8, 2, 2304, batch=2, head_dim=64)
+    work = Workload(case, torch.device("cpu"))
+    ring = PlantedRing(work, reuse_config("group", 16), age)
+    mask = hit_mask(case, "group", 0.5, "even")
+    outs = []
+    for _ in range(3):
+        ring.put_back(ring.on_device(mask))
+        ring.check_match(work, ring.on_device(mask))
+        outs.append(work.mac(ring.reuse))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    assert ring.reuse.stats().query_head_hits == 3 * int(mask.sum())
+    # Where heads miss, the step is exact.
+    exact = mac_attn.decode(work.q, work.kv, work.block_table, work.seq_lens)
+    torch.testing.assert_close(outs[0][~mask], exact[~mask], rtol=0.02, atol=1e-3)

@@ -1,0 +1,165 @@
+"""The floor of a step against counts made by hand, and against sets of what a step touches."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import mac_attn
+from mac_attn.floor import Floor, num_candidates, step_floor
+
+MODEL = dict(num_qo_heads=4, num_kv_heads=2, head_dim=8, itemsize=2, page_size=16)
+
+
+def test_exact_step_by_hand():
+    floor = step_floor([100, 0, 33], **MODEL)
+    # A row is 8 * 2 = 16 bytes. 133 tokens, K and V, 2 KV heads.
+    assert floor.kv_bytes == 133 * 2 * 2 * 16 == 8512
+    assert floor.block_table_bytes == (7 + 3) * 4  # 100 tokens on 7 pages, 33 on 3
+    assert floor.query_bytes == 2 * 4 * (16 + 16 + 4)  # q, out, lse of 4 heads, two requests
+    assert floor.flops == 133 * 4 * (2 * 8 + 2 * 8)  # multiply and add: QK and PV
+    reuse_parts = (
+        floor.anchor_bytes,
+        floor.ring_query_bytes,
+        floor.ring_query_bytes_max,
+        floor.state_read_bytes,
+        floor.state_write_bytes,
+    )
+    assert reuse_parts == (0, 0, 0, 0, 0)
+    assert floor.total_bytes == floor.total_bytes_max == 8512 + 40 + 288
+
+
+def test_group_step_by_hand():
+    cfg = mac_attn.ReuseConfig(window=10, band=20, anchors=3, min_context=0)
+    # Position 99; the first KV head reuses the entry of position 97, so it starts at 97 + 1 - 20.
+    floor = step_floor([100], cfg=cfg, sources=[[97, 97, -1, -1]], **MODEL)
+    assert floor.kv_bytes == ((100 - 78) + 100) * 2 * 16
+    assert floor.anchor_bytes == 3 * (2 * 16 + 4)
+    assert floor.block_table_bytes == 7 * 4  # the other KV head needs all pages
+    # All 10 positions before it are stored: a row each for every KV head, and a tag.
+    assert floor.ring_query_bytes == 10 * (2 * 16 + 4)
+    assert floor.ring_query_bytes_max == 10 * (4 * 16 + 4)
+    state = 8 * 4 + 4 + 4  # mean, log-sum-exp, depth
+    assert floor.state_read_bytes == 2 * state
+    # Query and state of 4 heads, 3 anchors of 2 KV heads, tag, begin, end, request, 6 counters
+    # read and written.
+    assert floor.state_write_bytes == 4 * (16 + state) + 2 * 3 * 4 + 3 * 4 + 8 + 2 * 6 * 8
+    assert floor.query_bytes == 4 * (3 * 16 + 4)  # q, q_match, out, lse
+    # Two query heads attend to 22 tokens and 3 anchors, two to 100; 10 distances of two heads.
+    assert floor.flops == (2 * 25 + 2 * 100) * 32 + 10 * 2 * 24
+    assert floor.total_bytes_max - floor.total_bytes == 10 * 2 * 16
+
+
+def test_head_step_by_hand():
+    cfg = dataclasses.replace(mac_attn.ReuseConfig.paper(), window=10, band=20, min_context=0)
+    floor = step_floor([100], cfg=cfg, sources=[[97, -1, 91, 98]], **MODEL)
+    # One miss, and its KV head is read in full; of the other the earliest start counts.
+    assert floor.kv_bytes == (100 + (100 - 72)) * 2 * 16
+    assert floor.anchor_bytes == 0
+    assert floor.ring_query_bytes == floor.ring_query_bytes_max == 10 * (4 * 16 + 4)
+    assert floor.state_read_bytes == 3 * 40
+    assert floor.flops == ((100 - 78) + 100 + (100 - 72) + (100 - 79)) * 32 + 10 * 4 * 24
+
+
+def test_all_hits_do_not_depend_on_the_context():
+    cfg = mac_attn.ReuseConfig()
+    floors = [
+        step_floor([n], cfg=cfg, sources=[[n - 2] * 4], **MODEL) for n in (4096, 8192, 126976)
+    ]
+    assert floors[0] == floors[1] == floors[2]
+    assert floors[0].kv_bytes == 257 * 2 * 2 * 16 and floors[0].block_table_bytes == 17 * 4
+
+
+def test_candidates():
+    cfg = mac_attn.ReuseConfig(window=10, band=20, anchors=0, min_context=30)
+    # Position 29: candidates 20 .. 28 (E(c) > 0 needs c >= 20); from position 30 on a full window.
+    assert [num_candidates(n, cfg) for n in (0, 1, 29, 30, 31, 32, 1000)] == [
+        0,
+        0,
+        0,
+        9,
+        10,
+        10,
+        10,
+    ]
+
+
+@pytest.mark.parametrize("granularity", ["head", "group"])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_rows_against_a_set(granularity, page_size):
+    """KV rows and pages as the sets of what each head attends to, of random steps."""
+    generator = torch.Generator().manual_seed(1)
+    cfg = mac_attn.ReuseConfig(
+        window=64, band=32, anchors=0, min_context=0, granularity=granularity
+    )
+    model = {**MODEL, "page_size": page_size}
+    seq_lens = [200, 1, 333, 65]
+    sources = []
+    for n in seq_lens:
+        hit = torch.randint(0, 3, (4,), generator=generator) > 0
+        age = torch.randint(1, 65, (4,), generator=generator)
+        if granularity == "group":
+            hit, age = hit[[0, 0, 2, 2]], age[[0, 0, 2, 2]]
+        position = torch.tensor(n - 1) - age
+        sources.append(torch.where(hit & (position >= 32), position, -1).tolist())
+    floor = step_floor(seq_lens, cfg=cfg, sources=sources, **model)
+    rows, pages, pairs = set(), set(), 0
+    for b, n in enumerate(seq_lens):
+        for h in range(4):
+            c = sources[b][h]
+            fresh = range(max(0, c + 1 - 32) if c >= 0 else 0, n)
+            rows |= {(b, h // 2, token) for token in fresh}
+            pages |= {(b, token // page_size) for token in fresh}
+            pairs += len(fresh)
+    assert floor.kv_bytes == len(rows) * 2 * 16
+    assert floor.block_table_bytes == len(pages) * 4
+    distances = sum(num_candidates(n, cfg) for n in seq_lens) * (4 if granularity == "head" else 2)
+    assert floor.flops == pairs * 32 + distances * 24
+
+
+def test_counters_agree_with_the_floor():
+    """What the kernels count as read is what the floor counts."""
+    torch.manual_seed(0)
+    cfg = mac_attn.ReuseConfig(window=16, band=8, anchors=4, min_context=16)
+    reuse = mac_attn.ReuseCache(
+        cfg, num_slots=1, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32
+    )
+    kv = torch.randn(8, 2, 16, 2, 16)
+    table = torch.randperm(8).int()[None]
+    slots = torch.zeros(1, dtype=torch.int32)
+    first = torch.randn(1, 4, 16)
+    rows = 0
+    for n in range(60, 80):
+        q = torch.randn(1, 4, 16)
+        q[:, : n % 3 * 2] = first[:, : n % 3 * 2]  # none, the first or both KV heads
+        seq_lens = torch.tensor([n], dtype=torch.int32)
+        source = mac_attn.match(reuse, q, seq_lens, slots).tolist()
+        mac_attn.decode(q, kv, table, seq_lens, reuse=reuse, slots=slots, q_match=q)
+        floor = step_floor(
+            [n],
+            num_qo_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            itemsize=4,
+            page_size=16,
+            cfg=cfg,
+            sources=source,
+        )
+        rows += floor.kv_bytes // (2 * 64) + floor.anchor_bytes // (2 * 64 + 4)
+    assert reuse.stats().kv_head_hits > 10
+    assert reuse.stats().kv_tokens_read == rows
+
+
+def test_wrong_arguments():
+    cfg = mac_attn.ReuseConfig()
+    with pytest.raises(ValueError, match="cfg and sources"):
+        step_floor([10], cfg=cfg, **MODEL)
+    with pytest.raises(ValueError, match="sources has 1 rows, must have 2"):
+        step_floor([10, 10], cfg=cfg, sources=[[-1] * 4], **MODEL)
+    with pytest.raises(ValueError, match="sources has 3 heads, must have 4"):
+        step_floor([10], cfg=cfg, sources=[[-1] * 3], **MODEL)
+    with pytest.raises(ValueError, match="num_qo_heads"):
+        step_floor([10], **{**MODEL, "num_kv_heads": 3})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        step_floor([10], **MODEL).flops = 0
+    assert isinstance(step_floor([], **MODEL), Floor)
