@@ -143,6 +143,7 @@ cuda::AmendWorkspace AmendCase::workspace() {
   const int batch = static_cast<int>(seq_lens.size()), G = spec_.group_size;
   cuda::AmendWorkspace w{};
   w.num_pages = pages_.num_pages();
+  w.page_size = cuda::Divisor(spec_.page_size);
   w.max_tokens = int64_t{pages_.max_pages()} * spec_.page_size;
   w.tile_heads = std::min<int32_t>(G, cuda::kMaxTileHeads);
   w.head_tiles = (G + cuda::kMaxTileHeads - 1) / cuda::kMaxTileHeads;
@@ -154,14 +155,17 @@ cuda::AmendWorkspace AmendCase::workspace() {
   partial_max_.assign(states, NAN);
   partial_sum_.assign(states, NAN);
   if (spec_.anchors > 0) {
-    w.max_candidates = static_cast<int32_t>((w.max_tokens + cuda::kWarpTokens - 1) / cuda::kWarpTokens);
+    const int64_t tokens_of_bins = 16 * cuda::kWarpTokens;
+    w.max_candidates = static_cast<int32_t>((w.max_tokens + tokens_of_bins - 1) / tokens_of_bins * 16);
     candidate_.assign(groups * w.max_candidates, kGarbage);
+    candidate_bin_.assign(candidate_.size(), 77);
     candidate_logit_.assign(candidate_.size() * G, NAN);
     candidate_max_.assign(candidate_.size() * G, NAN);
   }
   w.done = done_.data(), w.status = status.data(), w.error_flag = error_flag_.data();
   w.partial_out = partial_out_.data(), w.partial_max = partial_max_.data(), w.partial_sum = partial_sum_.data();
-  w.candidate = candidate_.data(), w.candidate_logit = candidate_logit_.data();
+  w.candidate = candidate_.data(), w.candidate_bin = candidate_bin_.data();
+  w.candidate_logit = candidate_logit_.data();
   w.candidate_max = candidate_max_.data();
   return w;
 }

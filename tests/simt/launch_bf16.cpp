@@ -2,6 +2,9 @@
 
 namespace mac_attn::simt {
 
+void launch_match_bf16(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run) {
+  launch_match_type<bf16>(p, w, run);
+}
 void launch_amend_bf16(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
   launch_amend_type<bf16>(p, w, ctas, run);
 }

@@ -2,6 +2,9 @@
 
 namespace mac_attn::simt {
 
+void launch_match_fp16(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run) {
+  launch_match_type<fp16>(p, w, run);
+}
 void launch_amend_fp16(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
   launch_amend_type<fp16>(p, w, ctas, run);
 }
