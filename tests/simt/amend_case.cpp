@@ -77,7 +77,7 @@ AmendCase::AmendCase(const AmendSpec& spec)
       if (first > 0 && spec.anchors > 0) {
         int32_t* anchors = &ring_anchors_[entry(b, h) * spec.anchors];
         for (int i = 0; i < spec.anchors; ++i) {
-          const bool used = i < static_cast<int>(tokens.size()) && data_.below(5) > 0;
+          const bool used = i < static_cast<int>(tokens.size()) && !(spec.anchor_holes && data_.below(5) == 0);
           anchors[i] = used ? tokens[i] : kNoAnchor;
         }
         tokens = used_anchors(anchors, spec.anchors);

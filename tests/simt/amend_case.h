@@ -16,6 +16,7 @@ struct AmendSpec {
   // reused, 0 for a miss. A hit that this request cannot have is a miss.
   std::vector<int> ages = {0};
   bool per_head = false;
+  bool anchor_holes = true;  // some places of an inherited list of anchors are not used
   double soft_cap = 0;
   double sharpness = 1;  // standard deviation of a logit
   int heavy_tokens = 0;  // of each KV head: tokens whose logit for one of the heads is far above the others
