@@ -197,13 +197,13 @@ def simt_traffic(tmp_path_factory):
     return binary
 
 
-def count_traffic(simt_traffic, stage, age, anchors):
-    """What the program counts for two requests of 1500 tokens, and the floor of that step."""
-    seq_lens, num_kv_heads, group_size = [1500, 1500], 2, 4
+def count_traffic(simt_traffic, stage, batch, age, anchors):
+    """What the program counts for requests of 1500 tokens, and the floor of that step."""
+    seq_lens, num_kv_heads, group_size = [1500] * batch, 2, 4
     shapes = dict(num_kv_heads=num_kv_heads, head_dim=128, page_size=16)
     given = dict(
         stage=stage,
-        batch=len(seq_lens),
+        batch=batch,
         group_size=group_size,
         seq_len=seq_lens[0],
         age=age,
@@ -221,7 +221,7 @@ def count_traffic(simt_traffic, stage, age, anchors):
         num_qo_heads=num_kv_heads * group_size,
         itemsize=2,
         cfg=mac_attn.ReuseConfig(anchors=anchors, min_context=0),
-        sources=[[source] * num_kv_heads * group_size] * len(seq_lens),
+        sources=[[source] * num_kv_heads * group_size] * batch,
         **shapes,
     )
     return json.loads(done.stdout), floor
@@ -231,15 +231,18 @@ def count_traffic(simt_traffic, stage, age, anchors):
 @pytest.mark.parametrize("anchors", [0, 64])
 def test_amend_reads_little_more_than_the_floor(simt_traffic, age, limit, anchors):
     """K and V rows that amend copies from the pages, over those it cannot do without."""
-    counted, floor = count_traffic(simt_traffic, "amend", age, anchors)
+    counted, floor = count_traffic(simt_traffic, "amend", 2, age, anchors)
     needed = floor.kv_bytes + floor.anchor_bytes
     assert needed * 0.99 <= counted["async_copy_bytes"] <= needed * limit
 
 
 @pytest.mark.parametrize("age", [0, 1, 300])
 def test_match_reads_little_more_than_the_floor(simt_traffic, age):
-    """Ring queries that match loads: of random ones hardly more than the first head of each."""
-    counted, floor = count_traffic(simt_traffic, "match", age, 0)
+    """Ring queries that match loads: of random ones hardly more than the first head of each.
+
+    Of one request: in the program's second one half of the ring holds copies of the query itself.
+    """
+    counted, floor = count_traffic(simt_traffic, "match", 1, age, 0)
     assert floor.ring_query_bytes * 0.97 <= counted["load_stream_bytes"]
     assert counted["load_stream_bytes"] <= floor.ring_query_bytes * 1.1
     assert floor.ring_query_bytes * 3 < floor.ring_query_bytes_max
