@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
     const float value = carried[i] * merge.first + fresh[i] * merge.second;
     if (lane + 32 * i < D) out[lane + 32 * i] = ptx::from_float<T>(bad ? NAN : value);
   }
-  if (lane == 0) p.lse[row] = bad ? NAN : merge.lse;
+  if (lane == 0 && p.lse) p.lse[row] = bad ? NAN : merge.lse;
 }
 
 }  // namespace mac_attn::cuda

@@ -71,7 +71,7 @@ __global__ void pairs_of_warps(int* out) {
 
 struct Atomics {
   int count, bits, shared_sum, last_block, seen_by_last;
-  unsigned long long least;
+  unsigned long long greatest;
 };
 __global__ void use_atomics(const unsigned long long* values, int* written, Atomics* out) {
   __shared__ int sum, is_last;
@@ -80,7 +80,7 @@ __global__ void use_atomics(const unsigned long long* values, int* written, Atom
   ptx::sync_block();
   ptx::atomic_add_shared(&sum, t);
   ptx::atomic_or(&out->bits, 1 << t % 20);
-  ptx::atomic_min(&out->least, values[all]);
+  ptx::atomic_max(&out->greatest, values[all]);
   written[all] = 1;
   ptx::sync_block();
   if (t == 0) {
@@ -268,10 +268,10 @@ void test_atomics(const Run& run) {
   std::vector<unsigned long long> values(6 * 64);
   for (auto& value : values) value = static_cast<unsigned long long>(generator()) << 32 | generator();
   std::vector<int> written(values.size());
-  std::vector<cuda::Atomics> out = {{0, 0, 0, 0, 0, ~0ull}};
+  std::vector<cuda::Atomics> out = {{0, 0, 0, 0, 0, 0}};
   launch({6, 64, 0, run.engine, run.seed}, cuda::use_atomics, values.data(), written.data(), out.data());
   CHECK(out[0].count == 6 && out[0].bits == (1 << 20) - 1 && out[0].shared_sum == 63 * 32);
-  CHECK(out[0].least == *std::min_element(values.begin(), values.end()));
+  CHECK(out[0].greatest == *std::max_element(values.begin(), values.end()));
   CHECK(out[0].last_block == 1 && out[0].seen_by_last == 6 * 64);
 }
 

@@ -1,0 +1,55 @@
+// One call of complete: a random case, the launch, the comparison.
+#pragma once
+
+#include "kernel_case.h"
+
+namespace mac_attn::simt {
+
+struct CompleteSpec {
+  DType dtype = DType::kBFloat16;
+  int num_kv_heads = 2, group_size = 3, head_dim = 64;
+  std::vector<int> seq_lens = {150, 37, 0, 61};
+  bool exact = false;
+  int window = 20, band = 24, anchors = 4;
+  std::vector<int> ages = {0, 5};  // as in AmendSpec
+  bool per_head = false;
+  bool request_ids = true;
+  bool no_lse = false;  // the caller does not want it
+  uint64_t seed = 1;
+
+  std::string name() const;
+};
+
+class CompleteCase {
+ public:
+  explicit CompleteCase(const CompleteSpec& spec);
+
+  void run(const Run& run = {Engine::kFibers, 1});
+  void check() const;
+
+  // For tests that break something, before run(). A request with a status answers NaN and leaves the ring alone.
+  std::vector<int32_t> seq_lens, slots, status;
+  RingTensors ring;
+  std::vector<float> states, state_lse;  // [2, B, Hq, D], [2, B, Hq]
+
+ private:
+  int heads() const { return spec_.num_kv_heads * spec_.group_size; }
+  reference::State state(const std::vector<float>& out, const std::vector<float>& lse, int64_t row) const;
+  bool near(const float* got, const reference::Vector& want, const char* what) const;
+  void check_head(int request, int head, RingTensors& want) const;
+  void expect_request(int request, RingTensors& want) const;
+
+  CompleteSpec spec_;
+  Data data_;
+  HeadsTensor query_;
+  std::vector<int32_t> source_, anchors_;
+  std::vector<int64_t> request_ids_;
+  std::vector<uint16_t> out_;
+  std::vector<float> lse_;
+  int64_t head_stride_, batch_stride_;  // of out_
+  RingTensors before_;
+  bool ran_ = false;
+  Unchanged unchanged_;
+};
+
+}  // namespace mac_attn::simt

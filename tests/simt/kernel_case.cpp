@@ -1,0 +1,153 @@
+#include "kernel_case.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace mac_attn::simt {
+
+namespace {
+
+struct Format {
+  int mantissa_bits, bias;
+};
+Format format_of(DType dtype) {
+  return dtype == DType::kBFloat16 ? Format{7, 127} : Format{10, 15};
+}
+
+}  // namespace
+
+uint16_t encode(DType dtype, double value) {
+  const Format format = format_of(dtype);
+  if (std::isnan(value)) return 0x7fff;
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  int exponent;
+  const double fraction = std::frexp(std::abs(value), &exponent);  // [0.5, 1)
+  const int64_t biased = exponent - 1 + format.bias;
+  if (value == 0 || biased <= 0) return sign;  // no subnormals
+  const int64_t one = int64_t{1} << format.mantissa_bits;
+  const auto mantissa = static_cast<int64_t>(std::nearbyint((2 * fraction - 1) * static_cast<double>(one)));
+  const int64_t infinity = (0x7fff >> format.mantissa_bits) * one;
+  return static_cast<uint16_t>(sign | std::min(biased * one + mantissa, infinity));  // mantissa may be 2^bits
+}
+
+double decode(DType dtype, uint16_t bits) {
+  const Format format = format_of(dtype);
+  const int one = 1 << format.mantissa_bits, magnitude = bits & 0x7fff;
+  const int exponent = magnitude / one, mantissa = magnitude % one;
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == 0x7fff / one) return mantissa ? NAN : sign * INFINITY;
+  const int shift = std::max(exponent, 1) - format.bias - format.mantissa_bits;
+  return sign * std::ldexp(exponent ? one + mantissa : mantissa, shift);
+}
+
+double unit_roundoff(DType dtype) {
+  return std::ldexp(1.0, -format_of(dtype).mantissa_bits - 1);
+}
+
+HeadsTensor::HeadsTensor(DType dtype, int batch, int heads, int head_dim, double scale, Data& data)
+    : dtype_(dtype), head_dim_(head_dim), head_stride_(head_dim + 8), batch_stride_(heads * head_stride_ + 16) {
+  values_.assign((batch - 1) * batch_stride_ + (heads - 1) * head_stride_ + head_dim, encode(dtype, NAN));
+  for (int b = 0; b < batch; ++b) {
+    for (int h = 0; h < heads; ++h) {
+      for (int d = 0; d < head_dim; ++d) set(b, h, d, scale * data.normal());
+    }
+  }
+}
+
+reference::Vector HeadsTensor::row(int request, int head) const {
+  reference::Vector result;
+  for (int d = 0; d < head_dim_; ++d) {
+    result.push_back(decode(dtype_, values_[request * batch_stride_ + head * head_stride_ + d]));
+  }
+  return result;
+}
+
+Pages::Strides Pages::strides(int gap) const {
+  Strides s;
+  if (hnd_) {
+    s.token = head_dim_ + gap;
+    s.head = page_size_ * s.token + gap;
+    s.page = num_kv_heads_ * s.head + gap;
+  } else {
+    s.head = head_dim_ + gap;
+    s.token = num_kv_heads_ * s.head + gap;
+    s.page = page_size_ * s.token + gap;
+  }
+  return s;
+}
+
+Pages::Pages(DType dtype, const std::vector<int>& lengths, int num_kv_heads, int head_dim, int page_size, bool hnd,
+             Data& data)
+    : dtype_(dtype), num_kv_heads_(num_kv_heads), head_dim_(head_dim), page_size_(page_size), hnd_(hnd) {
+  const auto pages_of = [&](int length) { return (std::max(length, 0) + page_size - 1) / page_size; };
+  for (const int length : lengths) {
+    max_pages_ = std::max(max_pages_, pages_of(length));
+    num_pages_ += pages_of(length);
+  }
+  k_strides_ = strides(8), v_strides_ = strides(0);
+  const auto size = [&](const Strides& s) {
+    return (num_pages_ - 1) * s.page + (page_size - 1) * s.token + (num_kv_heads - 1) * s.head + head_dim;
+  };
+  k_.assign(size(k_strides_), encode(dtype, NAN));
+  v_.assign(size(v_strides_), encode(dtype, NAN));
+
+  std::vector<int32_t> ids;
+  for (int i = 0; i < num_pages_; ++i) ids.push_back(i);
+  data.shuffle(ids);
+  const int batch = static_cast<int>(lengths.size());
+  table_stride_ = max_pages_ + 3;
+  block_table_.assign((batch - 1) * table_stride_ + max_pages_, kGarbage);
+  for (int b = 0; b < batch; ++b) {
+    for (int i = 0; i < pages_of(lengths[b]); ++i) {
+      page_id(b, i) = ids.back();
+      ids.pop_back();
+    }
+  }
+}
+
+KVPages Pages::view() const {
+  return {k_.data(),           v_.data(),       k_strides_.page,  k_strides_.token,
+          k_strides_.head,     v_strides_.page, v_strides_.token, v_strides_.head,
+          block_table_.data(), table_stride_,   page_size_};
+}
+
+void Pages::set(int request, int token, int kv_head, const reference::Vector& k, const reference::Vector& v) {
+  const int64_t page = page_id(request, token / page_size_), offset = token % page_size_;
+  for (int d = 0; d < head_dim_; ++d) {
+    k_[page * k_strides_.page + offset * k_strides_.token + kv_head * k_strides_.head + d] = encode(dtype_, k[d]);
+    v_[page * v_strides_.page + offset * v_strides_.token + kv_head * v_strides_.head + d] = encode(dtype_, v[d]);
+  }
+}
+
+RingTensors::RingTensors(DType dtype, const Shape& shape, int num_slots, int window, int num_anchors, Data& data)
+    : shape(shape), num_slots(num_slots), window(window), num_anchors(num_anchors) {
+  const int64_t places = int64_t{num_slots} * window, rows = places * shape.num_qo_heads();
+  for (int64_t i = 0; i < rows * shape.head_dim; ++i) {
+    query.push_back(encode(dtype, data.normal()));
+    out.push_back(static_cast<float>(data.normal()));
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    lse.push_back(static_cast<float>(3 * data.normal()));
+    depth.push_back(data.below(5));
+  }
+  for (int64_t i = 0; i < places * shape.num_kv_heads * num_anchors; ++i) anchors.push_back(data.below(1000));
+  for (int64_t i = 0; i < places; ++i) position.push_back(data.below(1000));
+  for (int i = 0; i < num_slots; ++i) {
+    begin.push_back(data.below(1000));
+    end.push_back(data.below(1000));
+    request.push_back(data.below(1000));
+  }
+  for (int i = 0; i < num_slots * kNumCounters; ++i) counters.push_back(data.below(1000));
+}
+
+Ring RingTensors::view() {
+  return {query.data(),    out.data(),   lse.data(), depth.data(),   anchors.data(),
+          position.data(), begin.data(), end.data(), request.data(), counters.data(),
+          num_slots,       window,       num_anchors};
+}
+
+std::string name_of(const Run& run) {
+  return (run.engine == Engine::kThreads ? "threads, schedule " : "fibers, schedule ") + std::to_string(run.seed);
+}
+
+}  // namespace mac_attn::simt

@@ -1,0 +1,61 @@
+// Grids, blocks and shared memory of the kernels. One source for each dtype includes this, so that they compile
+// side by side.
+#pragma once
+
+#include <type_traits>
+
+#include "amend.cuh"
+#include "complete.cuh"
+#include "launch_kernels.h"
+#include "match.cuh"
+
+namespace mac_attn::simt {
+
+// Calls `use` with the head_dim as a type.
+template <typename Use>
+void with_head_dim(int head_dim, const Use& use) {
+  switch (head_dim) {
+    case 64: return use(std::integral_constant<int, 64>());
+    case 80: return use(std::integral_constant<int, 80>());
+    case 96: return use(std::integral_constant<int, 96>());
+    case 128: return use(std::integral_constant<int, 128>());
+    case 256: return use(std::integral_constant<int, 256>());
+    default: throw Failure("no such head_dim");
+  }
+}
+
+template <typename T>
+void launch_match_type(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run) {
+  with_head_dim(p.shape.head_dim, [&](auto head_dim) {
+    const int ctas = p.shape.batch * p.shape.num_kv_heads * w.splits;
+    const size_t shared = sizeof(float) * p.shape.group_size * head_dim;
+    launch({static_cast<unsigned>(ctas), cuda::kMatchThreads, shared, run.engine, run.seed},
+           cuda::match_kernel<T, head_dim>, p, w);
+  });
+}
+
+template <typename T>
+void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
+  with_head_dim(p.shape.head_dim, [&](auto head_dim) {
+    const auto with_shared = [&](size_t shared) {
+      return LaunchConfig{static_cast<unsigned>(ctas), cuda::kThreads, shared, run.engine, run.seed};
+    };
+    if (p.shape.group_size <= 8) {
+      launch(with_shared(cuda::amend_shared_bytes<head_dim, 1>()), cuda::amend_kernel<T, head_dim, 1>, p, w);
+    } else {
+      launch(with_shared(cuda::amend_shared_bytes<head_dim, 2>()), cuda::amend_kernel<T, head_dim, 2>, p, w);
+    }
+  });
+}
+
+template <typename T>
+void launch_complete_type(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run) {
+  with_head_dim(p.shape.head_dim, [&](auto head_dim) {
+    const int warps = p.shape.batch * (p.shape.num_qo_heads() + (p.source ? p.shape.num_kv_heads : 0));
+    const int ctas = (warps + cuda::kWarps - 1) / cuda::kWarps;
+    launch({static_cast<unsigned>(ctas), cuda::kThreads, 0, run.engine, run.seed},
+           cuda::complete_kernel<T, head_dim>, p, w);
+  });
+}
+
+}  // namespace mac_attn::simt

@@ -1,0 +1,55 @@
+// One call of match: a random case, the launch, the comparison.
+#pragma once
+
+#include "kernel_case.h"
+
+namespace mac_attn::simt {
+
+struct MatchSpec {
+  DType dtype = DType::kBFloat16;
+  int num_kv_heads = 2, group_size = 3, head_dim = 64;
+  std::vector<int> seq_lens = {90, 60, 0, 41};
+  int window = 40, band = 16, min_context = 1, max_reuse_depth = 1 << 30;
+  bool per_head = false, relative = true;
+  bool request_ids = true;
+  double rho = 0.2;    // the threshold, as a share of a query's expected square
+  double near = 0.15;  // share of the entries that lie near the query
+  double holes = 0.1;  // share of the entries that are none: they hold the very query, as a trap
+  bool twins = false;  // entries come in equal pairs
+  int splits = 1;
+  uint64_t seed = 1;
+
+  std::string name() const;
+};
+
+class MatchCase {
+ public:
+  explicit MatchCase(const MatchSpec& spec);
+
+  void run(const Run& run = {Engine::kFibers, 1});
+  void check() const;
+  int count_hits() const;
+
+  // For tests that break something, before run(). `errors` are expected; such a request answers misses.
+  std::vector<int32_t> seq_lens, slots, errors;
+  RingTensors ring;
+  std::vector<float> thresholds;
+  HeadsTensor& query() { return query_; }
+  void set_entry(int request, int position, double noise);  // the request's query and some noise
+
+ private:
+  int heads() const { return spec_.num_kv_heads * spec_.group_size; }
+  void check_decision(int request, int first_head, int num_heads) const;
+  bool is_candidate(int request, int position, int head) const;
+  reference::Vector stored(int request, int position, int head) const;
+
+  MatchSpec spec_;
+  Data data_;
+  HeadsTensor query_;
+  std::vector<int64_t> request_ids_;
+  std::vector<int32_t> source_, status_, done_, error_flag_;
+  std::vector<unsigned long long> best_;
+  Unchanged unchanged_;
+};
+
+}  // namespace mac_attn::simt

@@ -1,0 +1,177 @@
+// amend_kernel: test_simt_amend shapes|mixes|errors|schedules DTYPE
+//
+// shapes     every instantiation and the awkward lengths, one or two schedules each
+// mixes      hits, misses, anchors, soft cap, granularities, grids
+// errors     what a request with bad lengths, pages or slots does to itself and not to others
+// schedules  small cases under many schedules of the fibers, and on threads
+#include "amend_case.h"
+
+namespace mac_attn::simt {
+namespace {
+
+void test(const AmendSpec& spec, const std::vector<Run>& runs) {
+  const CaseReport report(spec.name());
+  AmendCase amend(spec);
+  for (const Run& run : runs) {
+    const CaseReport schedule(name_of(run));
+    amend.run(run);
+    amend.check();
+  }
+}
+
+// One schedule that no other case has.
+std::vector<Run> one_run() {
+  static uint64_t seed = 0;
+  return {{Engine::kFibers, ++seed}};
+}
+
+void test_shapes(DType dtype) {
+  const int pages[] = {1, 7, 16, 64};
+  int i = 0;
+  for (const int head_dim : {64, 80, 96, 128, 256}) {
+    for (const int group_size : {1, 3, 5, 8, 16, 32}) {
+      for (const int page_size : pages) {
+        AmendSpec spec;
+        spec.dtype = dtype, spec.head_dim = head_dim, spec.group_size = group_size;
+        spec.page_size = page_size, spec.hnd = i % 2 == 1;
+        spec.num_kv_heads = 1 + i / 3 % 2;
+        spec.seq_lens = {70 + i % 40, 0, 1 + i % 3};
+        spec.ages = {i % 3 == 0 ? 5 : 0, 12};
+        spec.anchors = group_size <= cuda::kMaxTileHeads ? 4 : 0;
+        spec.exact = i % 7 == 4;
+        spec.ctas = 1 + i % 4;
+        spec.seed = i++;
+        test(spec, one_run());
+      }
+    }
+  }
+  // Lengths around the band, tiles and pages.
+  for (const int page_size : pages) {
+    AmendSpec spec;
+    spec.dtype = dtype, spec.page_size = page_size, spec.num_kv_heads = 1, spec.band = 24,
+    spec.hnd = page_size == 7;
+    spec.seq_lens = {1, 0, spec.band, spec.band + 1, 2 * page_size, 2 * page_size + 1, 64, 65, spec.band + 64};
+    spec.anchors = 3;
+    for (const int age : {0, 1}) {
+      spec.ages = {age};
+      spec.exact = false, test(spec, one_run());
+    }
+    spec.exact = true, test(spec, one_run());
+  }
+}
+
+void test_mixes(DType dtype) {
+  AmendSpec spec;
+  spec.dtype = dtype, spec.page_size = 7, spec.seq_lens = {210, 90, 0, 150}, spec.window = 70;
+  const std::vector<int> all_ages[] = {{0}, {1}, {spec.window}, {0, 3}, {20, 0, 66, 1, 0}};
+  for (const std::vector<int>& ages : all_ages) {
+    spec.ages = ages;
+    for (const int anchors : {0, 16, 64}) {
+      spec.anchors = anchors;
+      spec.heavy_tokens = 5;
+      spec.soft_cap = anchors == 16 ? 9 : 0;
+      for (const int ctas : {1, 5, 40}) {  // 40 are more than there are tiles
+        spec.ctas = ctas;
+        ++spec.seed;
+        test(spec, one_run());
+      }
+    }
+  }
+  // Two blocks of heads and two passes, each query head with a source of its own.
+  spec.anchors = 0, spec.per_head = true;
+  for (const int group_size : {3, 12, 24}) {
+    spec.group_size = group_size, spec.ages = {9, 0, 4, 70, 1}, test(spec, one_run());
+    spec.ages = {9, 30, 4, 70, 1}, test(spec, one_run());
+  }
+  // Large logits: the maximum moves often, and most of the weight is in the anchors.
+  spec = {};
+  spec.dtype = dtype, spec.seq_lens = {300}, spec.heavy_tokens = 12, spec.window = 64;
+  for (const double sharpness : {0.1, 2.0, 4.0}) {
+    for (const int group_size : {1, 16}) {
+      spec.sharpness = sharpness, spec.group_size = group_size, spec.anchors = 8;
+      ++spec.seed, test(spec, one_run());
+      spec.soft_cap = 5, test(spec, one_run());
+      spec.soft_cap = 0;
+    }
+  }
+  // More candidates than the block has threads; all of one weight, so that the first ones are to be taken.
+  spec.seq_lens = {2300}, spec.group_size = 2, spec.num_kv_heads = 1, spec.page_size = 64, spec.anchors = 50;
+  for (const double sharpness : {0.0, 1.0}) {
+    for (const int ctas : {1, 9}) {
+      spec.heavy_tokens = sharpness > 0 ? 10 : 0, spec.sharpness = sharpness, spec.ctas = ctas,
+      test(spec, one_run());
+    }
+  }
+  spec.anchors = cuda::kMaxAnchors, test(spec, one_run());
+  spec.ages = {10}, test(spec, one_run());
+  spec.seq_lens = {90}, spec.group_size = cuda::kMaxGroup, spec.anchors = 0, test(spec, one_run());
+  spec.page_size = 16, spec.group_size = 3;
+  // Fewer candidates than anchors; a band longer than the context.
+  spec.seq_lens = {40, 24, 26}, spec.anchors = 64, spec.sharpness = 1, test(spec, one_run());
+  spec.band = 100, test(spec, one_run());
+}
+
+void test_errors(DType dtype) {
+  AmendSpec spec;
+  spec.dtype = dtype, spec.seq_lens = {130, 70, 100, 45}, spec.page_size = 8,
+  spec.ages = {0, 0, 0, 0, 20, 20, 20, 20};
+  const int ctas[] = {1, 3, 9};
+  for (int i = 0; i < 9; ++i) {
+    spec.anchors = i % 3 == 0 ? 0 : 8, spec.ctas = ctas[i / 3];
+    const CaseReport report(spec.name());
+    const auto broken = [&](const char* what, auto change) {
+      const CaseReport report(what);
+      AmendCase amend(spec);
+      change(amend);
+      amend.run(one_run()[0]);
+      amend.check();
+    };
+    broken("too long", [](AmendCase& a) { a.seq_lens[1] = 1000, a.errors[1] = cuda::kBadLength; });
+    broken("negative", [](AmendCase& a) { a.seq_lens[0] = -3, a.errors[0] = cuda::kBadLength; });
+    broken("page too large",
+           [](AmendCase& a) { a.pages().page_id(0, 3) = a.pages().num_pages(), a.errors[0] = cuda::kBadPage; });
+    broken("negative page", [](AmendCase& a) { a.pages().page_id(3, 5) = -1, a.errors[3] = cuda::kBadPage; });
+    broken("garbage page", [](AmendCase& a) { a.pages().page_id(1, 0) = kGarbage, a.errors[1] = cuda::kBadPage; });
+    broken("match found a bad slot", [](AmendCase& a) { a.status[2] = a.errors[2] = cuda::kBadSlot; });
+    broken("all at once", [](AmendCase& a) {
+      a.seq_lens[0] = 1 << 30, a.errors[0] = cuda::kBadLength;
+      a.pages().page_id(1, 8) = -2, a.errors[1] = cuda::kBadPage;
+      a.status[3] = a.errors[3] = cuda::kBadSlot;
+    });
+  }
+  // A page that nobody reads may hold anything.
+  spec.anchors = 0, spec.ages = {20};
+  AmendCase unread(spec);
+  CHECK(unread.start(0, 0) > 8);
+  unread.pages().page_id(0, 0) = kGarbage;
+  unread.run();
+  unread.check();
+}
+
+void test_schedules(DType dtype) {
+  AmendSpec spec;
+  spec.dtype = dtype, spec.seq_lens = {140, 0, 70, 25}, spec.page_size = 7, spec.ages = {0, 6, 20, 0};
+  spec.anchors = 8, spec.heavy_tokens = 3, spec.group_size = 3, spec.ctas = 4;
+  test(spec, all_runs());
+  spec.group_size = 11, spec.head_dim = 80, spec.ctas = 2, spec.hnd = true, spec.num_kv_heads = 1;
+  test(spec, all_runs());
+  spec.group_size = 20, spec.head_dim = 64, spec.anchors = 0, spec.per_head = true, spec.ages = {0, 6, 20};
+  test(spec, all_runs());
+  spec.exact = true, spec.group_size = 1;
+  test(spec, all_runs());
+}
+
+}  // namespace
+}  // namespace mac_attn::simt
+
+int main(int argc, char** argv) {
+  using namespace mac_attn;
+  if (argc != 3) return 2;
+  const std::string part = argv[1];
+  const DType dtype = std::string(argv[2]) == "fp16" ? DType::kFloat16 : DType::kBFloat16;
+  if (part == "shapes") simt::test_shapes(dtype);
+  if (part == "mixes") simt::test_mixes(dtype);
+  if (part == "errors") simt::test_errors(dtype);
+  if (part == "schedules") simt::test_schedules(dtype);
+  return simt::test_result(("amend " + part).c_str());
+}

@@ -1,0 +1,159 @@
+// match_kernel: test_simt_match shapes|mixes|errors|schedules DTYPE
+#include "match_case.h"
+
+#include <cmath>
+
+namespace mac_attn::simt {
+namespace {
+
+std::vector<Run> one_run() {
+  static uint64_t seed = 0;
+  return {{Engine::kFibers, ++seed}};
+}
+
+// Returns the number of query heads that hit.
+int test(const MatchSpec& spec, const std::vector<Run>& runs) {
+  const CaseReport report(spec.name());
+  MatchCase match(spec);
+  for (const Run& run : runs) {
+    const CaseReport schedule(name_of(run));
+    match.run(run);
+    match.check();
+  }
+  return match.count_hits();
+}
+
+void test_shapes(DType dtype) {
+  MatchSpec spec;
+  spec.dtype = dtype;
+  int hits = 0, heads = 0;
+  for (const int head_dim : {64, 80, 96, 128, 256}) {
+    for (const int group_size : {1, 3, 5, 8, 16, 32}) {
+      spec.head_dim = head_dim, spec.group_size = group_size;
+      spec.num_kv_heads = 1 + static_cast<int>(spec.seed % 2);
+      spec.relative = spec.seed % 3 != 0, spec.per_head = spec.seed % 4 == 3;
+      spec.splits = 1 + static_cast<int>(spec.seed % 3);
+      spec.request_ids = spec.seed % 5 != 0;
+      ++spec.seed;
+      hits += test(spec, one_run());
+      heads += 3 * spec.num_kv_heads * group_size;
+    }
+  }
+  CHECK(hits > heads / 4 && hits < heads);
+}
+
+void test_mixes(DType dtype) {
+  MatchSpec spec;
+  spec.dtype = dtype;
+  for (const bool per_head : {false, true}) {
+    for (const int splits : {1, 2, 7, 32}) {
+      for (const int group_size : {1, 4, 12}) {
+        spec.per_head = per_head, spec.splits = splits, spec.group_size = group_size;
+        for (const bool twins : {false, true}) {
+          spec.twins = twins, ++spec.seed, test(spec, one_run());
+        }
+        spec.max_reuse_depth = 3, ++spec.seed, test(spec, one_run());
+        spec.max_reuse_depth = 1 << 30;
+      }
+    }
+  }
+  // A window of many rounds for each warp, one that is not full, and none at all.
+  for (const int window : {300, 1, 7}) {
+    spec.window = window, spec.seq_lens = {700, 150, 18, 17, 16, 1, 2}, spec.group_size = 3, spec.near = 0.02;
+    for (const bool per_head : {false, true}) {
+      for (const int splits : {1, 3})
+        spec.per_head = per_head, spec.splits = splits, ++spec.seed, test(spec, one_run());
+    }
+  }
+  // All miss, all hit.
+  spec = {};
+  spec.dtype = dtype, spec.near = 0, spec.holes = 0, spec.seq_lens = {90, 120};
+  CHECK(test(spec, one_run()) == 0);
+  spec.near = 1;
+  CHECK(test(spec, one_run()) == 12);
+  spec.min_context = 91;
+  CHECK(test(spec, one_run()) == 6);
+  spec.min_context = 1, spec.rho = 0;
+  CHECK(test(spec, one_run()) == 0);
+  spec.rho = INFINITY;
+  CHECK(test(spec, one_run()) == 0);
+  // The largest group; no distance at all.
+  spec.rho = 0.2, spec.group_size = cuda::kMaxGroup, spec.num_kv_heads = 1, spec.seq_lens = {60};
+  for (const bool per_head : {false, true}) spec.per_head = per_head, test(spec, one_run());
+}
+
+// What a single head or entry does to a decision.
+void test_numbers(DType dtype) {
+  for (const bool per_head : {false, true}) {
+    for (const bool relative : {false, true}) {
+      MatchSpec spec;
+      spec.dtype = dtype, spec.per_head = per_head, spec.relative = relative, spec.near = 0.6, spec.splits = 2;
+      const auto changed = [&](const char* what, auto change) {
+        const CaseReport report(what);
+        MatchCase match(spec);
+        change(match);
+        match.run(one_run()[0]);
+        match.check();
+      };
+      changed("NaN in a query", [](MatchCase& m) { m.query().set(0, 1, 63, NAN); });
+      changed("infinity in a query", [](MatchCase& m) { m.query().set(1, 4, 0, -INFINITY); });
+      changed("a threshold of 0", [](MatchCase& m) { m.thresholds[2] = 0; });
+      changed("a threshold below 0", [](MatchCase& m) { m.thresholds[1] = -1; });
+      changed("a threshold of NaN", [](MatchCase& m) { m.thresholds[3] = NAN; });
+      changed("entries with NaN and infinity", [](MatchCase& m) {
+        for (size_t i = 7; i < m.ring.query.size(); i += 1500) m.ring.query[i] = i % 4 ? 0x7fff : 0xff80;
+      });
+      changed("another request's slot", [](MatchCase& m) { ++m.ring.request[m.slots[0]]; });
+      changed("a broken history", [](MatchCase& m) { --m.ring.end[m.slots[1]], ++m.ring.end[m.slots[3]]; });
+    }
+  }
+}
+
+void test_errors(DType dtype) {
+  MatchSpec spec;
+  spec.dtype = dtype, spec.near = 0.5;
+  const int many_splits = 3;
+  for (int i = 0; i < 4; ++i) {
+    spec.splits = i % 2 ? many_splits : 1, spec.per_head = i / 2;
+    const auto broken = [&](const char* what, auto change) {
+      const CaseReport report(what);
+      MatchCase match(spec);
+      change(match);
+      match.run(one_run()[0]);
+      match.check();
+    };
+    broken("slot too large", [](MatchCase& m) { m.slots[0] = m.ring.num_slots, m.errors[0] = cuda::kBadSlot; });
+    broken("garbage slot", [](MatchCase& m) { m.slots[3] = kGarbage, m.errors[3] = cuda::kBadSlot; });
+    broken("negative slot", [](MatchCase& m) { m.slots[1] = -1, m.errors[1] = cuda::kBadSlot; });
+    broken("one slot twice",
+           [](MatchCase& m) { m.slots[1] = m.slots[3], m.errors[1] = m.errors[3] = cuda::kBadSlot; });
+    broken("padding may name a slot", [](MatchCase& m) { m.slots[2] = m.slots[0]; });
+    broken("negative length", [](MatchCase& m) { m.seq_lens[0] = -4, m.errors[0] = cuda::kBadLength; });
+    broken("two errors", [](MatchCase& m) {
+      m.seq_lens[3] = -1, m.slots[3] = -1, m.errors[3] = cuda::kBadLength | cuda::kBadSlot;
+    });
+  }
+}
+
+void test_schedules(DType dtype) {
+  MatchSpec spec;
+  spec.dtype = dtype, spec.near = 0.4, spec.twins = true, spec.seq_lens = {90, 41}, spec.num_kv_heads = 1;
+  spec.splits = 2, test(spec, all_runs());
+  spec.per_head = true, spec.group_size = 2, test(spec, all_runs());
+  spec.per_head = false, spec.splits = 1, spec.group_size = 5, spec.head_dim = 128, test(spec, all_runs());
+}
+
+}  // namespace
+}  // namespace mac_attn::simt
+
+int main(int argc, char** argv) {
+  using namespace mac_attn;
+  if (argc != 3) return 2;
+  const std::string part = argv[1];
+  const DType dtype = std::string(argv[2]) == "fp16" ? DType::kFloat16 : DType::kBFloat16;
+  if (part == "shapes") simt::test_shapes(dtype);
+  if (part == "mixes") simt::test_mixes(dtype), simt::test_numbers(dtype);
+  if (part == "errors") simt::test_errors(dtype);
+  if (part == "schedules") simt::test_schedules(dtype);
+  return simt::test_result(("match " + part).c_str());
+}
