@@ -33,12 +33,12 @@ void check_rows(const void* data, const char* name, std::initializer_list<int64_
 }
 
 // What the kernels keep between launches, for as many requests as there is room for: [best keys of the query heads,
-// two numbers each | counters of match and of amend for every KV head | status of every request]. All but the last
-// is zero between launches. A call without a ReuseCache has its own.
+// two numbers each | counters of match and of amend for every KV head | amend's counter of pieces | status of every
+// request]. All but the last is zero between launches. A call without a ReuseCache has its own.
 struct Workspace {
   Tensor memory;
   unsigned long long* best;
-  int32_t *status, *match_done, *amend_done;
+  int32_t *match_done, *amend_done, *drawn, *status;
 
   Workspace(const Shape& shape, const Persistent& persistent, const Tensor& on) {
     const int64_t B = shape.batch, Hq = shape.num_qo_heads(), H = shape.num_kv_heads, each = 2 * Hq + 2 * H + 1;
@@ -46,15 +46,16 @@ struct Workspace {
       memory = *persistent.workspace;
       check_array(memory, "workspace", {kAny}, at::kInt, on.device());
     } else {
-      memory = at::zeros({B * each}, on.options().dtype(at::kInt));
+      memory = at::zeros({B * each + 1}, on.options().dtype(at::kInt));
     }
-    const int64_t room = memory.numel() / each;
+    const int64_t room = (memory.numel() - 1) / each;
     TORCH_CHECK_VALUE(B <= room, "batch is ", B, ", must be at most the ", room, " slots of the ReuseCache");
     int32_t* first = memory.data_ptr<int32_t>();
     best = reinterpret_cast<unsigned long long*>(first);
     match_done = first + 2 * room * Hq;
     amend_done = match_done + room * H;
-    status = amend_done + room * H;
+    drawn = amend_done + room * H;
+    status = drawn + 1;
   }
 };
 
@@ -95,17 +96,18 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   cuda::AmendWorkspace w{};
   w.status = workspace.status;
   w.done = workspace.amend_done;
+  w.drawn = workspace.drawn;
   w.error_flag = error_flag_of(persistent, on);
   w.num_pages = static_cast<int32_t>(limits.num_pages);
   w.page_size = cuda::Divisor(p.kv.page_size);
   w.max_tokens = limits.max_pages * p.kv.page_size;
   w.tile_heads = std::min<int32_t>(p.shape.group_size, cuda::kMaxTileHeads);
   w.head_tiles = (p.shape.group_size + cuda::kMaxTileHeads - 1) / cuda::kMaxTileHeads;
-  const int64_t tiles = B * H * w.head_tiles * (w.max_tokens / cuda::kWarpTokens / 4 + cuda::kMaxAnchors);
+  const int64_t tiles = B * H * w.head_tiles * (w.max_tokens / (4 * cuda::kWarpTokens) + cuda::kMaxAnchors);
   TORCH_CHECK_VALUE(tiles < INT32_MAX, "block_table has ", B, " rows of ", limits.max_pages, " pages of ",
                     p.kv.page_size, " tokens, must have fewer than 2^31 tiles of 64 in all KV heads");
   const auto floats = on.options().dtype(at::kFloat);
-  const int64_t states = (ctas + B * H * w.head_tiles) * kNumSpans * w.tile_heads;
+  const int64_t states = (cuda::kMaxPieces * ctas + B * H * w.head_tiles) * kNumSpans * w.tile_heads;
   Tensor partial = at::empty({states * (D + 2)}, floats);
   w.partial_out = partial.data_ptr<float>();
   w.partial_max = w.partial_out + states * D;

@@ -127,8 +127,9 @@ class ReuseCache:
             self.slot_request = full((self.num_slots,), NO_REQUEST, torch.int64)
             self.counters = full((self.num_slots, len(COUNTERS)), 0, torch.int64)
             # What the CUDA kernels keep between launches: csrc/backend_cuda.cpp.
-            numbers = 0 if self.device.type == "cpu" else 2 * (self.num_qo_heads + self.num_kv_heads) + 1
-            self.workspace = full((self.num_slots * numbers,), 0, torch.int32)
+            numbers = self.num_slots * (2 * (self.num_qo_heads + self.num_kv_heads) + 1) + 1
+            size_on_gpu = numbers if self.device.type != "cpu" else 0
+            self.workspace = full((size_on_gpu,), 0, torch.int32)
         # The device works (error_flag lies there) and the arguments are valid: it is the size.
         except RuntimeError as error:
             raise MemoryError(

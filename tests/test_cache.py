@@ -103,7 +103,7 @@ def test_tensors(dtype, anchors, device):
         "counters": ((5, 6), torch.int64),
         "threshold": ((6,), torch.float32),
         "error_flag": ((1,), torch.int32),
-        "workspace": ((0 if device.type == "cpu" else 5 * (1 + 2),), torch.int32),
+        "workspace": ((0 if device.type == "cpu" else 5 * (2 * (6 + 2) + 1) + 1,), torch.int32),
     }
     size = 0
     for name, (shape, kind) in shapes.items():

@@ -350,28 +350,20 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
   state.clear();
 }
 
+// The tiles of one piece, from `cursor` on.
 template <typename T, int kHeadDim, int kHeadBlocks>
-__global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
-    amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
+MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const Line& line, int piece, Cursor cursor,
+                            WarpState<T, kHeadDim, kHeadBlocks>& state) {
   using Stage = Stage<kHeadDim>;
   T* shared = static_cast<T*>(dynamic_shared());
   T* query = shared + kWarps * Stage::kCount * Stage::kElements;
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32, end = line.begin(piece + 1);
   T* stages = shared + warp * Stage::kCount * Stage::kElements;
-
-  ptx::grid_dependency_wait();  // match's answer
-  Cursor cursor;
-  const Line line = find_first_tile(p, w, cursor);
-  ptx::grid_dependency_launch();
-  if (line.places == 0) return;
-  const int end = line.begin(blockIdx.x + 1);
 
   // Round r looks up the rows of tile r, asks for tile r - 1 and computes tile r - kCount. There is one loop for
   // filling the pipeline and for using it, as the first run through any code waits for the code itself.
   Cursor ahead = cursor;
   Row row{};
-  WarpState<T, kHeadDim, kHeadBlocks> state;
-  state.clear();
   bool new_pass = true;
   uint64_t valid = 0;  // 16 bits a round: which rows of the tile are there
   static_assert(kWarpTokens * (Stage::kCount + 1) <= 64, "the rounds in flight");
@@ -413,10 +405,10 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
     if (at_end || new_pass || cursor.local + 1 == cursor.work.old_tiles) {
       const Scratch scratch{reinterpret_cast<unsigned char*>(shared + slot * Stage::kElements),
                             Stage::kCount * Stage::kBytes};
-      const int64_t segment = static_cast<int64_t>(blockIdx.x) + cursor.pass(p, w);
+      const int64_t segment = static_cast<int64_t>(piece) + cursor.pass(p, w);
       write_partial<T, kHeadDim, kHeadBlocks>(w, state, scratch, segment * kNumSpans + cursor.span());
       if (at_end || (new_pass && cursor.head_tile + 1 == w.head_tiles)) {
-        leave_kv_head<T, kHeadDim>(p, w, line, cursor, scratch);
+        leave_kv_head<T, kHeadDim>(p, w, line, piece, cursor, scratch);
       }
     }
     if (at_end) break;
@@ -424,6 +416,22 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
     slot = slot + 1 == Stage::kCount ? 0 : slot + 1;
   }
   ptx::cp_async_wait<0>();
+}
+
+template <typename T, int kHeadDim, int kHeadBlocks>
+__global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
+    amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
+  ptx::grid_dependency_wait();  // match's answer
+  LineShare share;
+  const Line line = sum_line(p, w, share);
+  ptx::grid_dependency_launch();
+  WarpState<T, kHeadDim, kHeadBlocks> state;
+  state.clear();
+#pragma unroll 1
+  for (int piece = blockIdx.x; piece < line.pieces; piece = draw_piece(w, line)) {
+    Cursor cursor;
+    if (find_tile(p, w, line, share, piece, cursor)) amend_piece<T, kHeadDim, kHeadBlocks>(p, w, line, piece, cursor, state);
+  }
 }
 
 }  // namespace mac_attn::cuda

@@ -21,7 +21,7 @@ constexpr float kBinsPerLog2 = 8.f;
 // Below this share of the old sum, what the subtraction leaves is its own rounding error.
 constexpr float kRoundingOfSums = 4.8e-7f;
 
-struct CtaRange {
+struct PieceRange {
   int begin, end;
 };
 
@@ -34,7 +34,7 @@ struct Scratch {
 
 // The merged sums of a pass, per query head, and the choice of a KV head's anchors; in shared memory.
 struct AnchorChoice {
-  CtaRange ctas[kNumSpans];
+  PieceRange pieces[kNumSpans];
   float max[kNumSpans][kMaxTileHeads];
   float sum[kNumSpans][kMaxTileHeads];
   float lse[kMaxTileHeads];  // log2, over all tokens
@@ -89,7 +89,7 @@ MAC_DEVICE void sort_into_bins(const AmendParams& p, const AmendWorkspace& w, in
       if (weight[i] > -INFINITY) {
         const float place = -weight[i] * kBinsPerLog2;
         bin = place < 0.f ? 0 : place < kBins - 1 ? static_cast<uint32_t>(place) : kBins - 1;
-        ptx::atomic_add_shared(&choice.bin[bin], 1);
+        ptx::atomic_add(&choice.bin[bin], 1);
       }
       bins |= bin << (8 * i);
     }

@@ -18,20 +18,20 @@ struct Segments {
   Line line;
 };
 
-// Which CTAs have a partial state of which span, of the pass over one head tile: the span's tiles follow one
+// Which pieces have a partial state of which span, of the pass over one head tile: the span's tiles follow one
 // another, so they do too. Four threads, `end` of 0 to 3, look for the four ends.
-MAC_DEVICE void find_ctas(const Segments& segments, int head_tile, int end, CtaRange (&ctas)[kNumSpans]) {
+MAC_DEVICE void find_pieces(const Segments& segments, int head_tile, int end, PieceRange (&pieces)[kNumSpans]) {
   const bool fresh = end / 2 == kFresh, upper = end % 2;
   const int first = fresh ? segments.old_tiles : 0, last = fresh ? segments.pass_tiles : segments.old_tiles;
   const int place =
       segments.first_place + head_tile * (segments.pass_tiles + kPassCost) + (upper ? last - 1 : first);
-  const int cta = first == last ? 0 : segments.line.cta_of(place) + upper;
-  (upper ? ctas[fresh].end : ctas[fresh].begin) = cta;
+  const int piece = first == last ? 0 : segments.line.piece_of(place) + upper;
+  (upper ? pieces[fresh].end : pieces[fresh].begin) = piece;
 }
 
 // Where a head's part of a partial state lies.
-MAC_DEVICE int partial_of(const AmendWorkspace& w, int cta, int pass, int span, int head) {
-  return ((cta + pass) * kNumSpans + span) * w.tile_heads + head;
+MAC_DEVICE int partial_of(const AmendWorkspace& w, int piece, int pass, int span, int head) {
+  return ((piece + pass) * kNumSpans + span) * w.tile_heads + head;
 }
 
 // Max and sum of every head over the partial states of a span: four lanes side by side for each head and span.
@@ -43,8 +43,8 @@ MAC_DEVICE void merge_sums(const AmendWorkspace& w, int pass, int heads, AnchorC
   float max = -INFINITY, sum = 0.f;
   if (head < heads) {
 #pragma unroll 4
-    for (int cta = choice.ctas[span].begin + sharer; cta < choice.ctas[span].end; cta += kSharers) {
-      const int i = partial_of(w, cta, pass, span, head);
+    for (int piece = choice.pieces[span].begin + sharer; piece < choice.pieces[span].end; piece += kSharers) {
+      const int i = partial_of(w, piece, pass, span, head);
       const float partial_max = w.partial_max[i], partial_sum = w.partial_sum[i], high = fmaxf(max, partial_max);
       sum = sum * ptx::ex2(max - finite_or_zero(high)) + partial_sum * ptx::ex2(partial_max - finite_or_zero(high));
       max = high;
@@ -62,15 +62,15 @@ MAC_DEVICE void merge_sums(const AmendWorkspace& w, int pass, int heads, AnchorC
 // Four elements of a head's sums of weight * value, of both spans: their partial states are one list.
 MAC_DEVICE void merge_outs(const AmendWorkspace& w, int pass, int head, int column, int head_dim,
                            const AnchorChoice& choice, float4 (&out)[kNumSpans]) {
-  const int num_old = choice.ctas[kOld].end - choice.ctas[kOld].begin;
-  const int all = num_old + choice.ctas[kFresh].end - choice.ctas[kFresh].begin;
+  const int num_old = choice.pieces[kOld].end - choice.pieces[kOld].begin;
+  const int all = num_old + choice.pieces[kFresh].end - choice.pieces[kFresh].begin;
   const float base[kNumSpans] = {finite_or_zero(choice.max[kOld][head]), finite_or_zero(choice.max[kFresh][head])};
   out[kOld] = out[kFresh] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 8
   for (int j = 0; j < all; ++j) {
     const int fresh = j >= num_old;
-    const int cta = j + (fresh ? choice.ctas[kFresh].begin - num_old : choice.ctas[kOld].begin);
-    const int i = partial_of(w, cta, pass, fresh, head);
+    const int piece = j + (fresh ? choice.pieces[kFresh].begin - num_old : choice.pieces[kOld].begin);
+    const int i = partial_of(w, piece, pass, fresh, head);
     const float4 part = ptx::load_float4(w.partial_out + static_cast<int64_t>(i) * head_dim + column);
     const float weight = ptx::ex2(w.partial_max[i] - (fresh ? base[kFresh] : base[kOld]));
 #pragma unroll
@@ -95,7 +95,7 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
   for (int tile = 0; tile < w.head_tiles; ++tile) {
     if (tile > 0) {
       ptx::sync_block();  // all have read the last pass's
-      if (threadIdx.x < 2 * kNumSpans) find_ctas(segments, tile, threadIdx.x, choice.ctas);
+      if (threadIdx.x < 2 * kNumSpans) find_pieces(segments, tile, threadIdx.x, choice.pieces);
       ptx::sync_block();
     }
     const int first = tile * kMaxTileHeads, heads = G - first < w.tile_heads ? G - first : w.tile_heads;
@@ -142,7 +142,7 @@ MAC_DEVICE int min_of(int a, int b) {
 
 // A CTA has written its last partial state of a KV head; if it is the last one of all, it finishes the head.
 template <typename T, int kHeadDim>
-MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, const Line& line,
+MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, const Line& line, int piece,
                               const Cursor& cursor, const Scratch& scratch) {
   __shared__ AnchorChoice choice;
   __shared__ int is_last;
@@ -151,8 +151,8 @@ MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, con
                           cursor.work.old_tiles, group * w.head_tiles, line};
   // write_partial ended with a barrier: everybody's part is done, and the release below covers it.
   if (threadIdx.x == 0) {
-    // Its tiles of this KV head: of the passes before, and of this one from where its piece begins.
-    const int begin = line.begin(blockIdx.x) - segments.first_place, all = w.head_tiles * tiles;
+    // The piece's tiles of this KV head: of the passes before, and of this one from where it begins.
+    const int begin = line.begin(piece) - segments.first_place, all = w.head_tiles * tiles;
     const int before = begin > 0 ? begin / (tiles + kPassCost) * tiles +
                                        min_of(begin % (tiles + kPassCost), tiles)
                                  : 0;
@@ -161,7 +161,7 @@ MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, con
     if (is_last) w.done[group] = 0;  // as the next call wants to find it
   }
   // Another warp, meanwhile.
-  if (threadIdx.x / 32 == 1 && ptx::lane_id() < 2 * kNumSpans) find_ctas(segments, 0, ptx::lane_id(), choice.ctas);
+  if (threadIdx.x / 32 == 1 && ptx::lane_id() < 2 * kNumSpans) find_pieces(segments, 0, ptx::lane_id(), choice.pieces);
   ptx::sync_block();
   if (!is_last) return;
   finish_kv_head<T, kHeadDim>(p, w, segments, cursor, scratch, choice);

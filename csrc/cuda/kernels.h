@@ -10,6 +10,7 @@
 namespace mac_attn::cuda {
 
 constexpr int32_t kMaxTileHeads = 16;  // query heads that one pass over the tokens serves
+constexpr int32_t kMaxPieces = 9;      // for each CTA, of the line of tiles
 constexpr int32_t kWarpTokens = 16;    // tokens with one anchor candidate among them
 constexpr int32_t kMaxAnchors = 256;
 constexpr int32_t kMaxGroup = 128;
@@ -41,12 +42,13 @@ struct MatchWorkspace {
   int32_t splits;            // CTAs for each KV head, see match_splits
 };
 
-// Device memory of one amend call. `done` is zero before the launch and after it.
+// Device memory of one amend call. `done` and `drawn` are zero before the launch and after it.
 struct AmendWorkspace {
   int32_t* done;           // [B, H] tiles whose partial states are there
+  int32_t* drawn;          // [1] pieces that CTAs have drawn
   int32_t* status;         // [B] Error bits
   int32_t* error_flag;     // [1] sticky, or null
-  float* partial_out;      // [C + B H head_tiles, kNumSpans, tile_heads, D] sum of weight * value
+  float* partial_out;      // [kMaxPieces C + B H head_tiles, kNumSpans, tile_heads, D] sum of weight * value
   float* partial_max;      // [.., kNumSpans, tile_heads] log2
   float* partial_sum;      // [.., kNumSpans, tile_heads]
   int32_t* candidate;      // [B, H, max_candidates] the heaviest of every 16 old tokens of a miss

@@ -1,10 +1,12 @@
 // How the work of one amend launch is shared out: one persistent grid for every mix of hits and misses.
 //
-// The tokens of a KV head (once per 16 query heads that share it) are cut into tiles of 64: first those of
-// the old span [s, E(p)), then the inherited anchors, then the band [E(p), n). All tiles of the call form
-// one line, with a gap of kPassCost before every pass, and each CTA takes an equal piece of it. The lengths are read on the device, so a captured graph adapts to every step. A piece of a CTA within one KV
-// head is a segment; it leaves at most one partial state per span. Segment numbers (CTA + head) differ,
-// as from one segment to the next at least one of the two grows.
+// The tokens of a KV head (once per 16 query heads that share it) are cut into tiles of 64: first those of the old
+// span [s, E(p)), then the inherited anchors, then the band [E(p), n). All tiles of the call form one line, with a
+// gap of kPassCost before every pass, and the line is cut into pieces, one for each CTA. Of a long line that is only
+// three quarters; the rest is cut into small pieces which the CTAs draw when they are done, as they do not get equal
+// shares of the memory's bandwidth. The lengths are read on the device, so a captured graph adapts to every step.
+// A piece's part within one KV head is a segment; it leaves at most one partial state per span. Segment numbers
+// (piece + pass) differ, as from one segment to the next at least one of the two grows.
 #pragma once
 
 #include "../params.h"
@@ -23,6 +25,10 @@ constexpr int kMaxSplits = 32;
 // What a pass costs besides its tiles (writing and merging its states), in tiles. Without it, the CTAs that get the
 // many short passes of a batch of hits would be the last to finish.
 constexpr int kPassCost = 6;
+// Tiles for each CTA from which on pieces are drawn, and the small pieces that such a share would make.
+constexpr int kDrawFrom = 64;
+constexpr int kSmallPieces = 24;
+static_assert(kSmallPieces / 4 + 2 < kMaxPieces, "room for the partial states");
 
 // First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
 MAC_DEVICE int amend_start(const AmendParams& p, int source) {
@@ -59,17 +65,32 @@ MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w
   return {n, start, old_end, old_tiles, anchor_tiles, old_tiles + anchor_tiles + tiles_for(n - old_end)};
 }
 
-// The line, cut evenly: the first `longer` CTAs have one place more than `each`.
+// The line and its pieces: the first `longer` of the `firsts` are one place longer than `each`, then come small ones.
 struct Line {
-  int places, ctas;
-  int each, longer;
+  int places, pieces;
+  int firsts, each, longer, small;
 
-  MAC_DEVICE Line(int places, int ctas)
-      : places(places), ctas(ctas), each(ctas ? places / ctas : 0), longer(ctas ? places % ctas : 0) {}
-  MAC_DEVICE int begin(int cta) const { return cta * each + (cta < longer ? cta : longer); }
-  MAC_DEVICE int cta_of(int place) const {
-    const int shorter = place - longer * (each + 1);  // places beyond those of the longer pieces
-    return shorter < 0 ? place / (each + 1) : longer + shorter / each;
+  // With at most `most` pieces if nothing is drawn.
+  MAC_DEVICE Line(int places, int ctas, int most) : places(places) {
+    const int share = places / ctas;
+    if (share < kDrawFrom) {
+      pieces = firsts = places < most ? places : most;
+      each = places / firsts, longer = places % firsts, small = 1;
+    } else {
+      firsts = ctas, each = share - share / 4, longer = 0, small = (share + kSmallPieces - 1) / kSmallPieces;
+      pieces = firsts + (places - firsts * each + small - 1) / small;
+    }
+  }
+  MAC_DEVICE int begin(int piece) const {
+    const int place = piece < firsts ? piece * each + (piece < longer ? piece : longer)
+                                     : firsts * each + longer + (piece - firsts) * small;
+    return place < places ? place : places;
+  }
+  MAC_DEVICE int piece_of(int place) const {
+    const int in_small = place - firsts * each - longer;
+    if (in_small >= 0) return firsts + in_small / small;
+    const int in_shorter = place - longer * (each + 1);
+    return in_shorter < 0 ? place / (each + 1) : longer + in_shorter / each;
   }
 };
 
@@ -85,11 +106,11 @@ struct Cursor {
     return kv_group(p) * w.head_tiles + head_tile;
   }
   MAC_DEVICE Span span() const { return local < work.old_tiles ? kOld : kFresh; }
-  // Whether the CTA, whose piece ends at `end`, has a tile after this one.
+  // Whether the piece, which ends at `end`, has a tile after this one.
   MAC_DEVICE bool has_next(int end) const {
     return place + 1 + (local + 1 == work.tiles ? kPassCost : 0) < end;
   }
-  // To the next tile; beyond the end of the CTA's piece there may be no pass.
+  // To the next tile; beyond the end of the piece there may be no pass.
   MAC_DEVICE void advance(const AmendParams& p, const AmendWorkspace& w, int end) {
     const bool has = has_next(end);
     ++place, ++local;
@@ -129,24 +150,24 @@ MAC_DEVICE const int32_t* inherited_anchors(const AmendParams& p, int request, i
   return p.ring_anchors + entry * p.num_anchors;
 }
 
-// Sums up the line (every CTA for itself: a prefix sum over the KV heads) and puts `cursor` at the first tile of
-// this CTA's piece. A CTA without a tile gets a line of none.
-MAC_DEVICE Line find_first_tile(const AmendParams& p, const AmendWorkspace& w, Cursor& cursor) {
+// A thread's share of the KV heads: [begin, end), which lie on the line from `place` on.
+struct LineShare {
+  int begin, end;
+  int place, places;
+};
+
+// Sums up the line, every CTA for itself: a prefix sum over the KV heads.
+MAC_DEVICE Line sum_line(const AmendParams& p, const AmendWorkspace& w, LineShare& share) {
   __shared__ int warp_sum[kWarps];
-  __shared__ int found_group, found_place;
-  __shared__ KvHeadWork found_work;
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32, H = p.shape.num_kv_heads;
   const int groups = p.shape.batch * H, each = (groups + kThreads - 1) / kThreads;
-  const int begin = threadIdx.x * each, end = begin + each < groups ? begin + each : groups;
-
-  int mine = 0;
-  KvHeadWork work{};
+  share.begin = threadIdx.x * each, share.end = share.begin + each < groups ? share.begin + each : groups;
+  share.places = 0;
 #pragma unroll 1
-  for (int group = begin; group < end; ++group) {
-    work = kv_head_work(p, w, group / H, group % H);
-    mine += (work.tiles + kPassCost) * w.head_tiles;
+  for (int group = share.begin; group < share.end; ++group) {
+    share.places += (kv_head_work(p, w, group / H, group % H).tiles + kPassCost) * w.head_tiles;
   }
-  int upto = mine;  // inclusive prefix within the warp
+  int upto = share.places;  // inclusive prefix within the warp
 #pragma unroll 1
   for (int distance = 1; distance < 32; distance *= 2) {
     const int before = ptx::shfl(upto, lane >= distance ? lane - distance : lane);
@@ -159,30 +180,50 @@ MAC_DEVICE Line find_first_tile(const AmendParams& p, const AmendWorkspace& w, C
     if (i < warp) upto += warp_sum[i];
     places += warp_sum[i];
   }
+  share.place = upto - share.places;
   const int grid = static_cast<int>(gridDim.x), passes = groups * w.head_tiles;
-  const int most = passes < grid / kMaxSplits ? passes * kMaxSplits : grid;
-  const Line line(places, places < most ? places : most);
-  if (static_cast<int>(blockIdx.x) >= line.ctas) return Line(0, 0);
+  return Line(places, grid, passes < grid / kMaxSplits ? passes * kMaxSplits : grid);
+}
 
-  const int first = line.begin(blockIdx.x);
-  if (first >= upto - mine && first < upto) {  // one thread's KV heads hold it
-    int group = begin, place = upto - mine;
+// Puts `cursor` at the first tile of a piece; false if it has none.
+MAC_DEVICE bool find_tile(const AmendParams& p, const AmendWorkspace& w, const Line& line, const LineShare& share,
+                          int piece, Cursor& cursor) {
+  __shared__ int found_group, found_place;
+  __shared__ KvHeadWork found_work;
+  const int H = p.shape.num_kv_heads, first = line.begin(piece);
+  ptx::sync_block();  // the last piece's are no longer needed
+  if (first >= share.place && first < share.place + share.places) {
+    int group = share.begin, place = share.place;
 #pragma unroll 1
-    for (; each > 1; ++group) {
-      work = kv_head_work(p, w, group / H, group % H);
-      const int places_of = (work.tiles + kPassCost) * w.head_tiles;
-      if (place + places_of > first) break;
-      place += places_of;
+    for (;; ++group) {
+      const KvHeadWork work = kv_head_work(p, w, group / H, group % H);
+      const int places = (work.tiles + kPassCost) * w.head_tiles;
+      if (group + 1 == share.end || place + places > first) {
+        found_group = group, found_place = first - place, found_work = work;
+        break;
+      }
+      place += places;
     }
-    found_group = group, found_place = first - place, found_work = work;
   }
   ptx::sync_block();
-  work = found_work;
+  const KvHeadWork work = found_work;
   const int pass_places = work.tiles + kPassCost, place = found_place % pass_places;
   const int gap = place < kPassCost ? kPassCost - place : 0;  // still before the pass's first tile
-  if (first + gap >= line.begin(blockIdx.x + 1)) return Line(0, 0);
+  if (first + gap >= line.begin(piece + 1)) return false;
   cursor = {first + gap, place + gap - kPassCost, found_group / H, found_group % H, found_place / pass_places, work};
-  return line;
+  return true;
+}
+
+// The next piece of a CTA; beyond the line if there is none. The last draw of all leaves the counter at zero.
+MAC_DEVICE int draw_piece(const AmendWorkspace& w, const Line& line) {
+  __shared__ int drawn;
+  if (line.pieces == line.firsts) return line.pieces;
+  if (threadIdx.x == 0) {
+    drawn = ptx::atomic_add(w.drawn, 1);
+    if (drawn == line.pieces - 1) *w.drawn = 0;
+  }
+  ptx::sync_block();
+  return line.firsts + drawn;
 }
 
 }  // namespace mac_attn::cuda

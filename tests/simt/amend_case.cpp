@@ -148,8 +148,9 @@ cuda::AmendWorkspace AmendCase::workspace() {
   w.tile_heads = std::min<int32_t>(G, cuda::kMaxTileHeads);
   w.head_tiles = (G + cuda::kMaxTileHeads - 1) / cuda::kMaxTileHeads;
   const size_t groups = size_t{1} * batch * spec_.num_kv_heads;
-  const size_t states = (spec_.ctas + groups * w.head_tiles) * kNumSpans * w.tile_heads;
+  const size_t states = (cuda::kMaxPieces * spec_.ctas + groups * w.head_tiles) * kNumSpans * w.tile_heads;
   done_.assign(groups, 0);
+  drawn_.assign(1, 0);
   error_flag_.assign(1, kStickyBit);
   partial_out_.assign(states * spec_.head_dim, NAN);
   partial_max_.assign(states, NAN);
@@ -162,7 +163,7 @@ cuda::AmendWorkspace AmendCase::workspace() {
     candidate_logit_.assign(candidate_.size() * G, NAN);
     candidate_max_.assign(candidate_.size() * G, NAN);
   }
-  w.done = done_.data(), w.status = status.data(), w.error_flag = error_flag_.data();
+  w.done = done_.data(), w.drawn = drawn_.data(), w.status = status.data(), w.error_flag = error_flag_.data();
   w.partial_out = partial_out_.data(), w.partial_max = partial_max_.data(), w.partial_sum = partial_sum_.data();
   w.candidate = candidate_.data(), w.candidate_bin = candidate_bin_.data();
   w.candidate_logit = candidate_logit_.data();
@@ -190,6 +191,7 @@ void AmendCase::check() const {
   CHECK(unchanged_.holds());
   CHECK(error_flag_[0] == expected_flag_);
   CHECK(std::count(done_.begin(), done_.end(), 0) == static_cast<int64_t>(done_.size()));
+  CHECK(drawn_[0] == 0);
   for (int b = 0; b < static_cast<int>(seq_lens.size()); ++b) {
     CHECK(status[b] == errors[b]);
     errors[b] ? check_nan(b) : check_request(b);

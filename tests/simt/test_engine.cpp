@@ -78,7 +78,7 @@ __global__ void use_atomics(const unsigned long long* values, int* written, Atom
   const int t = static_cast<int>(threadIdx.x), all = static_cast<int>(blockIdx.x * blockDim.x) + t;
   if (t == 0) sum = 0;
   ptx::sync_block();
-  ptx::atomic_add_shared(&sum, t);
+  ptx::atomic_add(&sum, t);
   ptx::atomic_or(&out->bits, 1 << t % 20);
   ptx::atomic_max(&out->greatest, values[all]);
   written[all] = 1;

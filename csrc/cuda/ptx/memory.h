@@ -69,7 +69,7 @@ MAC_DEVICE int atomic_or(int* p, int bits) {
 MAC_DEVICE void atomic_add(int64_t* p, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value));
 }
-MAC_DEVICE int atomic_add_shared(int* p, int value) {
+MAC_DEVICE int atomic_add(int* p, int value) {
   return atomicAdd(p, value);
 }
 MAC_DEVICE unsigned long long atomic_max(unsigned long long* p, unsigned long long value) {
@@ -143,7 +143,7 @@ inline void atomic_add(int64_t* p, int64_t value) {
   ++simt::thread_counters().atomics;
   __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
-inline int atomic_add_shared(int* p, int value) {
+inline int atomic_add(int* p, int value) {
   simt::switch_point();
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
