@@ -91,7 +91,9 @@ template <typename T, int kHeadDim>
 MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, const Segments& segments,
                                const Cursor& cursor, const Scratch& scratch, AnchorChoice& choice) {
   const int G = p.shape.group_size, n = p.requests.seq_lens[cursor.request], group = cursor.kv_group(p);
-  const int status = w.status[cursor.request] | (n < 0 || n > w.max_tokens ? kBadLength : 0);
+  // The first thread may be marking the request below already, as may the CTAs of other KV heads.
+  const int given = ptx::load_volatile(w.status + cursor.request),
+            status = given | (n < 0 || n > w.max_tokens ? kBadLength : 0);
   const int64_t spans = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads();
   const KvHeadWork& work = cursor.work;
   const bool chooses = p.num_anchors > 0 && !work.hit() && work.old_end > 0;
@@ -123,7 +125,7 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
   }
   if (status) {
     // Only match's errors and a bad page are in the request's status already.
-    if (threadIdx.x == 0 && !w.status[cursor.request]) {
+    if (threadIdx.x == 0 && !given) {
       ptx::atomic_or(w.status + cursor.request, status);
       if (w.error_flag) ptx::atomic_or(w.error_flag, status);
     }
@@ -142,8 +144,8 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
 
 // A CTA has written its last partial state of a KV head; if it is the last one of all, it finishes the head.
 template <typename T, int kHeadDim>
-MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, const Line& line,
-                              const Cursor& cursor, const Scratch& scratch) {
+MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, const Line& line, const Cursor& cursor,
+                              const Scratch& scratch) {
   __shared__ AnchorChoice choice;
   __shared__ int is_last;
   const int group = cursor.kv_group(p), tiles = cursor.work.tiles;
