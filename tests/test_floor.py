@@ -1,6 +1,12 @@
 """The floor of a step against counts made by hand, and against sets of what a step touches."""
 
 import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +14,7 @@ import torch
 import mac_attn
 from mac_attn.floor import Floor, num_candidates, step_floor
 
+ROOT = Path(__file__).parent.parent
 MODEL = dict(num_qo_heads=4, num_kv_heads=2, head_dim=8, itemsize=2, page_size=16)
 
 
@@ -163,3 +170,79 @@ def test_wrong_arguments():
     with pytest.raises(dataclasses.FrozenInstanceError):
         step_floor([10], **MODEL).flops = 0
     assert isinstance(step_floor([], **MODEL), Floor)
+
+
+@pytest.fixture(scope="module")
+def simt_traffic(tmp_path_factory):
+    """The program of tests/simt/traffic.cpp: runs a CUDA kernel on the host and counts requests."""
+    sources = [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("tests/simt/*.*")]
+    newest = max(path.stat().st_mtime for path in sources)
+    tools = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    for binary in (ROOT / "build").glob("simt-plain/**/traffic"):  # by `make simt`
+        if binary.stat().st_mtime > newest:
+            return binary
+    cmake = shutil.which("cmake", path=tools)
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    folder = tmp_path_factory.mktemp("simt")
+    ninja = shutil.which("ninja", path=tools)
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    for command in (
+        [cmake, "-S", str(ROOT), "-B", str(folder), "-DMAC_ATTN_SIMT=ON", *generator],
+        [cmake, "--build", str(folder), "--target", "traffic"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (binary,) = folder.glob("**/traffic")
+    return binary
+
+
+def count_traffic(simt_traffic, stage, batch, age, anchors):
+    """What the program counts for requests of 1500 tokens, and the floor of that step."""
+    seq_lens, num_kv_heads, group_size = [1500] * batch, 2, 4
+    shapes = dict(num_kv_heads=num_kv_heads, head_dim=128, page_size=16)
+    given = dict(
+        stage=stage,
+        batch=batch,
+        group_size=group_size,
+        seq_len=seq_lens[0],
+        age=age,
+        anchors=anchors,
+        window=512,
+        band=256,
+        ctas=8,
+        **shapes,
+    )
+    command = [str(simt_traffic), *(f"{key}={value}" for key, value in given.items())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    source = seq_lens[0] - 1 - age if age else -1
+    floor = step_floor(
+        seq_lens,
+        num_qo_heads=num_kv_heads * group_size,
+        itemsize=2,
+        cfg=mac_attn.ReuseConfig(anchors=anchors, min_context=0),
+        sources=[[source] * num_kv_heads * group_size] * batch,
+        **shapes,
+    )
+    return json.loads(done.stdout), floor
+
+
+@pytest.mark.parametrize("age, limit", [(0, 1.1), (1, 1.25), (100, 1.25)])
+@pytest.mark.parametrize("anchors", [0, 64])
+def test_amend_reads_little_more_than_the_floor(simt_traffic, age, limit, anchors):
+    """K and V rows that amend copies from the pages, over those it cannot do without."""
+    counted, floor = count_traffic(simt_traffic, "amend", 2, age, anchors)
+    needed = floor.kv_bytes + floor.anchor_bytes
+    assert needed * 0.99 <= counted["async_copy_bytes"] <= needed * limit
+
+
+@pytest.mark.parametrize("age", [0, 1, 300])
+def test_match_reads_little_more_than_the_floor(simt_traffic, age):
+    """Ring queries that match loads: of random ones hardly more than the first head of each.
+
+    Of one request: in the program's second one half of the ring holds copies of the query itself.
+    """
+    counted, floor = count_traffic(simt_traffic, "match", 1, age, 0)
+    assert floor.ring_query_bytes * 0.97 <= counted["load_stream_bytes"]
+    assert counted["load_stream_bytes"] <= floor.ring_query_bytes * 1.1
+    assert floor.ring_query_bytes * 3 < floor.ring_query_bytes_max

@@ -43,72 +43,61 @@ constexpr int amend_shared_bytes() {
   return kWarps * Stage<kHeadDim>::kCount * Stage<kHeadDim>::kBytes + query;
 }
 
-// The two token rows that a lane loads, four lanes side by side on each.
-struct RowPair {
-  int page[2], offset[2];
-  bool valid[2];
+// The token row that a lane has looked up: lanes r and r + 16 row r of the warp's 16.
+struct Row {
+  int page, offset;
+  bool valid;
 };
 
-MAC_DEVICE RowPair find_row_pair(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, int warp) {
+MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, int warp) {
   const TileTokens tokens = tile_tokens(p, cursor);
-  const int32_t* pages = p.kv.block_table + cursor.request * p.kv.block_table_stride;
-  int token[2];
-  RowPair rows;
-  for (int i = 0; i < 2; ++i) {
-    token[i] = tokens.begin + warp * kWarpTokens + ptx::lane_id() / 4 + 8 * i;
-    rows.valid[i] = token[i] < tokens.end;
-  }
+  const int place = tokens.begin + warp * kWarpTokens + ptx::lane_id() % kWarpTokens;
+  Row row{0, 0, place < tokens.end};
+  int token = place;
   if (tokens.anchors) {
     // Who reads the inherited anchors hands them on.
     const int32_t* list = inherited_anchors(p, cursor.request, cursor.kv_head);
     int32_t* handed_on = p.anchors + static_cast<int64_t>(cursor.kv_group(p)) * p.num_anchors;
-    int place[2] = {token[0], token[1]};
-    for (int i = 0; i < 2; ++i) {
-      token[i] = kNoAnchor;
-      if (rows.valid[i]) token[i] = list[place[i]];
-    }
-    for (int i = 0; i < 2; ++i) {
-      if (rows.valid[i] && ptx::lane_id() % 4 == 0 && cursor.head_tile == 0) handed_on[place[i]] = token[i];
-      rows.valid[i] = token[i] != kNoAnchor;
-    }
+    token = kNoAnchor;
+    if (row.valid) token = list[place];
+    if (row.valid && ptx::lane_id() < kWarpTokens && cursor.head_tile == 0) handed_on[place] = token;
+    row.valid = token != kNoAnchor;
   }
-  for (int i = 0; i < 2; ++i) {
-    rows.page[i] = 0, rows.offset[i] = 0;
-    if (!rows.valid[i]) continue;
-    const int page_index = w.page_size.divide(token[i]);
-    rows.page[i] = pages[page_index];
-    rows.offset[i] = token[i] - page_index * p.kv.page_size;
+  if (row.valid) {
+    const int page_index = w.page_size.divide(token);
+    row.page = p.kv.block_table[cursor.request * p.kv.block_table_stride + page_index];
+    row.offset = token - page_index * p.kv.page_size;
   }
-  return rows;
+  return row;
 }
 
+// Eight lanes side by side copy a row's 128 bytes at a time: whole lines of the L2 cache.
 template <typename T, int kHeadDim>
-MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, RowPair rows,
-                           T* stage) {
-  constexpr int kChunks = kHeadDim / 8;
+MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, Row row, T* stage) {
+  constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = 4;
   const int lane = ptx::lane_id();
   // A page id outside the cache is not followed: the request is marked and answers NaN.
-  bool bad = false;
-  for (int i = 0; i < 2; ++i) {
-    if (static_cast<uint32_t>(rows.page[i]) < static_cast<uint32_t>(w.num_pages)) continue;
-    bad = bad || rows.valid[i];
-    rows.valid[i] = false, rows.page[i] = 0;
-  }
-  if (bad) {
+  if (row.valid && static_cast<uint32_t>(row.page) >= static_cast<uint32_t>(w.num_pages)) {
+    row.valid = false, row.page = 0;
     ptx::atomic_or(w.status + cursor.request, kBadPage);
     if (w.error_flag) ptx::atomic_or(w.error_flag, kBadPage);
   }
-  for (int i = 0; i < 2; ++i) {
-    const T* k = static_cast<const T*>(p.kv.k) + rows.page[i] * p.kv.k_page_stride +
-                 rows.offset[i] * p.kv.k_token_stride + cursor.kv_head * p.kv.k_head_stride;
-    const T* v = static_cast<const T*>(p.kv.v) + rows.page[i] * p.kv.v_page_stride +
-                 rows.offset[i] * p.kv.v_token_stride + cursor.kv_head * p.kv.v_head_stride;
-    T* k_row = stage + (lane / 4 + 8 * i) * Stage<kHeadDim>::kRow;
+  const uint32_t valid = ptx::ballot(row.valid);
+  const T* k_head = static_cast<const T*>(p.kv.k) + cursor.kv_head * p.kv.k_head_stride;
+  const T* v_head = static_cast<const T*>(p.kv.v) + cursor.kv_head * p.kv.v_head_stride;
+#pragma unroll
+  for (int first = 0; first < kWarpTokens; first += kRowsAtOnce) {
+    const int r = first + lane / 8;
+    const int64_t page = ptx::shfl(row.page, r), offset = ptx::shfl(row.offset, r);
+    const bool fill = valid >> r & 1u;
+    const T* k = k_head + page * p.kv.k_page_stride + offset * p.kv.k_token_stride;
+    const T* v = v_head + page * p.kv.v_page_stride + offset * p.kv.v_token_stride;
+    T* k_row = stage + r * Stage<kHeadDim>::kRow;
     T* v_row = k_row + kWarpTokens * Stage<kHeadDim>::kRow;
 #pragma unroll
-    for (int chunk = lane % 4; chunk < kChunks; chunk += 4) {
-      ptx::cp_async_16(k_row + chunk * 8, k + chunk * 8, rows.valid[i]);
-      ptx::cp_async_16(v_row + chunk * 8, v + chunk * 8, rows.valid[i]);
+    for (int chunk = lane % 8; chunk < kChunks; chunk += 8) {
+      ptx::cp_async_16(k_row + chunk * 8, k + chunk * 8, fill);
+      ptx::cp_async_16(v_row + chunk * 8, v + chunk * 8, fill);
     }
   }
 }
@@ -171,8 +160,8 @@ struct WarpState {
   }
 };
 
-// Logits of the warp's 16 tokens, log2, masked: x[b][0, 1] token lane / 4, bit 0 of `valid`; x[b][2, 3] token
-// lane / 4 + 8, bit 1.
+// Logits of the warp's 16 tokens, log2, masked by the bits of `valid`: x[b][0, 1] token lane / 4, x[b][2, 3] token
+// lane / 4 + 8.
 template <typename T, int kHeadDim, int kHeadBlocks>
 MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, kHeadBlocks>& state, const T* stage,
                             const T* query, int first_token, uint32_t valid, bool anchors,
@@ -204,7 +193,7 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
       if (p.logits_soft_cap > 0.f) logit = p.logits_soft_cap * ptx::tanh(logit / p.logits_soft_cap);
       const int source = state.source[b][i % 2];
       const bool counts = source != kNoHead && (anchors || token >= amend_start(p, source));
-      x[b][i] = (valid >> (i / 2) & 1u) && counts ? logit * kLog2E : -INFINITY;
+      x[b][i] = (valid >> (lane / 4 + i / 2 * 8) & 1u) && counts ? logit * kLog2E : -INFINITY;
     }
   }
 }
@@ -374,30 +363,28 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
   Cursor cursor;
   const Line line = find_first_tile(p, w, cursor);
   ptx::grid_dependency_launch();
-  if (static_cast<int>(blockIdx.x) >= line.ctas) return;
-  const int last = line.first_tile(blockIdx.x + 1);
+  if (line.places == 0) return;
+  const int end = line.begin(blockIdx.x + 1);
 
   // Round r looks up the rows of tile r, asks for tile r - 1 and computes tile r - kCount. There is one loop for
   // filling the pipeline and for using it, as the first run through any code waits for the code itself.
   Cursor ahead = cursor;
-  RowPair rows{};
+  Row row{};
   WarpState<T, kHeadDim, kHeadBlocks> state;
   state.clear();
   bool new_pass = true;
-  uint32_t valid = 0;  // two bits a round: which rows of the tile are there; a lane's logits are of its own rows
+  uint64_t valid = 0;  // 16 bits a round: which rows of the tile are there
+  static_assert(kWarpTokens * (Stage::kCount + 1) <= 64, "the rounds in flight");
   int slot = 0, filling = Stage::kCount;
 #pragma unroll 1
   for (int round = 0;; ++round) {
-    if (round > 0 && ahead.tile < last) {
-      load_stage<T, kHeadDim>(p, w, ahead, rows, stages + (round - 1) % Stage::kCount * Stage::kElements);
-      ahead.advance(p, w, last);
+    if (round > 0 && ahead.place < end) {
+      load_stage<T, kHeadDim>(p, w, ahead, row, stages + (round - 1) % Stage::kCount * Stage::kElements);
+      ahead.advance(p, w, end);
     }
     ptx::cp_async_commit();
-    valid <<= 2;
-    if (ahead.tile < last) {
-      rows = find_row_pair(p, w, ahead, warp);
-      valid |= rows.valid[0] + 2u * rows.valid[1];
-    }
+    if (ahead.place < end) row = find_row(p, w, ahead, warp);
+    valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead.place < end) & 0xffffu);
     if (new_pass) state.load_query(p, w, cursor, query);
     new_pass = false;
     if (filling-- > 0) continue;
@@ -410,7 +397,8 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
     const T* stage = stages + slot * Stage::kElements;
     if (first < tokens.end) {
       float x[kHeadBlocks][4];
-      warp_logits<T, kHeadDim, kHeadBlocks>(p, state, stage, query, first, valid >> (2 * Stage::kCount),
+      warp_logits<T, kHeadDim, kHeadBlocks>(p, state, stage, query, first,
+                                            static_cast<uint32_t>(valid >> (kWarpTokens * Stage::kCount)),
                                             tokens.anchors, x);
       raise_max<T, kHeadDim, kHeadBlocks>(state, x);
       if (p.num_anchors > 0 && !cursor.work.hit() && cursor.span() == kOld) {
@@ -420,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
     }
     ptx::sync_warp();  // all lanes have read the stage
 
-    const bool at_end = cursor.tile + 1 == last;
+    const bool at_end = !cursor.has_next(end);
     new_pass = cursor.local + 1 == cursor.work.tiles;
     if (at_end || new_pass || cursor.local + 1 == cursor.work.old_tiles) {
       const Scratch scratch{reinterpret_cast<unsigned char*>(shared + slot * Stage::kElements),
@@ -432,7 +420,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
       }
     }
     if (at_end) break;
-    cursor.advance(p, w, last);
+    cursor.advance(p, w, end);
     slot = slot + 1 == Stage::kCount ? 0 : slot + 1;
   }
   ptx::cp_async_wait<0>();

@@ -32,7 +32,7 @@ struct Scratch {
   MAC_DEVICE float* area(int i) const { return reinterpret_cast<float*>(base + i * stride); }
 };
 
-// The merged sums of a KV head, per query head, and the choice of its anchors; in shared memory.
+// The merged sums of a pass, per query head, and the choice of a KV head's anchors; in shared memory.
 struct AnchorChoice {
   CtaRange ctas[kNumSpans];
   float max[kNumSpans][kMaxTileHeads];

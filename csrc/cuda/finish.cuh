@@ -1,7 +1,7 @@
 // The end of amend for one KV head: the last CTA that leaves it merges the partial states of all its segments
 // and, on a miss, chooses the anchors of the new entry (anchors.cuh).
 //
-// A thread merges four elements of a head at a time, over twelve partial states in flight. Traffic: the partial
+// A thread merges four elements of a head at a time, with several partial states in flight. Traffic: the partial
 // states once, from the L2 cache that they have just been written to.
 #pragma once
 
@@ -11,7 +11,7 @@ namespace mac_attn::cuda {
 
 // The tiles of a KV head on the line: one run of them for each pass.
 struct Segments {
-  int first_tile;  // of the first pass
+  int first_place;  // on the line, of the first pass's first tile
   int pass_tiles;
   int old_tiles;
   int first_pass;
@@ -23,64 +23,60 @@ struct Segments {
 MAC_DEVICE void find_ctas(const Segments& segments, int head_tile, int end, CtaRange (&ctas)[kNumSpans]) {
   const bool fresh = end / 2 == kFresh, upper = end % 2;
   const int first = fresh ? segments.old_tiles : 0, last = fresh ? segments.pass_tiles : segments.old_tiles;
-  const int tile = segments.first_tile + head_tile * segments.pass_tiles + (upper ? last - 1 : first);
-  const int cta = first == last ? 0 : segments.line.cta_of(tile) + upper;
+  const int place =
+      segments.first_place + head_tile * (segments.pass_tiles + kPassCost) + (upper ? last - 1 : first);
+  const int cta = first == last ? 0 : segments.line.cta_of(place) + upper;
   (upper ? ctas[fresh].end : ctas[fresh].begin) = cta;
 }
 
-// Four elements of a head's merged state: sums of weight and of weight * value relative to 2^max.
-struct Merged {
-  float max, sum;
-  float4 out;
-};
-
-// Adds a partial state to `merged` whose maximum is at least as great.
-MAC_DEVICE void add_partial(Merged& merged, float base, float max, float sum, const float4& out) {
-  const float weight = ptx::ex2(max - base);
-  merged.sum += sum * weight;
-  merged.out.x += out.x * weight, merged.out.y += out.y * weight;
-  merged.out.z += out.z * weight, merged.out.w += out.w * weight;
+// Where a head's part of a partial state lies.
+MAC_DEVICE int partial_of(const AmendWorkspace& w, int cta, int pass, int span, int head) {
+  return ((cta + pass) * kNumSpans + span) * w.tile_heads + head;
 }
 
-// Both spans at once: their partial states are one list, the old span's first, and many of it are in flight.
-template <int kHeadDim>
-MAC_DEVICE void merge_partials(const AmendWorkspace& w, int pass, int head, int column,
-                               const CtaRange (&ctas)[kNumSpans], Merged (&merged)[kNumSpans]) {
-  constexpr int kAtOnce = 12;
-  const int num_old = ctas[kOld].end - ctas[kOld].begin;
-  const int all = num_old + ctas[kFresh].end - ctas[kFresh].begin;
-  for (Merged& m : merged) m = {-INFINITY, 0.f, {0.f, 0.f, 0.f, 0.f}};
-#pragma unroll 1
-  for (int first = 0; first < all; first += kAtOnce) {
-    float max[kAtOnce], sum[kAtOnce];
-    float4 out[kAtOnce];
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      max[u] = -INFINITY, sum[u] = 0.f, out[u] = {0.f, 0.f, 0.f, 0.f};
-      if (first + u >= all) continue;
-      const int fresh = first + u >= num_old;
-      const int cta = first + u + (fresh ? ctas[kFresh].begin - num_old : ctas[kOld].begin);
-      const int i = ((cta + pass) * kNumSpans + fresh) * w.tile_heads + head;
-      max[u] = w.partial_max[i];
-      sum[u] = w.partial_sum[i];
-      out[u] = ptx::load_float4(w.partial_out + static_cast<int64_t>(i) * kHeadDim + column);
+// Max and sum of every head over the partial states of a span: four lanes side by side for each head and span.
+MAC_DEVICE void merge_sums(const AmendWorkspace& w, int pass, int heads, AnchorChoice& choice) {
+  constexpr int kSharers = 4;
+  static_assert(kThreads == kSharers * kNumSpans * kMaxTileHeads, "one round");
+  const int sharer = threadIdx.x % kSharers, span = threadIdx.x / kSharers % kNumSpans;
+  const int head = threadIdx.x / (kSharers * kNumSpans);
+  float max = -INFINITY, sum = 0.f;
+  if (head < heads) {
+#pragma unroll 4
+    for (int cta = choice.ctas[span].begin + sharer; cta < choice.ctas[span].end; cta += kSharers) {
+      const int i = partial_of(w, cta, pass, span, head);
+      const float partial_max = w.partial_max[i], partial_sum = w.partial_sum[i], high = fmaxf(max, partial_max);
+      sum = sum * ptx::ex2(max - finite_or_zero(high)) + partial_sum * ptx::ex2(partial_max - finite_or_zero(high));
+      max = high;
     }
+  }
+  for (int distance = 1; distance < kSharers; distance *= 2) {
+    const float other_max = ptx::shfl_xor(max, distance), other_sum = ptx::shfl_xor(sum, distance);
+    const float high = fmaxf(max, other_max);
+    sum = sum * ptx::ex2(max - finite_or_zero(high)) + other_sum * ptx::ex2(other_max - finite_or_zero(high));
+    max = high;
+  }
+  if (head < heads && sharer == 0) choice.max[span][head] = max, choice.sum[span][head] = sum;
+}
+
+// Four elements of a head's sums of weight * value, of both spans: their partial states are one list.
+MAC_DEVICE void merge_outs(const AmendWorkspace& w, int pass, int head, int column, int head_dim,
+                           const AnchorChoice& choice, float4 (&out)[kNumSpans]) {
+  const int num_old = choice.ctas[kOld].end - choice.ctas[kOld].begin;
+  const int all = num_old + choice.ctas[kFresh].end - choice.ctas[kFresh].begin;
+  const float base[kNumSpans] = {finite_or_zero(choice.max[kOld][head]), finite_or_zero(choice.max[kFresh][head])};
+  out[kOld] = out[kFresh] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 8
+  for (int j = 0; j < all; ++j) {
+    const int fresh = j >= num_old;
+    const int cta = j + (fresh ? choice.ctas[kFresh].begin - num_old : choice.ctas[kOld].begin);
+    const int i = partial_of(w, cta, pass, fresh, head);
+    const float4 part = ptx::load_float4(w.partial_out + static_cast<int64_t>(i) * head_dim + column);
+    const float weight = ptx::ex2(w.partial_max[i] - (fresh ? base[kFresh] : base[kOld]));
 #pragma unroll
     for (int span = 0; span < kNumSpans; ++span) {
-      Merged& m = merged[span];
-      float high = m.max;
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if ((first + u >= num_old) == (span == kFresh)) high = fmaxf(high, max[u]);
-      }
-      const float base = finite_or_zero(high), rescale = ptx::ex2(m.max - base);
-      m.max = high;
-      m.sum *= rescale;
-      m.out = {m.out.x * rescale, m.out.y * rescale, m.out.z * rescale, m.out.w * rescale};
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if ((first + u >= num_old) == (span == kFresh)) add_partial(m, base, max[u], sum[u], out[u]);
-      }
+      const float x = span == fresh ? weight : 0.f;
+      out[span].x += part.x * x, out[span].y += part.y * x, out[span].z += part.z * x, out[span].w += part.w * x;
     }
   }
 }
@@ -105,21 +101,21 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
       ptx::sync_block();
     }
     const int first = tile * kMaxTileHeads, heads = G - first < w.tile_heads ? G - first : w.tile_heads;
+    merge_sums(w, segments.first_pass + tile, heads, choice);
+    ptx::sync_block();
 #pragma unroll 1
     for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
       const int column = i % (kHeadDim / 4) * 4, head = i / (kHeadDim / 4), g = first + head;
-      Merged merged[kNumSpans];
-      merge_partials<kHeadDim>(w, segments.first_pass + tile, head, column, choice.ctas, merged);
+      float4 out[kNumSpans];
+      merge_outs(w, segments.first_pass + tile, head, column, kHeadDim, choice, out);
 #pragma unroll
       for (int span = 0; span < kNumSpans; ++span) {
-        const Merged& m = merged[span];
-        const float scale = status ? NAN : m.sum == 0.f ? 0.f : ptx::divide(1.f, m.sum);
+        const float sum = choice.sum[span][head];
+        const float scale = status ? NAN : sum == 0.f ? 0.f : ptx::divide(1.f, sum);
         const int64_t row = span * spans + static_cast<int64_t>(group) * G + g;
-        ptx::store_float4(p.out + row * kHeadDim + column,
-                          {m.out.x * scale, m.out.y * scale, m.out.z * scale, m.out.w * scale});
-        if (column != 0) continue;
-        p.lse[row] = status ? NAN : log2_total(m.max, m.sum) * kLn2;
-        if (chooses) choice.max[span][g] = m.max, choice.sum[span][g] = m.sum;
+        ptx::store_float4(p.out + row * kHeadDim + column, {out[span].x * scale, out[span].y * scale,
+                                                            out[span].z * scale, out[span].w * scale});
+        if (column == 0) p.lse[row] = status ? NAN : log2_total(choice.max[span][head], sum) * kLn2;
       }
     }
   }
@@ -142,6 +138,10 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
   for (int i = threadIdx.x; i < p.num_anchors; i += kThreads) anchors[i] = i < count ? choice.token[i] : kNoAnchor;
 }
 
+MAC_DEVICE int min_of(int a, int b) {
+  return a < b ? a : b;
+}
+
 // A CTA has written its last partial state of a KV head; if it is the last one of all, it finishes the head.
 template <typename T, int kHeadDim>
 MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, const Line& line, const Cursor& cursor,
@@ -149,12 +149,16 @@ MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, con
   __shared__ AnchorChoice choice;
   __shared__ int is_last;
   const int group = cursor.kv_group(p), tiles = cursor.work.tiles;
-  const Segments segments{cursor.tile - cursor.local - cursor.head_tile * tiles, tiles, cursor.work.old_tiles,
-                          group * w.head_tiles, line};
+  const Segments segments{cursor.place - cursor.local - cursor.head_tile * (tiles + kPassCost), tiles,
+                          cursor.work.old_tiles, group * w.head_tiles, line};
   // write_partial ended with a barrier: everybody's part is done, and the release below covers it.
   if (threadIdx.x == 0) {
-    const int first = line.first_tile(blockIdx.x), all = w.head_tiles * tiles;
-    const int mine = cursor.tile + 1 - (first > segments.first_tile ? first : segments.first_tile);
+    // Its tiles of this KV head: of the passes before, and of this one from where its piece begins.
+    const int begin = line.begin(blockIdx.x) - segments.first_place, all = w.head_tiles * tiles;
+    const int before = begin > 0 ? begin / (tiles + kPassCost) * tiles +
+                                       min_of(begin % (tiles + kPassCost), tiles)
+                                 : 0;
+    const int mine = cursor.head_tile * tiles + cursor.local + 1 - before;
     is_last = ptx::atomic_add_acq_rel(w.done + group, mine) == all - mine;
     if (is_last) w.done[group] = 0;  // as the next call wants to find it
   }

@@ -39,7 +39,7 @@ cudaError_t match_splits(const MatchParams& p, int32_t* splits) {
   int device = 0, processors = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-  constexpr int kBlocksAtATime = 2;  // on a processor
+  constexpr int kBlocksAtATime = 4;  // on a processor
   constexpr int kMaxSplits = 32;     // they meet at one counter
   const int each = candidates_per_block(p.shape.head_dim), most = (p.ring.window + each - 1) / each;
   const int wanted = processors * kBlocksAtATime / (p.shape.batch * p.shape.num_kv_heads);

@@ -3,10 +3,9 @@
 //   d2_h(c) = |q_h - ring_query_h(c)|^2,   score(c) = mean over the group of d2_h / theta_h
 //   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the newest.
 //
-// Grid: `splits` CTAs of 16 warps for each (request, KV head), which share the candidates out; the last one
-// to finish writes the answer. A ring row is read by as many lanes as it has 16-byte pieces, so a warp looks at
-// several candidates at a time, head after head: partial sums only grow, so candidates that cannot win any more
-// drop out, most of them after their first head.
+// Grid: `splits` CTAs of eight warps for each (request, KV head), which share the candidates out; the last one to
+// finish writes the answer. A few lanes read a ring row, so that a warp looks at eight candidates at a time. Partial
+// sums only grow, so most candidates are ruled out by their first head; only the others' heads are read on.
 // Traffic: between 1/G and all of the ring's queries of the KV head.
 #pragma once
 
@@ -19,13 +18,14 @@
 
 namespace mac_attn::cuda {
 
-constexpr int kMatchThreads = 512;
+constexpr int kMatchThreads = 256;
 constexpr int kMatchWarps = kMatchThreads / 32;
 
 template <int kHeadDim>
 struct MatchLayout {
-  static constexpr int kPieces = kHeadDim / 8;
-  static constexpr int kLanes = kPieces <= 8 ? 8 : kPieces <= 16 ? 16 : 32;  // of a warp, for one candidate
+  static constexpr int kLanes = kHeadDim <= 128 ? 4 : 8;  // of a warp, for one row
+  static constexpr int kPieces = kHeadDim / 8;            // of 16 bytes in a row
+  static constexpr int kLoads = (kPieces + kLanes - 1) / kLanes;
   static constexpr int kPerWarp = 32 / kLanes;
   static constexpr int kPerBlock = kMatchWarps * kPerWarp;
 };
@@ -53,44 +53,58 @@ MAC_DEVICE int request_errors(const MatchParams& p, int request, int n, int slot
   return errors;
 }
 
-// |q - stored|^2 over this lane's piece of a row.
-template <typename T>
-MAC_DEVICE float piece_distance(const float* query, const uint4& data) {
-  const uint32_t words[4] = {data.x, data.y, data.z, data.w};
-  float distance = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 stored = ptx::unpack2<T>(words[i]);
-    const float x = query[2 * i] - stored.x, y = query[2 * i + 1] - stored.y;
-    distance += x * x + y * y;
-  }
-  return distance;
-}
+// One lane's pieces of a ring row: piece lane % kLanes and every kLanes-th after it.
+template <typename T, int kHeadDim>
+struct RowPieces {
+  using Layout = MatchLayout<kHeadDim>;
+  uint4 data[Layout::kLoads];
 
-MAC_DEVICE float piece_norm(const float* query) {
-  float norm = 0.f;
+  MAC_DEVICE void load(const T* row, bool wanted) {
+    const int first = ptx::lane_id() % Layout::kLanes;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) norm += query[i] * query[i];
-  return norm;
-}
+    for (int i = 0; i < Layout::kLoads; ++i) {
+      const int piece = first + i * Layout::kLanes;
+      data[i] = uint4{0, 0, 0, 0};
+      if (wanted && piece < Layout::kPieces) data[i] = ptx::load_stream_16(row + piece * 8);
+    }
+  }
+  // |q - row|^2, the same in all lanes of the row.
+  MAC_DEVICE float distance(const float* query) const {
+    const int first = ptx::lane_id() % Layout::kLanes;
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < Layout::kLoads; ++i) {
+      const int piece = first + i * Layout::kLanes;
+      if (piece >= Layout::kPieces) continue;
+      const float4 q0 = ptx::load_float4(query + piece * 8), q1 = ptx::load_float4(query + piece * 8 + 4);
+      const float2 s0 = ptx::unpack2<T>(data[i].x), s1 = ptx::unpack2<T>(data[i].y);
+      const float2 s2 = ptx::unpack2<T>(data[i].z), s3 = ptx::unpack2<T>(data[i].w);
+      sum += (q0.x - s0.x) * (q0.x - s0.x) + (q0.y - s0.y) * (q0.y - s0.y) + (q0.z - s1.x) * (q0.z - s1.x) +
+             (q0.w - s1.y) * (q0.w - s1.y) + (q1.x - s2.x) * (q1.x - s2.x) + (q1.y - s2.y) * (q1.y - s2.y) +
+             (q1.z - s3.x) * (q1.z - s3.x) + (q1.w - s3.y) * (q1.w - s3.y);
+    }
+#pragma unroll
+    for (int i = 1; i < Layout::kLanes; i *= 2) sum += ptx::shfl_xor(sum, i);
+    return sum;
+  }
+};
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kMatchThreads, 2)
+__global__ void __launch_bounds__(kMatchThreads, 3)
     match_kernel(const __grid_constant__ MatchParams p, const __grid_constant__ MatchWorkspace w) {
   using Layout = MatchLayout<kHeadDim>;
+  constexpr int kLanes = Layout::kLanes;
   const int G = p.shape.group_size, H = p.shape.num_kv_heads, M = p.ring.window;
-  const int lane = ptx::lane_id(), warp = threadIdx.x / 32, piece = lane % Layout::kLanes;
-  const int group = blockIdx.x / w.splits, split = blockIdx.x % w.splits;
-  const int request = group / H, kv_head = group % H;
-  const bool in_row = piece < Layout::kPieces;
+  const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
+  const int group = blockIdx.x / w.splits, split = blockIdx.x % w.splits, request = group / H, kv_head = group % H;
 
   float* query = static_cast<float*>(dynamic_shared());  // [G, D]
-  __shared__ float threshold[kMaxGroup];
+  __shared__ float scale[kMaxGroup];                     // 1 / theta
   __shared__ unsigned long long best[kMaxGroup];
   __shared__ int errors, is_last;
 
-  ptx::grid_dependency_launch();
   ptx::grid_dependency_wait();  // the last step's ring
+  ptx::grid_dependency_launch();
   const int n = p.requests.seq_lens[request], position = n - 1;
   const int given_slot = p.requests.slots[request];
   const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
@@ -98,11 +112,6 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
 #pragma unroll 2
   for (int i = threadIdx.x; i < G * kHeadDim; i += kMatchThreads) {
     query[i] = ptx::to_float(rows[i / kHeadDim * p.query.head_stride + i % kHeadDim]);
-  }
-#pragma unroll 1
-  for (int g = threadIdx.x; g < G; g += kMatchThreads) {
-    threshold[g] = p.threshold[kv_head * G + g];
-    best[g] = match_key(p.per_head ? 1.f : static_cast<float>(G), 0);
   }
   if (threadIdx.x == 0) errors = 0;
   const int found = request_errors(p, request, n, given_slot);
@@ -116,30 +125,44 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
   const int begin = p.ring.begin[slot], oldest = begin > p.band ? begin : p.band;
   const int last_age = !readable ? 0 : position - p.band < M ? position - p.band : M;
   const int64_t ring_row = (static_cast<int64_t>(slot) * H + kv_head) * M;
-  const T* ring = static_cast<const T*>(p.ring.query) + piece * 8;
+  const T* ring = static_cast<const T*>(p.ring.query);
 
-  // Tag, depth and first row of a candidate that may turn out to be none.
+  // Tag, depth and first head of a candidate that may turn out to be none.
   struct Candidate {
     int64_t row;
     int age, tag, depth;
-    uint4 data;
+    RowPieces<T, kHeadDim> first_head;
   };
   const auto fetch = [&](int age) {
     Candidate c;
     const int index = age <= last_age ? (position - age) % M : 0;
-    c.row = (ring_row + index) * G;
     c.age = age;
+    c.row = (ring_row + index) * G;
     c.tag = p.ring.position[static_cast<int64_t>(slot) * M + index];
     c.depth = p.ring.depth[c.row];
-    c.data = age <= last_age && in_row ? ptx::load_stream_16(ring + c.row * kHeadDim) : uint4{0, 0, 0, 0};
+    c.first_head.load(ring + c.row * kHeadDim, age <= last_age);
     return c;
   };
   const int warp_age = 1 + split * Layout::kPerBlock + warp * Layout::kPerWarp, stride = w.splits * Layout::kPerBlock;
-  Candidate next = fetch(warp_age + lane / Layout::kLanes);
+  Candidate next = fetch(warp_age + lane / kLanes);
 
   ptx::sync_block();
   if (found) ptx::atomic_or(&errors, found);
+  // NaN for a head that can never hit; in a group it decides for all.
+#pragma unroll 1
+  for (int g = warp; g < G; g += kMatchWarps) {
+    float norm = 0.f;
+    for (int d = lane; d < kHeadDim; d += 32) norm += query[g * kHeadDim + d] * query[g * kHeadDim + d];
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) norm += ptx::shfl_xor(norm, distance);
+    if (lane != 0) continue;
+    const float given = p.threshold[kv_head * G + g], theta = p.relative ? given * norm : given;
+    const bool can_hit = norm < INFINITY && theta > 0.f && theta < INFINITY;
+    scale[g] = can_hit ? 1.f / theta : NAN;
+    best[g] = match_key(p.per_head ? 1.f : static_cast<float>(G), 0);
+  }
   ptx::sync_block();
+
   if (threadIdx.x == 0 && split == 0) {
     if (kv_head == 0) w.status[request] = errors;
     if (errors && w.error_flag) ptx::atomic_or(w.error_flag, errors);
@@ -147,47 +170,33 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
   const bool searches = !errors && unbroken && n >= p.min_context;
 #pragma unroll 1
   for (int first = warp_age; searches && first <= last_age; first += stride) {
-    Candidate c = next;
+    const Candidate c = next;
     if (first + stride <= last_age) next = fetch(c.age + stride);
     const int candidate = position - c.age;
     // With decisions per head every head has a depth of its own, looked at below.
     bool alive = c.age <= last_age && candidate >= oldest && c.tag == candidate &&
                  (p.per_head || c.depth < p.max_reuse_depth);
+    RowPieces<T, kHeadDim> head = c.first_head;
     float total = 0.f;
 #pragma unroll 1
-    for (int g = 0; g < G; ++g) {
-      float distance = in_row ? piece_distance<T>(query + g * kHeadDim + piece * 8, c.data) : 0.f;
-      if (g + 1 < G) {
-        // Asked for before it is known whether the head before it rules the candidate out, but not at first, when
-        // most candidates still are in.
-        c.data = (g > 0 || p.per_head) && alive && in_row ? ptx::load_stream_16(ring + (c.row + g + 1) * kHeadDim) : c.data;
-      }
-      float norm = in_row ? piece_norm(query + g * kHeadDim + piece * 8) : 0.f;
-#pragma unroll
-      for (int i = 1; i < Layout::kLanes; i *= 2) {
-        distance += ptx::shfl_xor(distance, i);
-        norm += ptx::shfl_xor(norm, i);
-      }
-      // NaN for a head that can never hit; in a group it decides for all.
-      const float theta = p.relative ? threshold[g] * norm : threshold[g];
-      const bool can_hit = norm < INFINITY && theta > 0.f && theta < INFINITY;
-      const float score = can_hit ? distance / theta : NAN;
-      total = p.per_head ? score : total + score;
+    for (int g = 0;;) {
+      const float score = head.distance(query + g * kHeadDim) * scale[g];
       if (p.per_head) {
         // NaN is no candidate.
-        if (alive && piece == 0 && total < 1.f && p.ring.depth[c.row + g] < p.max_reuse_depth) {
-          ptx::atomic_max(&best[g], match_key(total, c.age));
+        if (alive && lane % kLanes == 0 && score < 1.f && p.ring.depth[c.row + g] < p.max_reuse_depth) {
+          ptx::atomic_max(&best[g], match_key(score, c.age));
         }
       } else {
         // Nor is a total beyond the best so far, which cannot win. The best may be changing, and the lanes of a
         // candidate have to agree.
+        total += score;
         alive = alive && total <= match_total(ptx::load_volatile(&best[0]));
-        alive = ptx::shfl(static_cast<int>(alive), lane - piece);
-        if (alive && g == G - 1 && piece == 0) ptx::atomic_max(&best[0], match_key(total, c.age));
+        alive = ptx::shfl(static_cast<int>(alive), lane / kLanes * kLanes);
       }
-      if (!ptx::ballot(alive)) break;
-      if (g == 0 && !p.per_head && G > 1 && alive && in_row) c.data = ptx::load_stream_16(ring + (c.row + 1) * kHeadDim);
+      if (++g == G || !ptx::ballot(alive)) break;
+      head.load(ring + (c.row + g) * kHeadDim, alive);
     }
+    if (alive && !p.per_head && lane % kLanes == 0) ptx::atomic_max(&best[0], match_key(total, c.age));
   }
   ptx::sync_block();
 
@@ -217,8 +226,8 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
   }
 #pragma unroll 1
   for (int g = threadIdx.x; g < G; g += kMatchThreads) {
-    const int found_age = match_age(best[p.per_head ? g : 0]);
-    p.source[static_cast<int64_t>(group) * G + g] = found_age == 0 ? kMiss : position - found_age;
+    const int age = match_age(best[p.per_head ? g : 0]);
+    p.source[static_cast<int64_t>(group) * G + g] = age == 0 ? kMiss : position - age;
   }
 }
 

@@ -2,7 +2,7 @@
 //
 // The tokens of a KV head (once per 16 query heads that share it) are cut into tiles of 64: first those of
 // the old span [s, E(p)), then the inherited anchors, then the band [E(p), n). All tiles of the call form
-// one line, and each CTA takes an equal piece of it, up to one tile. The lengths are read on the device, so a captured graph adapts to every step. A piece of a CTA within one KV
+// one line, with a gap of kPassCost before every pass, and each CTA takes an equal piece of it. The lengths are read on the device, so a captured graph adapts to every step. A piece of a CTA within one KV
 // head is a segment; it leaves at most one partial state per span. Segment numbers (CTA + head) differ,
 // as from one segment to the next at least one of the two grows.
 #pragma once
@@ -19,7 +19,10 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTileTokens = kWarps * kWarpTokens;
 // CTAs for one pass over a KV head alone: with more, merging their states costs more than they save.
-constexpr int kMaxSplits = 64;
+constexpr int kMaxSplits = 32;
+// What a pass costs besides its tiles (writing and merging its states), in tiles. Without it, the CTAs that get the
+// many short passes of a batch of hits would be the last to finish.
+constexpr int kPassCost = 6;
 
 // First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
 MAC_DEVICE int amend_start(const AmendParams& p, int source) {
@@ -56,24 +59,24 @@ MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w
   return {n, start, old_end, old_tiles, anchor_tiles, old_tiles + anchor_tiles + tiles_for(n - old_end)};
 }
 
-// The line of tiles, cut evenly: the first `longer` CTAs have one tile more than `each`.
+// The line, cut evenly: the first `longer` CTAs have one place more than `each`.
 struct Line {
-  int tiles, ctas;
+  int places, ctas;
   int each, longer;
 
-  MAC_DEVICE Line(int tiles, int ctas)
-      : tiles(tiles), ctas(ctas), each(ctas ? tiles / ctas : 0), longer(ctas ? tiles % ctas : 0) {}
-  MAC_DEVICE int first_tile(int cta) const { return cta * each + (cta < longer ? cta : longer); }
-  MAC_DEVICE int cta_of(int tile) const {
-    const int shorter = tile - longer * (each + 1);  // tiles beyond those of the longer pieces
-    return shorter < 0 ? tile / (each + 1) : longer + shorter / each;
+  MAC_DEVICE Line(int places, int ctas)
+      : places(places), ctas(ctas), each(ctas ? places / ctas : 0), longer(ctas ? places % ctas : 0) {}
+  MAC_DEVICE int begin(int cta) const { return cta * each + (cta < longer ? cta : longer); }
+  MAC_DEVICE int cta_of(int place) const {
+    const int shorter = place - longer * (each + 1);  // places beyond those of the longer pieces
+    return shorter < 0 ? place / (each + 1) : longer + shorter / each;
   }
 };
 
 // Where a CTA stands on the line: a tile, and the pass (KV head, head tile) that it belongs to.
 struct Cursor {
-  int tile;   // on the line
-  int local;  // within the pass
+  int place;  // on the line
+  int local;  // tile within the pass
   int request, kv_head, head_tile;
   KvHeadWork work;
 
@@ -82,10 +85,17 @@ struct Cursor {
     return kv_group(p) * w.head_tiles + head_tile;
   }
   MAC_DEVICE Span span() const { return local < work.old_tiles ? kOld : kFresh; }
-  // To the next tile; `last` is the end of the CTA's piece, beyond which there may be no pass.
-  MAC_DEVICE void advance(const AmendParams& p, const AmendWorkspace& w, int last) {
-    ++tile, ++local;
-    if (tile == last || local < work.tiles) return;
+  // Whether the CTA, whose piece ends at `end`, has a tile after this one.
+  MAC_DEVICE bool has_next(int end) const {
+    return place + 1 + (local + 1 == work.tiles ? kPassCost : 0) < end;
+  }
+  // To the next tile; beyond the end of the CTA's piece there may be no pass.
+  MAC_DEVICE void advance(const AmendParams& p, const AmendWorkspace& w, int end) {
+    const bool has = has_next(end);
+    ++place, ++local;
+    if (!has) place = end;
+    if (!has || local < work.tiles) return;
+    place += kPassCost;
     local = 0;
     if (++head_tile < w.head_tiles) return;
     head_tile = 0;
@@ -120,10 +130,10 @@ MAC_DEVICE const int32_t* inherited_anchors(const AmendParams& p, int request, i
 }
 
 // Sums up the line (every CTA for itself: a prefix sum over the KV heads) and puts `cursor` at the first tile of
-// this CTA's piece. CTAs from line.ctas on have no piece.
+// this CTA's piece. A CTA without a tile gets a line of none.
 MAC_DEVICE Line find_first_tile(const AmendParams& p, const AmendWorkspace& w, Cursor& cursor) {
   __shared__ int warp_sum[kWarps];
-  __shared__ int found_group, found_tile;
+  __shared__ int found_group, found_place;
   __shared__ KvHeadWork found_work;
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32, H = p.shape.num_kv_heads;
   const int groups = p.shape.batch * H, each = (groups + kThreads - 1) / kThreads;
@@ -134,7 +144,7 @@ MAC_DEVICE Line find_first_tile(const AmendParams& p, const AmendWorkspace& w, C
 #pragma unroll 1
   for (int group = begin; group < end; ++group) {
     work = kv_head_work(p, w, group / H, group % H);
-    mine += work.tiles * w.head_tiles;
+    mine += (work.tiles + kPassCost) * w.head_tiles;
   }
   int upto = mine;  // inclusive prefix within the warp
 #pragma unroll 1
@@ -144,30 +154,34 @@ MAC_DEVICE Line find_first_tile(const AmendParams& p, const AmendWorkspace& w, C
   }
   if (lane == 31) warp_sum[warp] = upto;
   ptx::sync_block();
-  int tiles = 0;
+  int places = 0;
   for (int i = 0; i < kWarps; ++i) {
     if (i < warp) upto += warp_sum[i];
-    tiles += warp_sum[i];
+    places += warp_sum[i];
   }
   const int grid = static_cast<int>(gridDim.x), passes = groups * w.head_tiles;
   const int most = passes < grid / kMaxSplits ? passes * kMaxSplits : grid;
-  const Line line(tiles, tiles < most ? tiles : most);
-  if (static_cast<int>(blockIdx.x) >= line.ctas) return line;
+  const Line line(places, places < most ? places : most);
+  if (static_cast<int>(blockIdx.x) >= line.ctas) return Line(0, 0);
 
-  const int first = line.first_tile(blockIdx.x);
+  const int first = line.begin(blockIdx.x);
   if (first >= upto - mine && first < upto) {  // one thread's KV heads hold it
-    int group = begin, tile = upto - mine;
+    int group = begin, place = upto - mine;
 #pragma unroll 1
     for (; each > 1; ++group) {
       work = kv_head_work(p, w, group / H, group % H);
-      if (tile + work.tiles * w.head_tiles > first) break;
-      tile += work.tiles * w.head_tiles;
+      const int places_of = (work.tiles + kPassCost) * w.head_tiles;
+      if (place + places_of > first) break;
+      place += places_of;
     }
-    found_group = group, found_tile = first - tile, found_work = work;
+    found_group = group, found_place = first - place, found_work = work;
   }
   ptx::sync_block();
   work = found_work;
-  cursor = {first, found_tile % work.tiles, found_group / H, found_group % H, found_tile / work.tiles, work};
+  const int pass_places = work.tiles + kPassCost, place = found_place % pass_places;
+  const int gap = place < kPassCost ? kPassCost - place : 0;  // still before the pass's first tile
+  if (first + gap >= line.begin(blockIdx.x + 1)) return Line(0, 0);
+  cursor = {first + gap, place + gap - kPassCost, found_group / H, found_group % H, found_place / pass_places, work};
   return line;
 }
 
