@@ -34,22 +34,22 @@ lint: $(venv)/built-test
 	$(bin)/ruff check .
 	$(bin)/clang-format --dry-run -Werror $(cxx_files)
 
-# The kernels without torch, plain and under each sanitizer.
+# The kernels without torch, plain and under each sanitizer; the CUDA kernels on their host execution.
 kernels: $(venv)/built-test
 	@for sanitize in "" address,undefined thread; do \
 	  dir=build/kernels-$${sanitize:-plain}; \
 	  $(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
-	    -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
-	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir --output-on-failure || exit 1; \
+	    -DMAC_ATTN_SIMT=ON -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
+	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -j2 --output-on-failure || exit 1; \
 	done
 
-# The host execution of CUDA kernels: its own tests. Tests of the kernels on it are still to come.
+# Of these, the CUDA kernels on the host execution and its own tests (tests/simt).
 simt: $(venv)/built-test
 	@for sanitize in "" address,undefined thread; do \
-	  dir=build/simt-$${sanitize:-plain}; \
+	  dir=build/kernels-$${sanitize:-plain}; \
 	  $(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
 	    -DMAC_ATTN_SIMT=ON -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
-	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -R simt --output-on-failure || exit 1; \
+	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -R simt -j2 --output-on-failure || exit 1; \
 	done
 
 bench: $(venv)/built-test

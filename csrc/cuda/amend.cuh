@@ -125,7 +125,7 @@ struct WarpState {
   }
 
   // The whole block takes part if the query goes to `shared`.
-  MAC_DEVICE void load_query(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, T* shared) {
+  MAC_DEVICE void load_query(const AmendParams& p, const Cursor& cursor, T* shared) {
     const int lane = ptx::lane_id(), request = cursor.request, kv_head = cursor.kv_head;
     const int G = p.shape.group_size, first = cursor.head_tile * kMaxTileHeads;  // within the group
     const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
@@ -222,7 +222,8 @@ MAC_DEVICE void keep_candidate(const AmendParams& p, const AmendWorkspace& w, co
   float* logits = w.candidate_logit + base * G + place;
   if (first_token + kWarpTokens >= cursor.work.old_end && lane < G) {
     // They are read four at a time: fill up the last four.
-    for (int i = 1; (place + i) % 4 != 0; ++i) logits[static_cast<int64_t>(lane) * w.max_candidates + i] = -INFINITY;
+    for (int i = 1; (place + i) % 4 != 0; ++i)
+      logits[static_cast<int64_t>(lane) * w.max_candidates + i] = -INFINITY;
   }
   if (heaviest == 0) {
     if (lane < G) logits[static_cast<int64_t>(lane) * w.max_candidates] = -INFINITY;
@@ -352,8 +353,8 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
 
 // The tiles of one piece, from `cursor` on.
 template <typename T, int kHeadDim, int kHeadBlocks>
-MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const Line& line, int piece, Cursor cursor,
-                            WarpState<T, kHeadDim, kHeadBlocks>& state) {
+MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const Line& line, int piece,
+                            Cursor cursor, WarpState<T, kHeadDim, kHeadBlocks>& state) {
   using Stage = Stage<kHeadDim>;
   T* shared = static_cast<T*>(dynamic_shared());
   T* query = shared + kWarps * Stage::kCount * Stage::kElements;
@@ -377,7 +378,7 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
     ptx::cp_async_commit();
     if (ahead.place < end) row = find_row(p, w, ahead, warp);
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead.place < end) & 0xffffu);
-    if (new_pass) state.load_query(p, w, cursor, query);
+    if (new_pass) state.load_query(p, cursor, query);
     new_pass = false;
     if (filling-- > 0) continue;
     filling = 0;
@@ -430,7 +431,8 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
 #pragma unroll 1
   for (int piece = blockIdx.x; piece < line.pieces; piece = draw_piece(w, line)) {
     Cursor cursor;
-    if (find_tile(p, w, line, share, piece, cursor)) amend_piece<T, kHeadDim, kHeadBlocks>(p, w, line, piece, cursor, state);
+    if (find_tile(p, w, line, share, piece, cursor))
+      amend_piece<T, kHeadDim, kHeadBlocks>(p, w, line, piece, cursor, state);
   }
 }
 

@@ -40,8 +40,8 @@ struct AnchorChoice {
   float lse[kMaxTileHeads];  // log2, over all tokens
   int bin[kBins + 1];
   int warp_sum[kWarps];
-  int cutoff, room;          // bins below `cutoff` fit, and `room` candidates of that bin
-  int place[kMaxAnchors];    // of the chosen candidates, ascending
+  int cutoff, room;        // bins below `cutoff` fit, and `room` candidates of that bin
+  int place[kMaxAnchors];  // of the chosen candidates, ascending
   int token[kMaxAnchors];
   int64_t row[kMaxAnchors];  // where their values begin
   float weight[kWarps][4];
@@ -201,10 +201,11 @@ MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, 
 #pragma unroll 1
       for (int i = threadIdx.x; i < kBlock * kHeads; i += kThreads) {
         const int a = first + i / kHeads, g = head + i % kHeads;
-        weights[i] = a < count && g < G ? candidate_weight<T>(w, base * G + static_cast<int64_t>(g) * w.max_candidates +
-                                                                     choice.place[a],
-                                                              choice.max[kOld][g])
-                                        : 0.f;
+        weights[i] =
+            a < count && g < G
+                ? candidate_weight<T>(w, base * G + static_cast<int64_t>(g) * w.max_candidates + choice.place[a],
+                                      choice.max[kOld][g])
+                : 0.f;
       }
       ptx::sync_block();
 #pragma unroll 4

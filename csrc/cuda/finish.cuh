@@ -87,7 +87,9 @@ template <typename T, int kHeadDim>
 MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, const Segments& segments,
                                const Cursor& cursor, const Scratch& scratch, AnchorChoice& choice) {
   const int G = p.shape.group_size, n = p.requests.seq_lens[cursor.request], group = cursor.kv_group(p);
-  const int status = w.status[cursor.request] | (n < 0 || n > w.max_tokens ? kBadLength : 0);
+  // The first thread may be marking the request below already, as may the CTAs of other KV heads.
+  const int given = ptx::load_volatile(w.status + cursor.request),
+            status = given | (n < 0 || n > w.max_tokens ? kBadLength : 0);
   const int64_t spans = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads();
   const KvHeadWork& work = cursor.work;
   const bool chooses = p.num_anchors > 0 && !work.hit() && work.old_end > 0;
@@ -111,15 +113,15 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
         const float sum = choice.sum[span][head];
         const float scale = status ? NAN : sum == 0.f ? 0.f : ptx::divide(1.f, sum);
         const int64_t row = span * spans + static_cast<int64_t>(group) * G + g;
-        ptx::store_float4(p.out + row * kHeadDim + column, {out[span].x * scale, out[span].y * scale,
-                                                            out[span].z * scale, out[span].w * scale});
+        ptx::store_float4(p.out + row * kHeadDim + column,
+                          {out[span].x * scale, out[span].y * scale, out[span].z * scale, out[span].w * scale});
         if (column == 0) p.lse[row] = status ? NAN : log2_total(choice.max[span][head], sum) * kLn2;
       }
     }
   }
   if (status) {
     // Only match's errors and a bad page are in the request's status already.
-    if (threadIdx.x == 0 && !w.status[cursor.request]) {
+    if (threadIdx.x == 0 && !given) {
       ptx::atomic_or(w.status + cursor.request, status);
       if (w.error_flag) ptx::atomic_or(w.error_flag, status);
     }
@@ -153,15 +155,15 @@ MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, con
   if (threadIdx.x == 0) {
     // The piece's tiles of this KV head: of the passes before, and of this one from where it begins.
     const int begin = line.begin(piece) - segments.first_place, all = w.head_tiles * tiles;
-    const int before = begin > 0 ? begin / (tiles + kPassCost) * tiles +
-                                       min_of(begin % (tiles + kPassCost), tiles)
-                                 : 0;
+    const int before =
+        begin > 0 ? begin / (tiles + kPassCost) * tiles + min_of(begin % (tiles + kPassCost), tiles) : 0;
     const int mine = cursor.head_tile * tiles + cursor.local + 1 - before;
     is_last = ptx::atomic_add_acq_rel(w.done + group, mine) == all - mine;
     if (is_last) w.done[group] = 0;  // as the next call wants to find it
   }
   // Another warp, meanwhile.
-  if (threadIdx.x / 32 == 1 && ptx::lane_id() < 2 * kNumSpans) find_pieces(segments, 0, ptx::lane_id(), choice.pieces);
+  if (threadIdx.x / 32 == 1 && ptx::lane_id() < 2 * kNumSpans)
+    find_pieces(segments, 0, ptx::lane_id(), choice.pieces);
   ptx::sync_block();
   if (!is_last) return;
   finish_kv_head<T, kHeadDim>(p, w, segments, cursor, scratch, choice);

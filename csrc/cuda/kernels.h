@@ -18,8 +18,8 @@ constexpr int32_t kMaxGroup = 128;
 // Bits of a request's status and of the sticky error flag; mac_attn/cache.py reads them.
 enum Error : int32_t { kBadLength = 1, kBadPage = 2, kBadSlot = 4 };
 
-// Division of numbers in [0, 2^31) by one that the device does not know at compile time: n / d is n m / 2^shift with
-// m = ceil(2^shift / d), as long as 2^(shift - 31) >= d (Granlund and Montgomery, PLDI 1994).
+// Division of numbers in [0, 2^31) by one that the device does not know at compile time: n / d is n m / 2^shift
+// with m = ceil(2^shift / d), as long as 2^(shift - 31) >= d (Granlund and Montgomery, PLDI 1994).
 struct Divisor {
   uint32_t multiplier = 0;
   int32_t shift = 0;

@@ -11,8 +11,8 @@ namespace {
 template <typename T, int kHeadDim>
 cudaError_t launch_dim(const MatchParams& p, const MatchWorkspace& w, cudaStream_t stream) {
   const size_t shared = sizeof(float) * p.shape.group_size * kHeadDim;
-  return launch(match_kernel<T, kHeadDim>, dim3(p.shape.batch * p.shape.num_kv_heads * w.splits),
-                kMatchThreads, shared, stream, p, w);
+  return launch(match_kernel<T, kHeadDim>, dim3(p.shape.batch * p.shape.num_kv_heads * w.splits), kMatchThreads,
+                shared, stream, p, w);
 }
 
 template <typename T>

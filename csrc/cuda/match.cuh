@@ -4,8 +4,8 @@
 //   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the newest.
 //
 // Grid: `splits` CTAs of eight warps for each (request, KV head), which share the candidates out; the last one to
-// finish writes the answer. A few lanes read a ring row, so that a warp looks at eight candidates at a time. Partial
-// sums only grow, so most candidates are ruled out by their first head; only the others' heads are read on.
+// finish writes the answer. A few lanes read a ring row, so that a warp looks at eight candidates at a time.
+// Partial sums only grow, so most candidates are ruled out by their first head; only the others' heads are read on.
 // Traffic: between 1/G and all of the ring's queries of the KV head.
 #pragma once
 
@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(kMatchThreads, 3)
     c.first_head.load(ring + c.row * kHeadDim, age <= last_age);
     return c;
   };
-  const int warp_age = 1 + split * Layout::kPerBlock + warp * Layout::kPerWarp, stride = w.splits * Layout::kPerBlock;
+  const int warp_age = 1 + split * Layout::kPerBlock + warp * Layout::kPerWarp,
+            stride = w.splits * Layout::kPerBlock;
   Candidate next = fetch(warp_age + lane / kLanes);
 
   ptx::sync_block();

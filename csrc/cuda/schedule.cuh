@@ -2,11 +2,11 @@
 //
 // The tokens of a KV head (once per 16 query heads that share it) are cut into tiles of 64: first those of the old
 // span [s, E(p)), then the inherited anchors, then the band [E(p), n). All tiles of the call form one line, with a
-// gap of kPassCost before every pass, and the line is cut into pieces, one for each CTA. Of a long line that is only
-// three quarters; the rest is cut into small pieces which the CTAs draw when they are done, as they do not get equal
-// shares of the memory's bandwidth. The lengths are read on the device, so a captured graph adapts to every step.
-// A piece's part within one KV head is a segment; it leaves at most one partial state per span. Segment numbers
-// (piece + pass) differ, as from one segment to the next at least one of the two grows.
+// gap of kPassCost before every pass, and the line is cut into pieces, one for each CTA. Of a long line that is
+// only three quarters; the rest is cut into small pieces which the CTAs draw when they are done, as they do not get
+// equal shares of the memory's bandwidth. The lengths are read on the device, so a captured graph adapts to every
+// step. A piece's part within one KV head is a segment; it leaves at most one partial state per span. Segment
+// numbers (piece + pass) differ, as from one segment to the next at least one of the two grows.
 #pragma once
 
 #include "../params.h"
@@ -65,7 +65,8 @@ MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w
   return {n, start, old_end, old_tiles, anchor_tiles, old_tiles + anchor_tiles + tiles_for(n - old_end)};
 }
 
-// The line and its pieces: the first `longer` of the `firsts` are one place longer than `each`, then come small ones.
+// The line and its pieces: the first `longer` of the `firsts` are one place longer than `each`, then come small
+// ones.
 struct Line {
   int places, pieces;
   int firsts, each, longer, small;
@@ -107,9 +108,7 @@ struct Cursor {
   }
   MAC_DEVICE Span span() const { return local < work.old_tiles ? kOld : kFresh; }
   // Whether the piece, which ends at `end`, has a tile after this one.
-  MAC_DEVICE bool has_next(int end) const {
-    return place + 1 + (local + 1 == work.tiles ? kPassCost : 0) < end;
-  }
+  MAC_DEVICE bool has_next(int end) const { return place + 1 + (local + 1 == work.tiles ? kPassCost : 0) < end; }
   // To the next tile; beyond the end of the piece there may be no pass.
   MAC_DEVICE void advance(const AmendParams& p, const AmendWorkspace& w, int end) {
     const bool has = has_next(end);
@@ -210,7 +209,8 @@ MAC_DEVICE bool find_tile(const AmendParams& p, const AmendWorkspace& w, const L
   const int pass_places = work.tiles + kPassCost, place = found_place % pass_places;
   const int gap = place < kPassCost ? kPassCost - place : 0;  // still before the pass's first tile
   if (first + gap >= line.begin(piece + 1)) return false;
-  cursor = {first + gap, place + gap - kPassCost, found_group / H, found_group % H, found_place / pass_places, work};
+  cursor = {first + gap,     place + gap - kPassCost,   found_group / H,
+            found_group % H, found_place / pass_places, work};
   return true;
 }
 

@@ -14,7 +14,6 @@
 
 #define MAC_DEVICE __device__ __forceinline__
 
-
 namespace mac_attn {
 
 // The launch's dynamic shared memory.

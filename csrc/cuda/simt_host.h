@@ -15,7 +15,6 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define MAC_DEVICE inline
 
-
 // Code that runs for a whole warp at once on the execution's own buffers: no thread's accesses.
 #define MAC_SIMT_UNCHECKED __attribute__((no_sanitize("address"), no_sanitize("thread"), no_sanitize("undefined")))
 

@@ -46,8 +46,8 @@ void test_mixes(DType dtype) {
   MatchSpec spec;
   spec.dtype = dtype;
   for (const bool per_head : {false, true}) {
-    for (const int splits : {1, 2, 7, 32}) {
-      for (const int group_size : {1, 4, 12}) {
+    for (const int splits : {1, 2, 7}) {
+      for (const int group_size : {1, 12}) {
         spec.per_head = per_head, spec.splits = splits, spec.group_size = group_size;
         for (const bool twins : {false, true}) {
           spec.twins = twins, ++spec.seed, test(spec, one_run());
@@ -58,13 +58,17 @@ void test_mixes(DType dtype) {
     }
   }
   // A window of many rounds for each warp, one that is not full, and none at all.
-  for (const int window : {300, 1, 7}) {
-    spec.window = window, spec.seq_lens = {700, 150, 18, 17, 16, 1, 2}, spec.group_size = 3, spec.near = 0.02;
+  for (const int window : {200, 1, 7}) {
+    spec.window = window, spec.seq_lens = {400, 120, 18, 17, 16, 1, 2}, spec.group_size = 2, spec.near = 0.02;
+    spec.num_kv_heads = 1;
     for (const bool per_head : {false, true}) {
       for (const int splits : {1, 3})
         spec.per_head = per_head, spec.splits = splits, ++spec.seed, test(spec, one_run());
     }
   }
+  // More CTAs than candidates.
+  spec = {};
+  spec.dtype = dtype, spec.splits = 32, test(spec, one_run());
   // All miss, all hit.
   spec = {};
   spec.dtype = dtype, spec.near = 0, spec.holes = 0, spec.seq_lens = {90, 120};

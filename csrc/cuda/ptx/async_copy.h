@@ -10,8 +10,7 @@ namespace mac_attn::ptx {
 // 16 bytes past the L1 cache; zeros, and nothing read, when not valid. Not visible before a wait.
 MAC_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
-               "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
 

@@ -57,9 +57,12 @@ MAC_DEVICE int atomic_add_acquire(int* p, int value) {
   return old;
 }
 
-// Reads what other threads of the block may be changing by atomics.
+// Reads what other threads may be changing by atomics.
 MAC_DEVICE unsigned long long load_volatile(const unsigned long long* p) {
   return *static_cast<const volatile unsigned long long*>(p);
+}
+MAC_DEVICE int load_volatile(const int* p) {
+  return *static_cast<const volatile int*>(p);
 }
 
 // These order nothing; the old value comes back.
@@ -131,6 +134,9 @@ inline int atomic_add_acquire(int* p, int value) {
   return __atomic_fetch_add(p, value, __ATOMIC_ACQUIRE);
 }
 inline unsigned long long load_volatile(const unsigned long long* p) {
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+inline int load_volatile(const int* p) {
   return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 inline int atomic_or(int* p, int bits) {
