@@ -98,11 +98,8 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   w.done = workspace.amend_done;
   w.drawn = workspace.drawn;
   w.error_flag = error_flag_of(persistent, on);
-  w.num_pages = static_cast<int32_t>(limits.num_pages);
-  w.page_size = cuda::Divisor(p.kv.page_size);
-  w.max_tokens = limits.max_pages * p.kv.page_size;
-  w.tile_heads = std::min<int32_t>(p.shape.group_size, cuda::kMaxTileHeads);
-  w.head_tiles = (p.shape.group_size + cuda::kMaxTileHeads - 1) / cuda::kMaxTileHeads;
+  TORCH_CHECK_VALUE(cuda::describe(p, static_cast<int32_t>(limits.num_pages), limits.max_pages, w),
+                    "k_cache or v_cache spans more than 64 GiB, must be at most that on CUDA");
   const int64_t tiles = B * H * w.head_tiles * (w.max_tokens / (4 * cuda::kWarpTokens) + cuda::kMaxAnchors);
   TORCH_CHECK_VALUE(tiles < INT32_MAX, "block_table has ", B, " rows of ", limits.max_pages, " pages of ",
                     p.kv.page_size, " tokens, must have fewer than 2^31 tiles of 64 in all KV heads");

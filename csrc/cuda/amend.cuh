@@ -36,16 +36,16 @@ struct Stage {
   static constexpr int kBytes = kElements * 2;
 };
 
-// Two blocks of query heads have no room in the registers: they lie behind the stages, [16, D].
+// The query lies behind the stages, [8 kHeadBlocks, D].
 template <int kHeadDim, int kHeadBlocks>
 constexpr int amend_shared_bytes() {
-  const int query = kHeadBlocks == 1 ? 0 : 8 * kHeadBlocks * Stage<kHeadDim>::kRow * 2;
+  const int query = 8 * kHeadBlocks * Stage<kHeadDim>::kRow * 2;
   return kWarps * Stage<kHeadDim>::kCount * Stage<kHeadDim>::kBytes + query;
 }
 
 // The token row that a lane has looked up: lanes r and r + 16 row r of the warp's 16.
 struct Row {
-  int page, offset;
+  uint32_t page, offset;
   bool valid;
 };
 
@@ -74,24 +74,26 @@ MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Cur
 // Eight lanes side by side copy a row's 128 bytes at a time: whole lines of the L2 cache.
 template <typename T, int kHeadDim>
 MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, Row row, T* stage) {
-  constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = 4;
+  constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = 4, kUnit = 8;  // elements of 16 bytes
   const int lane = ptx::lane_id();
   // A page id outside the cache is not followed: the request is marked and answers NaN.
-  if (row.valid && static_cast<uint32_t>(row.page) >= static_cast<uint32_t>(w.num_pages)) {
+  if (row.valid && row.page >= static_cast<uint32_t>(w.num_pages)) {
     row.valid = false, row.page = 0;
     ptx::atomic_or(w.status + cursor.request, kBadPage);
     if (w.error_flag) ptx::atomic_or(w.error_flag, kBadPage);
   }
+  // In units of 16 bytes, so that 32 bits are enough for 64 GiB of K and as much of V.
+  const uint32_t k_place = row.page * w.k_page_units + row.offset * w.k_token_units;
+  const uint32_t v_place = row.page * w.v_page_units + row.offset * w.v_token_units;
   const uint32_t valid = ptx::ballot(row.valid);
   const T* k_head = static_cast<const T*>(p.kv.k) + cursor.kv_head * p.kv.k_head_stride;
   const T* v_head = static_cast<const T*>(p.kv.v) + cursor.kv_head * p.kv.v_head_stride;
 #pragma unroll
   for (int first = 0; first < kWarpTokens; first += kRowsAtOnce) {
     const int r = first + lane / 8;
-    const int64_t page = ptx::shfl(row.page, r), offset = ptx::shfl(row.offset, r);
     const bool fill = valid >> r & 1u;
-    const T* k = k_head + page * p.kv.k_page_stride + offset * p.kv.k_token_stride;
-    const T* v = v_head + page * p.kv.v_page_stride + offset * p.kv.v_token_stride;
+    const T* k = k_head + static_cast<uint64_t>(ptx::shfl(k_place, r)) * kUnit;
+    const T* v = v_head + static_cast<uint64_t>(ptx::shfl(v_place, r)) * kUnit;
     T* k_row = stage + r * Stage<kHeadDim>::kRow;
     T* v_row = k_row + kWarpTokens * Stage<kHeadDim>::kRow;
 #pragma unroll
@@ -107,8 +109,8 @@ MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const 
 template <typename T, int kHeadDim, int kHeadBlocks>
 struct WarpState {
   static constexpr int kSteps = kHeadDim / 16;
-  static constexpr bool kQueryInShared = kHeadBlocks > 1;
-  uint32_t q[kQueryInShared ? 1 : kSteps][2];
+  static constexpr bool kQueryInRegisters = kHeadBlocks == 1;  // there is no room for two blocks
+  uint32_t q[kQueryInRegisters ? kSteps : 1][2];
   float out[kHeadBlocks][kSteps][4];
   float max[kHeadBlocks][2];
   float sum[kHeadBlocks][2];
@@ -124,29 +126,25 @@ struct WarpState {
     }
   }
 
-  // The whole block takes part if the query goes to `shared`.
+  // The whole block takes part.
   MAC_DEVICE void load_query(const AmendParams& p, const Cursor& cursor, T* shared) {
+    constexpr int kPieces = kHeadDim / 8, kRow = Stage<kHeadDim>::kRow;
     const int lane = ptx::lane_id(), request = cursor.request, kv_head = cursor.kv_head;
     const int G = p.shape.group_size, first = cursor.head_tile * kMaxTileHeads;  // within the group
     const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
                     static_cast<int64_t>(kv_head) * G * p.query.head_stride;
     const int32_t* sources = p.source + static_cast<int64_t>(cursor.kv_group(p)) * G;
-    if constexpr (kQueryInShared) {
-      constexpr int kPieces = kHeadDim / 8;
 #pragma unroll 1
-      for (int i = threadIdx.x; i < 8 * kHeadBlocks * kPieces; i += kThreads) {
-        const int g = first + i / kPieces, d = i % kPieces * 8;
-        const uint4 piece = g < G ? ptx::load_16(rows + g * p.query.head_stride + d) : uint4{0, 0, 0, 0};
-        ptx::store_16(shared + i / kPieces * Stage<kHeadDim>::kRow + d, piece);
-      }
-      ptx::sync_block();
-    } else {
-      const int g = first + lane / 4;
+    for (int i = threadIdx.x; i < 8 * kHeadBlocks * kPieces; i += kThreads) {
+      const int g = first + i / kPieces, d = i % kPieces * 8;
+      const uint4 piece = g < G ? ptx::load_16(rows + g * p.query.head_stride + d) : uint4{0, 0, 0, 0};
+      ptx::store_16(shared + i / kPieces * kRow + d, piece);
+    }
+    ptx::sync_block();
+    if constexpr (kQueryInRegisters) {
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        for (int i = 0; i < 2; ++i) {
-          q[s][i] = g < G ? ptx::load_4(rows + g * p.query.head_stride + s * 16 + i * 8 + lane % 4 * 2) : 0u;
-        }
+        for (int i = 0; i < 2; ++i) q[s][i] = ptx::load_4(shared + lane / 4 * kRow + s * 16 + i * 8 + lane % 4 * 2);
       }
     }
 #pragma unroll
@@ -168,7 +166,8 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
                             float (&x)[kHeadBlocks][4]) {
   constexpr int kSteps = kHeadDim / 16;
   const int lane = ptx::lane_id();
-  float even[kHeadBlocks][4] = {}, odd[kHeadBlocks][4] = {};  // two chains of MMAs hide their latency
+  // Two chains of MMAs hide their latency; two blocks of heads are two chains already.
+  float sum[2][4] = {};
   const T* row = stage + (lane % 8 + lane / 8 % 2 * 8) * Stage<kHeadDim>::kRow + lane / 16 * 8;
   const T* query_row = query + (lane % 8 + lane / 16 * 8) * Stage<kHeadDim>::kRow + lane / 8 % 2 * 8;
 #pragma unroll
@@ -182,14 +181,14 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
     }
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
-      ptx::mma_m16n8k16<T>(s % 2 ? odd[b] : even[b], k, q[2 * b], q[2 * b + 1]);
+      ptx::mma_m16n8k16<T>(sum[kHeadBlocks == 1 ? s % 2 : b], k, q[2 * b], q[2 * b + 1]);
     }
   }
   for (int i = 0; i < 4; ++i) {
     const int token = first_token + lane / 4 + i / 2 * 8;
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
-      float logit = (even[b][i] + odd[b][i]) * p.sm_scale;
+      float logit = (kHeadBlocks == 1 ? sum[0][i] + sum[1][i] : sum[b][i]) * p.sm_scale;
       if (p.logits_soft_cap > 0.f) logit = p.logits_soft_cap * ptx::tanh(logit / p.logits_soft_cap);
       const int source = state.source[b][i % 2];
       const bool counts = source != kNoHead && (anchors || token >= amend_start(p, source));

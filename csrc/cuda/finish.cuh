@@ -60,18 +60,20 @@ MAC_DEVICE void merge_sums(const AmendWorkspace& w, int pass, int heads, AnchorC
 }
 
 // Four elements of a head's sums of weight * value, of both spans: their partial states are one list.
-MAC_DEVICE void merge_outs(const AmendWorkspace& w, int pass, int head, int column, int head_dim,
-                           const AnchorChoice& choice, float4 (&out)[kNumSpans]) {
+template <int kHeadDim>
+MAC_DEVICE void merge_outs(const AmendWorkspace& w, int pass, int head, int column, const AnchorChoice& choice,
+                           float4 (&out)[kNumSpans]) {
   const int num_old = choice.pieces[kOld].end - choice.pieces[kOld].begin;
   const int all = num_old + choice.pieces[kFresh].end - choice.pieces[kFresh].begin;
   const float base[kNumSpans] = {finite_or_zero(choice.max[kOld][head]), finite_or_zero(choice.max[kFresh][head])};
   out[kOld] = out[kFresh] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 8
+  [[maybe_unused]] constexpr int kAtOnce = kHeadDim <= 128 ? 8 : 4;  // registers are short with the greatest
+#pragma unroll kAtOnce
   for (int j = 0; j < all; ++j) {
     const int fresh = j >= num_old;
     const int piece = j + (fresh ? choice.pieces[kFresh].begin - num_old : choice.pieces[kOld].begin);
     const int i = partial_of(w, piece, pass, fresh, head);
-    const float4 part = ptx::load_float4(w.partial_out + static_cast<int64_t>(i) * head_dim + column);
+    const float4 part = ptx::load_float4(w.partial_out + static_cast<int64_t>(i) * kHeadDim + column);
     const float weight = ptx::ex2(w.partial_max[i] - (fresh ? base[kFresh] : base[kOld]));
 #pragma unroll
     for (int span = 0; span < kNumSpans; ++span) {
@@ -107,7 +109,7 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
     for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
       const int column = i % (kHeadDim / 4) * 4, head = i / (kHeadDim / 4), g = first + head;
       float4 out[kNumSpans];
-      merge_outs(w, segments.first_pass + tile, head, column, kHeadDim, choice, out);
+      merge_outs<kHeadDim>(w, segments.first_pass + tile, head, column, choice, out);
 #pragma unroll
       for (int span = 0; span < kNumSpans; ++span) {
         const float sum = choice.sum[span][head];

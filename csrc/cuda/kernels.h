@@ -57,6 +57,8 @@ struct AmendWorkspace {
   float* candidate_max;    // [B, H, G, max_candidates] the maximum its weight was relative to
   int32_t max_candidates;  // a multiple of 16
   int32_t num_pages;
+  uint32_t k_page_units, k_token_units;  // strides in 16 bytes
+  uint32_t v_page_units, v_token_units;
   Divisor page_size;
   int64_t max_tokens;  // max_pages * page_size
   int32_t tile_heads;  // min(G, kMaxTileHeads)
@@ -69,6 +71,24 @@ struct CompleteWorkspace {
 
 // CTAs for each KV head of the current device's match launch: as many as it keeps busy.
 cudaError_t match_splits(const MatchParams& params, int32_t* splits);
+
+// Fills in what follows from the parameters: how the pages and the heads are cut up. False: a cache is too large.
+inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_pages, AmendWorkspace& w) {
+  const KVPages& kv = params.kv;
+  const auto fits = [&](int64_t page_stride, int64_t token_stride) {
+    return num_pages * (page_stride / 8) + kv.page_size * (token_stride / 8) <= int64_t{UINT32_MAX};
+  };
+  w.num_pages = num_pages;
+  w.k_page_units = static_cast<uint32_t>(kv.k_page_stride / 8);
+  w.v_page_units = static_cast<uint32_t>(kv.v_page_stride / 8);
+  w.k_token_units = static_cast<uint32_t>(kv.k_token_stride / 8);
+  w.v_token_units = static_cast<uint32_t>(kv.v_token_stride / 8);
+  w.page_size = Divisor(kv.page_size);
+  w.max_tokens = max_pages * kv.page_size;
+  w.tile_heads = params.shape.group_size < kMaxTileHeads ? params.shape.group_size : kMaxTileHeads;
+  w.head_tiles = (params.shape.group_size + kMaxTileHeads - 1) / kMaxTileHeads;
+  return fits(kv.k_page_stride, kv.k_token_stride) && fits(kv.v_page_stride, kv.v_token_stride);
+}
 
 // CTAs of the persistent amend grid on the current device.
 cudaError_t amend_ctas(int32_t head_dim, int32_t group_size, int32_t* ctas);

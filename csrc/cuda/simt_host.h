@@ -67,7 +67,7 @@ struct Counters {
   int64_t async_copy_bytes;   // cp_async_16 that copied
   int64_t async_zero_bytes;   // cp_async_16 that filled with zeros
   int64_t load_stream_bytes;  // load_stream_16
-  int64_t load_bytes;         // load_4, load_16
+  int64_t load_bytes;         // load_16
   int64_t store_bytes;        // store_16
   int64_t atomics;
   int64_t matrix_products;  // mma_m16n8k16, one per warp

@@ -142,11 +142,7 @@ AmendParams AmendCase::params() {
 cuda::AmendWorkspace AmendCase::workspace() {
   const int batch = static_cast<int>(seq_lens.size()), G = spec_.group_size;
   cuda::AmendWorkspace w{};
-  w.num_pages = pages_.num_pages();
-  w.page_size = cuda::Divisor(spec_.page_size);
-  w.max_tokens = int64_t{pages_.max_pages()} * spec_.page_size;
-  w.tile_heads = std::min<int32_t>(G, cuda::kMaxTileHeads);
-  w.head_tiles = (G + cuda::kMaxTileHeads - 1) / cuda::kMaxTileHeads;
+  CHECK(cuda::describe(params(), pages_.num_pages(), pages_.max_pages(), w));
   const size_t groups = size_t{1} * batch * spec_.num_kv_heads;
   const size_t states = (cuda::kMaxPieces * spec_.ctas + groups * w.head_tiles) * kNumSpans * w.tile_heads;
   done_.assign(groups, 0);

@@ -7,8 +7,9 @@ namespace mac_attn::ptx {
 
 #if defined(__CUDACC__)
 
-MAC_DEVICE uint32_t load_4(const void* global) {
-  return *static_cast<const uint32_t*>(global);
+// Shared or global.
+MAC_DEVICE uint32_t load_4(const void* p) {
+  return *static_cast<const uint32_t*>(p);
 }
 MAC_DEVICE uint4 load_16(const void* p) {
   return *static_cast<const uint4*>(p);
@@ -84,11 +85,10 @@ MAC_DEVICE unsigned long long atomic_exchange(unsigned long long* p, unsigned lo
 
 #else
 
-inline uint32_t load_4(const void* global) {
-  simt::check_aligned("load_4: address is not 4-byte aligned", global, 4);
-  simt::thread_counters().load_bytes += 4;
+inline uint32_t load_4(const void* p) {
+  simt::check_aligned("load_4: address is not 4-byte aligned", p, 4);
   uint32_t value;
-  std::memcpy(&value, global, sizeof value);
+  std::memcpy(&value, p, sizeof value);
   return value;
 }
 inline uint4 load_16(const void* p) {
