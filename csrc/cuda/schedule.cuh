@@ -20,8 +20,8 @@ namespace mac_attn::cuda {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTileTokens = kWarps * kWarpTokens;
-// CTAs for one pass over a KV head alone: with more, merging their states costs more than they save.
-constexpr int kMaxSplits = 32;
+// Pieces of one pass: with more, merging their states costs more than they save.
+constexpr int kMaxSplits = 48;
 // What a pass costs besides its tiles (writing and merging its states), in tiles. Without it, the CTAs that get the
 // many short passes of a batch of hits would be the last to finish.
 constexpr int kPassCost = 6;
@@ -71,14 +71,15 @@ struct Line {
   int places, pieces;
   int firsts, each, longer, small;
 
-  // With at most `most` pieces if nothing is drawn.
-  MAC_DEVICE Line(int places, int ctas, int most) : places(places) {
-    const int share = places / ctas;
+  MAC_DEVICE Line(int places, int ctas, int longest_pass) : places(places) {
+    const int share = places / ctas, least = (longest_pass + kMaxSplits - 1) / kMaxSplits;
     if (share < kDrawFrom) {
-      pieces = firsts = places < most ? places : most;
+      const int most = (places + least - 1) / least;
+      pieces = firsts = most < ctas ? most : ctas;
       each = places / firsts, longer = places % firsts, small = 1;
     } else {
       firsts = ctas, each = share - share / 4, longer = 0, small = (share + kSmallPieces - 1) / kSmallPieces;
+      if (small < least) small = least;
       pieces = firsts + (places - firsts * each + small - 1) / small;
     }
   }
@@ -157,31 +158,35 @@ struct LineShare {
 
 // Sums up the line, every CTA for itself: a prefix sum over the KV heads.
 MAC_DEVICE Line sum_line(const AmendParams& p, const AmendWorkspace& w, LineShare& share) {
-  __shared__ int warp_sum[kWarps];
+  __shared__ int warp_sum[kWarps], warp_longest[kWarps];
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32, H = p.shape.num_kv_heads;
   const int groups = p.shape.batch * H, each = (groups + kThreads - 1) / kThreads;
   share.begin = threadIdx.x * each, share.end = share.begin + each < groups ? share.begin + each : groups;
   share.places = 0;
+  uint32_t longest = 1;
 #pragma unroll 1
   for (int group = share.begin; group < share.end; ++group) {
-    share.places += (kv_head_work(p, w, group / H, group % H).tiles + kPassCost) * w.head_tiles;
+    const uint32_t tiles = kv_head_work(p, w, group / H, group % H).tiles;
+    share.places += (tiles + kPassCost) * w.head_tiles;
+    longest = tiles > longest ? tiles : longest;
   }
+  longest = ptx::reduce_max(longest);
   int upto = share.places;  // inclusive prefix within the warp
 #pragma unroll 1
   for (int distance = 1; distance < 32; distance *= 2) {
     const int before = ptx::shfl(upto, lane >= distance ? lane - distance : lane);
     if (lane >= distance) upto += before;
   }
-  if (lane == 31) warp_sum[warp] = upto;
+  if (lane == 31) warp_sum[warp] = upto, warp_longest[warp] = longest;
   ptx::sync_block();
-  int places = 0;
+  int places = 0, longest_pass = 0;
   for (int i = 0; i < kWarps; ++i) {
     if (i < warp) upto += warp_sum[i];
     places += warp_sum[i];
+    if (warp_longest[i] > longest_pass) longest_pass = warp_longest[i];
   }
   share.place = upto - share.places;
-  const int grid = static_cast<int>(gridDim.x), passes = groups * w.head_tiles;
-  return Line(places, grid, passes < grid / kMaxSplits ? passes * kMaxSplits : grid);
+  return Line(places, gridDim.x, longest_pass);
 }
 
 // Puts `cursor` at the first tile of a piece; false if it has none.

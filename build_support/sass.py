@@ -1,0 +1,144 @@
+"""What the compiler made of the CUDA kernels, read from `cuobjdump` of a built extension.
+
+`cuobjdump --dump-resource-usage` gives registers, memory and stack of each kernel, `--dump-sass` its
+instructions (CUDA Binary Utilities, https://docs.nvidia.com/cuda/cuda-binary-utilities).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+# Per multiprocessor: registers, threads, CTAs, shared memory and what each CTA reserves of it
+# (CUDA Programming Guide, "Technical Specifications per Compute Capability").
+LIMITS = {
+    "sm_80": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 167936, "reserved": 1024},
+    "sm_90": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 233472, "reserved": 1024},
+}
+KERNEL = re.compile(
+    r"(?P<stage>match|amend|complete)_kernelI\w*?(?P<dtype>bf16|fp16)ELi(?P<dim>\d+)E(?:Li(?P<blocks>\d)E)?"
+)
+WARPS = 4  # of an amend CTA; kWarps in csrc/cuda/schedule.cuh
+WARP_TOKENS = 16  # kWarpTokens in csrc/cuda/kernels.h
+
+
+@dataclass
+class Kernel:
+    """One kernel for one architecture; byte sizes, and counts of instructions."""
+
+    arch: str
+    stage: str
+    dtype: str
+    head_dim: int
+    head_blocks: int | None
+    registers: int = 0
+    static_shared: int = 0
+    spilled: int = 0  # bytes of stack and local memory
+    opcodes: list[str] = field(default_factory=list)
+    branches: list[tuple[int, int]] = field(default_factory=list)  # from and to, by instruction
+
+    @property
+    def name(self) -> str:
+        blocks = f", {8 * self.head_blocks} heads" if self.head_blocks else ""
+        return f"{self.stage} {self.dtype} {self.head_dim}{blocks}"
+
+    @property
+    def threads(self) -> int:
+        return 256 if self.stage == "match" else 128
+
+    @property
+    def dynamic_shared(self) -> int:
+        """Of amend: its stages and the query (amend_shared_bytes); of match, for 8 query heads."""
+        if self.stage == "amend":
+            stages = 3 if self.head_dim <= 128 else 2
+            rows = WARPS * stages * 2 * WARP_TOKENS + 8 * (self.head_blocks or 1)
+            return rows * (self.head_dim + 8) * 2
+        return 8 * self.head_dim * 4 if self.stage == "match" else 0
+
+    @property
+    def ctas(self) -> int:
+        """CTAs that fit a multiprocessor; registers come in units of 256 for a warp."""
+        limits = LIMITS[self.arch.removesuffix("a")]
+        per_warp = -(-self.registers * 32 // 256) * 256
+        shared = self.static_shared + self.dynamic_shared + limits["reserved"]
+        return min(
+            limits["registers"] // (per_warp * self.threads // 32),
+            limits["threads"] // self.threads,
+            limits["shared"] // shared,
+            limits["ctas"],
+        )
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes)
+
+    def main_loop(self) -> list[str]:
+        """The shortest loop that has tensor-core instructions and asynchronous copies."""
+        loops = [self.opcodes[to : at + 1] for at, to in self.branches if to <= at]
+        wanted = ("HMMA", "LDGSTS")
+        loops = [b for b in loops if all(any(o.startswith(w) for o in b) for w in wanted)]
+        return min(loops, key=len, default=[])
+
+    def complaints(self) -> Iterator[str]:
+        """What must not be: register spills, and hot loops without the instructions they need."""
+        if self.spilled or self.count("LDL|STL"):
+            yield f"{self.name} ({self.arch}): {self.spilled} bytes in local memory"
+        if self.stage == "match" and not self.count(r"LDG\..*128"):
+            yield f"{self.name} ({self.arch}): no 16-byte loads"
+        if self.stage == "amend":
+            loop = self.main_loop()
+            if not any("LDGSTS" in o and ".128" in o for o in loop):
+                yield f"{self.name} ({self.arch}): no 16-byte asynchronous copies in the main loop"
+            if not any(o.startswith("HMMA") for o in loop):
+                yield f"{self.name} ({self.arch}): no tensor-core instructions in the main loop"
+
+
+def _kernel(arch: str, symbol: str) -> Kernel | None:
+    found = KERNEL.search(symbol)
+    if found is None:
+        return None
+    blocks = found["blocks"]
+    return Kernel(
+        arch, found["stage"], found["dtype"], int(found["dim"]), int(blocks) if blocks else None
+    )
+
+
+def parse(resource_usage: str, sass: str) -> list[Kernel]:
+    """The kernels that `cuobjdump` printed, sorted by architecture and name."""
+    kernels: dict[tuple[str, str], Kernel] = {}
+    arch = symbol = ""
+    for line in resource_usage.splitlines():
+        if found := re.search(r"arch = (\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"Function (\S+):", line):
+            symbol = found[1]
+        elif (found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)) and (
+            kernel := _kernel(arch, symbol)
+        ):
+            registers, stack, shared, local = map(int, found.groups())
+            kernel.registers, kernel.static_shared, kernel.spilled = registers, shared, stack + local
+            kernels[arch, symbol] = kernel
+
+    places: dict[int, int] = {}
+    jumps: list[tuple[int, int]] = []
+    current: Kernel | None = None
+
+    def finish() -> None:
+        if current is not None:
+            current.branches = [(at, places[to]) for at, to in jumps if to in places]
+
+    for line in sass.splitlines():
+        if found := re.search(r"arch = (\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"Function : (\S+)", line):
+            finish()
+            current, places, jumps = kernels.get((arch, found[1])), {}, []
+        elif current is not None and (
+            found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z]\S*)(.*)", line)
+        ):
+            places[int(found[1], 16)] = len(current.opcodes)
+            if found[2] == "BRA" and (target := re.search(r"(0x[0-9a-f]+)", found[3])):
+                jumps.append((len(current.opcodes), int(target[1], 16)))
+            current.opcodes.append(found[2].rstrip(";"))
+    finish()
+    return sorted(kernels.values(), key=lambda k: (k.arch, k.stage, k.dtype, k.head_dim, k.name))
