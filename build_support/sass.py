@@ -1,7 +1,7 @@
 """What the compiler made of the CUDA kernels, read from `cuobjdump` of a built extension.
 
-`cuobjdump --dump-resource-usage` gives registers, memory and stack of each kernel, `--dump-sass` its
-instructions (CUDA Binary Utilities, https://docs.nvidia.com/cuda/cuda-binary-utilities).
+`cuobjdump --dump-resource-usage` gives registers, memory and stack of each kernel, `--dump-sass`
+its instructions (CUDA Binary Utilities, https://docs.nvidia.com/cuda/cuda-binary-utilities).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# Per multiprocessor: registers, threads, CTAs, shared memory and what each CTA reserves of it
-# (CUDA Programming Guide, "Technical Specifications per Compute Capability").
+# Per multiprocessor: registers, threads, CTAs and shared memory (CUDA Programming Guide, "Technical
+# Specifications per Compute Capability").
 LIMITS = {
-    "sm_80": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 167936, "reserved": 1024},
-    "sm_90": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 233472, "reserved": 1024},
+    "sm_80": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 167936},
+    "sm_90": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 233472},
 }
 KERNEL = re.compile(
     r"(?P<stage>match|amend|complete)_kernelI\w*?(?P<dtype>bf16|fp16)ELi(?P<dim>\d+)E(?:Li(?P<blocks>\d)E)?"
@@ -33,7 +33,7 @@ class Kernel:
     head_dim: int
     head_blocks: int | None
     registers: int = 0
-    static_shared: int = 0
+    static_shared: int = 0  # with the 1 KiB that the system reserves
     spilled: int = 0  # bytes of stack and local memory
     opcodes: list[str] = field(default_factory=list)
     branches: list[tuple[int, int]] = field(default_factory=list)  # from and to, by instruction
@@ -61,11 +61,11 @@ class Kernel:
         """CTAs that fit a multiprocessor; registers come in units of 256 for a warp."""
         limits = LIMITS[self.arch.removesuffix("a")]
         per_warp = -(-self.registers * 32 // 256) * 256
-        shared = self.static_shared + self.dynamic_shared + limits["reserved"]
+        shared = self.static_shared + self.dynamic_shared
         return min(
             limits["registers"] // (per_warp * self.threads // 32),
             limits["threads"] // self.threads,
-            limits["shared"] // shared,
+            limits["shared"] // max(shared, 1),
             limits["ctas"],
         )
 
@@ -108,7 +108,7 @@ def parse(resource_usage: str, sass: str) -> list[Kernel]:
     kernels: dict[tuple[str, str], Kernel] = {}
     arch = symbol = ""
     for line in resource_usage.splitlines():
-        if found := re.search(r"arch = (\w+)", line):
+        if found := re.search(r"(?:arch =|code for) (\w+)", line):
             arch = found[1]
         elif found := re.search(r"Function (\S+):", line):
             symbol = found[1]
@@ -116,7 +116,11 @@ def parse(resource_usage: str, sass: str) -> list[Kernel]:
             kernel := _kernel(arch, symbol)
         ):
             registers, stack, shared, local = map(int, found.groups())
-            kernel.registers, kernel.static_shared, kernel.spilled = registers, shared, stack + local
+            kernel.registers, kernel.static_shared, kernel.spilled = (
+                registers,
+                shared,
+                stack + local,
+            )
             kernels[arch, symbol] = kernel
 
     places: dict[int, int] = {}
@@ -128,7 +132,7 @@ def parse(resource_usage: str, sass: str) -> list[Kernel]:
             current.branches = [(at, places[to]) for at, to in jumps if to in places]
 
     for line in sass.splitlines():
-        if found := re.search(r"arch = (\w+)", line):
+        if found := re.search(r"(?:arch =|code for) (\w+)", line):
             arch = found[1]
         elif found := re.search(r"Function : (\S+)", line):
             finish()
