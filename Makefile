@@ -1,14 +1,18 @@
 # make demo    a real language model decodes a long document with MAC-Attention
 # make test    formatting, the kernels alone (CTest, sanitizers), the Python tests
+# make cuda    the CUDA extension against a CUDA torch, in .venv-cuda (6 GB; part of `make test`)
 # make bench   the quick benchmarks
 #
-# Everything goes into .venv. Variables:
+# Everything else goes into .venv. Variables:
 #   PYTHON=python3.12     the Python that .venv is made with
 #   TORCH="torch==2.13.0" what to install if .venv has no torch yet
 #   DEMO_ARGS, TEST_ARGS  passed on
+#   CUDA_TORCH, CUDA_COMPILER  what `make cuda` installs: a torch for CUDA, and its compiler as wheels
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.11.0
+CUDA_COMPILER ?= $(foreach part,nvcc crt cccl,nvidia-cuda-$(part)==13.0.*) nvidia-nvvm==13.0.* nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
@@ -18,7 +22,11 @@ pip := $(bin)/python -m pip --disable-pip-version-check -q
 cxx_files := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/cpp/*.cpp tests/simt/*.cpp tests/simt/*.h)
 sources := setup.py pyproject.toml build_support/toolkit.py mac_attn/_version.py $(cxx_files)
 
-.PHONY: demo test lint build kernels simt bench format clean help
+cuda_venv := .venv-cuda
+cuda_bin := $(cuda_venv)/bin
+cuda_pip := $(cuda_bin)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test lint build kernels simt cuda bench format clean help
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -26,7 +34,7 @@ help:
 demo: $(venv)/built-demo
 	$(bin)/python -m mac_attn.demo $(DEMO_ARGS)
 
-test: lint kernels $(venv)/built-test
+test: lint kernels cuda $(venv)/built-test
 	$(bin)/python -m pytest --cov --cov-report=term $(TEST_ARGS)
 
 lint: $(venv)/built-test
@@ -52,6 +60,11 @@ simt: $(venv)/built-test
 	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -R simt -j2 --output-on-failure || exit 1; \
 	done
 
+# No GPU is needed: it imports, has the ops, spills no register and has the instructions it was designed around.
+cuda: $(cuda_venv)/built
+	$(cuda_bin)/python build_support/check_cuda_build.py
+	$(cuda_bin)/python bench/sass_report.py --check
+
 bench: $(venv)/built-test
 	$(bin)/python bench/hit_curve.py --quick
 	$(bin)/python bench/stages.py --quick
@@ -64,10 +77,24 @@ format: $(venv)/built-test
 	$(bin)/clang-format -i $(cxx_files)
 
 clean:
-	rm -rf $(venv) build dist *.egg-info mac_attn/*.so
+	rm -rf $(venv) $(cuda_venv) build dist *.egg-info mac_attn/*.so
 
 $(venv)/python:
 	$(PYTHON) -m venv $(venv)
+	touch $@
+
+# The compiler of the CUDA version that this torch is built with, all from the package index.
+$(cuda_venv)/torch:
+	$(PYTHON) -m venv $(cuda_venv)
+	$(cuda_pip) install "$(CUDA_TORCH)" numpy ninja pybind11 wheel "setuptools>=77" $(CUDA_COMPILER)
+	touch $@
+
+$(cuda_venv)/built: $(cuda_venv)/torch $(sources)
+	rm -rf build/cuda-src && mkdir -p build/cuda-src
+	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/cuda-src
+	rm -f build/cuda-src/mac_attn/*.so
+	cd build/cuda-src && env -u CUDA_HOME PATH=$(abspath $(cuda_bin)):/usr/bin:/bin MAC_ATTN_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0a" \
+	  ../../$(cuda_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
 	touch $@
 
 $(venv)/torch: $(venv)/python

@@ -18,7 +18,12 @@ from setuptools import setup
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # pip does not, and build_support lies here
 
-from build_support.toolkit import DEFAULT_ARCHES, find_toolkit, use_cuda  # noqa: E402
+from build_support.toolkit import (  # noqa: E402
+    DEFAULT_ARCHES,
+    find_toolkit,
+    runtime_folder,
+    use_cuda,
+)
 
 try:
     import torch
@@ -49,7 +54,9 @@ if sanitizers := os.environ.get("MAC_ATTN_SANITIZE"):
 
 sources = [*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
 flags = {"cxx": cxx}
+library_dirs = []
 if cuda:
+    library_dirs = [str(runtime_folder(toolkit, ROOT / "build" / "cuda-lib"))]
     sources += cuda_sources
     macros += [
         ("MAC_ATTN_WITH_CUDA", "1"),
@@ -67,6 +74,7 @@ setup(
             [str(path.relative_to(ROOT)) for path in sources],
             depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*h"))],
             define_macros=macros,
+            library_dirs=library_dirs,
             extra_compile_args=flags,
             extra_link_args=link,
         )

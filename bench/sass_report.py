@@ -20,7 +20,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # behind the installed mac_attn
 
 from build_support.sass import Kernel, parse  # noqa: E402
 

@@ -47,6 +47,24 @@ def find_toolkit(
     return home if is_toolkit(home) else None
 
 
+def runtime_folder(home: Path, scratch: Path) -> Path:
+    """A folder with the `libcudart.so` that the linker asks for.
+
+    The wheels have the library under its full name only; then `scratch` gets a link to it. Raises
+    BuildError if the toolkit has none.
+    """
+    for folder in (home / "lib64", home / "lib"):
+        if (folder / "libcudart.so").exists():
+            return folder
+        for library in sorted(folder.glob("libcudart.so.*")):
+            scratch.mkdir(parents=True, exist_ok=True)
+            link = scratch / "libcudart.so"
+            link.unlink(missing_ok=True)
+            link.symlink_to(library)
+            return scratch
+    raise BuildError(f"{home} has no lib64/libcudart.so, nor one in lib")
+
+
 def use_cuda(
     torch_cuda: str | None,
     has_sources: bool,

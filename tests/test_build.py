@@ -16,7 +16,12 @@ from mac_attn import _C
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from build_support.toolkit import BuildError, find_toolkit, use_cuda  # noqa: E402
+from build_support.toolkit import (  # noqa: E402
+    BuildError,
+    find_toolkit,
+    runtime_folder,
+    use_cuda,
+)
 
 
 def make_toolkit(home: Path) -> Path:
@@ -41,6 +46,20 @@ def test_nvcc_on_path_is_followed_through_links(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").symlink_to(home / "bin" / "nvcc")
     assert find_toolkit({"PATH": str(tmp_path / "bin")}, tmp_path / "empty") == home
+
+
+def test_the_runtime_of_a_toolkit_and_of_the_wheels(tmp_path):
+    home, scratch = make_toolkit(tmp_path / "cuda"), tmp_path / "scratch"
+    with pytest.raises(BuildError, match="has no lib64/libcudart.so"):
+        runtime_folder(home, scratch)
+    (home / "lib").mkdir()
+    (home / "lib" / "libcudart.so.13").touch()
+    for _ in range(2):  # the second time the link is there already
+        assert runtime_folder(home, scratch) == scratch
+        assert (scratch / "libcudart.so").resolve() == home / "lib" / "libcudart.so.13"
+    (home / "lib64").mkdir()
+    (home / "lib64" / "libcudart.so").touch()
+    assert runtime_folder(home, scratch) == home / "lib64"
 
 
 def test_a_wrapper_script_is_no_toolkit_and_wheels_come_last(tmp_path):
