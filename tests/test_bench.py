@@ -125,3 +125,22 @@ def test_a_put_back_step_can_be_repeated(age):
     # Where heads miss, the step is exact.
     exact = mac_attn.decode(work.q, work.kv, work.block_table, work.seq_lens)
     torch.testing.assert_close(outs[0][~mask], exact[~mask], rtol=0.02, atol=1e-3)
+
+
+def test_end_to_end():
+    pytest.importorskip("transformers")
+    import end_to_end
+    from tiny_models import prompts, tiny_model
+
+    from mac_attn import ReuseConfig
+
+    config = ReuseConfig(threshold=1e6, window=16, band=8, anchors=2, min_context=16)
+    cpu = torch.device("cpu")
+    rows = end_to_end.measure(tiny_model(cpu), prompts(cpu, 1, 40), 5, 1, config)
+    assert [row["mode"] for row in rows] == list(end_to_end.MODES)
+    for row in rows:
+        assert row["context"] == 40
+        assert 0 < row["attention_ms"] < row["ms"]
+        # 5 tokens take 5 steps: the last prompt token and 4 new ones. All queries hit.
+        assert row["hit_rate"] == (1 if row["mode"] == "reuse" else 0)
+        assert (row["kv_read_share"] < 1) == (row["mode"] == "reuse")
