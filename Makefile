@@ -61,9 +61,14 @@ simt: $(venv)/built-test
 	done
 
 # No GPU is needed: it imports, has the ops, spills no register and has the instructions it was designed around.
+ifeq ($(shell uname -s),Linux)
 cuda: $(cuda_venv)/built
 	$(cuda_bin)/python build_support/check_cuda_build.py
 	$(cuda_bin)/python bench/sass_report.py --check
+else
+cuda:
+	@echo "make cuda: skipped, the package index has a torch for CUDA only for Linux"
+endif
 
 bench: $(venv)/built-test
 	$(bin)/python bench/hit_curve.py --quick
@@ -89,11 +94,12 @@ $(cuda_venv)/torch:
 	$(cuda_pip) install "$(CUDA_TORCH)" numpy ninja pybind11 wheel "setuptools>=77" $(CUDA_COMPILER)
 	touch $@
 
-$(cuda_venv)/built: $(cuda_venv)/torch $(sources)
+$(cuda_venv)/built: $(cuda_venv)/torch $(sources) $(wildcard mac_attn/*.py)
 	rm -rf build/cuda-src && mkdir -p build/cuda-src
 	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/cuda-src
 	rm -f build/cuda-src/mac_attn/*.so
-	cd build/cuda-src && env -u CUDA_HOME PATH=$(abspath $(cuda_bin)):/usr/bin:/bin MAC_ATTN_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0a" \
+	cd build/cuda-src && MAC_ATTN_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0a" \
+	  PATH="$(abspath $(cuda_bin)):$$PATH" CUDA_HOME=$$(echo $(abspath $(cuda_venv))/lib/python3*/site-packages/nvidia/cu13) \
 	  ../../$(cuda_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
 	touch $@
 

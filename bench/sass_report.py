@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # behind the installed mac_attn
 
-from build_support.sass import Kernel, parse  # noqa: E402
+from build_support.sass import Kernel, missing, parse  # noqa: E402
 
 
 def tool_path() -> str:
@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     complaints = [complaint for kernel in kernels for complaint in kernel.complaints()]
+    complaints += missing(kernels)
     if options.check:
         print("\n".join(complaints) or f"{len(kernels)} kernels: no spills, hot loops as designed")
     return 1 if options.check and complaints else 0

@@ -33,7 +33,7 @@ class Kernel:
     head_dim: int
     head_blocks: int | None
     registers: int = 0
-    static_shared: int = 0  # with the 1 KiB that the system reserves
+    static_shared: int = 0  # with what the system reserves, on sm_90
     spilled: int = 0  # bytes of stack and local memory
     opcodes: list[str] = field(default_factory=list)
     branches: list[tuple[int, int]] = field(default_factory=list)  # from and to, by instruction
@@ -59,7 +59,7 @@ class Kernel:
     @property
     def ctas(self) -> int:
         """CTAs that fit a multiprocessor; registers come in units of 256 for a warp."""
-        limits = LIMITS[self.arch.removesuffix("a")]
+        limits = LIMITS.get(self.arch.removesuffix("a"), LIMITS["sm_90"])
         per_warp = -(-self.registers * 32 // 256) * 256
         shared = self.static_shared + self.dynamic_shared
         return min(
@@ -93,6 +93,24 @@ class Kernel:
                 yield f"{self.name} ({self.arch}): no tensor-core instructions in the main loop"
 
 
+def missing(kernels: list[Kernel]) -> list[str]:
+    """Which of the kernels that there must be for every architecture are not there."""
+    wanted = [
+        (stage, dtype, head_dim, blocks)
+        for stage, all_blocks in (("match", [None]), ("amend", [1, 2]), ("complete", [None]))
+        for dtype in ("bf16", "fp16")
+        for head_dim in (64, 80, 96, 128, 256)
+        for blocks in all_blocks
+    ]
+    there = {(k.arch, k.stage, k.dtype, k.head_dim, k.head_blocks) for k in kernels}
+    return [
+        f"{Kernel(arch, *names).name} ({arch}) is missing"
+        for arch in sorted({kernel.arch for kernel in kernels})
+        for names in wanted
+        if (arch, *names) not in there
+    ]
+
+
 def _kernel(arch: str, symbol: str) -> Kernel | None:
     found = KERNEL.search(symbol)
     if found is None:
@@ -104,7 +122,10 @@ def _kernel(arch: str, symbol: str) -> Kernel | None:
 
 
 def parse(resource_usage: str, sass: str) -> list[Kernel]:
-    """The kernels that `cuobjdump` printed, sorted by architecture and name."""
+    """The kernels that `cuobjdump` printed, sorted by architecture and name.
+
+    Raises ValueError for a kernel of ours whose name this does not understand.
+    """
     kernels: dict[tuple[str, str], Kernel] = {}
     arch = symbol = ""
     for line in resource_usage.splitlines():
@@ -112,9 +133,12 @@ def parse(resource_usage: str, sass: str) -> list[Kernel]:
             arch = found[1]
         elif found := re.search(r"Function (\S+):", line):
             symbol = found[1]
-        elif (found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)) and (
-            kernel := _kernel(arch, symbol)
-        ):
+        elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            kernel = _kernel(arch, symbol)
+            if kernel is None:
+                if "mac_attn" in symbol:
+                    raise ValueError(f"{symbol} is no kernel that build_support/sass.py knows")
+                continue
             registers, stack, shared, local = map(int, found.groups())
             kernel.registers, kernel.static_shared, kernel.spilled = (
                 registers,

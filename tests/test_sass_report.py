@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from build_support.sass import parse  # noqa: E402
+from build_support.sass import missing, parse  # noqa: E402
 
 MATCH = "_ZN8mac_attn4cuda12match_kernelINS_4bf16ELi128EEEvNS_11MatchParamsENS0_14MatchWorkspaceE"
 AMEND = (
@@ -77,3 +77,12 @@ def test_complaints(old, new, complaint):
     kernels = parse(USAGE.replace(old, new), SASS.replace(old, new))
     complaints = [c for kernel in kernels for c in kernel.complaints()]
     assert any(complaint in c for c in complaints), complaints
+
+
+def test_no_kernel_goes_unseen():
+    with pytest.raises(ValueError, match="other_kernel.* is no kernel that"):
+        parse(USAGE.replace("match_kernel", "other_kernel"), SASS)
+    absent = missing(parse(USAGE, SASS))
+    assert len(absent) == 40 - 2
+    assert "match bf16 64 (sm_80) is missing" in absent
+    assert "match bf16 128 (sm_80) is missing" not in absent

@@ -8,21 +8,13 @@
 namespace mac_attn::cuda {
 
 // Calls `use` with the kernel for these sizes and its shared memory.
-template <typename T, int kHeadBlocks, typename Use>
-cudaError_t with_head_dim(int head_dim, const Use& use) {
-  switch (head_dim) {
-    case 64: return use(amend_kernel<T, 64, kHeadBlocks>, amend_shared_bytes<64, kHeadBlocks>());
-    case 80: return use(amend_kernel<T, 80, kHeadBlocks>, amend_shared_bytes<80, kHeadBlocks>());
-    case 96: return use(amend_kernel<T, 96, kHeadBlocks>, amend_shared_bytes<96, kHeadBlocks>());
-    case 128: return use(amend_kernel<T, 128, kHeadBlocks>, amend_shared_bytes<128, kHeadBlocks>());
-    case 256: return use(amend_kernel<T, 256, kHeadBlocks>, amend_shared_bytes<256, kHeadBlocks>());
-    default: return cudaErrorInvalidValue;
-  }
-}
-
 template <typename T, typename Use>
 cudaError_t with_amend_kernel(int head_dim, int group_size, const Use& use) {
-  return group_size <= 8 ? with_head_dim<T, 1>(head_dim, use) : with_head_dim<T, 2>(head_dim, use);
+  return with_head_dim(head_dim, [&](auto dim) {
+    constexpr int kHeadDim = decltype(dim)::value;
+    return group_size <= 8 ? use(amend_kernel<T, kHeadDim, 1>, amend_shared_bytes<kHeadDim, 1>())
+                           : use(amend_kernel<T, kHeadDim, 2>, amend_shared_bytes<kHeadDim, 2>());
+  });
 }
 
 template <typename T>

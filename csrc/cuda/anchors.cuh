@@ -47,26 +47,6 @@ struct AnchorChoice {
   float weight[kWarps][4];
 };
 
-// Sum over the threads of the block before this one, and over all. The caller keeps `warp_sum` free.
-MAC_DEVICE int sum_before(int mine, int (&warp_sum)[kWarps], int& all) {
-  const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
-  int upto = mine;
-#pragma unroll 1
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int before = ptx::shfl(upto, lane >= distance ? lane - distance : lane);
-    if (lane >= distance) upto += before;
-  }
-  if (lane == 31) warp_sum[warp] = upto;
-  ptx::sync_block();
-  all = 0;
-  for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) upto += warp_sum[i];
-    all += warp_sum[i];
-  }
-  ptx::sync_block();
-  return upto - mine;
-}
-
 // The heaviest head's weight of every candidate as a bin: counted, and kept for the choice.
 MAC_DEVICE void sort_into_bins(const AmendParams& p, const AmendWorkspace& w, int group, int num_candidates,
                                AnchorChoice& choice) {

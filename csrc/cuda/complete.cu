@@ -6,23 +6,13 @@ namespace mac_attn::cuda {
 
 namespace {
 
-template <typename T, int kHeadDim>
-cudaError_t launch_dim(const CompleteParams& p, const CompleteWorkspace& w, cudaStream_t stream) {
-  const int warps = p.shape.batch * (p.shape.num_qo_heads() + (p.source ? p.shape.num_kv_heads : 0));
-  const dim3 grid((warps + kWarps - 1) / kWarps);
-  return launch(complete_kernel<T, kHeadDim>, grid, kThreads, 0, stream, p, w);
-}
-
 template <typename T>
 cudaError_t launch_type(const CompleteParams& p, const CompleteWorkspace& w, cudaStream_t stream) {
-  switch (p.shape.head_dim) {
-    case 64: return launch_dim<T, 64>(p, w, stream);
-    case 80: return launch_dim<T, 80>(p, w, stream);
-    case 96: return launch_dim<T, 96>(p, w, stream);
-    case 128: return launch_dim<T, 128>(p, w, stream);
-    case 256: return launch_dim<T, 256>(p, w, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  const int warps = p.shape.batch * (p.shape.num_qo_heads() + (p.source ? p.shape.num_kv_heads : 0));
+  const dim3 grid((warps + kWarps - 1) / kWarps);
+  return with_head_dim(p.shape.head_dim, [&](auto dim) {
+    return launch(complete_kernel<T, decltype(dim)::value>, grid, kThreads, 0, stream, p, w);
+  });
 }
 
 }  // namespace

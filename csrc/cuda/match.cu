@@ -8,29 +8,13 @@ namespace mac_attn::cuda {
 
 namespace {
 
-template <typename T, int kHeadDim>
-cudaError_t launch_dim(const MatchParams& p, const MatchWorkspace& w, cudaStream_t stream) {
-  const size_t shared = sizeof(float) * p.shape.group_size * kHeadDim;
-  return launch(match_kernel<T, kHeadDim>, dim3(p.shape.batch * p.shape.num_kv_heads * w.splits), kMatchThreads,
-                shared, stream, p, w);
-}
-
 template <typename T>
 cudaError_t launch_type(const MatchParams& p, const MatchWorkspace& w, cudaStream_t stream) {
-  switch (p.shape.head_dim) {
-    case 64: return launch_dim<T, 64>(p, w, stream);
-    case 80: return launch_dim<T, 80>(p, w, stream);
-    case 96: return launch_dim<T, 96>(p, w, stream);
-    case 128: return launch_dim<T, 128>(p, w, stream);
-    case 256: return launch_dim<T, 256>(p, w, stream);
-    default: return cudaErrorInvalidValue;
-  }
-}
-
-int candidates_per_block(int head_dim) {
-  return head_dim <= 64    ? MatchLayout<64>::kPerBlock
-         : head_dim <= 128 ? MatchLayout<128>::kPerBlock
-                           : MatchLayout<256>::kPerBlock;
+  const dim3 grid(p.shape.batch * p.shape.num_kv_heads * w.splits);
+  const size_t shared = sizeof(float) * p.shape.group_size * p.shape.head_dim;
+  return with_head_dim(p.shape.head_dim, [&](auto dim) {
+    return launch(match_kernel<T, decltype(dim)::value>, grid, kMatchThreads, shared, stream, p, w);
+  });
 }
 
 }  // namespace
@@ -41,7 +25,13 @@ cudaError_t match_splits(const MatchParams& p, int32_t* splits) {
   if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
   constexpr int kBlocksAtATime = 4;  // on a processor
   constexpr int kMaxSplits = 32;     // they meet at one counter
-  const int each = candidates_per_block(p.shape.head_dim), most = (p.ring.window + each - 1) / each;
+  int each = 0;
+  const auto candidates = [&](auto dim) {
+    each = MatchLayout<decltype(dim)::value>::kPerBlock;
+    return cudaSuccess;
+  };
+  if (cudaError_t error = with_head_dim(p.shape.head_dim, candidates)) return error;
+  const int most = (p.ring.window + each - 1) / each;
   const int wanted = processors * kBlocksAtATime / (p.shape.batch * p.shape.num_kv_heads);
   *splits = std::max(1, std::min({wanted, most, kMaxSplits}));
   return cudaSuccess;

@@ -150,6 +150,26 @@ MAC_DEVICE const int32_t* inherited_anchors(const AmendParams& p, int request, i
   return p.ring_anchors + entry * p.num_anchors;
 }
 
+// Sum over the threads of the block before this one, and over all. The caller keeps `warp_sum` free.
+MAC_DEVICE int sum_before(int mine, int (&warp_sum)[kWarps], int& all) {
+  const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
+  int upto = mine;
+#pragma unroll 1
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int before = ptx::shfl(upto, lane >= distance ? lane - distance : lane);
+    if (lane >= distance) upto += before;
+  }
+  if (lane == 31) warp_sum[warp] = upto;
+  ptx::sync_block();
+  all = 0;
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) upto += warp_sum[i];
+    all += warp_sum[i];
+  }
+  ptx::sync_block();
+  return upto - mine;
+}
+
 // A thread's share of the KV heads: [begin, end), which lie on the line from `place` on.
 struct LineShare {
   int begin, end;
@@ -171,21 +191,12 @@ MAC_DEVICE Line sum_line(const AmendParams& p, const AmendWorkspace& w, LineShar
     longest = tiles > longest ? tiles : longest;
   }
   longest = ptx::reduce_max(longest);
-  int upto = share.places;  // inclusive prefix within the warp
-#pragma unroll 1
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int before = ptx::shfl(upto, lane >= distance ? lane - distance : lane);
-    if (lane >= distance) upto += before;
-  }
-  if (lane == 31) warp_sum[warp] = upto, warp_longest[warp] = longest;
-  ptx::sync_block();
+  if (lane == 0) warp_longest[warp] = longest;
   int places = 0, longest_pass = 0;
+  share.place = sum_before(share.places, warp_sum, places);
   for (int i = 0; i < kWarps; ++i) {
-    if (i < warp) upto += warp_sum[i];
-    places += warp_sum[i];
     if (warp_longest[i] > longest_pass) longest_pass = warp_longest[i];
   }
-  share.place = upto - share.places;
   return Line(places, gridDim.x, longest_pass);
 }
 

@@ -28,9 +28,6 @@ MAC_DEVICE uint32_t float_bits(float x) {
 MAC_DEVICE float bits_float(uint32_t x) {
   return __uint_as_float(x);
 }
-MAC_DEVICE int popcount(uint32_t x) {
-  return __popc(x);
-}
 
 }  // namespace mac_attn
 

@@ -130,8 +130,5 @@ inline float bits_float(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-inline int popcount(uint32_t x) {
-  return __builtin_popcount(x);
-}
 
 }  // namespace mac_attn
