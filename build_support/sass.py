@@ -52,8 +52,8 @@ class Kernel:
         """Of amend: its stages and the query (amend_shared_bytes); of match, for 8 query heads."""
         if self.stage == "amend":
             stages = 3 if self.head_dim <= 128 else 2
-            rows = WARPS * stages * 2 * WARP_TOKENS + 8 * (self.head_blocks or 1)
-            return rows * (self.head_dim + 8) * 2
+            rows = WARPS * stages * 2 * WARP_TOKENS * -(-self.head_dim // 64) * 64
+            return (rows + 8 * (self.head_blocks or 1) * (self.head_dim + 8)) * 2
         return 8 * self.head_dim * 4 if self.stage == "match" else 0
 
     @property

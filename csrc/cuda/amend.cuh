@@ -16,7 +16,7 @@ namespace mac_attn::cuda {
 // The query lies behind the stages, [8 kHeadBlocks, D].
 template <int kHeadDim, int kHeadBlocks>
 constexpr int amend_shared_bytes() {
-  const int query = 8 * kHeadBlocks * Stage<kHeadDim>::kRow * 2;
+  const int query = 8 * kHeadBlocks * WarpState<bf16, kHeadDim, kHeadBlocks>::kQueryRow * 2;
   return kWarps * Stage<kHeadDim>::kCount * Stage<kHeadDim>::kBytes + query;
 }
 
@@ -25,10 +25,13 @@ constexpr int amend_shared_bytes() {
 template <typename T, int kHeadDim, int kHeadBlocks>
 MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kHeadBlocks>& state,
                               const Scratch& scratch, int64_t partial) {
-  constexpr int kRow = kHeadDim + 4;  // floats; the padding spreads the heads over the banks
+  constexpr int kRow = (kHeadDim + 31) / 32 * 32;  // floats
   constexpr int kHeads = 8 * kHeadBlocks;
+  __shared__ float warp_max[kWarps][kHeads], warp_sum[kWarps][kHeads];
+  // Columns are shuffled within 32, so that the four heads that a warp writes at a time lie in different banks.
+  const auto place = [](int head, int column) { return head * kRow + (column ^ head / 2 % 4 * 8); };
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32, heads = w.tile_heads;
-  static_assert((kHeads * (kRow + 2)) * 4 <= Stage<kHeadDim>::kBytes, "a state fits a stage");
+  static_assert(kHeads * kRow * 4 <= Stage<kHeadDim>::kBytes, "a state fits a stage");
   float* mine = scratch.area(warp);
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
@@ -38,13 +41,13 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
         state.sum[b][i] += ptx::shfl_xor(state.sum[b][i], distance);
       }
       if (lane < 4) {
-        mine[kHeads * kRow + head] = state.max[b][i];
-        mine[kHeads * kRow + kHeads + head] = state.sum[b][i];
+        warp_max[warp][head] = state.max[b][i];
+        warp_sum[warp][head] = state.sum[b][i];
       }
 #pragma unroll
       for (int s = 0; s < kHeadDim / 16; ++s) {
-        mine[head * kRow + s * 16 + lane / 4] = state.out[b][s][i];
-        mine[head * kRow + s * 16 + lane / 4 + 8] = state.out[b][s][2 + i];
+        mine[place(head, s * 16 + lane / 4)] = state.out[b][s][i];
+        mine[place(head, s * 16 + lane / 4 + 8)] = state.out[b][s][2 + i];
       }
     }
   }
@@ -54,12 +57,11 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
     const int head = i / (kHeadDim / 4), d = i % (kHeadDim / 4) * 4;
     float max = -INFINITY, sum = 0.f;
     float4 out{0.f, 0.f, 0.f, 0.f};
-    for (int j = 0; j < kWarps; ++j) max = fmaxf(max, scratch.area(j)[kHeads * kRow + head]);
+    for (int j = 0; j < kWarps; ++j) max = fmaxf(max, warp_max[j][head]);
     for (int j = 0; j < kWarps; ++j) {
-      const float* area = scratch.area(j);
-      const float weight = ptx::ex2(area[kHeads * kRow + head] - finite_or_zero(max));
-      const float4 part = ptx::load_float4(area + head * kRow + d);
-      sum += area[kHeads * kRow + kHeads + head] * weight;
+      const float weight = ptx::ex2(warp_max[j][head] - finite_or_zero(max));
+      const float4 part = ptx::load_float4(scratch.area(j) + place(head, d));
+      sum += warp_sum[j][head] * weight;
       out.x += part.x * weight, out.y += part.y * weight, out.z += part.z * weight, out.w += part.w * weight;
     }
     ptx::store_float4(w.partial_out + (partial * heads + head) * kHeadDim + d, out);

@@ -11,14 +11,19 @@
 
 namespace mac_attn::cuda {
 
-// Shared memory of one stage of one warp: 16 rows of K, 16 of V. 16 bytes of padding put the eight rows of
-// an ldmatrix into different banks.
+// Shared memory of one stage of one warp: 16 rows of K, 16 of V. The eight 16-byte pieces of 128 bytes of a row lie
+// in an order of the row's own, so that an ldmatrix, which reads one piece of eight rows, meets different banks.
+// Padding would do the same, but an asynchronous copy of 128 bytes that straddles a line of shared memory is two
+// requests, some sectors in both: half as much again came out of the L2 cache.
 template <int kHeadDim>
 struct Stage {
   static constexpr int kCount = kHeadDim <= 128 ? 3 : 2;  // in the pipeline
-  static constexpr int kRow = kHeadDim + 8;               // elements
+  static constexpr int kRow = (kHeadDim + 63) / 64 * 64;  // elements: whole lines
   static constexpr int kElements = 2 * kWarpTokens * kRow;
   static constexpr int kBytes = kElements * 2;
+
+  // Where 16-byte piece `piece` of row `row` lies, in elements from the row's beginning.
+  MAC_DEVICE static int place(int row, int piece) { return ((piece & ~7) | ((piece ^ row) & 7)) * 8; }
 };
 
 // The token row that a lane has looked up: lanes r and r + 16 row r of the warp's 16.
@@ -76,8 +81,9 @@ MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const 
     T* v_row = k_row + kWarpTokens * Stage<kHeadDim>::kRow;
 #pragma unroll
     for (int chunk = lane % 8; chunk < kChunks; chunk += 8) {
-      ptx::cp_async_16(k_row + chunk * 8, k + chunk * 8, fill);
-      ptx::cp_async_16(v_row + chunk * 8, v + chunk * 8, fill);
+      const int place = Stage<kHeadDim>::place(r, chunk);
+      ptx::cp_async_16(k_row + place, k + chunk * 8, fill);
+      ptx::cp_async_16(v_row + place, v + chunk * 8, fill);
     }
   }
 }

@@ -23,6 +23,7 @@ constexpr float kCandidateLead = -12.f;  // log2: lighter tokens, against the ma
 template <typename T, int kHeadDim, int kHeadBlocks>
 struct WarpState {
   static constexpr int kSteps = kHeadDim / 16;
+  static constexpr int kQueryRow = kHeadDim + 8;  // elements in shared memory; padded against bank conflicts
   static constexpr bool kQueryInRegisters = kHeadBlocks == 1;  // there is no room for two blocks
   uint32_t q[kQueryInRegisters ? kSteps : 1][2];
   float out[kHeadBlocks][kSteps][4];
@@ -42,7 +43,7 @@ struct WarpState {
 
   // The whole block takes part.
   MAC_DEVICE void load_query(const AmendParams& p, const Cursor& cursor, T* shared) {
-    constexpr int kPieces = kHeadDim / 8, kRow = Stage<kHeadDim>::kRow;
+    constexpr int kPieces = kHeadDim / 8;
     const int lane = ptx::lane_id(), request = cursor.request, kv_head = cursor.kv_head;
     const int G = p.shape.group_size, first = cursor.head_tile * kMaxTileHeads;  // within the group
     const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
@@ -52,13 +53,14 @@ struct WarpState {
     for (int i = threadIdx.x; i < 8 * kHeadBlocks * kPieces; i += kThreads) {
       const int g = first + i / kPieces, d = i % kPieces * 8;
       const uint4 piece = g < G ? ptx::load_16(rows + g * p.query.head_stride + d) : uint4{0, 0, 0, 0};
-      ptx::store_16(shared + i / kPieces * kRow + d, piece);
+      ptx::store_16(shared + i / kPieces * kQueryRow + d, piece);
     }
     ptx::sync_block();
     if constexpr (kQueryInRegisters) {
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        for (int i = 0; i < 2; ++i) q[s][i] = ptx::load_4(shared + lane / 4 * kRow + s * 16 + i * 8 + lane % 4 * 2);
+        for (int i = 0; i < 2; ++i)
+          q[s][i] = ptx::load_4(shared + lane / 4 * kQueryRow + s * 16 + i * 8 + lane % 4 * 2);
       }
     }
 #pragma unroll
@@ -82,12 +84,13 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
   const int lane = ptx::lane_id();
   // Two chains of MMAs hide their latency; two blocks of heads are two chains already.
   float sum[2][4] = {};
-  const T* row = stage + (lane % 8 + lane / 8 % 2 * 8) * Stage<kHeadDim>::kRow + lane / 16 * 8;
-  const T* query_row = query + (lane % 8 + lane / 16 * 8) * Stage<kHeadDim>::kRow + lane / 8 % 2 * 8;
+  const T* row = stage + (lane % 8 + lane / 8 % 2 * 8) * Stage<kHeadDim>::kRow;
+  const T* query_row =
+      query + (lane % 8 + lane / 16 * 8) * WarpState<T, kHeadDim, kHeadBlocks>::kQueryRow + lane / 8 % 2 * 8;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     uint32_t k[4], q[4];
-    ptx::ldmatrix_x4(k, row + s * 16);
+    ptx::ldmatrix_x4(k, row + Stage<kHeadDim>::place(lane, 2 * s + lane / 16));
     if constexpr (kHeadBlocks == 1) {
       q[0] = state.q[s][0], q[1] = state.q[s][1];
     } else {
@@ -202,11 +205,11 @@ MAC_DEVICE void add_values(WarpState<T, kHeadDim, kHeadBlocks>& state, const flo
       weights[b][half] = ptx::movmatrix_trans(pair);
     }
   }
-  const T* row = stage + (kWarpTokens + lane / 16 * 8 + lane % 8) * Stage<kHeadDim>::kRow + lane / 8 % 2 * 8;
+  const T* row = stage + (kWarpTokens + lane / 16 * 8 + lane % 8) * Stage<kHeadDim>::kRow;
 #pragma unroll
   for (int s = 0; s < kHeadDim / 16; ++s) {
     uint32_t v[4];
-    ptx::ldmatrix_x4_trans(v, row + s * 16);
+    ptx::ldmatrix_x4_trans(v, row + Stage<kHeadDim>::place(lane, 2 * s + lane / 8 % 2));
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) ptx::mma_m16n8k16<T>(state.out[b][s], v, weights[b][0], weights[b][1]);
   }
