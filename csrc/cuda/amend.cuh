@@ -74,41 +74,37 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
   state.clear();
 }
 
-// The tiles of one piece, from `cursor` on.
 template <typename T, int kHeadDim, int kHeadBlocks>
-MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const Line& line, int piece,
-                            Cursor cursor, WarpState<T, kHeadDim, kHeadBlocks>& state) {
+MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const Piece& piece,
+                            WarpState<T, kHeadDim, kHeadBlocks>& state) {
   using Stage = Stage<kHeadDim>;
   T* shared = static_cast<T*>(dynamic_shared());
   T* query = shared + kWarps * Stage::kCount * Stage::kElements;
-  const int warp = threadIdx.x / 32, end = line.begin(piece + 1);
+  const int warp = threadIdx.x / 32;
   T* stages = shared + warp * Stage::kCount * Stage::kElements;
 
   // Round r looks up the rows of tile r, asks for tile r - 1 and computes tile r - kCount. There is one loop for
   // filling the pipeline and for using it, as the first run through any code waits for the code itself.
-  Cursor ahead = cursor;
   Row row{};
-  bool new_pass = true;
   uint64_t valid = 0;  // 16 bits a round: which rows of the tile are there
   static_assert(kWarpTokens * (Stage::kCount + 1) <= 64, "the rounds in flight");
-  int slot = 0, filling = Stage::kCount;
+  int slot = 0;
 #pragma unroll 1
-  for (int round = 0;; ++round) {
-    if (round > 0 && ahead.place < end) {
-      load_stage<T, kHeadDim>(p, w, ahead, row, stages + (round - 1) % Stage::kCount * Stage::kElements);
-      ahead.advance(p, w, end);
+  for (int ahead = piece.begin;; ++ahead) {
+    if (ahead > piece.begin && ahead <= piece.end) {
+      load_stage<T, kHeadDim>(p, w, piece, row,
+                              stages + (ahead - 1 - piece.begin) % Stage::kCount * Stage::kElements);
     }
     ptx::cp_async_commit();
-    if (ahead.place < end) row = find_row(p, w, ahead, warp);
-    valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead.place < end) & 0xffffu);
-    if (new_pass) state.load_query(p, cursor, query);
-    new_pass = false;
-    if (filling-- > 0) continue;
-    filling = 0;
+    if (ahead < piece.end) row = find_row(p, w, piece, ahead, warp);
+    valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
+    if (ahead == piece.begin) state.load_query(p, piece, query);
+    const int tile = ahead - Stage::kCount;
+    if (tile < piece.begin) continue;
     ptx::cp_async_wait<Stage::kCount - 1>();
     ptx::sync_warp();  // the stage is filled for all lanes
 
-    const TileTokens tokens = tile_tokens(p, cursor);
+    const TileTokens tokens = tile_tokens(p, piece.work, tile);
     const int first = tokens.begin + warp * kWarpTokens;
     const T* stage = stages + slot * Stage::kElements;
     if (first < tokens.end) {
@@ -117,26 +113,22 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
                                             static_cast<uint32_t>(valid >> (kWarpTokens * Stage::kCount)),
                                             tokens.anchors, x);
       raise_max<T, kHeadDim, kHeadBlocks>(state, x);
-      if (p.num_anchors > 0 && !cursor.work.hit() && cursor.span() == kOld) {
-        keep_candidate<T, kHeadDim, kHeadBlocks>(p, w, cursor, state, x, first);
+      if (p.num_anchors > 0 && !piece.work.hit() && piece.span(tile) == kOld) {
+        keep_candidate<T, kHeadDim, kHeadBlocks>(p, w, piece, state, x, first);
       }
       add_values<T, kHeadDim, kHeadBlocks>(state, x, stage);
     }
     ptx::sync_warp();  // all lanes have read the stage
 
-    const bool at_end = !cursor.has_next(end);
-    new_pass = cursor.local + 1 == cursor.work.tiles;
-    if (at_end || new_pass || cursor.local + 1 == cursor.work.old_tiles) {
+    const bool at_end = tile + 1 == piece.end;
+    if (at_end || tile + 1 == piece.work.old_tiles) {
       const Scratch scratch{reinterpret_cast<unsigned char*>(shared + slot * Stage::kElements),
                             Stage::kCount * Stage::kBytes};
-      const int64_t segment = static_cast<int64_t>(piece) + cursor.pass(p, w);
-      write_partial<T, kHeadDim, kHeadBlocks>(w, state, scratch, segment * kNumSpans + cursor.span());
-      if (at_end || (new_pass && cursor.head_tile + 1 == w.head_tiles)) {
-        leave_kv_head<T, kHeadDim>(p, w, line, piece, cursor, scratch);
-      }
+      write_partial<T, kHeadDim, kHeadBlocks>(w, state, scratch,
+                                              int64_t{piece.number} * kNumSpans + piece.span(tile));
+      if (at_end) leave_kv_head<T, kHeadDim>(p, w, piece, scratch);
     }
     if (at_end) break;
-    cursor.advance(p, w, end);
     slot = slot + 1 == Stage::kCount ? 0 : slot + 1;
   }
   ptx::cp_async_wait<0>();
@@ -146,16 +138,26 @@ template <typename T, int kHeadDim, int kHeadBlocks>
 __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
     amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
   ptx::grid_dependency_wait();  // match's answer
-  LineShare share;
-  const Line line = sum_line(p, w, share);
+  const Share share = share_out(p, w);
   ptx::grid_dependency_launch();
   WarpState<T, kHeadDim, kHeadBlocks> state;
   state.clear();
+  __shared__ int next;
+  int number = blockIdx.x;
 #pragma unroll 1
-  for (int piece = blockIdx.x; piece < line.pieces; piece = draw_piece(w, line)) {
-    Cursor cursor;
-    if (find_tile(p, w, line, share, piece, cursor))
-      amend_piece<T, kHeadDim, kHeadBlocks>(p, w, line, piece, cursor, state);
+  while (number < share.all_pieces) {
+    const Piece piece = find_piece(p, w, share, number);
+    int drawn = 0;
+    if (threadIdx.x == 0 && share.all_pieces > gridDim.x) drawn = ptx::atomic_add(w.drawn, 1);
+    amend_piece<T, kHeadDim, kHeadBlocks>(p, w, piece, state);
+    if (share.all_pieces <= gridDim.x) break;
+    if (threadIdx.x == 0) {
+      next = gridDim.x + drawn;
+      // There are as many draws as pieces, one after each; the last one of all leaves the counter as it was.
+      if (drawn == share.all_pieces - 1) *w.drawn = 0;
+    }
+    ptx::sync_block();
+    number = next;
   }
 }
 

@@ -9,33 +9,20 @@
 
 namespace mac_attn::cuda {
 
-// The tiles of a KV head on the line: one run of them for each pass.
-struct Segments {
-  int first_place;  // on the line, of the first pass's first tile
-  int pass_tiles;
-  int old_tiles;
-  int first_pass;
-  Line line;
-};
-
-// Which pieces have a partial state of which span, of the pass over one head tile: the span's tiles follow one
-// another, so they do too. Four threads, `end` of 0 to 3, look for the four ends.
-MAC_DEVICE void find_pieces(const Segments& segments, int head_tile, int end, PieceRange (&pieces)[kNumSpans]) {
-  const bool fresh = end / 2 == kFresh, upper = end % 2;
-  const int first = fresh ? segments.old_tiles : 0, last = fresh ? segments.pass_tiles : segments.old_tiles;
-  const int place =
-      segments.first_place + head_tile * (segments.pass_tiles + kPassCost) + (upper ? last - 1 : first);
-  const int piece = first == last ? 0 : segments.line.piece_of(place) + upper;
-  (upper ? pieces[fresh].end : pieces[fresh].begin) = piece;
+// Which pieces have a partial state of which span, of the pass over one head tile. Some piece may have both.
+MAC_DEVICE void find_pieces(const Piece& piece, int head_tile, PieceRange (&pieces)[kNumSpans]) {
+  const int first = piece.first + head_tile * piece.splits, old_tiles = piece.work.old_tiles;
+  pieces[kOld] = {first, first + divide_up(old_tiles, piece.most)};
+  pieces[kFresh] = {first + old_tiles / piece.most, first + piece.splits};
 }
 
 // Where a head's part of a partial state lies.
-MAC_DEVICE int partial_of(const AmendWorkspace& w, int piece, int pass, int span, int head) {
-  return ((piece + pass) * kNumSpans + span) * w.tile_heads + head;
+MAC_DEVICE int partial_of(const AmendWorkspace& w, int piece, int span, int head) {
+  return (piece * kNumSpans + span) * w.tile_heads + head;
 }
 
 // Max and sum of every head over the partial states of a span: four lanes side by side for each head and span.
-MAC_DEVICE void merge_sums(const AmendWorkspace& w, int pass, int heads, AnchorChoice& choice) {
+MAC_DEVICE void merge_sums(const AmendWorkspace& w, int heads, AnchorChoice& choice) {
   constexpr int kSharers = 4;
   static_assert(kThreads == kSharers * kNumSpans * kMaxTileHeads, "one round");
   const int sharer = threadIdx.x % kSharers, span = threadIdx.x / kSharers % kNumSpans;
@@ -44,7 +31,7 @@ MAC_DEVICE void merge_sums(const AmendWorkspace& w, int pass, int heads, AnchorC
   if (head < heads) {
 #pragma unroll 4
     for (int piece = choice.pieces[span].begin + sharer; piece < choice.pieces[span].end; piece += kSharers) {
-      const int i = partial_of(w, piece, pass, span, head);
+      const int i = partial_of(w, piece, span, head);
       const float partial_max = w.partial_max[i], partial_sum = w.partial_sum[i], high = fmaxf(max, partial_max);
       sum = sum * ptx::ex2(max - finite_or_zero(high)) + partial_sum * ptx::ex2(partial_max - finite_or_zero(high));
       max = high;
@@ -61,7 +48,7 @@ MAC_DEVICE void merge_sums(const AmendWorkspace& w, int pass, int heads, AnchorC
 
 // Four elements of a head's sums of weight * value, of both spans: their partial states are one list.
 template <int kHeadDim>
-MAC_DEVICE void merge_outs(const AmendWorkspace& w, int pass, int head, int column, const AnchorChoice& choice,
+MAC_DEVICE void merge_outs(const AmendWorkspace& w, int head, int column, const AnchorChoice& choice,
                            float4 (&out)[kNumSpans]) {
   const int num_old = choice.pieces[kOld].end - choice.pieces[kOld].begin;
   const int all = num_old + choice.pieces[kFresh].end - choice.pieces[kFresh].begin;
@@ -72,7 +59,7 @@ MAC_DEVICE void merge_outs(const AmendWorkspace& w, int pass, int head, int colu
   for (int j = 0; j < all; ++j) {
     const int fresh = j >= num_old;
     const int piece = j + (fresh ? choice.pieces[kFresh].begin - num_old : choice.pieces[kOld].begin);
-    const int i = partial_of(w, piece, pass, fresh, head);
+    const int i = partial_of(w, piece, fresh, head);
     const float4 part = ptx::load_float4(w.partial_out + static_cast<int64_t>(i) * kHeadDim + column);
     const float weight = ptx::ex2(w.partial_max[i] - (fresh ? base[kFresh] : base[kOld]));
 #pragma unroll
@@ -86,30 +73,30 @@ MAC_DEVICE void merge_outs(const AmendWorkspace& w, int pass, int head, int colu
 // Merges the partial states of a KV head and chooses its anchors. The states of a request that cannot be served
 // are NaN.
 template <typename T, int kHeadDim>
-MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, const Segments& segments,
-                               const Cursor& cursor, const Scratch& scratch, AnchorChoice& choice) {
-  const int G = p.shape.group_size, n = p.requests.seq_lens[cursor.request], group = cursor.kv_group(p);
+MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, const Piece& piece,
+                               const Scratch& scratch, AnchorChoice& choice) {
+  const int G = p.shape.group_size, n = p.requests.seq_lens[piece.request], group = piece.kv_group(p);
   // The first thread may be marking the request below already, as may the CTAs of other KV heads.
-  const int given = ptx::load_volatile(w.status + cursor.request),
+  const int given = ptx::load_volatile(w.status + piece.request),
             status = given | (n < 0 || n > w.max_tokens ? kBadLength : 0);
   const int64_t spans = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads();
-  const KvHeadWork& work = cursor.work;
+  const KvHeadWork& work = piece.work;
   const bool chooses = p.num_anchors > 0 && !work.hit() && work.old_end > 0;
 #pragma unroll 1
   for (int tile = 0; tile < w.head_tiles; ++tile) {
     if (tile > 0) {
       ptx::sync_block();  // all have read the last pass's
-      if (threadIdx.x < 2 * kNumSpans) find_pieces(segments, tile, threadIdx.x, choice.pieces);
+      if (threadIdx.x == 0) find_pieces(piece, tile, choice.pieces);
       ptx::sync_block();
     }
     const int first = tile * kMaxTileHeads, heads = G - first < w.tile_heads ? G - first : w.tile_heads;
-    merge_sums(w, segments.first_pass + tile, heads, choice);
+    merge_sums(w, heads, choice);
     ptx::sync_block();
 #pragma unroll 1
     for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
       const int column = i % (kHeadDim / 4) * 4, head = i / (kHeadDim / 4), g = first + head;
       float4 out[kNumSpans];
-      merge_outs<kHeadDim>(w, segments.first_pass + tile, head, column, choice, out);
+      merge_outs<kHeadDim>(w, head, column, choice, out);
 #pragma unroll
       for (int span = 0; span < kNumSpans; ++span) {
         const float sum = choice.sum[span][head];
@@ -124,7 +111,7 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
   if (status) {
     // Only match's errors and a bad page are in the request's status already.
     if (threadIdx.x == 0 && !given) {
-      ptx::atomic_or(w.status + cursor.request, status);
+      ptx::atomic_or(w.status + piece.request, status);
       if (w.error_flag) ptx::atomic_or(w.error_flag, status);
     }
   }
@@ -133,42 +120,31 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
   if (chooses && !status) {
     ptx::sync_block();
     count = choose_anchors(p, w, group, (work.old_end + kWarpTokens - 1) / kWarpTokens, choice);
-    take_out_anchors<T, kHeadDim>(p, w, cursor.request, cursor.kv_head, count, work.old_end, scratch, choice);
+    take_out_anchors<T, kHeadDim>(p, w, piece.request, piece.kv_head, count, work.old_end, scratch, choice);
   }
   int32_t* anchors = p.anchors + static_cast<int64_t>(group) * p.num_anchors;
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.num_anchors; i += kThreads) anchors[i] = i < count ? choice.token[i] : kNoAnchor;
 }
 
-MAC_DEVICE int min_of(int a, int b) {
-  return a < b ? a : b;
-}
-
-// A CTA has written its last partial state of a KV head; if it is the last one of all, it finishes the head.
+// A CTA has written the partial states of its piece; if it is the last one of all, it finishes the KV head.
 template <typename T, int kHeadDim>
-MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, const Line& line, int piece,
-                              const Cursor& cursor, const Scratch& scratch) {
+MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, const Piece& piece,
+                              const Scratch& scratch) {
   __shared__ AnchorChoice choice;
   __shared__ int is_last;
-  const int group = cursor.kv_group(p), tiles = cursor.work.tiles;
-  const Segments segments{cursor.place - cursor.local - cursor.head_tile * (tiles + kPassCost), tiles,
-                          cursor.work.old_tiles, group * w.head_tiles, line};
   // write_partial ended with a barrier: everybody's part is done, and the release below covers it.
   if (threadIdx.x == 0) {
-    // The piece's tiles of this KV head: of the passes before, and of this one from where it begins.
-    const int begin = line.begin(piece) - segments.first_place, all = w.head_tiles * tiles;
-    const int before =
-        begin > 0 ? begin / (tiles + kPassCost) * tiles + min_of(begin % (tiles + kPassCost), tiles) : 0;
-    const int mine = cursor.head_tile * tiles + cursor.local + 1 - before;
-    is_last = ptx::atomic_add_acq_rel(w.done + group, mine) == all - mine;
-    if (is_last) w.done[group] = 0;  // as the next call wants to find it
+    const int others = piece.splits * w.head_tiles - 1;
+    int32_t* done = w.done + piece.kv_group(p);
+    is_last = others == 0 || ptx::atomic_add_acq_rel(done, 1) == others;
+    if (is_last) *done = 0;  // as the next call wants to find it
   }
   // Another warp, meanwhile.
-  if (threadIdx.x / 32 == 1 && ptx::lane_id() < 2 * kNumSpans)
-    find_pieces(segments, 0, ptx::lane_id(), choice.pieces);
+  if (threadIdx.x == 32) find_pieces(piece, 0, choice.pieces);
   ptx::sync_block();
   if (!is_last) return;
-  finish_kv_head<T, kHeadDim>(p, w, segments, cursor, scratch, choice);
+  finish_kv_head<T, kHeadDim>(p, w, piece, scratch, choice);
   ptx::sync_block();  // `is_last`, `choice` and the scratch memory are free again
 }
 

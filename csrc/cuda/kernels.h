@@ -10,7 +10,7 @@
 namespace mac_attn::cuda {
 
 constexpr int32_t kMaxTileHeads = 16;  // query heads that one pass over the tokens serves
-constexpr int32_t kMaxPieces = 9;      // for each CTA, of the line of tiles
+constexpr int32_t kMaxWaves = 12;      // pieces for each CTA, if there are not even more passes
 constexpr int32_t kWarpTokens = 16;    // tokens with one anchor candidate among them
 constexpr int32_t kMaxAnchors = 256;
 constexpr int32_t kMaxGroup = 128;
@@ -44,11 +44,11 @@ struct MatchWorkspace {
 
 // Device memory of one amend call. `done` and `drawn` are zero before the launch and after it.
 struct AmendWorkspace {
-  int32_t* done;           // [B, H] tiles whose partial states are there
-  int32_t* drawn;          // [1] pieces that CTAs have drawn
+  int32_t* done;           // [B, H] pieces whose partial states are there
+  int32_t* drawn;          // [1] draws, those in vain included
   int32_t* status;         // [B] Error bits
   int32_t* error_flag;     // [1] sticky, or null
-  float* partial_out;      // [kMaxPieces C + B H head_tiles, kNumSpans, tile_heads, D] sum of weight * value
+  float* partial_out;      // [max_pieces, kNumSpans, tile_heads, D] sum of weight * value
   float* partial_max;      // [.., kNumSpans, tile_heads] log2
   float* partial_sum;      // [.., kNumSpans, tile_heads]
   int32_t* candidate;      // [B, H, max_candidates] the heaviest of every 16 old tokens of a miss
@@ -71,6 +71,11 @@ struct CompleteWorkspace {
 
 // CTAs for each KV head of the current device's match launch: as many as it keeps busy.
 cudaError_t match_splits(const MatchParams& params, int32_t* splits);
+
+// Pieces that an amend call of `passes` passes may be cut into, see tiles_of_piece.
+constexpr int64_t max_pieces(int32_t ctas, int64_t passes) {
+  return static_cast<int64_t>(kMaxWaves) * ctas + passes + 2 * ctas;
+}
 
 // Fills in what follows from the parameters: how the pages and the heads are cut up. False: a cache is too large.
 inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_pages, AmendWorkspace& w) {

@@ -1,12 +1,10 @@
 // How the work of one amend launch is shared out: one persistent grid for every mix of hits and misses.
 //
-// The tokens of a KV head (once per 16 query heads that share it) are cut into tiles of 64: first those of the old
-// span [s, E(p)), then the inherited anchors, then the band [E(p), n). All tiles of the call form one line, with a
-// gap of kPassCost before every pass, and the line is cut into pieces, one for each CTA. Of a long line that is
-// only three quarters; the rest is cut into small pieces which the CTAs draw when they are done, as they do not get
-// equal shares of the memory's bandwidth. The lengths are read on the device, so a captured graph adapts to every
-// step. A piece's part within one KV head is a segment; it leaves at most one partial state per span. Segment
-// numbers (piece + pass) differ, as from one segment to the next at least one of the two grows.
+// The tokens of a KV head (once per 16 query heads that share it: a pass) are cut into tiles of 64: first those of
+// the old span [s, E(p)), then the inherited anchors, then the band [E(p), n). A pass is cut into equal pieces of
+// at most so many tiles that every CTA gets some, and no more than kMaxSplits; a piece leaves one partial state per
+// span. The CTAs begin with the piece of their own number and then draw one after another, as they do not get equal
+// shares of the memory's bandwidth. The lengths are read on the device, so a captured graph adapts to every step.
 #pragma once
 
 #include "../params.h"
@@ -22,13 +20,9 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kTileTokens = kWarps * kWarpTokens;
 // Pieces of one pass: with more, merging their states costs more than they save.
 constexpr int kMaxSplits = 48;
-// What a pass costs besides its tiles (writing and merging its states), in tiles. Without it, the CTAs that get the
-// many short passes of a batch of hits would be the last to finish.
-constexpr int kPassCost = 6;
-// Tiles for each CTA from which on pieces are drawn, and the small pieces that such a share would make.
-constexpr int kDrawFrom = 64;
-constexpr int kSmallPieces = 24;
-static_assert(kSmallPieces / 4 + 2 < kMaxPieces, "room for the partial states");
+// Tiles of a piece that is worth a draw, and of one that is worth a merger.
+constexpr int kDrawnTiles = 32;
+constexpr int kMinTiles = 3;
 
 // First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
 MAC_DEVICE int amend_start(const AmendParams& p, int source) {
@@ -65,80 +59,30 @@ MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w
   return {n, start, old_end, old_tiles, anchor_tiles, old_tiles + anchor_tiles + tiles_for(n - old_end)};
 }
 
-// The line and its pieces: the first `longer` of the `firsts` are one place longer than `each`, then come small
-// ones.
-struct Line {
-  int places, pieces;
-  int firsts, each, longer, small;
-
-  MAC_DEVICE Line(int places, int ctas, int longest_pass) : places(places) {
-    const int share = places / ctas, least = (longest_pass + kMaxSplits - 1) / kMaxSplits;
-    if (share < kDrawFrom) {
-      const int most = (places + least - 1) / least;
-      pieces = firsts = most < ctas ? most : ctas;
-      each = places / firsts, longer = places % firsts, small = 1;
-    } else {
-      firsts = ctas, each = share - share / 4, longer = 0, small = (share + kSmallPieces - 1) / kSmallPieces;
-      if (small < least) small = least;
-      pieces = firsts + (places - firsts * each + small - 1) / small;
-    }
-  }
-  MAC_DEVICE int begin(int piece) const {
-    const int place = piece < firsts ? piece * each + (piece < longer ? piece : longer)
-                                     : firsts * each + longer + (piece - firsts) * small;
-    return place < places ? place : places;
-  }
-  MAC_DEVICE int piece_of(int place) const {
-    const int in_small = place - firsts * each - longer;
-    if (in_small >= 0) return firsts + in_small / small;
-    const int in_shorter = place - longer * (each + 1);
-    return in_shorter < 0 ? place / (each + 1) : longer + in_shorter / each;
-  }
-};
-
-// Where a CTA stands on the line: a tile, and the pass (KV head, head tile) that it belongs to.
-struct Cursor {
-  int place;  // on the line
-  int local;  // tile within the pass
+// A piece of one pass: tiles [begin, end).
+struct Piece {
+  int number, begin, end;
   int request, kv_head, head_tile;
   KvHeadWork work;
+  // All pieces of the KV head: `splits` for each pass, of `most` tiles but for the last.
+  int first, splits, most;
 
   MAC_DEVICE int kv_group(const AmendParams& p) const { return request * p.shape.num_kv_heads + kv_head; }
-  MAC_DEVICE int pass(const AmendParams& p, const AmendWorkspace& w) const {
-    return kv_group(p) * w.head_tiles + head_tile;
-  }
-  MAC_DEVICE Span span() const { return local < work.old_tiles ? kOld : kFresh; }
-  // Whether the piece, which ends at `end`, has a tile after this one.
-  MAC_DEVICE bool has_next(int end) const { return place + 1 + (local + 1 == work.tiles ? kPassCost : 0) < end; }
-  // To the next tile; beyond the end of the piece there may be no pass.
-  MAC_DEVICE void advance(const AmendParams& p, const AmendWorkspace& w, int end) {
-    const bool has = has_next(end);
-    ++place, ++local;
-    if (!has) place = end;
-    if (!has || local < work.tiles) return;
-    place += kPassCost;
-    local = 0;
-    if (++head_tile < w.head_tiles) return;
-    head_tile = 0;
-    if (++kv_head == p.shape.num_kv_heads) kv_head = 0, ++request;
-    work = kv_head_work(p, w, request, kv_head);
-  }
+  MAC_DEVICE Span span(int tile) const { return tile < work.old_tiles ? kOld : kFresh; }
 };
 
-// The tokens of a cursor's tile: positions [begin, end), or places in the list of inherited anchors.
+// The tokens of a tile: positions [begin, end), or places in the list of inherited anchors.
 struct TileTokens {
   int begin, end;
   bool anchors;
 };
 
-MAC_DEVICE TileTokens tile_tokens(const AmendParams& p, const Cursor& cursor) {
-  const KvHeadWork& work = cursor.work;
-  int local = cursor.local;
-  if (local < work.old_tiles) return {work.start + local * kTileTokens, work.old_end, false};
-  local -= work.old_tiles;
-  if (local < work.anchor_tiles) return {local * kTileTokens, p.num_anchors, true};
-  local -= work.anchor_tiles;
-  return {work.old_end + local * kTileTokens, work.seq_len, false};
+MAC_DEVICE TileTokens tile_tokens(const AmendParams& p, const KvHeadWork& work, int tile) {
+  if (tile < work.old_tiles) return {work.start + tile * kTileTokens, work.old_end, false};
+  tile -= work.old_tiles;
+  if (tile < work.anchor_tiles) return {tile * kTileTokens, p.num_anchors, true};
+  tile -= work.anchor_tiles;
+  return {work.old_end + tile * kTileTokens, work.seq_len, false};
 }
 
 // The anchors of the matched entry of a KV head that hits.
@@ -170,76 +114,86 @@ MAC_DEVICE int sum_before(int mine, int (&warp_sum)[kWarps], int& all) {
   return upto - mine;
 }
 
-// A thread's share of the KV heads: [begin, end), which lie on the line from `place` on.
-struct LineShare {
+MAC_DEVICE int divide_up(int a, int b) {
+  return (a + b - 1) / b;
+}
+
+// How many tiles a piece has at most, from all tiles of the call, its passes and the longest of them. The pieces of
+// `waves` for each CTA are not exceeded: a pass that is cut into pieces of t / room tiles has at most one more than
+// its share of the room.
+MAC_DEVICE int tiles_of_piece(int tiles, int passes, int longest, int ctas) {
+  int waves = tiles / (ctas * kDrawnTiles);
+  waves = waves < 1 ? 1 : waves > kMaxWaves ? kMaxWaves : waves;
+  if (2 * passes > ctas && waves < passes / ctas + 2) waves = passes / ctas + 2;
+  const int room = waves * ctas - passes;
+  int most = divide_up(tiles, room);
+  const int least = divide_up(longest, kMaxSplits);
+  most = most > least ? most : least;
+  return most > kMinTiles ? most : kMinTiles;
+}
+
+// A thread's share of the KV heads, [begin, end), whose pieces are `pieces` from `first` on; and the call's.
+struct Share {
   int begin, end;
-  int place, places;
+  int first, pieces;
+  int most, all_pieces;
 };
 
-// Sums up the line, every CTA for itself: a prefix sum over the KV heads.
-MAC_DEVICE Line sum_line(const AmendParams& p, const AmendWorkspace& w, LineShare& share) {
+// Counts the pieces, every CTA for itself: prefix sums over the KV heads.
+MAC_DEVICE Share share_out(const AmendParams& p, const AmendWorkspace& w) {
   __shared__ int warp_sum[kWarps], warp_longest[kWarps];
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32, H = p.shape.num_kv_heads;
   const int groups = p.shape.batch * H, each = (groups + kThreads - 1) / kThreads;
+  Share share{};
   share.begin = threadIdx.x * each, share.end = share.begin + each < groups ? share.begin + each : groups;
-  share.places = 0;
+  int mine = 0, tiles = 0;
   uint32_t longest = 1;
 #pragma unroll 1
   for (int group = share.begin; group < share.end; ++group) {
-    const uint32_t tiles = kv_head_work(p, w, group / H, group % H).tiles;
-    share.places += (tiles + kPassCost) * w.head_tiles;
-    longest = tiles > longest ? tiles : longest;
+    const uint32_t pass = kv_head_work(p, w, group / H, group % H).tiles;
+    mine += pass * w.head_tiles;
+    longest = pass > longest ? pass : longest;
   }
   longest = ptx::reduce_max(longest);
   if (lane == 0) warp_longest[warp] = longest;
-  int places = 0, longest_pass = 0;
-  share.place = sum_before(share.places, warp_sum, places);
+  sum_before(mine, warp_sum, tiles);
+  int longest_pass = 1;
   for (int i = 0; i < kWarps; ++i) {
     if (warp_longest[i] > longest_pass) longest_pass = warp_longest[i];
   }
-  return Line(places, gridDim.x, longest_pass);
+  share.most = tiles_of_piece(tiles, groups * w.head_tiles, longest_pass, gridDim.x);
+#pragma unroll 1
+  for (int group = share.begin; group < share.end; ++group) {
+    share.pieces += divide_up(kv_head_work(p, w, group / H, group % H).tiles, share.most) * w.head_tiles;
+  }
+  share.first = sum_before(share.pieces, warp_sum, share.all_pieces);
+  return share;
 }
 
-// Puts `cursor` at the first tile of a piece; false if it has none.
-MAC_DEVICE bool find_tile(const AmendParams& p, const AmendWorkspace& w, const Line& line, const LineShare& share,
-                          int piece, Cursor& cursor) {
-  __shared__ int found_group, found_place;
-  __shared__ KvHeadWork found_work;
-  const int H = p.shape.num_kv_heads, first = line.begin(piece);
-  ptx::sync_block();  // the last piece's are no longer needed
-  if (first >= share.place && first < share.place + share.places) {
-    int group = share.begin, place = share.place;
+// The piece of a number below `all_pieces`. The whole block takes part.
+MAC_DEVICE Piece find_piece(const AmendParams& p, const AmendWorkspace& w, const Share& share, int number) {
+  __shared__ Piece found;
+  const int H = p.shape.num_kv_heads;
+  ptx::sync_block();  // the last one is no longer needed
+  if (number >= share.first && number < share.first + share.pieces) {
+    int first = share.first;
 #pragma unroll 1
-    for (;; ++group) {
+    for (int group = share.begin;; ++group) {
       const KvHeadWork work = kv_head_work(p, w, group / H, group % H);
-      const int places = (work.tiles + kPassCost) * w.head_tiles;
-      if (group + 1 == share.end || place + places > first) {
-        found_group = group, found_place = first - place, found_work = work;
-        break;
+      const int splits = divide_up(work.tiles, share.most), most = divide_up(work.tiles, splits);
+      const int in_group = number - first;
+      if (in_group >= splits * w.head_tiles) {
+        first += splits * w.head_tiles;
+        continue;
       }
-      place += places;
+      const int head_tile = in_group / splits, begin = in_group % splits * most;
+      const int end = begin + most < work.tiles ? begin + most : work.tiles;
+      found = {number, begin, end, group / H, group % H, head_tile, work, first, splits, most};
+      break;
     }
   }
   ptx::sync_block();
-  const KvHeadWork work = found_work;
-  const int pass_places = work.tiles + kPassCost, place = found_place % pass_places;
-  const int gap = place < kPassCost ? kPassCost - place : 0;  // still before the pass's first tile
-  if (first + gap >= line.begin(piece + 1)) return false;
-  cursor = {first + gap,     place + gap - kPassCost,   found_group / H,
-            found_group % H, found_place / pass_places, work};
-  return true;
-}
-
-// The next piece of a CTA; beyond the line if there is none. The last draw of all leaves the counter at zero.
-MAC_DEVICE int draw_piece(const AmendWorkspace& w, const Line& line) {
-  __shared__ int drawn;
-  if (line.pieces == line.firsts) return line.pieces;
-  if (threadIdx.x == 0) {
-    drawn = ptx::atomic_add(w.drawn, 1);
-    if (drawn == line.pieces - 1) *w.drawn = 0;
-  }
-  ptx::sync_block();
-  return line.firsts + drawn;
+  return found;
 }
 
 }  // namespace mac_attn::cuda

@@ -32,23 +32,23 @@ struct Row {
   bool valid;
 };
 
-MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, int warp) {
-  const TileTokens tokens = tile_tokens(p, cursor);
+MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, int tile, int warp) {
+  const TileTokens tokens = tile_tokens(p, piece.work, tile);
   const int place = tokens.begin + warp * kWarpTokens + ptx::lane_id() % kWarpTokens;
   Row row{0, 0, place < tokens.end};
   int token = place;
   if (tokens.anchors) {
     // Who reads the inherited anchors hands them on.
-    const int32_t* list = inherited_anchors(p, cursor.request, cursor.kv_head);
-    int32_t* handed_on = p.anchors + static_cast<int64_t>(cursor.kv_group(p)) * p.num_anchors;
+    const int32_t* list = inherited_anchors(p, piece.request, piece.kv_head);
+    int32_t* handed_on = p.anchors + static_cast<int64_t>(piece.kv_group(p)) * p.num_anchors;
     token = kNoAnchor;
     if (row.valid) token = list[place];
-    if (row.valid && ptx::lane_id() < kWarpTokens && cursor.head_tile == 0) handed_on[place] = token;
+    if (row.valid && ptx::lane_id() < kWarpTokens && piece.head_tile == 0) handed_on[place] = token;
     row.valid = token != kNoAnchor;
   }
   if (row.valid) {
     const int page_index = w.page_size.divide(token);
-    row.page = p.kv.block_table[cursor.request * p.kv.block_table_stride + page_index];
+    row.page = p.kv.block_table[piece.request * p.kv.block_table_stride + page_index];
     row.offset = token - page_index * p.kv.page_size;
   }
   return row;
@@ -56,21 +56,21 @@ MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Cur
 
 // Eight lanes side by side copy a row's 128 bytes at a time: whole lines of the L2 cache.
 template <typename T, int kHeadDim>
-MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor, Row row, T* stage) {
+MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, Row row, T* stage) {
   constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = 4, kUnit = 8;  // elements of 16 bytes
   const int lane = ptx::lane_id();
   // A page id outside the cache is not followed: the request is marked and answers NaN.
   if (row.valid && row.page >= static_cast<uint32_t>(w.num_pages)) {
     row.valid = false, row.page = 0;
-    ptx::atomic_or(w.status + cursor.request, kBadPage);
+    ptx::atomic_or(w.status + piece.request, kBadPage);
     if (w.error_flag) ptx::atomic_or(w.error_flag, kBadPage);
   }
   // In units of 16 bytes, so that 32 bits are enough for 64 GiB of K and as much of V.
   const uint32_t k_place = row.page * w.k_page_units + row.offset * w.k_token_units;
   const uint32_t v_place = row.page * w.v_page_units + row.offset * w.v_token_units;
   const uint32_t valid = ptx::ballot(row.valid);
-  const T* k_head = static_cast<const T*>(p.kv.k) + cursor.kv_head * p.kv.k_head_stride;
-  const T* v_head = static_cast<const T*>(p.kv.v) + cursor.kv_head * p.kv.v_head_stride;
+  const T* k_head = static_cast<const T*>(p.kv.k) + piece.kv_head * p.kv.k_head_stride;
+  const T* v_head = static_cast<const T*>(p.kv.v) + piece.kv_head * p.kv.v_head_stride;
 #pragma unroll
   for (int first = 0; first < kWarpTokens; first += kRowsAtOnce) {
     const int r = first + lane / 8;

@@ -42,18 +42,18 @@ struct WarpState {
   }
 
   // The whole block takes part.
-  MAC_DEVICE void load_query(const AmendParams& p, const Cursor& cursor, T* shared) {
+  MAC_DEVICE void load_query(const AmendParams& p, const Piece& piece, T* shared) {
     constexpr int kPieces = kHeadDim / 8;
-    const int lane = ptx::lane_id(), request = cursor.request, kv_head = cursor.kv_head;
-    const int G = p.shape.group_size, first = cursor.head_tile * kMaxTileHeads;  // within the group
+    const int lane = ptx::lane_id(), request = piece.request, kv_head = piece.kv_head;
+    const int G = p.shape.group_size, first = piece.head_tile * kMaxTileHeads;  // within the group
     const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
                     static_cast<int64_t>(kv_head) * G * p.query.head_stride;
-    const int32_t* sources = p.source + static_cast<int64_t>(cursor.kv_group(p)) * G;
+    const int32_t* sources = p.source + static_cast<int64_t>(piece.kv_group(p)) * G;
 #pragma unroll 1
     for (int i = threadIdx.x; i < 8 * kHeadBlocks * kPieces; i += kThreads) {
       const int g = first + i / kPieces, d = i % kPieces * 8;
-      const uint4 piece = g < G ? ptx::load_16(rows + g * p.query.head_stride + d) : uint4{0, 0, 0, 0};
-      ptx::store_16(shared + i / kPieces * kQueryRow + d, piece);
+      const uint4 data = g < G ? ptx::load_16(rows + g * p.query.head_stride + d) : uint4{0, 0, 0, 0};
+      ptx::store_16(shared + i / kPieces * kQueryRow + d, data);
     }
     ptx::sync_block();
     if constexpr (kQueryInRegisters) {
@@ -116,7 +116,7 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
 
 // Remembers the heaviest of the warp's tokens as a candidate for an anchor, if one is heavy at all.
 template <typename T, int kHeadDim, int kHeadBlocks>
-MAC_DEVICE void keep_candidate(const AmendParams& p, const AmendWorkspace& w, const Cursor& cursor,
+MAC_DEVICE void keep_candidate(const AmendParams& p, const AmendWorkspace& w, const Piece& piece,
                                const WarpState<T, kHeadDim, kHeadBlocks>& state, const float (&x)[kHeadBlocks][4],
                                int first_token) {
   const int lane = ptx::lane_id(), G = p.shape.group_size;
@@ -133,10 +133,10 @@ MAC_DEVICE void keep_candidate(const AmendParams& p, const AmendWorkspace& w, co
     if (lead > 0.f) heaviest = key > heaviest ? key : heaviest;
   }
   heaviest = ptx::reduce_max(heaviest);
-  const int64_t base = static_cast<int64_t>(cursor.kv_group(p)) * w.max_candidates;
+  const int64_t base = static_cast<int64_t>(piece.kv_group(p)) * w.max_candidates;
   const int place = first_token / kWarpTokens, row = 15 - heaviest % 16;
   float* logits = w.candidate_logit + base * G + place;
-  if (first_token + kWarpTokens >= cursor.work.old_end && lane < G) {
+  if (first_token + kWarpTokens >= piece.work.old_end && lane < G) {
     // They are read four at a time: fill up the last four.
     for (int i = 1; (place + i) % 4 != 0; ++i)
       logits[static_cast<int64_t>(lane) * w.max_candidates + i] = -INFINITY;

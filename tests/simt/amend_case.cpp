@@ -144,7 +144,7 @@ cuda::AmendWorkspace AmendCase::workspace() {
   cuda::AmendWorkspace w{};
   CHECK(cuda::describe(params(), pages_.num_pages(), pages_.max_pages(), w));
   const size_t groups = size_t{1} * batch * spec_.num_kv_heads;
-  const size_t states = (cuda::kMaxPieces * spec_.ctas + groups * w.head_tiles) * kNumSpans * w.tile_heads;
+  const size_t states = cuda::max_pieces(spec_.ctas, groups * w.head_tiles) * kNumSpans * w.tile_heads;
   done_.assign(groups, 0);
   drawn_.assign(1, 0);
   error_flag_.assign(1, kStickyBit);

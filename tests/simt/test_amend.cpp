@@ -102,7 +102,7 @@ void test_mixes(DType dtype) {
       test(spec, one_run());
     }
   }
-  // Long enough for every CTA that small pieces are drawn, with more passes than one in a piece and the other way.
+  // Long enough for every CTA that pieces are drawn, with more passes than CTAs and the other way.
   for (const int ctas : {1, 2, 3}) {
     spec.seq_lens = {2300, 0, 700, 30, 40, 35, 1900}, spec.ages = {0, 0, 7, 0, 0, 9}, spec.num_kv_heads = 2;
     spec.ctas = ctas, spec.anchors = 4, spec.group_size = 2, ++spec.seed, test(spec, one_run());
