@@ -5,7 +5,8 @@
 //
 // Grid: `splits` CTAs of eight warps for each (request, KV head), which share the candidates out; the last one to
 // finish writes the answer. A few lanes read a ring row, so that a warp looks at eight candidates at a time.
-// Partial sums only grow, so most candidates are ruled out by their first head; only the others' heads are read on.
+// Partial sums only grow, so most candidates are ruled out by their first head; only the others' heads are read on,
+// a few at a time: each read is a wait for memory, and at batch 1 there is nothing else to do meanwhile.
 // Traffic: between 1/G and all of the ring's queries of the KV head.
 #pragma once
 
@@ -28,6 +29,7 @@ struct MatchLayout {
   static constexpr int kLoads = (kPieces + kLanes - 1) / kLanes;
   static constexpr int kPerWarp = 32 / kLanes;
   static constexpr int kPerBlock = kMatchWarps * kPerWarp;
+  static constexpr int kHeadsAtOnce = 3;
 };
 
 // A candidate as one number, the greater the better and never 0: the bits of its total (they are ordered like a
@@ -177,25 +179,32 @@ __global__ void __launch_bounds__(kMatchThreads, 3)
     // With decisions per head every head has a depth of its own, looked at below.
     bool alive = c.age <= last_age && candidate >= oldest && c.tag == candidate &&
                  (p.per_head || c.depth < p.max_reuse_depth);
-    RowPieces<T, kHeadDim> head = c.first_head;
+    RowPieces<T, kHeadDim> head[Layout::kHeadsAtOnce];
+    head[0] = c.first_head;
     float total = 0.f;
 #pragma unroll 1
-    for (int g = 0;;) {
-      const float score = head.distance(query + g * kHeadDim) * scale[g];
-      if (p.per_head) {
-        // NaN is no candidate.
-        if (alive && lane % kLanes == 0 && score < 1.f && p.ring.depth[c.row + g] < p.max_reuse_depth) {
-          ptx::atomic_max(&best[g], match_key(score, c.age));
-        }
-      } else {
-        // Nor is a total beyond the best so far, which cannot win. The best may be changing, and the lanes of a
-        // candidate have to agree.
-        total += score;
-        alive = alive && total <= match_total(ptx::load_volatile(&best[0]));
-        alive = ptx::shfl(static_cast<int>(alive), lane / kLanes * kLanes);
+    for (int g = 0, end = 1; g < G && ptx::ballot(alive); g = end, end += Layout::kHeadsAtOnce) {
+#pragma unroll
+      for (int i = 0; i < Layout::kHeadsAtOnce; ++i) {
+        if (g > 0) head[i].load(ring + (c.row + g + i) * kHeadDim, alive && g + i < G);
       }
-      if (++g == G || !ptx::ballot(alive)) break;
-      head.load(ring + (c.row + g) * kHeadDim, alive);
+#pragma unroll
+      for (int i = 0; i < Layout::kHeadsAtOnce; ++i) {
+        if (g + i >= end || g + i >= G) break;
+        const float score = head[i].distance(query + (g + i) * kHeadDim) * scale[g + i];
+        if (p.per_head) {
+          // NaN is no candidate.
+          if (alive && lane % kLanes == 0 && score < 1.f && p.ring.depth[c.row + g + i] < p.max_reuse_depth) {
+            ptx::atomic_max(&best[g + i], match_key(score, c.age));
+          }
+        } else {
+          // Nor is a total beyond the best so far, which cannot win. The best may be changing, and the lanes of a
+          // candidate have to agree.
+          total += score;
+          alive = alive && total <= match_total(ptx::load_volatile(&best[0]));
+          alive = ptx::shfl(static_cast<int>(alive), lane / kLanes * kLanes);
+        }
+      }
     }
     if (alive && !p.per_head && lane % kLanes == 0) ptx::atomic_max(&best[0], match_key(total, c.age));
   }
