@@ -72,6 +72,23 @@ MAC_DEVICE void complete_request(const CompleteParams& p, int request) {
   ptx::atomic_add(p.ring.counters + slot * kNumCounters + kSteps, 1);
 }
 
+// Asks for what a head will read besides amend's states, while amend is still running. What this reads itself may
+// still be written by the launches before it: a wrong address is a prefetch in vain, within the ring all the same.
+template <typename T, int kHeadDim>
+MAC_DEVICE void prefetch_head(const CompleteParams& p, int request, int head, int lane) {
+  constexpr int kLine = 128, kOutLines = kHeadDim * 4 / kLine;
+  const T* query =
+      static_cast<const T*>(p.query.data) + request * p.query.batch_stride + head * p.query.head_stride;
+  if (lane * kLine < kHeadDim * 2) ptx::prefetch_l2(query + lane * kLine / 2);
+  const int source = p.source[request * p.shape.num_qo_heads() + head], slot = p.requests.slots[request];
+  if (source < 0 || slot < 0 || slot >= p.ring.num_slots) return;
+  const int H = p.shape.num_kv_heads, G = p.shape.group_size, M = p.ring.window;
+  const int64_t row = ((static_cast<int64_t>(slot) * H + head / G) * M + source % M) * G + head % G;
+  if (lane < kOutLines) ptx::prefetch_l2(p.ring.out + row * kHeadDim + lane * kLine / 4);
+  if (lane == 30) ptx::prefetch_l2(p.ring.lse + row);
+  if (lane == 31) ptx::prefetch_l2(p.ring.depth + row);
+}
+
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
     complete_kernel(const __grid_constant__ CompleteParams p, const __grid_constant__ CompleteWorkspace w) {
@@ -80,6 +97,7 @@ __global__ void __launch_bounds__(kThreads)
   const int G = p.shape.group_size, H = p.shape.num_kv_heads, Hq = H * G;
   const int row = blockIdx.x * kWarps + threadIdx.x / 32;
   ptx::grid_dependency_launch();
+  if (p.source && row < p.shape.batch * Hq) prefetch_head<T, kHeadDim>(p, row / Hq, row % Hq, lane);
   ptx::grid_dependency_wait();
   if (row >= p.shape.batch * Hq) {
     const int group = row - p.shape.batch * Hq, request = group / H;

@@ -92,7 +92,7 @@ struct RowPieces {
 };
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kMatchThreads, 3)
+__global__ void __launch_bounds__(kMatchThreads, 2)
     match_kernel(const __grid_constant__ MatchParams p, const __grid_constant__ MatchWorkspace w) {
   using Layout = MatchLayout<kHeadDim>;
   constexpr int kLanes = Layout::kLanes;

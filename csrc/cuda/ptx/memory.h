@@ -40,6 +40,11 @@ MAC_DEVICE uint4 load_stream_16(const void* global) {
   return value;
 }
 
+// Asks for a line of the L2 cache; a hint, so it may be given before the data is there to be read.
+MAC_DEVICE void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Returns the old value; orders the block's writes before it, and other blocks' after it (with a barrier
 // of the block on either side).
 MAC_DEVICE int atomic_add_acq_rel(int* p, int value) {
@@ -119,6 +124,8 @@ inline uint4 load_stream_16(const void* global) {
   simt::thread_counters().load_stream_bytes += 16;
   return *static_cast<const uint4*>(global);
 }
+
+inline void prefetch_l2(const void*) {}
 
 inline int atomic_add_acq_rel(int* p, int value) {
   simt::switch_point();
