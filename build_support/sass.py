@@ -51,7 +51,7 @@ class Kernel:
     def dynamic_shared(self) -> int:
         """Of amend: its stages and the query (amend_shared_bytes); of match, for 8 query heads."""
         if self.stage == "amend":
-            stages = 3 if self.head_dim <= 128 else 2
+            stages = 3 if self.head_dim < 128 else 2
             rows = WARPS * stages * 2 * WARP_TOKENS * -(-self.head_dim // 64) * 64
             return (rows + 8 * (self.head_blocks or 1) * (self.head_dim + 8)) * 2
         return 8 * self.head_dim * 4 if self.stage == "match" else 0

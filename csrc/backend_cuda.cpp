@@ -98,7 +98,7 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   w.done = workspace.amend_done;
   w.drawn = workspace.drawn;
   w.error_flag = error_flag_of(persistent, on);
-  TORCH_CHECK_VALUE(cuda::describe(p, static_cast<int32_t>(limits.num_pages), limits.max_pages, w),
+  TORCH_CHECK_VALUE(cuda::describe(p, static_cast<int32_t>(limits.num_pages), limits.max_pages, ctas, w),
                     "k_cache or v_cache spans more than 64 GiB, must be at most that on CUDA");
   const int64_t tiles = B * H * w.head_tiles * (w.max_tokens / (4 * cuda::kWarpTokens) + cuda::kMaxAnchors);
   TORCH_CHECK_VALUE(tiles < INT32_MAX, "block_table has ", B, " rows of ", limits.max_pages, " pages of ",

@@ -21,53 +21,56 @@ MAC_DEVICE int partial_of(const AmendWorkspace& w, int piece, int span, int head
   return (piece * kNumSpans + span) * w.tile_heads + head;
 }
 
-// Max and sum of every head over the partial states of a span: four lanes side by side for each head and span.
-MAC_DEVICE void merge_sums(const AmendWorkspace& w, int heads, AnchorChoice& choice) {
-  constexpr int kSharers = 4;
-  static_assert(kThreads == kSharers * kNumSpans * kMaxTileHeads, "one round");
-  const int sharer = threadIdx.x % kSharers, span = threadIdx.x / kSharers % kNumSpans;
-  const int head = threadIdx.x / (kSharers * kNumSpans);
-  float max = -INFINITY, sum = 0.f;
-  if (head < heads) {
-#pragma unroll 4
-    for (int piece = choice.pieces[span].begin + sharer; piece < choice.pieces[span].end; piece += kSharers) {
-      const int i = partial_of(w, piece, span, head);
-      const float partial_max = w.partial_max[i], partial_sum = w.partial_sum[i], high = fmaxf(max, partial_max);
-      sum = sum * ptx::ex2(max - finite_or_zero(high)) + partial_sum * ptx::ex2(partial_max - finite_or_zero(high));
-      max = high;
-    }
-  }
-  for (int distance = 1; distance < kSharers; distance *= 2) {
-    const float other_max = ptx::shfl_xor(max, distance), other_sum = ptx::shfl_xor(sum, distance);
-    const float high = fmaxf(max, other_max);
-    sum = sum * ptx::ex2(max - finite_or_zero(high)) + other_sum * ptx::ex2(other_max - finite_or_zero(high));
-    max = high;
-  }
-  if (head < heads && sharer == 0) choice.max[span][head] = max, choice.sum[span][head] = sum;
-}
+// What a thread merges: four elements of a head's sums of weight * value, of both spans.
+struct Merged {
+  float max[kNumSpans], sum[kNumSpans];
+  float4 out[kNumSpans];
+};
 
-// Four elements of a head's sums of weight * value, of both spans: their partial states are one list.
+// The partial states of both spans are one list, several of which are in flight at a time.
 template <int kHeadDim>
-MAC_DEVICE void merge_outs(const AmendWorkspace& w, int head, int column, const AnchorChoice& choice,
-                           float4 (&out)[kNumSpans]) {
-  const int num_old = choice.pieces[kOld].end - choice.pieces[kOld].begin;
-  const int all = num_old + choice.pieces[kFresh].end - choice.pieces[kFresh].begin;
-  const float base[kNumSpans] = {finite_or_zero(choice.max[kOld][head]), finite_or_zero(choice.max[kFresh][head])};
-  out[kOld] = out[kFresh] = {0.f, 0.f, 0.f, 0.f};
-  [[maybe_unused]] constexpr int kAtOnce = kHeadDim <= 128 ? 8 : 4;  // registers are short with the greatest
-#pragma unroll kAtOnce
-  for (int j = 0; j < all; ++j) {
-    const int fresh = j >= num_old;
-    const int piece = j + (fresh ? choice.pieces[kFresh].begin - num_old : choice.pieces[kOld].begin);
-    const int i = partial_of(w, piece, fresh, head);
-    const float4 part = ptx::load_float4(w.partial_out + static_cast<int64_t>(i) * kHeadDim + column);
-    const float weight = ptx::ex2(w.partial_max[i] - (fresh ? base[kFresh] : base[kOld]));
+MAC_DEVICE Merged merge_partials(const AmendWorkspace& w, int head, int column,
+                                 const PieceRange (&pieces)[kNumSpans]) {
+  constexpr int kAtOnce = kHeadDim <= 128 ? 8 : 4;  // registers are short with the greatest
+  const int num_old = pieces[kOld].end - pieces[kOld].begin;
+  const int all = num_old + pieces[kFresh].end - pieces[kFresh].begin;
+  Merged merged{{-INFINITY, -INFINITY}, {}, {}};
+#pragma unroll 1
+  for (int first = 0; first < all; first += kAtOnce) {
+    float max[kAtOnce], sum[kAtOnce];
+    float4 out[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int j = first + i, fresh = j >= num_old;
+      max[i] = -INFINITY, sum[i] = 0.f, out[i] = {0.f, 0.f, 0.f, 0.f};
+      if (j >= all) continue;
+      const int piece = j + (fresh ? pieces[kFresh].begin - num_old : pieces[kOld].begin);
+      const int place = partial_of(w, piece, fresh, head);
+      max[i] = w.partial_max[place], sum[i] = w.partial_sum[place];
+      out[i] = ptx::load_float4(w.partial_out + static_cast<int64_t>(place) * kHeadDim + column);
+    }
+    float high[kNumSpans] = {merged.max[kOld], merged.max[kFresh]};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int fresh = first + i >= num_old;
+      high[kOld] = fmaxf(high[kOld], fresh ? -INFINITY : max[i]);
+      high[kFresh] = fmaxf(high[kFresh], fresh ? max[i] : -INFINITY);
+    }
 #pragma unroll
     for (int span = 0; span < kNumSpans; ++span) {
-      const float x = span == fresh ? weight : 0.f;
-      out[span].x += part.x * x, out[span].y += part.y * x, out[span].z += part.z * x, out[span].w += part.w * x;
+      const float base = finite_or_zero(high[span]), keep = ptx::ex2(merged.max[span] - base);
+      float4& to = merged.out[span];
+      merged.sum[span] *= keep, to.x *= keep, to.y *= keep, to.z *= keep, to.w *= keep;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float weight = (first + i >= num_old) == (span == kFresh) ? ptx::ex2(max[i] - base) : 0.f;
+        merged.sum[span] += sum[i] * weight;
+        to.x += out[i].x * weight, to.y += out[i].y * weight, to.z += out[i].z * weight, to.w += out[i].w * weight;
+      }
+      merged.max[span] = high[span];
     }
   }
+  return merged;
 }
 
 // Merges the partial states of a KV head and chooses its anchors. The states of a request that cannot be served
@@ -90,21 +93,21 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
       ptx::sync_block();
     }
     const int first = tile * kMaxTileHeads, heads = G - first < w.tile_heads ? G - first : w.tile_heads;
-    merge_sums(w, heads, choice);
-    ptx::sync_block();
 #pragma unroll 1
     for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
       const int column = i % (kHeadDim / 4) * 4, head = i / (kHeadDim / 4), g = first + head;
-      float4 out[kNumSpans];
-      merge_outs<kHeadDim>(w, head, column, choice, out);
+      const Merged merged = merge_partials<kHeadDim>(w, head, column, choice.pieces);
 #pragma unroll
       for (int span = 0; span < kNumSpans; ++span) {
-        const float sum = choice.sum[span][head];
+        const float sum = merged.sum[span];
+        const float4 out = merged.out[span];
         const float scale = status ? NAN : sum == 0.f ? 0.f : ptx::divide(1.f, sum);
         const int64_t row = span * spans + static_cast<int64_t>(group) * G + g;
         ptx::store_float4(p.out + row * kHeadDim + column,
-                          {out[span].x * scale, out[span].y * scale, out[span].z * scale, out[span].w * scale});
-        if (column == 0) p.lse[row] = status ? NAN : log2_total(choice.max[span][head], sum) * kLn2;
+                          {out.x * scale, out.y * scale, out.z * scale, out.w * scale});
+        if (column > 0) continue;
+        p.lse[row] = status ? NAN : log2_total(merged.max[span], sum) * kLn2;
+        choice.max[span][head] = merged.max[span], choice.sum[span][head] = sum;
       }
     }
   }

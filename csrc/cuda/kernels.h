@@ -60,6 +60,7 @@ struct AmendWorkspace {
   uint32_t k_page_units, k_token_units;  // strides in 16 bytes
   uint32_t v_page_units, v_token_units;
   Divisor page_size;
+  Divisor num_kv_heads, ctas;
   int64_t max_tokens;  // max_pages * page_size
   int32_t tile_heads;  // min(G, kMaxTileHeads)
   int32_t head_tiles;  // passes per KV head: ceil(G / kMaxTileHeads)
@@ -78,7 +79,8 @@ constexpr int64_t max_pieces(int32_t ctas, int64_t passes) {
 }
 
 // Fills in what follows from the parameters: how the pages and the heads are cut up. False: a cache is too large.
-inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_pages, AmendWorkspace& w) {
+inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_pages, int32_t ctas,
+                     AmendWorkspace& w) {
   const KVPages& kv = params.kv;
   const auto fits = [&](int64_t page_stride, int64_t token_stride) {
     return num_pages * (page_stride / 8) + kv.page_size * (token_stride / 8) <= int64_t{UINT32_MAX};
@@ -89,6 +91,8 @@ inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_p
   w.k_token_units = static_cast<uint32_t>(kv.k_token_stride / 8);
   w.v_token_units = static_cast<uint32_t>(kv.v_token_stride / 8);
   w.page_size = Divisor(kv.page_size);
+  w.num_kv_heads = Divisor(params.shape.num_kv_heads);
+  w.ctas = Divisor(ctas);
   w.max_tokens = max_pages * kv.page_size;
   w.tile_heads = params.shape.group_size < kMaxTileHeads ? params.shape.group_size : kMaxTileHeads;
   w.head_tiles = (params.shape.group_size + kMaxTileHeads - 1) / kMaxTileHeads;

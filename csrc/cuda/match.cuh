@@ -109,15 +109,6 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
   ptx::grid_dependency_launch();
   const int n = p.requests.seq_lens[request], position = n - 1;
   const int given_slot = p.requests.slots[request];
-  const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
-                  static_cast<int64_t>(kv_head) * G * p.query.head_stride;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < G * kHeadDim; i += kMatchThreads) {
-    query[i] = ptx::to_float(rows[i / kHeadDim * p.query.head_stride + i % kHeadDim]);
-  }
-  if (threadIdx.x == 0) errors = 0;
-  const int found = request_errors(p, request, n, given_slot);
-
   // Candidates have p - M <= c < p, so their ages are 1..M. E(c) > 0 needs c >= band. Whether the slot's history
   // is unbroken is asked for together with the first rows: neither waits for the other.
   const bool readable = n > 0 && given_slot >= 0 && given_slot < p.ring.num_slots;
@@ -148,6 +139,15 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
   const int warp_age = 1 + split * Layout::kPerBlock + warp * Layout::kPerWarp,
             stride = w.splits * Layout::kPerBlock;
   Candidate next = fetch(warp_age + lane / kLanes);
+
+  const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
+                  static_cast<int64_t>(kv_head) * G * p.query.head_stride;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < G * kHeadDim; i += kMatchThreads) {
+    query[i] = ptx::to_float(rows[i / kHeadDim * p.query.head_stride + i % kHeadDim]);
+  }
+  if (threadIdx.x == 0) errors = 0;
+  const int found = request_errors(p, request, n, given_slot);
 
   ptx::sync_block();
   if (found) ptx::atomic_or(&errors, found);

@@ -10,6 +10,7 @@
 #include "../params.h"
 #include "kernels.h"
 #include "ptx/barrier.h"
+#include "ptx/math.h"
 #include "ptx/warp.h"
 #include "simt.h"
 
@@ -19,10 +20,9 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTileTokens = kWarps * kWarpTokens;
 // Pieces of one pass: with more, merging their states costs more than they save.
-constexpr int kMaxSplits = 48;
-// Tiles of a piece that is worth a draw, and of one that is worth a merger.
+constexpr int kMaxSplits = 96;
+// Tiles of a piece that is worth a draw.
 constexpr int kDrawnTiles = 32;
-constexpr int kMinTiles = 3;
 
 // First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
 MAC_DEVICE int amend_start(const AmendParams& p, int source) {
@@ -41,12 +41,11 @@ MAC_DEVICE int tiles_for(int tokens) {
   return (tokens + kTileTokens - 1) / kTileTokens;
 }
 
-MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w, int request, int kv_head) {
-  int n = p.requests.seq_lens[request];
+MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w, int group) {
+  const int n = p.requests.seq_lens[w.num_kv_heads.divide(group)];
   int start = 0;
   if (p.source) {
-    const int32_t* source =
-        p.source + (static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head) * p.shape.group_size;
+    const int32_t* source = p.source + static_cast<int64_t>(group) * p.shape.group_size;
     int oldest = 0x7fffffff;  // kMiss is less than any
 #pragma unroll 4
     for (int g = 0; g < p.shape.group_size; ++g) oldest = source[g] < oldest ? source[g] : oldest;
@@ -98,7 +97,7 @@ MAC_DEVICE const int32_t* inherited_anchors(const AmendParams& p, int request, i
 MAC_DEVICE int sum_before(int mine, int (&warp_sum)[kWarps], int& all) {
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
   int upto = mine;
-#pragma unroll 1
+#pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
     const int before = ptx::shfl(upto, lane >= distance ? lane - distance : lane);
     if (lane >= distance) upto += before;
@@ -114,22 +113,26 @@ MAC_DEVICE int sum_before(int mine, int (&warp_sum)[kWarps], int& all) {
   return upto - mine;
 }
 
+// a / b, rounded up, for quotients below 2^20: a division takes some hundred cycles, this a quarter of them.
 MAC_DEVICE int divide_up(int a, int b) {
-  return (a + b - 1) / b;
+  const int quotient = static_cast<int>(ptx::divide(static_cast<float>(a), static_cast<float>(b)));
+  const int rest = a - quotient * b;  // the quotient is off by one at most
+  return rest <= 0 ? quotient + (rest > -b ? 0 : -1) : quotient + (rest > b ? 2 : 1);
 }
 
-// How many tiles a piece has at most, from all tiles of the call, its passes and the longest of them. The pieces of
-// `waves` for each CTA are not exceeded: a pass that is cut into pieces of t / room tiles has at most one more than
+// How many tiles a piece has at most, from all tiles of the call, its passes and the longest of them. There are no
+// more pieces than `waves` for each CTA: a pass that is cut into pieces of tiles / room has at most one more than
 // its share of the room.
-MAC_DEVICE int tiles_of_piece(int tiles, int passes, int longest, int ctas) {
-  int waves = tiles / (ctas * kDrawnTiles);
+MAC_DEVICE int tiles_of_piece(const AmendWorkspace& w, int tiles, int passes, int longest) {
+  const int per_cta = w.ctas.divide(passes), ctas = gridDim.x;
+  int waves = w.ctas.divide(tiles) / kDrawnTiles;
   waves = waves < 1 ? 1 : waves > kMaxWaves ? kMaxWaves : waves;
-  if (2 * passes > ctas && waves < passes / ctas + 2) waves = passes / ctas + 2;
-  const int room = waves * ctas - passes;
-  int most = divide_up(tiles, room);
-  const int least = divide_up(longest, kMaxSplits);
-  most = most > least ? most : least;
-  return most > kMinTiles ? most : kMinTiles;
+  if (2 * passes > ctas && waves < per_cta + 2) waves = per_cta + 2;
+  // A float is off by less than is added here.
+  const float share = ptx::divide(static_cast<float>(tiles), static_cast<float>(waves * ctas - passes));
+  const int most = static_cast<int>(share * 1.00001f) + 1;
+  const int least = (longest + kMaxSplits - 1) / kMaxSplits;
+  return most > least ? most : least;
 }
 
 // A thread's share of the KV heads, [begin, end), whose pieces are `pieces` from `first` on; and the call's.
@@ -139,56 +142,62 @@ struct Share {
   int most, all_pieces;
 };
 
-// Counts the pieces, every CTA for itself: prefix sums over the KV heads.
+// Counts the pieces, every CTA for itself: a sum and a prefix sum over the KV heads. Everything waits for this at
+// the start of a step, so it is written to be short.
 MAC_DEVICE Share share_out(const AmendParams& p, const AmendWorkspace& w) {
-  __shared__ int warp_sum[kWarps], warp_longest[kWarps];
-  const int lane = ptx::lane_id(), warp = threadIdx.x / 32, H = p.shape.num_kv_heads;
-  const int groups = p.shape.batch * H, each = (groups + kThreads - 1) / kThreads;
+  __shared__ int warp_tiles[kWarps], warp_longest[kWarps], warp_pieces[kWarps];
+  const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
+  const int groups = p.shape.batch * p.shape.num_kv_heads, each = (groups + kThreads - 1) / kThreads;
   Share share{};
   share.begin = threadIdx.x * each, share.end = share.begin + each < groups ? share.begin + each : groups;
-  int mine = 0, tiles = 0;
-  uint32_t longest = 1;
+  uint32_t tiles = 0, longest = 1;
+  int last = 0;  // tiles of the last of them, which in most calls is the only one
 #pragma unroll 1
   for (int group = share.begin; group < share.end; ++group) {
-    const uint32_t pass = kv_head_work(p, w, group / H, group % H).tiles;
-    mine += pass * w.head_tiles;
-    longest = pass > longest ? pass : longest;
+    last = kv_head_work(p, w, group).tiles;
+    tiles += last;
+    longest = static_cast<uint32_t>(last) > longest ? last : longest;
   }
-  longest = ptx::reduce_max(longest);
-  if (lane == 0) warp_longest[warp] = longest;
-  sum_before(mine, warp_sum, tiles);
-  int longest_pass = 1;
+  tiles = ptx::reduce_add(tiles), longest = ptx::reduce_max(longest);
+  if (lane == 0) warp_tiles[warp] = tiles, warp_longest[warp] = longest;
+  ptx::sync_block();
+  int all_tiles = 0, longest_pass = 1;
   for (int i = 0; i < kWarps; ++i) {
-    if (warp_longest[i] > longest_pass) longest_pass = warp_longest[i];
+    all_tiles += warp_tiles[i];
+    longest_pass = warp_longest[i] > longest_pass ? warp_longest[i] : longest_pass;
   }
-  share.most = tiles_of_piece(tiles, groups * w.head_tiles, longest_pass, gridDim.x);
+  share.most = tiles_of_piece(w, all_tiles * w.head_tiles, groups * w.head_tiles, longest_pass);
 #pragma unroll 1
   for (int group = share.begin; group < share.end; ++group) {
-    share.pieces += divide_up(kv_head_work(p, w, group / H, group % H).tiles, share.most) * w.head_tiles;
+    const int pass = group + 1 == share.end ? last : kv_head_work(p, w, group).tiles;
+    share.pieces += divide_up(pass, share.most) * w.head_tiles;
   }
-  share.first = sum_before(share.pieces, warp_sum, share.all_pieces);
+  share.first = sum_before(share.pieces, warp_pieces, share.all_pieces);
   return share;
 }
 
 // The piece of a number below `all_pieces`. The whole block takes part.
 MAC_DEVICE Piece find_piece(const AmendParams& p, const AmendWorkspace& w, const Share& share, int number) {
   __shared__ Piece found;
-  const int H = p.shape.num_kv_heads;
   ptx::sync_block();  // the last one is no longer needed
   if (number >= share.first && number < share.first + share.pieces) {
     int first = share.first;
 #pragma unroll 1
     for (int group = share.begin;; ++group) {
-      const KvHeadWork work = kv_head_work(p, w, group / H, group % H);
-      const int splits = divide_up(work.tiles, share.most), most = divide_up(work.tiles, splits);
+      const KvHeadWork work = kv_head_work(p, w, group);
+      const int splits = divide_up(work.tiles, share.most);
       const int in_group = number - first;
       if (in_group >= splits * w.head_tiles) {
         first += splits * w.head_tiles;
         continue;
       }
-      const int head_tile = in_group / splits, begin = in_group % splits * most;
+      const int most = work.tiles <= share.most ? work.tiles : (work.tiles + splits - 1) / splits;
+      const int head_tile = w.head_tiles == 1 ? 0 : in_group / splits,
+                begin = (in_group - head_tile * splits) * most;
       const int end = begin + most < work.tiles ? begin + most : work.tiles;
-      found = {number, begin, end, group / H, group % H, head_tile, work, first, splits, most};
+      const int request = w.num_kv_heads.divide(group);
+      found = {number,    begin, end,   request, group - request * p.shape.num_kv_heads,
+               head_tile, work,  first, splits,  most};
       break;
     }
   }

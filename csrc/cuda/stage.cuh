@@ -17,7 +17,7 @@ namespace mac_attn::cuda {
 // requests, some sectors in both: half as much again came out of the L2 cache.
 template <int kHeadDim>
 struct Stage {
-  static constexpr int kCount = kHeadDim <= 128 ? 3 : 2;  // in the pipeline
+  static constexpr int kCount = kHeadDim < 128 ? 3 : 2;   // in the pipeline
   static constexpr int kRow = (kHeadDim + 63) / 64 * 64;  // elements: whole lines
   static constexpr int kElements = 2 * kWarpTokens * kRow;
   static constexpr int kBytes = kElements * 2;

@@ -142,7 +142,7 @@ AmendParams AmendCase::params() {
 cuda::AmendWorkspace AmendCase::workspace() {
   const int batch = static_cast<int>(seq_lens.size()), G = spec_.group_size;
   cuda::AmendWorkspace w{};
-  CHECK(cuda::describe(params(), pages_.num_pages(), pages_.max_pages(), w));
+  CHECK(cuda::describe(params(), pages_.num_pages(), pages_.max_pages(), spec_.ctas, w));
   const size_t groups = size_t{1} * batch * spec_.num_kv_heads;
   const size_t states = cuda::max_pieces(spec_.ctas, groups * w.head_tiles) * kNumSpans * w.tile_heads;
   done_.assign(groups, 0);

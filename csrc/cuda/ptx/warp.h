@@ -40,6 +40,9 @@ MAC_DEVICE int find_first(uint32_t bits) {
 MAC_DEVICE uint32_t reduce_max(uint32_t value) {
   return __reduce_max_sync(0xffffffffu, value);
 }
+MAC_DEVICE uint32_t reduce_add(uint32_t value) {
+  return __reduce_add_sync(0xffffffffu, value);
+}
 MAC_DEVICE void sync_warp() {
   __syncwarp();
 }
@@ -73,6 +76,12 @@ MAC_SIMT_UNCHECKED inline void reduce_max_of_warp(const uint32_t* in, uint32_t* 
   for (int lane = 0; lane < 32; ++lane) out[lane] = max;
 }
 
+MAC_SIMT_UNCHECKED inline void reduce_add_of_warp(const uint32_t* in, uint32_t* out) {
+  uint32_t sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += in[lane];
+  for (int lane = 0; lane < 32; ++lane) out[lane] = sum;
+}
+
 template <typename T>
 inline T shfl(T value, int lane) {
   return simt::collective<shfl_of_warp<T> >("shfl", ShuffleOperands<T>{value, lane & 31});
@@ -89,6 +98,9 @@ inline int find_first(uint32_t bits) {
 }
 inline uint32_t reduce_max(uint32_t value) {
   return simt::collective<reduce_max_of_warp>("reduce_max", value);
+}
+inline uint32_t reduce_add(uint32_t value) {
+  return simt::collective<reduce_add_of_warp>("reduce_add", value);
 }
 inline void sync_warp() {
   simt::sync_warp();
