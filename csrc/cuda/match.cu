@@ -23,7 +23,7 @@ cudaError_t match_splits(const MatchParams& p, int32_t* splits) {
   int device = 0, processors = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-  constexpr int kBlocksAtATime = 4;  // on a processor
+  constexpr int kBlocksAtATime = 2;  // on a processor, as the kernel's launch bounds say
   constexpr int kMaxSplits = 32;     // they meet at one counter
   int each = 0;
   const auto candidates = [&](auto dim) {

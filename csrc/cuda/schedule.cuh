@@ -22,7 +22,7 @@ constexpr int kTileTokens = kWarps * kWarpTokens;
 // Pieces of one pass: with more, merging their states costs more than they save.
 constexpr int kMaxSplits = 96;
 // Tiles of a piece that is worth a draw.
-constexpr int kDrawnTiles = 32;
+constexpr int kDrawnTiles = 64;
 
 // First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
 MAC_DEVICE int amend_start(const AmendParams& p, int source) {
@@ -120,16 +120,17 @@ MAC_DEVICE int divide_up(int a, int b) {
   return rest <= 0 ? quotient + (rest > -b ? 0 : -1) : quotient + (rest > b ? 2 : 1);
 }
 
-// How many tiles a piece has at most, from all tiles of the call, its passes and the longest of them. There are no
-// more pieces than `waves` for each CTA: a pass that is cut into pieces of tiles / room has at most one more than
-// its share of the room.
+// How many tiles a piece has at most, from all tiles of the call, its passes and the longest of them. The CTAs go
+// over the pieces in waves. Rounding up makes some pieces more than there is room for, one a pass at most. Where
+// the passes are few, the room is kept free for those: a wave for just one of them would last as long as the
+// others.
 MAC_DEVICE int tiles_of_piece(const AmendWorkspace& w, int tiles, int passes, int longest) {
-  const int per_cta = w.ctas.divide(passes), ctas = gridDim.x;
+  const int ctas = gridDim.x;
   int waves = w.ctas.divide(tiles) / kDrawnTiles;
   waves = waves < 1 ? 1 : waves > kMaxWaves ? kMaxWaves : waves;
-  if (2 * passes > ctas && waves < per_cta + 2) waves = per_cta + 2;
+  const int room = waves * ctas - (2 * passes <= ctas ? passes : 0);
   // A float is off by less than is added here.
-  const float share = ptx::divide(static_cast<float>(tiles), static_cast<float>(waves * ctas - passes));
+  const float share = ptx::divide(static_cast<float>(tiles), static_cast<float>(room));
   const int most = static_cast<int>(share * 1.00001f) + 1;
   const int least = (longest + kMaxSplits - 1) / kMaxSplits;
   return most > least ? most : least;
