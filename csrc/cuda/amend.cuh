@@ -134,9 +134,44 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
   ptx::cp_async_wait<0>();
 }
 
+// Asks for the queries and the bands, which are read whatever match answers, while match is still looking. The
+// lengths and pages that this goes by may still be written by the launches before: a wrong one is a prefetch in
+// vain, within the caches all the same.
+template <typename T, int kHeadDim>
+MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
+  constexpr int kLine = 64, kLines = (kHeadDim + kLine - 1) / kLine;  // elements; in a row
+  constexpr int kMostBytes = 20 << 20;                                // of the L2 cache's 50 MB
+  const int thread = blockIdx.x * kThreads + threadIdx.x, threads = gridDim.x * kThreads;
+  const int B = p.shape.batch, H = p.shape.num_kv_heads, Hq = p.shape.num_qo_heads();
+#pragma unroll 1
+  for (int row = thread; row < B * Hq; row += threads) {
+    const T* query =
+        static_cast<const T*>(p.query.data) + row / Hq * p.query.batch_stride + row % Hq * p.query.head_stride;
+    for (int i = 0; i < kLines; ++i) ptx::prefetch_l2(query + i * kLine);
+  }
+  const int64_t rows = int64_t{B} * p.band * H;
+  if (rows * kHeadDim * 4 > kMostBytes) return;
+#pragma unroll 1
+  for (int row = thread; row < rows; row += threads) {
+    const int kv_head = row % H, request = row / H / p.band, n = p.requests.seq_lens[request];
+    const int token = n - 1 - row / H % p.band;
+    if (token < 0 || n > w.max_tokens) continue;
+    const int index = w.page_size.divide(token), offset = token - index * p.kv.page_size;
+    const int64_t page = p.kv.block_table[request * p.kv.block_table_stride + index];
+    if (page < 0 || page >= w.num_pages) continue;
+    const T* k = static_cast<const T*>(p.kv.k) + page * p.kv.k_page_stride + offset * p.kv.k_token_stride;
+    const T* v = static_cast<const T*>(p.kv.v) + page * p.kv.v_page_stride + offset * p.kv.v_token_stride;
+    for (int i = 0; i < kLines; ++i) {
+      ptx::prefetch_l2(k + kv_head * p.kv.k_head_stride + i * kLine);
+      ptx::prefetch_l2(v + kv_head * p.kv.v_head_stride + i * kLine);
+    }
+  }
+}
+
 template <typename T, int kHeadDim, int kHeadBlocks>
 __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
     amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
+  if (p.source) prefetch_bands<T, kHeadDim>(p, w);
   ptx::grid_dependency_wait();  // match's answer
   const Share share = share_out(p, w);
   ptx::grid_dependency_launch();
