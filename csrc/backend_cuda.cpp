@@ -109,16 +109,17 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   w.partial_out = partial.data_ptr<float>();
   w.partial_max = w.partial_out + states * D;
   w.partial_sum = w.partial_max + states;
-  Tensor candidate, candidate_heads;
+  Tensor candidate, candidate_floats;
   if (p.num_anchors > 0) {
     const int64_t tokens_of_bins = 16 * cuda::kWarpTokens;  // 16 bins are read at a time
     w.max_candidates = static_cast<int32_t>((w.max_tokens + tokens_of_bins - 1) / tokens_of_bins * 16);
     const int64_t candidates = B * H * w.max_candidates;
     candidate = at::empty({candidates + candidates / 4}, on.options().dtype(at::kInt));
-    candidate_heads = at::empty({candidates * cuda::candidate_floats(p.shape.group_size)}, floats);
+    candidate_floats = at::empty({2 * candidates * G}, floats);
     w.candidate = candidate.data_ptr<int32_t>();
     w.candidate_bin = reinterpret_cast<uint8_t*>(w.candidate + candidates);
-    w.candidate_head = candidate_heads.data_ptr<float>();
+    w.candidate_logit = candidate_floats.data_ptr<float>();
+    w.candidate_max = w.candidate_logit + candidates * G;
   }
   C10_CUDA_CHECK(cuda::launch_amend(p, w, ctas, c10::cuda::getCurrentCUDAStream()));
 }

@@ -178,16 +178,17 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
   WarpState<T, kHeadDim, kHeadBlocks> state;
   state.clear();
   __shared__ int next;
+  const int ctas = gridDim.x;
   int number = blockIdx.x;
 #pragma unroll 1
   while (number < share.all_pieces) {
     const Piece piece = find_piece(p, w, share, number);
     int drawn = 0;
-    if (threadIdx.x == 0 && share.all_pieces > gridDim.x) drawn = ptx::atomic_add(w.drawn, 1);
+    if (threadIdx.x == 0 && share.all_pieces > ctas) drawn = ptx::atomic_add(w.drawn, 1);
     amend_piece<T, kHeadDim, kHeadBlocks>(p, w, piece, state);
-    if (share.all_pieces <= gridDim.x) break;
+    if (share.all_pieces <= ctas) break;
     if (threadIdx.x == 0) {
-      next = gridDim.x + drawn;
+      next = ctas + drawn;
       // There are as many draws as pieces, one after each; the last one of all leaves the counter as it was.
       if (drawn == share.all_pieces - 1) *w.drawn = 0;
     }

@@ -47,35 +47,24 @@ struct AnchorChoice {
   float weight[kWarps][4];
 };
 
-// The heaviest head's weight of every candidate as a bin: counted, and kept for the choice. A thread looks at four
-// candidates at a time.
+// The heaviest head's weight of every candidate as a bin: counted, and kept for the choice.
 MAC_DEVICE void sort_into_bins(const AmendParams& p, const AmendWorkspace& w, int group, int num_candidates,
                                AnchorChoice& choice) {
-  constexpr int kAtOnce = 4;
-  const int G = p.shape.group_size, floats = candidate_floats(G);
+  const int G = p.shape.group_size;
   const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
+  const float* logits = w.candidate_logit + base * G;
 #pragma unroll 1
-  for (int first = threadIdx.x * kAtOnce; first < num_candidates; first += kThreads * kAtOnce) {
-    float weight[kAtOnce];
-    bool there[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      there[i] = first + i < num_candidates && w.candidate[base + first + i] != kNoAnchor;
-      weight[i] = -INFINITY;
-    }
-#pragma unroll 2
-    for (int g = 0; g < G; g += 2) {
-      const float lse0 = choice.lse[g], lse1 = g + 1 < G ? choice.lse[g + 1] : INFINITY;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (!there[i]) continue;
-        const float4 heads = ptx::load_float4(w.candidate_head + (base + first + i) * floats + 2 * g);
-        weight[i] = fmaxf(weight[i], fmaxf(heads.x - lse0, heads.z - lse1));
-      }
+  for (int first = threadIdx.x * 4; first < num_candidates; first += kThreads * 4) {
+    float weight[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+#pragma unroll 4
+    for (int g = 0; g < G; ++g) {
+      const float4 x = ptx::load_float4(logits + static_cast<int64_t>(g) * w.max_candidates + first);
+      const float lse = choice.lse[g];
+      weight[0] = fmaxf(weight[0], x.x - lse), weight[1] = fmaxf(weight[1], x.y - lse);
+      weight[2] = fmaxf(weight[2], x.z - lse), weight[3] = fmaxf(weight[3], x.w - lse);
     }
     uint32_t bins = 0;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < 4; ++i) {
       uint32_t bin = kNoBin;
       if (weight[i] > -INFINITY) {
         const float place = -weight[i] * kBinsPerLog2;
@@ -152,12 +141,11 @@ MAC_DEVICE int choose_anchors(const AmendParams& p, const AmendWorkspace& w, int
   return taken + (edge < room ? edge : room);
 }
 
-// The weight that a candidate had in a head's sums, relative to the old span's maximum.
+// The weight that a candidate had in the sums, relative to the old span's maximum.
 template <typename T>
-MAC_DEVICE float candidate_weight(const AmendWorkspace& w, int64_t candidate, int head, int floats, float old_max) {
-  const float* logit_and_max = w.candidate_head + candidate * floats + 2 * head;
-  const float max = logit_and_max[1];
-  const float weight = ptx::ex2(logit_and_max[0] - finite_or_zero(max));
+MAC_DEVICE float candidate_weight(const AmendWorkspace& w, int64_t place, float old_max) {
+  const float max = w.candidate_max[place];
+  const float weight = ptx::ex2(w.candidate_logit[place] - finite_or_zero(max));
   return ptx::unpack2<T>(ptx::pack2<T>(weight, 0.f)).x * ptx::ex2(max - finite_or_zero(old_max));
 }
 
@@ -193,9 +181,11 @@ MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, 
 #pragma unroll 1
       for (int i = threadIdx.x; i < kBlock * kHeads; i += kThreads) {
         const int a = first + i / kHeads, g = head + i % kHeads;
-        weights[i] = a < count && g < G ? candidate_weight<T>(w, base + choice.place[a], g, candidate_floats(G),
-                                                              choice.max[kOld][g])
-                                        : 0.f;
+        weights[i] =
+            a < count && g < G
+                ? candidate_weight<T>(w, base * G + static_cast<int64_t>(g) * w.max_candidates + choice.place[a],
+                                      choice.max[kOld][g])
+                : 0.f;
       }
       ptx::sync_block();
 #pragma unroll 4

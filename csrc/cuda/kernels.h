@@ -44,18 +44,17 @@ struct MatchWorkspace {
 
 // Device memory of one amend call. `done` and `drawn` are zero before the launch and after it.
 struct AmendWorkspace {
-  int32_t* done;        // [B, H] pieces whose partial states are there
-  int32_t* drawn;       // [1] draws, those in vain included
-  int32_t* status;      // [B] Error bits
-  int32_t* error_flag;  // [1] sticky, or null
-  float* partial_out;   // [max_pieces, kNumSpans, tile_heads, D] sum of weight * value
-  float* partial_max;   // [.., kNumSpans, tile_heads] log2
-  float* partial_sum;   // [.., kNumSpans, tile_heads]
-  int32_t*
-      candidate;  // [B, H, max_candidates] the heaviest of every 16 old tokens of a miss; kNoAnchor: none is heavy
+  int32_t* done;           // [B, H] pieces whose partial states are there
+  int32_t* drawn;          // [1] pieces that CTAs have drawn
+  int32_t* status;         // [B] Error bits
+  int32_t* error_flag;     // [1] sticky, or null
+  float* partial_out;      // [max_pieces, kNumSpans, tile_heads, D] sum of weight * value
+  float* partial_max;      // [.., kNumSpans, tile_heads] log2
+  float* partial_sum;      // [.., kNumSpans, tile_heads]
+  int32_t* candidate;      // [B, H, max_candidates] the heaviest of every 16 old tokens of a miss
   uint8_t* candidate_bin;  // [B, H, max_candidates] its weight, roughly
-  float* candidate_head;   // [B, H, max_candidates, tile_heads, 2] for each head its logit (log2) and the
-                           // maximum its weight was relative to; tile_heads rounded up to 8
+  float* candidate_logit;  // [B, H, G, max_candidates] log2; -inf: none of the 16 is heavy
+  float* candidate_max;    // [B, H, G, max_candidates] the maximum its weight was relative to
   int32_t max_candidates;  // a multiple of 16
   int32_t num_pages;
   uint32_t k_page_units, k_token_units;  // strides in 16 bytes
@@ -77,11 +76,6 @@ cudaError_t match_splits(const MatchParams& params, int32_t* splits);
 // Pieces that an amend call of `passes` passes may be cut into, see tiles_of_piece.
 constexpr int64_t max_pieces(int32_t ctas, int64_t passes) {
   return static_cast<int64_t>(kMaxWaves) * ctas + passes;
-}
-
-// Floats of a candidate's heads, see AmendWorkspace.
-constexpr int32_t candidate_floats(int32_t group_size) {
-  return group_size <= 8 ? 16 : 32;
 }
 
 // Fills in what follows from the parameters: how the pages and the heads are cut up. False: a cache is too large.

@@ -24,6 +24,7 @@ cudaError_t match_splits(const MatchParams& p, int32_t* splits) {
   if (cudaError_t error = cudaGetDevice(&device)) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
   constexpr int kBlocksAtATime = 2;  // on a processor, as the kernel's launch bounds say
+  constexpr int kFewBlocks = 2;      // for each KV head: one alone has too few rows in flight
   constexpr int kMaxSplits = 32;     // they meet at one counter
   int each = 0;
   const auto candidates = [&](auto dim) {
@@ -32,7 +33,8 @@ cudaError_t match_splits(const MatchParams& p, int32_t* splits) {
   };
   if (cudaError_t error = with_head_dim(p.shape.head_dim, candidates)) return error;
   const int most = (p.ring.window + each - 1) / each;
-  const int wanted = processors * kBlocksAtATime / (p.shape.batch * p.shape.num_kv_heads);
+  int wanted = processors * kBlocksAtATime / (p.shape.batch * p.shape.num_kv_heads);
+  if (wanted == 1) wanted = kFewBlocks;
   *splits = std::max(1, std::min({wanted, most, kMaxSplits}));
   return cudaSuccess;
 }

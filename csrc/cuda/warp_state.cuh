@@ -119,7 +119,7 @@ template <typename T, int kHeadDim, int kHeadBlocks>
 MAC_DEVICE void keep_candidate(const AmendParams& p, const AmendWorkspace& w, const Piece& piece,
                                const WarpState<T, kHeadDim, kHeadBlocks>& state, const float (&x)[kHeadBlocks][4],
                                int first_token) {
-  const int lane = ptx::lane_id();
+  const int lane = ptx::lane_id(), G = p.shape.group_size;
   // A weight's lead over kCandidateLead as a number whose bits are ordered like it; the last four are the token's.
   uint32_t heaviest = 0;
 #pragma unroll
@@ -133,16 +133,29 @@ MAC_DEVICE void keep_candidate(const AmendParams& p, const AmendWorkspace& w, co
     if (lead > 0.f) heaviest = key > heaviest ? key : heaviest;
   }
   heaviest = ptx::reduce_max(heaviest);
-  const int row = 15 - heaviest % 16;
-  const int64_t place = static_cast<int64_t>(piece.kv_group(p)) * w.max_candidates + first_token / kWarpTokens;
-  if (lane == 0) w.candidate[place] = heaviest == 0 ? kNoAnchor : first_token + row;
-  if (heaviest == 0 || lane / 4 != row % 8) return;
-  constexpr int kFloats = 16 * kHeadBlocks;
+  const int64_t base = static_cast<int64_t>(piece.kv_group(p)) * w.max_candidates;
+  const int place = first_token / kWarpTokens, row = 15 - heaviest % 16;
+  float* logits = w.candidate_logit + base * G + place;
+  if (first_token + kWarpTokens >= piece.work.old_end && lane < G) {
+    // They are read four at a time: fill up the last four.
+    for (int i = 1; (place + i) % 4 != 0; ++i)
+      logits[static_cast<int64_t>(lane) * w.max_candidates + i] = -INFINITY;
+  }
+  if (heaviest == 0) {
+    if (lane < G) logits[static_cast<int64_t>(lane) * w.max_candidates] = -INFINITY;
+    return;
+  }
+  if (lane == 0) w.candidate[base + place] = first_token + row;
+  if (lane / 4 != row % 8) return;
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
-    const float4 two_heads{row < 8 ? x[b][0] : x[b][2], state.max[b][0], row < 8 ? x[b][1] : x[b][3],
-                           state.max[b][1]};
-    ptx::store_float4(w.candidate_head + place * kFloats + b * 16 + lane % 4 * 4, two_heads);
+    for (int i = 0; i < 2; ++i) {
+      const int g = b * 8 + lane % 4 * 2 + i;
+      if (g >= G) continue;
+      const int64_t offset = static_cast<int64_t>(g) * w.max_candidates;
+      logits[offset] = row < 8 ? x[b][i] : x[b][2 + i];
+      w.candidate_max[base * G + offset + place] = state.max[b][i];
+    }
   }
 }
 

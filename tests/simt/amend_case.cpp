@@ -156,12 +156,14 @@ cuda::AmendWorkspace AmendCase::workspace() {
     w.max_candidates = static_cast<int32_t>((w.max_tokens + tokens_of_bins - 1) / tokens_of_bins * 16);
     candidate_.assign(groups * w.max_candidates, kGarbage);
     candidate_bin_.assign(candidate_.size(), 77);
-    candidate_head_.assign(candidate_.size() * cuda::candidate_floats(G), NAN);
+    candidate_logit_.assign(candidate_.size() * G, NAN);
+    candidate_max_.assign(candidate_.size() * G, NAN);
   }
   w.done = done_.data(), w.drawn = drawn_.data(), w.status = status.data(), w.error_flag = error_flag_.data();
   w.partial_out = partial_out_.data(), w.partial_max = partial_max_.data(), w.partial_sum = partial_sum_.data();
   w.candidate = candidate_.data(), w.candidate_bin = candidate_bin_.data();
-  w.candidate_head = candidate_head_.data();
+  w.candidate_logit = candidate_logit_.data();
+  w.candidate_max = candidate_max_.data();
   return w;
 }
 

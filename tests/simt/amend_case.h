@@ -61,7 +61,7 @@ class AmendCase {
   std::vector<float> out_, lse_;
   std::vector<int32_t> anchors_, done_, drawn_, error_flag_, candidate_;
   std::vector<uint8_t> candidate_bin_;
-  std::vector<float> partial_out_, partial_max_, partial_sum_, candidate_head_;
+  std::vector<float> partial_out_, partial_max_, partial_sum_, candidate_logit_, candidate_max_;
   int32_t expected_flag_ = 0;
   Unchanged unchanged_;
 };
