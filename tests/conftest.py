@@ -23,6 +23,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def cuda() -> torch.device:
+    """For what exists on CUDA only, such as graphs."""
+    if reason := _cuda_missing():
+        pytest.skip(reason)
+    return torch.device("cuda")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call() -> Generator[None, object, object]:
     """Skip what the CUDA kernels do not offer (float32, odd head sizes), in their own words."""
