@@ -44,9 +44,10 @@ def test_replays(anchors: int, cuda: torch.device) -> None:
     ).to(cuda, torch.bfloat16)
     # Three directions and little noise: a query resembles the others of its direction.
     directions = torch.randn(3, NUM_QO_HEADS, HEAD_DIM, generator=generator)
-    table = torch.empty(BATCH, MAX_PAGES, dtype=torch.int32, device=cuda)
+    table = torch.randperm(BATCH * MAX_PAGES, generator=generator).view(BATCH, MAX_PAGES)
+    table = table.to(cuda, torch.int32)
     lengths = below(500, BATCH).int()
-    seq_lens, slots = torch.empty_like(lengths, device=cuda), torch.zeros_like(lengths, device=cuda)
+    seq_lens, slots = lengths.to(cuda), torch.arange(BATCH, dtype=torch.int32, device=cuda)
     q = torch.empty(BATCH, NUM_QO_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=cuda)
     q_match = torch.empty_like(q)
     captured, eager = make_cache(anchors, cuda), make_cache(anchors, cuda)

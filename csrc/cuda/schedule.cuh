@@ -23,8 +23,8 @@ constexpr int kTileTokens = kWarps * kWarpTokens;
 constexpr int kMaxSplits = 96;
 // Tiles of a piece that is worth a draw.
 constexpr int kDrawnTiles = 64;
-// Tiles of a piece that takes no time to speak of.
-constexpr int kShortTiles = 8;
+// What a pass costs besides its tiles (its first wait for memory, writing and merging its states), in tiles.
+constexpr int kPassCost = 4;
 
 // First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
 MAC_DEVICE int amend_start(const AmendParams& p, int source) {
@@ -123,17 +123,17 @@ MAC_DEVICE int divide_up(int a, int b) {
 }
 
 // How many tiles a piece has at most, from all tiles of the call, its passes and the longest of them. The CTAs go
-// over the pieces in waves. Rounding up makes some pieces more than there is room for, one a pass at most. Where
-// the passes are few and long, the room is kept free for those: a wave for just one of them would last as long as
-// the others.
+// over the pieces in waves. Rounding up makes some pieces more than there is room for, one for each long pass;
+// where those are few, the room is kept free for them: a wave for just one of them would last as long as the
+// others.
 MAC_DEVICE int tiles_of_piece(const AmendWorkspace& w, int tiles, int passes, int longest) {
-  const int ctas = gridDim.x;
-  int waves = w.ctas.divide(tiles) / kDrawnTiles;
+  const int ctas = gridDim.x, cost = tiles + kPassCost * passes;
+  int waves = w.ctas.divide(cost) / kDrawnTiles;
   waves = waves < 1 ? 1 : waves > kMaxWaves ? kMaxWaves : waves;
-  const bool few_long = 2 * passes <= ctas && tiles > kShortTiles * ctas;
-  const int room = waves * ctas - (few_long ? passes : 0);
+  const int long_passes = 1 + static_cast<int>(ptx::divide(static_cast<float>(tiles), static_cast<float>(longest)));
+  const int room = waves * ctas - (2 * long_passes <= ctas ? long_passes : 0);
   // A float is off by less than is added here.
-  const float share = ptx::divide(static_cast<float>(tiles), static_cast<float>(room));
+  const float share = ptx::divide(static_cast<float>(cost), static_cast<float>(room));
   const int most = static_cast<int>(share * 1.00001f) + 1;
   const int least = (longest + kMaxSplits - 1) / kMaxSplits;
   return most > least ? most : least;
