@@ -53,12 +53,11 @@ MAC_DEVICE void sort_into_bins(const AmendParams& p, const AmendWorkspace& w, in
   const int G = p.shape.group_size;
   const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
   const float* logits = w.candidate_logit + base * G;
-  const int end = (num_candidates + 15) / 16 * 16;  // they are read 16 at a time
 #pragma unroll 1
-  for (int first = threadIdx.x * 4; first < end; first += kThreads * 4) {
+  for (int first = threadIdx.x * 4; first < num_candidates; first += kThreads * 4) {
     float weight[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-#pragma unroll 8
-    for (int g = 0; g < G && first < num_candidates; ++g) {
+#pragma unroll 4
+    for (int g = 0; g < G; ++g) {
       const float4 x = ptx::load_float4(logits + static_cast<int64_t>(g) * w.max_candidates + first);
       const float lse = choice.lse[g];
       weight[0] = fmaxf(weight[0], x.x - lse), weight[1] = fmaxf(weight[1], x.y - lse);
@@ -76,6 +75,9 @@ MAC_DEVICE void sort_into_bins(const AmendParams& p, const AmendWorkspace& w, in
     }
     ptx::store_4(w.candidate_bin + base + first, bins);
   }
+  // They are read 16 at a time: fill up the last 16.
+  const int tail = (num_candidates + 3) / 4 * 4 + threadIdx.x * 4;
+  if (tail < (num_candidates + 15) / 16 * 16) ptx::store_4(w.candidate_bin + base + tail, ~0u);
 }
 
 // Marks the heaviest candidates, ascending; returns how many. The whole block takes part.
@@ -214,7 +216,7 @@ MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, 
       for (int i = 0; i < 8; ++i) sums[(warp * kHeads + h) * kHeadDim + piece * 8 + i] = out[h][i];
     }
     ptx::sync_block();
-#pragma unroll 2
+#pragma unroll 1
     for (int i = threadIdx.x; i < kHeads * kHeadDim; i += kThreads) {
       const int h = i / kHeadDim, d = i % kHeadDim, g = head + h;
       if (g >= G) break;
