@@ -4,7 +4,11 @@
 // mixes      hits, misses, anchors, soft cap, granularities, grids
 // errors     what a request with bad lengths, pages or slots does to itself and not to others
 // schedules  small cases under many schedules of the fibers, and on threads
+#include <set>
+
 #include "amend_case.h"
+#include "schedule.cuh"
+#include "stage.cuh"
 
 namespace mac_attn::simt {
 namespace {
@@ -19,6 +23,45 @@ void test(const AmendSpec& spec, const std::vector<Run>& runs) {
   }
 }
 
+// An asynchronous copy of 128 bytes must not straddle two lines of shared memory (it would be two requests to the
+// L2 cache), and the eight rows that an ldmatrix reads a piece of must lie in different banks.
+template <int kHeadDim>
+void test_stage() {
+  using Stage = cuda::Stage<kHeadDim>;
+  constexpr int kLine = 64;  // elements
+  CHECK(Stage::kRow % kLine == 0 && Stage::kRow >= kHeadDim);
+  for (int row = 0; row < cuda::kWarpTokens; ++row) {
+    for (int line = 0; line < Stage::kRow / kLine; ++line) {
+      std::set<int> places;
+      for (int piece = 8 * line; piece < 8 * line + 8; ++piece) {
+        const int place = Stage::place(row, piece);
+        CHECK(place / kLine == line && place % 8 == 0);
+        places.insert(place);
+      }
+      CHECK(places.size() == 8);
+    }
+  }
+  for (int piece = 0; piece < kHeadDim / 8; ++piece) {
+    for (const int first_row : {0, 8}) {
+      std::set<int> banks;
+      for (int row = first_row; row < first_row + 8; ++row) banks.insert(Stage::place(row, piece) % kLine);
+      CHECK(banks.size() == 8);
+    }
+  }
+}
+
+// The division that rounds up, around multiples of the divisor, against integers.
+void test_divide_up() {
+  for (const int b : {1, 2, 3, 7, 31, 62, 96, 1000, 33333}) {
+    for (int64_t q = 0; q < (1 << 20) && q * b < (1 << 30); q = q * 5 / 4 + 1) {
+      for (int rest = -1; rest <= 1; ++rest) {
+        const int a = static_cast<int>(q * b) + rest;
+        if (a >= 0) CHECK(cuda::divide_up(a, b) == (a + b - 1) / b);
+      }
+    }
+  }
+}
+
 // One schedule that no other case has.
 std::vector<Run> one_run() {
   static uint64_t seed = 0;
@@ -26,6 +69,8 @@ std::vector<Run> one_run() {
 }
 
 void test_shapes(DType dtype) {
+  test_stage<64>(), test_stage<80>(), test_stage<96>(), test_stage<128>(), test_stage<256>();
+  test_divide_up();
   const int pages[] = {1, 7, 16, 64};
   int i = 0;
   for (const int head_dim : {64, 80, 96, 128, 256}) {
