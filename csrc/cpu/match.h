@@ -92,7 +92,7 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
 
 template <typename T>
 void match_all(const MatchParams& p, MatchWork& work) {
-  Scratch scratch;
+  Scratch& scratch = thread_scratch();
   float* query = scratch.array<float>(0, static_cast<int64_t>(p.shape.group_size) * p.shape.head_dim);
   float* theta = scratch.array<float>(1, p.shape.group_size);
   for (int64_t task; (task = work.next.fetch_add(1, std::memory_order_relaxed)) < work.num_tasks;) {

@@ -21,4 +21,9 @@ void* Scratch::bytes(int place, size_t size) {
   return data_[place];
 }
 
+Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 }  // namespace mac_attn::cpu

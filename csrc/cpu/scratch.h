@@ -25,9 +25,12 @@ class Scratch {
  private:
   void* bytes(int place, size_t size);
 
-  static constexpr int kPlaces = 5;
+  static constexpr int kPlaces = 6;
   void* data_[kPlaces] = {};
   size_t size_[kPlaces] = {};
 };
+
+// The calling thread's own, for a kernel: kept until the thread ends.
+Scratch& thread_scratch();
 
 }  // namespace mac_attn::cpu

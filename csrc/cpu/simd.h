@@ -6,6 +6,8 @@
 // MAC_LEVEL is 0 (any machine), 1 (AVX2, FMA, F16C), 2 (AVX-512) or 3 (AVX-512 with bf16 dot products).
 
 #define MAC_INLINE inline __attribute__((always_inline))
+// For a loop that needs all registers: inlined into another it would share them with what that one keeps.
+#define MAC_ALONE __attribute__((noinline))
 
 #if MAC_LEVEL >= 2
 constexpr int kLanes = 16;
@@ -190,4 +192,11 @@ MAC_INLINE vf vtanh(vf x) {
 // Into the L2 cache: a core has far fewer loads in flight into its L1, and rows that are apart need many.
 MAC_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, 2);
+}
+
+// In a loop that waits for another thread.
+MAC_INLINE void pause() {
+#if MAC_X86
+  __builtin_ia32_pause();
+#endif
 }
