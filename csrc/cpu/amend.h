@@ -12,7 +12,8 @@
 constexpr int kTileHeads = MAC_LEVEL >= 2 ? 4 : 2;  // query heads that share a loaded K or V row
 constexpr int kTileVectors = 4;                     // vectors of a V row kept in registers
 
-// With bf16 dot products the query stays bf16, in all other cases it is expanded once.
+// With bf16 dot products the query stays bf16, in all other cases it is expanded once. It is stored as the dots
+// read it: for every tile of heads and kDotElements of a row, those of each head.
 template <typename T>
 struct QueryType {
   using type = float;
@@ -23,59 +24,73 @@ struct QueryType<bfloat16> {
   using type = bfloat16;
 };
 #endif
+template <typename Q>
+constexpr int kDotElements = sizeof(Q) == 2 ? 32 : kLanes;
+template <typename Q>
+MAC_INLINE int query_tile_size(int head_dim) {
+  return (head_dim + kDotElements<Q> - 1) / kDotElements<Q> * kDotElements<Q> * kTileHeads;
+}
 
-// What a head group of a block reads: `count` tokens, their K and V rows relative to those of the KV head.
-template <typename T>
-struct Rows {
-  const T* k;
-  const T* v;
-  const int64_t* k_at;
-  const int64_t* v_at;
-  int count;
-};
-
+// Dots of kHeads queries with four rows, kDotElements at a time.
 template <typename T, int kHeads>
-MAC_INLINE void accumulate_dots(vf (&sum)[kHeads][4], const float* query, const T* const* rows, int head_dim) {
-  for (int d = 0; d < head_dim; d += kLanes) {
-    vf k[4];
-    for (int i = 0; i < 4; ++i) k[i] = load(rows[i] + d);
-    for (int h = 0; h < kHeads; ++h) {
-      const vf q = load(query + h * head_dim + d);
-      for (int i = 0; i < 4; ++i) sum[h][i] += q * k[i];
-    }
+MAC_INLINE const float* add_dots(vf (&sum)[kHeads][4], const float* query, const T* const* rows, int64_t d) {
+  vf k[4];
+  for (int i = 0; i < 4; ++i) k[i] = load(rows[i] + d);
+  for (int h = 0; h < kHeads; ++h) {
+    const vf q = load(query + h * kLanes);
+    for (int i = 0; i < 4; ++i) sum[h][i] += q * k[i];
   }
+  return query + kTileHeads * kLanes;
 }
 
 #if MAC_LEVEL >= 3
-// Half a register, the rest zero: a row of 80 elements ends with one.
-MAC_INLINE __m512bh load_pairs(const bfloat16* p, bool half) {
-  return half ? (__m512bh)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p))
-              : (__m512bh)_mm512_loadu_si512(p);
-}
-template <typename T, int kHeads>
-MAC_INLINE void accumulate_dots(vf (&sum)[kHeads][4], const bfloat16* query, const T* const* rows, int head_dim) {
-  for (int d = 0; d < head_dim; d += 32) {
-    const bool half = d + 32 > head_dim;
-    __m512bh k[4];
-    for (int i = 0; i < 4; ++i) k[i] = load_pairs(rows[i] + d, half);
-    for (int h = 0; h < kHeads; ++h) {
-      const __m512bh q = load_pairs(query + h * head_dim + d, half);
-      for (int i = 0; i < 4; ++i) sum[h][i] = (vf)_mm512_dpbf16_ps((__m512)sum[h][i], q, k[i]);
-    }
+template <int kHeads>
+MAC_INLINE void add_pairs(vf (&sum)[kHeads][4], const bfloat16* query, const __m512bh (&k)[4]) {
+  for (int h = 0; h < kHeads; ++h) {
+    const __m512bh q = (__m512bh)_mm512_loadu_si512(query + h * 32);
+    for (int i = 0; i < 4; ++i) sum[h][i] = (vf)_mm512_dpbf16_ps((__m512)sum[h][i], q, k[i]);
   }
 }
+template <typename T, int kHeads>
+MAC_INLINE const bfloat16* add_dots(vf (&sum)[kHeads][4], const bfloat16* query, const T* const* rows, int64_t d) {
+  __m512bh k[4];
+  for (int i = 0; i < 4; ++i) k[i] = (__m512bh)_mm512_loadu_si512(rows[i] + d);
+  add_pairs<kHeads>(sum, query, k);
+  return query + kTileHeads * 32;
+}
+// The last 16 elements of a row of, say, 80; the other half is zero.
+template <typename T, int kHeads>
+MAC_INLINE void add_last_dots(vf (&sum)[kHeads][4], const bfloat16* query, const T* const* rows, int64_t d) {
+  __m512bh k[4];
+  for (int i = 0; i < 4; ++i) {
+    k[i] = (__m512bh)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)(rows[i] + d)));
+  }
+  add_pairs<kHeads>(sum, query, k);
+}
 #endif
+template <typename T, int kHeads>
+MAC_INLINE void add_last_dots(vf (&)[kHeads][4], const float*, const T* const*, int64_t) {}
 
-// Logits of kHeads heads for one block, [kHeads, kBlock], ahead of scale and soft cap. Meanwhile the next
-// block's rows are fetched.
+// Logits of kHeads heads for one block, [kHeads, kBlock], ahead of scale and soft cap.
 template <typename T, int kHeads, typename Q>
-MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, Ahead<T>* ahead, int head_dim, float* logits) {
+MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, int64_t head_dim, float* logits) {
+  constexpr int kStep = kDotElements<Q>;
   for (int t = 0; t < rows.count; t += 4) {
-    if (ahead) ahead->fetch(4);
-    const T* k[4];
-    for (int i = 0; i < 4; ++i) k[i] = rows.k + rows.k_at[t + i];
+    const T *k[4], *next[4];
+    for (int i = 0; i < 4; ++i) {
+      k[i] = rows.k + rows.k_at[t + i];
+      next[i] = rows.next_k[t + i];
+    }
     vf sum[kHeads][4] = {};
-    accumulate_dots<T, kHeads>(sum, query, k, head_dim);
+    const Q* q = query;
+    int64_t d = 0;
+    for (; d + kStep <= head_dim; d += kStep) {
+      if (kStep == kLineElements<T> || d % kLineElements<T> == 0) {
+        for (int i = 0; i < 4; ++i) prefetch(next[i] + d);
+      }
+      q = add_dots<T, kHeads>(sum, q, k, d);
+    }
+    if (d < head_dim) add_last_dots<T, kHeads>(sum, q, k, d);
     for (int h = 0; h < kHeads; ++h) {
       hsum4(sum[h][0], sum[h][1], sum[h][2], sum[h][3], logits + h * kBlock + t);
     }
@@ -84,16 +99,20 @@ MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, Ahead<T>* ahead
 
 // out[h] = out[h] * rescale[h] + sum over the block of weight * value, for kVectors vectors of a row.
 template <typename T, int kHeads, int kVectors>
-MAC_ALONE void add_values(const Rows<T>& rows, const float* weights, const float* rescale, int d, int head_dim,
-                           float* out) {
+MAC_ALONE void add_values(const Rows<T>& rows, const float* weights, const float* rescale, int64_t d,
+                          int64_t head_dim, float* out) {
   vf sum[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h) {
     for (int i = 0; i < kVectors; ++i) {
       sum[h][i] = load(out + h * head_dim + d + i * kLanes) * rescale[h];
     }
   }
-  for (int t = 0; t < rows.count; ++t) {
-    const T* row = rows.v + rows.v_at[t] + d;
+  const T* const first = rows.v + d;
+  const int64_t count = rows.count;
+  for (int64_t t = 0; t < count; ++t) {
+    const T* row = first + rows.v_at[t];
+    const T* next = rows.next_v[t] + d;
+    for (int i = 0; i < kVectors * kLanes; i += kLineElements<T>) prefetch(next + i);
     vf v[kVectors];
     for (int i = 0; i < kVectors; ++i) v[i] = load(row + i * kLanes);
     for (int h = 0; h < kHeads; ++h) {
@@ -118,12 +137,11 @@ struct Running {
 };
 
 template <typename T, int kHeads, typename Q>
-void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, Ahead<T>* ahead,
-                  const Running& state) {
+void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, const Running& state) {
   const int D = p.shape.head_dim;
   alignas(64) float logits[kHeads * kBlock] = {};
   float rescale[kHeads];
-  block_logits<T, kHeads>(query, rows, ahead, D, logits);
+  block_logits<T, kHeads>(query, rows, D, logits);
   for (int h = 0; h < kHeads; ++h) {
     float* row = logits + h * kBlock;
     for (int t = 0; t < kBlock; t += kLanes) {
@@ -161,22 +179,29 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, Ahe
 // `AmendWork::qo_heads`, so that the ones that attend to a token come first.
 template <typename T>
 struct TaskState {
-  typename QueryType<T>::type* query;  // [Hq, D]
+  typename QueryType<T>::type* query;  // [H, tiles of heads, query_tile_size]
   float* out;                          // [Hq, D]
   float* max;                          // [Hq]
   float* sum;                          // [Hq]
 };
 
-// The first `heads` query heads of a KV head attend to `rows`, the first of which is `token`.
+MAC_INLINE int num_tiles(int group_size) {
+  return (group_size + kTileHeads - 1) / kTileHeads;
+}
+
+// The first `heads` query heads of a KV head attend to rows, the first of which is `token`.
 template <typename T>
 void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state,
-            int kv_head, int heads, int token, const Rows<T>& rows, Ahead<T>* ahead) {
+            int kv_head, int heads, int token, Rows<T> rows) {
+  using Q = typename QueryType<T>::type;
   const int G = p.shape.group_size, D = p.shape.head_dim;
   const AmendGroup& group = work.groups[task.request * p.shape.num_kv_heads + kv_head];
   const bool keep = group.logits >= 0 && task.span == kOld;
   const int64_t num_old = keep ? band_start(p.requests.seq_lens[task.request] - 1, p.band) : 0;
   const int64_t num_blocks = (num_old + kBlock - 1) / kBlock;
-  for (int h = 0; h < heads;) {
+  const int64_t tile_size = query_tile_size<Q>(D);
+  const T* spare[kBlock + 3];
+  for (int h = 0; h < heads; h += kTileHeads) {
     const int head = kv_head * G + h;
     Running running{state.max + head, state.sum + head, state.out + static_cast<int64_t>(head) * D,
                     nullptr,          num_old,          nullptr,
@@ -185,79 +210,103 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
       running.logits = work.logits + group.logits + h * num_old + token;
       running.total = work.block_totals + group.totals + h * num_blocks + token / kBlock;
     }
-    const auto* q = state.query + static_cast<int64_t>(head) * D;
-    Ahead<T>* const first_ahead = h == 0 ? ahead : nullptr;
-    const int tile = std::min(heads - h, kTileHeads);
-    switch (tile) {
-      case 1: attend_block<T, 1>(p, q, rows, first_ahead, running); break;
-      case 2: attend_block<T, 2>(p, q, rows, first_ahead, running); break;
+    const Q* query = state.query + (static_cast<int64_t>(kv_head) * num_tiles(G) + h / kTileHeads) * tile_size;
+    if (h == kTileHeads) {  // the first tile has fetched what was to be fetched
+      std::fill(spare, spare + kBlock + 3, rows.k + rows.k_at[0]);
+      rows.next_k = rows.next_v = spare;
+    }
+    switch (std::min(heads - h, kTileHeads)) {
+      case 1: attend_block<T, 1>(p, query, rows, running); break;
+      case 2: attend_block<T, 2>(p, query, rows, running); break;
 #if MAC_LEVEL >= 2
-      case 3: attend_block<T, 3>(p, q, rows, first_ahead, running); break;
-      case 4: attend_block<T, 4>(p, q, rows, first_ahead, running); break;
+      case 3: attend_block<T, 3>(p, query, rows, running); break;
+      case 4: attend_block<T, 4>(p, query, rows, running); break;
 #endif
     }
-    h += tile;
   }
 }
 
-// The rows of one KV head from place `from` of a block on.
+// One KV head's places [from, from + count) of a block, and as many rows to fetch meanwhile.
 template <typename T>
-MAC_INLINE Rows<T> head_rows(const AmendParams& p, const Block& block, int kv_head, int from, int count) {
-  return {static_cast<const T*>(p.kv.k) + kv_head * p.kv.k_head_stride,
-          static_cast<const T*>(p.kv.v) + kv_head * p.kv.v_head_stride, block.k + from, block.v + from, count};
+void attend_part(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state,
+                 int kv_head, int heads, int token, const Block& block, int from, int count, RowOrder<T>& next_k,
+                 RowOrder<T>& next_v) {
+  const T *fetch_k[kBlock + 3], *fetch_v[kBlock + 3];
+  const T* k = static_cast<const T*>(p.kv.k) + kv_head * p.kv.k_head_stride;
+  const T* v = static_cast<const T*>(p.kv.v) + kv_head * p.kv.v_head_stride;
+  next_k.take((count + 3) / 4 * 4, k + block.k[from], fetch_k);
+  next_v.take(count, v + block.v[from], fetch_v);
+  attend<T>(p, work, task, state, kv_head, heads, token,
+            {k, v, block.k + from, block.v + from, fetch_k, fetch_v, count});
 }
 
 template <typename T>
 void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state) {
-  for (int h = task.begin; h < task.end; ++h) {
+  for (int32_t h = task.begin; h < task.end; ++h) {
     const AmendGroup& group = work.groups[task.request * p.shape.num_kv_heads + h];
     Block block;
     for (int i = 0; i < group.num_inherited; i += kBlock) {
       find_listed(p, task.request, group.inherited + i, group.num_inherited - i, block);
-      const int32_t head = h;
-      Ahead<T>(p, block, &head, 1).fetch_all();
-      attend<T>(p, work, task, state, h, p.shape.group_size, 0, head_rows<T>(p, block, h, 0, block.count), nullptr);
+      RowOrder<T> k = k_order<T>(p, block, &h, 1), v = v_order<T>(p, block, &h, 1);
+      k.fetch_rest(p.shape.head_dim);
+      v.fetch_rest(p.shape.head_dim);
+      attend_part<T>(p, work, task, state, h, p.shape.group_size, 0, block, 0, block.count, k, v);
     }
   }
 }
 
 template <typename T>
 void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state) {
-  const int G = p.shape.group_size, H = p.shape.num_kv_heads;
+  const int G = p.shape.group_size, H = p.shape.num_kv_heads, D = p.shape.head_dim;
   const int32_t* order = work.kv_heads.data() + static_cast<int64_t>(task.request) * H;
   const int32_t* starts = work.starts.data() + static_cast<int64_t>(task.request) * H * G;
-  // KV heads that attend to a token before `end`.
-  const auto num_active = [&](int end) {
-    int count = 0;
-    while (count < H && starts[order[count] * G] < end) ++count;
-    return count;
+  Block blocks[2];
+  int active = 0;  // KV heads that attend to a token of the block
+  RowOrder<T> next_k, next_v;
+  // Finds the block at `first`, whose rows are next.
+  const auto find = [&](int first, Block& block) {
+    find_tokens(p, task.request, first, task.end, block);
+    while (active < H && starts[order[active] * G] < first + block.count) ++active;
+    next_k = k_order<T>(p, block, order, active);
+    next_v = v_order<T>(p, block, order, active);
   };
 
-  Block blocks[2];
-  Block* current = &blocks[0];
-  Block* next = &blocks[1];
-  find_tokens(p, task.request, task.begin, task.end, *current);
-  int active = num_active(task.begin + current->count);
-  Ahead<T>(p, *current, order, active).fetch_all();
-  for (int first = task.begin; current->count > 0; first += kBlock) {
-    find_tokens(p, task.request, first + kBlock, task.end, *next);
-    const int next_active = num_active(first + kBlock + next->count);
-    Ahead<T> ahead(p, *next, order, next_active);
-    const int end = first + current->count;
-    for (int i = 0; i < active; ++i) {
-      const int32_t* start = starts + order[i] * G;
+  find(task.begin, blocks[0]);
+  for (int first = task.begin, i = 0; first < task.end; first += kBlock, i ^= 1) {
+    // What the block before left, which had fewer rows, or none.
+    next_k.fetch_rest(D);
+    next_v.fetch_rest(D);
+    const Block& block = blocks[i];
+    const int now_active = active, end = first + block.count;
+    find(first + kBlock, blocks[i ^ 1]);
+    for (int j = 0; j < now_active; ++j) {
+      const int32_t* start = starts + order[j] * G;
       int heads = 0;
       for (int t = std::max(first, start[0]); t < end;) {
         while (heads < G && start[heads] <= t) ++heads;
         const int cut = heads < G ? std::min(end, start[heads]) : end;
-        attend<T>(p, work, task, state, order[i], heads, t, head_rows<T>(p, *current, order[i], t - first, cut - t),
-                  &ahead);
+        attend_part<T>(p, work, task, state, order[j], heads, t, block, t - first, cut - t, next_k, next_v);
         t = cut;
       }
     }
-    ahead.fetch_all();
-    std::swap(current, next);
-    active = next_active;
+  }
+}
+
+// The queries of a request as the dots read them.
+template <typename T, typename Q>
+void arrange_queries(const AmendParams& p, int request, const int32_t* head_of, Q* query) {
+  const int G = p.shape.group_size, D = p.shape.head_dim;
+  const int64_t tile_size = query_tile_size<Q>(D);
+  const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride;
+  std::memset(query, 0, p.shape.num_kv_heads * num_tiles(G) * tile_size * sizeof(Q));
+  for (int h = 0; h < p.shape.num_qo_heads(); ++h) {
+    const T* row = rows + head_of[h] * p.query.head_stride;
+    const int kv_head = h / G, g = h % G;
+    Q* to = query + (static_cast<int64_t>(kv_head) * num_tiles(G) + g / kTileHeads) * tile_size +
+            g % kTileHeads * kDotElements<Q>;
+    for (int d = 0; d < D; d += kLanes) {
+      store(to + d / kDotElements<Q> * kDotElements<Q> * kTileHeads + d % kDotElements<Q>, load(row + d));
+    }
   }
 }
 
@@ -267,14 +316,10 @@ void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, Sc
   const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
   const float infinity = std::numeric_limits<float>::infinity();
   const int32_t* head_of = work.qo_heads.data() + static_cast<int64_t>(task.request) * Hq;
-  const TaskState<T> state{scratch.array<Q>(0, static_cast<int64_t>(Hq) * D),
-                           scratch.array<float>(1, static_cast<int64_t>(Hq) * D), scratch.array<float>(2, Hq),
-                           scratch.array<float>(3, Hq)};
-  const T* rows = static_cast<const T*>(p.query.data) + task.request * p.query.batch_stride;
-  for (int h = 0; h < Hq; ++h) {
-    const T* row = rows + head_of[h] * p.query.head_stride;
-    for (int d = 0; d < D; d += kLanes) store(state.query + h * D + d, load(row + d));
-  }
+  const int64_t query_size = p.shape.num_kv_heads * num_tiles(p.shape.group_size) * query_tile_size<Q>(D);
+  const TaskState<T> state{scratch.array<Q>(0, query_size), scratch.array<float>(1, static_cast<int64_t>(Hq) * D),
+                           scratch.array<float>(2, Hq), scratch.array<float>(3, Hq)};
+  arrange_queries<T>(p, task.request, head_of, state.query);
   std::fill(state.out, state.out + static_cast<int64_t>(Hq) * D, 0.f);
   std::fill(state.max, state.max + Hq, -infinity);
   std::fill(state.sum, state.sum + Hq, 0.f);

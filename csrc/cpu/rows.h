@@ -2,6 +2,9 @@
 
 constexpr int kBlock = kAmendBlock;
 
+template <typename T>
+constexpr int kLineElements = 64 / static_cast<int>(sizeof(T));  // of a cache line
+
 // Up to kBlock tokens, as distances in elements from the first row of a KV head. The places past `count`
 // repeat the last one, so that dots are computed four at a time; their logits are not used.
 struct Block {
@@ -45,48 +48,76 @@ inline void find_listed(const AmendParams& p, int request, const int32_t* tokens
   pad_block(block);
 }
 
-// Fetches a block's rows of some KV heads into the L2 cache, a few at a time, in the order in which they
-// lie in memory: token by token where a token's heads are neighbours (NHD), else head by head. The hardware
-// prefetcher would follow neither that well: what is computed goes through the heads one after another.
+// What one KV head's query heads read of a block, and what they fetch meanwhile.
 template <typename T>
-class Ahead {
- public:
-  Ahead(const AmendParams& p, const Block& block, const int32_t* heads, int num_heads)
-      : p_(p),
-        block_(block),
-        heads_(heads),
-        num_heads_(num_heads),
-        by_token_(p.kv.k_head_stride < p.kv.k_token_stride),
-        left_(block.count * num_heads) {}
+struct Rows {
+  const T* k;  // the KV head's first rows
+  const T* v;
+  const int64_t* k_at;  // [count] see Block
+  const int64_t* v_at;
+  const T* const* next_k;  // [count] rows to fetch into the cache, one for every row that is read
+  const T* const* next_v;
+  int count;
+};
 
-  MAC_INLINE void fetch(int rows) {
-    const int row_bytes = p_.shape.head_dim * static_cast<int>(sizeof(T));
-    for (; rows > 0 && left_ > 0; --rows, --left_) {
-      const int64_t head = heads_[head_];
-      const char* k = reinterpret_cast<const char*>(static_cast<const T*>(p_.kv.k) + head * p_.kv.k_head_stride +
-                                                    block_.k[token_]);
-      const char* v = reinterpret_cast<const char*>(static_cast<const T*>(p_.kv.v) + head * p_.kv.v_head_stride +
-                                                    block_.v[token_]);
-      for (int byte = 0; byte < row_bytes; byte += 64) prefetch(k + byte);
-      for (int byte = 0; byte < row_bytes; byte += 64) prefetch(v + byte);
+// The K or V rows of a block, of some KV heads, in the order in which they lie in memory: token by token where a
+// token's heads are neighbours (NHD), else head by head. A block is computed head by head, in strides that the
+// hardware prefetcher does not follow; so the next one's rows are asked for meanwhile, in this order.
+template <typename T>
+class RowOrder {
+ public:
+  RowOrder() = default;
+  RowOrder(const void* rows, const int64_t* at, int count, int64_t head_stride, int64_t token_stride,
+           const int32_t* heads, int num_heads)
+      : rows_(static_cast<const T*>(rows)),
+        at_(at),
+        heads_(heads),
+        head_stride_(head_stride),
+        count_(count),
+        num_heads_(num_heads),
+        left_(count * num_heads),
+        by_token_(head_stride < token_stride) {}
+
+  // The next `count` rows; when there are none left, `spare`.
+  void take(int count, const T* spare, const T** rows) {
+    int i = 0;
+    for (; i < count && left_ > 0; ++i, --left_) {
+      rows[i] = rows_ + heads_[head_] * head_stride_ + at_[token_];
       if (by_token_) {
         if (++head_ == num_heads_) head_ = 0, ++token_;
       } else {
-        if (++token_ == block_.count) token_ = 0, ++head_;
+        if (++token_ == count_) token_ = 0, ++head_;
       }
     }
+    for (; i < count; ++i) rows[i] = spare;
   }
-  void fetch_all() { fetch(left_); }
+
+  void fetch_rest(int head_dim) {
+    const T* row;
+    while (left_ > 0) {
+      take(1, nullptr, &row);
+      for (int d = 0; d < head_dim; d += kLineElements<T>) prefetch(row + d);
+    }
+  }
 
  private:
-  const AmendParams& p_;
-  const Block& block_;
-  const int32_t* heads_;
-  int num_heads_;
-  bool by_token_;
-  int left_;
+  const T* rows_ = nullptr;
+  const int64_t* at_ = nullptr;
+  const int32_t* heads_ = nullptr;
+  int64_t head_stride_ = 0;
+  int count_ = 0, num_heads_ = 0, left_ = 0;
+  bool by_token_ = false;
   int head_ = 0, token_ = 0;
 };
+
+template <typename T>
+RowOrder<T> k_order(const AmendParams& p, const Block& block, const int32_t* heads, int num_heads) {
+  return {p.kv.k, block.k, block.count, p.kv.k_head_stride, p.kv.k_token_stride, heads, num_heads};
+}
+template <typename T>
+RowOrder<T> v_order(const AmendParams& p, const Block& block, const int32_t* heads, int num_heads) {
+  return {p.kv.v, block.v, block.count, p.kv.v_head_stride, p.kv.v_token_stride, heads, num_heads};
+}
 
 // The V row of one token.
 template <typename T>

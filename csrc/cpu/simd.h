@@ -191,7 +191,7 @@ MAC_INLINE vf vtanh(vf x) {
 
 // Into the L2 cache: a core has far fewer loads in flight into its L1, and rows that are apart need many.
 MAC_INLINE void prefetch(const void* p) {
-  __builtin_prefetch(p, 0, 2);
+  __builtin_prefetch(p, 0, 3);
 }
 
 // In a loop that waits for another thread.
