@@ -10,6 +10,7 @@
 // anchors also 8 G bytes of logits a token.
 
 constexpr int kTileHeads = MAC_LEVEL >= 2 ? 4 : 2;  // query heads that share a loaded K or V row
+constexpr int kFetchedRows = 2;                     // V rows that are fetched beside a head's softmax
 constexpr int kTileVectors = 4;                     // vectors of a V row kept in registers
 
 // With bf16 dot products the query stays bf16, in all other cases it is expanded once. It is stored as the dots
@@ -71,22 +72,26 @@ MAC_INLINE void add_last_dots(vf (&sum)[kHeads][4], const bfloat16* query, const
 template <typename T, int kHeads>
 MAC_INLINE void add_last_dots(vf (&)[kHeads][4], const float*, const T* const*, int64_t) {}
 
+// While a KV head's rows are computed, the `next` head's are fetched, a few lines at a time in each of the three
+// loops below: a core keeps only so many lines on their way, so they have to be asked for steadily.
+
 // Logits of kHeads heads for one block, [kHeads, kBlock], ahead of scale and soft cap.
 template <typename T, int kHeads, typename Q>
-MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, int64_t head_dim, float* logits) {
+MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, const Rows<T>& next, int64_t head_dim,
+                            float* logits) {
   constexpr int kStep = kDotElements<Q>;
   for (int t = 0; t < rows.count; t += 4) {
-    const T *k[4], *next[4];
+    const T *k[4], *next_k[4];
     for (int i = 0; i < 4; ++i) {
       k[i] = rows.k + rows.k_at[t + i];
-      next[i] = rows.next_k[t + i];
+      next_k[i] = next.k + next.k_at[t + i];
     }
     vf sum[kHeads][4] = {};
     const Q* q = query;
     int64_t d = 0;
     for (; d + kStep <= head_dim; d += kStep) {
       if (kStep == kLineElements<T> || d % kLineElements<T> == 0) {
-        for (int i = 0; i < 4; ++i) prefetch(next[i] + d);
+        for (int i = 0; i < 4; ++i) prefetch(next_k[i] + d);
       }
       q = add_dots<T, kHeads>(sum, q, k, d);
     }
@@ -99,8 +104,8 @@ MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, int64_t head_di
 
 // out[h] = out[h] * rescale[h] + sum over the block of weight * value, for kVectors vectors of a row.
 template <typename T, int kHeads, int kVectors>
-MAC_ALONE void add_values(const Rows<T>& rows, const float* weights, const float* rescale, int64_t d,
-                          int64_t head_dim, float* out) {
+MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, const float* weights, const float* rescale,
+                          int64_t d, int64_t head_dim, float* out) {
   vf sum[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h) {
     for (int i = 0; i < kVectors; ++i) {
@@ -108,11 +113,12 @@ MAC_ALONE void add_values(const Rows<T>& rows, const float* weights, const float
     }
   }
   const T* const first = rows.v + d;
+  const T* const next_first = next.v + d;
   const int64_t count = rows.count;
   for (int64_t t = 0; t < count; ++t) {
     const T* row = first + rows.v_at[t];
-    const T* next = rows.next_v[t] + d;
-    for (int i = 0; i < kVectors * kLanes; i += kLineElements<T>) prefetch(next + i);
+    const T* next_row = next_first + next.v_at[t];
+    for (int i = 0; i < kVectors * kLanes; i += kLineElements<T>) prefetch(next_row + i);
     vf v[kVectors];
     for (int i = 0; i < kVectors; ++i) v[i] = load(row + i * kLanes);
     for (int h = 0; h < kHeads; ++h) {
@@ -137,13 +143,14 @@ struct Running {
 };
 
 template <typename T, int kHeads, typename Q>
-void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, const Running& state) {
+void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, const Rows<T>& next, const Running& state) {
   const int D = p.shape.head_dim;
   alignas(64) float logits[kHeads * kBlock] = {};
   float rescale[kHeads];
-  block_logits<T, kHeads>(query, rows, D, logits);
+  block_logits<T, kHeads>(query, rows, next, D, logits);
   for (int h = 0; h < kHeads; ++h) {
     float* row = logits + h * kBlock;
+    for (int t = 0; t < kFetchedRows; ++t) prefetch_row(next.v + next.v_at[kBlock - 1 - h * kFetchedRows - t], D);
     for (int t = 0; t < kBlock; t += kLanes) {
       vf x = load(row + t) * p.sm_scale;
       if (p.logits_soft_cap > 0.f) x = p.logits_soft_cap * vtanh(x / p.logits_soft_cap);
@@ -170,9 +177,9 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
   }
   int d = 0;
   for (; d + kTileVectors * kLanes <= D; d += kTileVectors * kLanes) {
-    add_values<T, kHeads, kTileVectors>(rows, logits, rescale, d, D, state.out);
+    add_values<T, kHeads, kTileVectors>(rows, next, logits, rescale, d, D, state.out);
   }
-  for (; d < D; d += kLanes) add_values<T, kHeads, 1>(rows, logits, rescale, d, D, state.out);
+  for (; d < D; d += kLanes) add_values<T, kHeads, 1>(rows, next, logits, rescale, d, D, state.out);
 }
 
 // One thread's part of a task: the states of all query heads, those of a KV head in the order of
@@ -192,7 +199,7 @@ MAC_INLINE int num_tiles(int group_size) {
 // The first `heads` query heads of a KV head attend to rows, the first of which is `token`.
 template <typename T>
 void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state,
-            int kv_head, int heads, int token, Rows<T> rows) {
+            int kv_head, int heads, int token, const Rows<T>& rows, const Rows<T>& next) {
   using Q = typename QueryType<T>::type;
   const int G = p.shape.group_size, D = p.shape.head_dim;
   const AmendGroup& group = work.groups[task.request * p.shape.num_kv_heads + kv_head];
@@ -200,7 +207,6 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
   const int64_t num_old = keep ? band_start(p.requests.seq_lens[task.request] - 1, p.band) : 0;
   const int64_t num_blocks = (num_old + kBlock - 1) / kBlock;
   const int64_t tile_size = query_tile_size<Q>(D);
-  const T* spare[kBlock + 3];
   for (int h = 0; h < heads; h += kTileHeads) {
     const int head = kv_head * G + h;
     Running running{state.max + head, state.sum + head, state.out + static_cast<int64_t>(head) * D,
@@ -211,33 +217,23 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
       running.total = work.block_totals + group.totals + h * num_blocks + token / kBlock;
     }
     const Q* query = state.query + (static_cast<int64_t>(kv_head) * num_tiles(G) + h / kTileHeads) * tile_size;
-    if (h == kTileHeads) {  // the first tile has fetched what was to be fetched
-      std::fill(spare, spare + kBlock + 3, rows.k + rows.k_at[0]);
-      rows.next_k = rows.next_v = spare;
-    }
     switch (std::min(heads - h, kTileHeads)) {
-      case 1: attend_block<T, 1>(p, query, rows, running); break;
-      case 2: attend_block<T, 2>(p, query, rows, running); break;
+      case 1: attend_block<T, 1>(p, query, rows, next, running); break;
+      case 2: attend_block<T, 2>(p, query, rows, next, running); break;
 #if MAC_LEVEL >= 2
-      case 3: attend_block<T, 3>(p, query, rows, running); break;
-      case 4: attend_block<T, 4>(p, query, rows, running); break;
+      case 3: attend_block<T, 3>(p, query, rows, next, running); break;
+      case 4: attend_block<T, 4>(p, query, rows, next, running); break;
 #endif
     }
   }
 }
 
-// One KV head's places [from, from + count) of a block, and as many rows to fetch meanwhile.
 template <typename T>
-void attend_part(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state,
-                 int kv_head, int heads, int token, const Block& block, int from, int count, RowOrder<T>& next_k,
-                 RowOrder<T>& next_v) {
-  const T *fetch_k[kBlock + 3], *fetch_v[kBlock + 3];
-  const T* k = static_cast<const T*>(p.kv.k) + kv_head * p.kv.k_head_stride;
-  const T* v = static_cast<const T*>(p.kv.v) + kv_head * p.kv.v_head_stride;
-  next_k.take((count + 3) / 4 * 4, k + block.k[from], fetch_k);
-  next_v.take(count, v + block.v[from], fetch_v);
-  attend<T>(p, work, task, state, kv_head, heads, token,
-            {k, v, block.k + from, block.v + from, fetch_k, fetch_v, count});
+void fetch(const Rows<T>& rows, int64_t head_dim) {
+  for (int t = 0; t < rows.count; ++t) {
+    prefetch_row(rows.k + rows.k_at[t], head_dim);
+    prefetch_row(rows.v + rows.v_at[t], head_dim);
+  }
 }
 
 template <typename T>
@@ -247,45 +243,38 @@ void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask
     Block block;
     for (int i = 0; i < group.num_inherited; i += kBlock) {
       find_listed(p, task.request, group.inherited + i, group.num_inherited - i, block);
-      RowOrder<T> k = k_order<T>(p, block, &h, 1), v = v_order<T>(p, block, &h, 1);
-      k.fetch_rest(p.shape.head_dim);
-      v.fetch_rest(p.shape.head_dim);
-      attend_part<T>(p, work, task, state, h, p.shape.group_size, 0, block, 0, block.count, k, v);
+      const Rows<T> rows = head_rows<T>(p, block, h);
+      fetch(rows, p.shape.head_dim);
+      attend<T>(p, work, task, state, h, p.shape.group_size, 0, rows, rows);
     }
   }
 }
 
 template <typename T>
 void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state) {
-  const int G = p.shape.group_size, H = p.shape.num_kv_heads, D = p.shape.head_dim;
+  const int G = p.shape.group_size, H = p.shape.num_kv_heads;
   const int32_t* order = work.kv_heads.data() + static_cast<int64_t>(task.request) * H;
   const int32_t* starts = work.starts.data() + static_cast<int64_t>(task.request) * H * G;
   Block blocks[2];
+  find_tokens(p, task.request, task.begin, task.end, blocks[0]);
+  fetch(head_rows<T>(p, blocks[0], order[0]), p.shape.head_dim);
   int active = 0;  // KV heads that attend to a token of the block
-  RowOrder<T> next_k, next_v;
-  // Finds the block at `first`, whose rows are next.
-  const auto find = [&](int first, Block& block) {
-    find_tokens(p, task.request, first, task.end, block);
-    while (active < H && starts[order[active] * G] < first + block.count) ++active;
-    next_k = k_order<T>(p, block, order, active);
-    next_v = v_order<T>(p, block, order, active);
-  };
-
-  find(task.begin, blocks[0]);
   for (int first = task.begin, i = 0; first < task.end; first += kBlock, i ^= 1) {
-    // What the block before left, which had fewer rows, or none.
-    next_k.fetch_rest(D);
-    next_v.fetch_rest(D);
-    const Block& block = blocks[i];
-    const int now_active = active, end = first + block.count;
-    find(first + kBlock, blocks[i ^ 1]);
-    for (int j = 0; j < now_active; ++j) {
+    const Block &block = blocks[i], &next_block = blocks[i ^ 1];
+    const int end = first + block.count;
+    while (active < H && starts[order[active] * G] < end) ++active;
+    find_tokens(p, task.request, end, task.end, blocks[i ^ 1]);
+    for (int j = 0; j < active; ++j) {
+      const Rows<T> rows = head_rows<T>(p, block, order[j]);
+      const Rows<T> next = j + 1 < active          ? head_rows<T>(p, block, order[j + 1])
+                           : next_block.count > 0 ? head_rows<T>(p, next_block, order[0])
+                                                  : rows;
       const int32_t* start = starts + order[j] * G;
       int heads = 0;
       for (int t = std::max(first, start[0]); t < end;) {
         while (heads < G && start[heads] <= t) ++heads;
         const int cut = heads < G ? std::min(end, start[heads]) : end;
-        attend_part<T>(p, work, task, state, order[j], heads, t, block, t - first, cut - t, next_k, next_v);
+        attend<T>(p, work, task, state, order[j], heads, t, rows.from(t - first, cut - t), next);
         t = cut;
       }
     }

@@ -14,7 +14,7 @@ struct Block {
 };
 
 MAC_INLINE void pad_block(Block& block) {
-  for (int i = block.count; i < (block.count + 3) / 4 * 4 + 3 && i < kBlock + 3; ++i) {
+  for (int i = block.count; i < kBlock + 3; ++i) {
     block.k[i] = block.k[block.count - 1];
     block.v[i] = block.v[block.count - 1];
   }
@@ -48,75 +48,27 @@ inline void find_listed(const AmendParams& p, int request, const int32_t* tokens
   pad_block(block);
 }
 
-// What one KV head's query heads read of a block, and what they fetch meanwhile.
+// The rows of one KV head of a block.
 template <typename T>
 struct Rows {
-  const T* k;  // the KV head's first rows
+  const T* k;  // the KV head's first row
   const T* v;
   const int64_t* k_at;  // [count] see Block
   const int64_t* v_at;
-  const T* const* next_k;  // [count] rows to fetch into the cache, one for every row that is read
-  const T* const* next_v;
   int count;
-};
 
-// The K or V rows of a block, of some KV heads, in the order in which they lie in memory: token by token where a
-// token's heads are neighbours (NHD), else head by head. A block is computed head by head, in strides that the
-// hardware prefetcher does not follow; so the next one's rows are asked for meanwhile, in this order.
-template <typename T>
-class RowOrder {
- public:
-  RowOrder() = default;
-  RowOrder(const void* rows, const int64_t* at, int count, int64_t head_stride, int64_t token_stride,
-           const int32_t* heads, int num_heads)
-      : rows_(static_cast<const T*>(rows)),
-        at_(at),
-        heads_(heads),
-        head_stride_(head_stride),
-        count_(count),
-        num_heads_(num_heads),
-        left_(count * num_heads),
-        by_token_(head_stride < token_stride) {}
-
-  // The next `count` rows; when there are none left, `spare`.
-  void take(int count, const T* spare, const T** rows) {
-    int i = 0;
-    for (; i < count && left_ > 0; ++i, --left_) {
-      rows[i] = rows_ + heads_[head_] * head_stride_ + at_[token_];
-      if (by_token_) {
-        if (++head_ == num_heads_) head_ = 0, ++token_;
-      } else {
-        if (++token_ == count_) token_ = 0, ++head_;
-      }
-    }
-    for (; i < count; ++i) rows[i] = spare;
-  }
-
-  void fetch_rest(int head_dim) {
-    const T* row;
-    while (left_ > 0) {
-      take(1, nullptr, &row);
-      for (int d = 0; d < head_dim; d += kLineElements<T>) prefetch(row + d);
-    }
-  }
-
- private:
-  const T* rows_ = nullptr;
-  const int64_t* at_ = nullptr;
-  const int32_t* heads_ = nullptr;
-  int64_t head_stride_ = 0;
-  int count_ = 0, num_heads_ = 0, left_ = 0;
-  bool by_token_ = false;
-  int head_ = 0, token_ = 0;
+  Rows from(int place, int how_many) const { return {k, v, k_at + place, v_at + place, how_many}; }
 };
 
 template <typename T>
-RowOrder<T> k_order(const AmendParams& p, const Block& block, const int32_t* heads, int num_heads) {
-  return {p.kv.k, block.k, block.count, p.kv.k_head_stride, p.kv.k_token_stride, heads, num_heads};
+MAC_INLINE Rows<T> head_rows(const AmendParams& p, const Block& block, int kv_head) {
+  return {static_cast<const T*>(p.kv.k) + kv_head * p.kv.k_head_stride,
+          static_cast<const T*>(p.kv.v) + kv_head * p.kv.v_head_stride, block.k, block.v, block.count};
 }
+
 template <typename T>
-RowOrder<T> v_order(const AmendParams& p, const Block& block, const int32_t* heads, int num_heads) {
-  return {p.kv.v, block.v, block.count, p.kv.v_head_stride, p.kv.v_token_stride, heads, num_heads};
+MAC_INLINE void prefetch_row(const T* row, int64_t head_dim) {
+  for (int64_t d = 0; d < head_dim; d += kLineElements<T>) prefetch(row + d);
 }
 
 // The V row of one token.
