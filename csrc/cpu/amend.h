@@ -143,7 +143,8 @@ struct Running {
 };
 
 template <typename T, int kHeads, typename Q>
-void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, const Rows<T>& next, const Running& state) {
+void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, const Rows<T>& next,
+                  const Running& state) {
   const int D = p.shape.head_dim;
   alignas(64) float logits[kHeads * kBlock] = {};
   float rescale[kHeads];
@@ -266,7 +267,7 @@ void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask&
     find_tokens(p, task.request, end, task.end, blocks[i ^ 1]);
     for (int j = 0; j < active; ++j) {
       const Rows<T> rows = head_rows<T>(p, block, order[j]);
-      const Rows<T> next = j + 1 < active          ? head_rows<T>(p, block, order[j + 1])
+      const Rows<T> next = j + 1 < active         ? head_rows<T>(p, block, order[j + 1])
                            : next_block.count > 0 ? head_rows<T>(p, next_block, order[0])
                                                   : rows;
       const int32_t* start = starts + order[j] * G;

@@ -2,9 +2,6 @@
 
 constexpr int kBlock = kAmendBlock;
 
-template <typename T>
-constexpr int kLineElements = 64 / static_cast<int>(sizeof(T));  // of a cache line
-
 // Up to kBlock tokens, as distances in elements from the first row of a KV head. The places past `count`
 // repeat the last one, so that dots are computed four at a time; their logits are not used.
 struct Block {
@@ -64,11 +61,6 @@ template <typename T>
 MAC_INLINE Rows<T> head_rows(const AmendParams& p, const Block& block, int kv_head) {
   return {static_cast<const T*>(p.kv.k) + kv_head * p.kv.k_head_stride,
           static_cast<const T*>(p.kv.v) + kv_head * p.kv.v_head_stride, block.k, block.v, block.count};
-}
-
-template <typename T>
-MAC_INLINE void prefetch_row(const T* row, int64_t head_dim) {
-  for (int64_t d = 0; d < head_dim; d += kLineElements<T>) prefetch(row + d);
 }
 
 // The V row of one token.

@@ -10,7 +10,7 @@ namespace mac_attn::cpu {
 namespace {
 
 // Work is counted in tokens times KV heads.
-constexpr int64_t kMinTask = 256;           // below, the work around a task costs more than the task
+constexpr int64_t kMinTask = 512;           // below, the work around a task costs more than the task
 constexpr int kTasksPerThread = 24;         // the last one that is drawn ends soon after the others
 constexpr int32_t kStep = 2 * kAmendBlock;  // tokens; tasks begin at multiples of it
 

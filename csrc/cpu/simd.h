@@ -189,9 +189,14 @@ MAC_INLINE vf vtanh(vf x) {
   return x == x ? result : x;  // the limits swallow a NaN
 }
 
-// Into the L2 cache: a core has far fewer loads in flight into its L1, and rows that are apart need many.
 MAC_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, 3);
+}
+template <typename T>
+constexpr int kLineElements = 64 / static_cast<int>(sizeof(T));  // of a cache line
+template <typename T>
+MAC_INLINE void prefetch_row(const T* row, int64_t count) {
+  for (int64_t d = 0; d < count; d += kLineElements<T>) prefetch(row + d);
 }
 
 // In a loop that waits for another thread.
