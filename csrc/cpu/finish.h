@@ -48,13 +48,15 @@ struct Candidate {
   float weight;  // log of the largest softmax weight
   int32_t token;
 };
-inline bool heavier(const Candidate& a, const Candidate& b) {
-  return a.weight != b.weight ? a.weight > b.weight : a.token < b.token;
-}
-
-inline bool earlier(const Candidate& a, const Candidate& b) {
-  return a.token < b.token;
-}
+// Orders, as types so that the sorts inline them. In both an equal one that is earlier comes first.
+struct Heavier {
+  bool operator()(const Candidate& a, const Candidate& b) const {
+    return a.weight != b.weight ? a.weight > b.weight : a.token < b.token;
+  }
+};
+struct Earlier {
+  bool operator()(const Candidate& a, const Candidate& b) const { return a.token < b.token; }
+};
 
 // The logits of one KV head's old tokens and what attending to them has left about each block.
 struct OldLogits {
@@ -67,32 +69,55 @@ struct OldLogits {
   const BlockTotal& block(int g, int i) const { return blocks[static_cast<int64_t>(g) * num_blocks + i]; }
 };
 
-// The heaviest tokens, ascending, to `kept` (room for 2 S); returns how many. Once S are kept, the lightest of
-// them is a bound below which all others pass unlooked, block by block.
-inline int32_t choose_anchors(const OldLogits& old, const float* lse, int group_size, int32_t num_anchors,
-                              Candidate* kept) {
+// Log of the softmax weights of a block, the largest of the heads.
+MAC_INLINE void group_weights(const OldLogits& old, const float* lse, int group_size, int32_t first, int size,
+                              float* weights) {
   const float infinity = std::numeric_limits<float>::infinity();
-  int32_t count = 0;
-  float bound = -infinity;
+  int t = 0;
+  for (; t + kLanes <= size; t += kLanes) {
+    vf weight = broadcast(-infinity);
+    for (int g = 0; g < group_size; ++g) weight = vmax(load(old.row(g) + first + t) - lse[g], weight);
+    store(weights + t, weight);
+  }
+  for (; t < size; ++t) {
+    weights[t] = -infinity;
+    for (int g = 0; g < group_size; ++g) weights[t] = std::max(weights[t], old.row(g)[first + t] - lse[g]);
+  }
+}
+
+// The S heaviest tokens, ascending, to `chosen` (room for S blocks); returns how many. They lie in the S blocks
+// whose heaviest tokens are the heaviest; only those are looked into. `blocks` has room for all.
+inline int32_t choose_anchors(const OldLogits& old, const float* lse, int group_size, int32_t num_anchors,
+                              Candidate* blocks, Candidate* chosen) {
+  const float infinity = std::numeric_limits<float>::infinity();
   for (int32_t i = 0; i < old.num_blocks; ++i) {
     float high = -infinity;
     for (int g = 0; g < group_size; ++g) high = std::max(high, old.block(g, i).max - lse[g]);
-    if (!(high > bound)) continue;
-    const int32_t end = std::min((i + 1) * kBlock, old.num_tokens);
-    for (int32_t token = i * kBlock; token < end; ++token) {
-      float weight = -infinity;
-      for (int g = 0; g < group_size; ++g) weight = std::max(weight, old.row(g)[token] - lse[g]);
-      if (!(weight > bound)) continue;  // also leaves NaN and weight 0 out
-      kept[count++] = {weight, token};
-      if (count < 2 * num_anchors) continue;
-      count = num_anchors;
-      std::nth_element(kept, kept + count - 1, kept + 2 * count, heavier);
-      bound = kept[count - 1].weight;
+    blocks[i] = {high, i};
+  }
+  int32_t num_blocks = old.num_blocks;
+  float bound = -infinity;
+  if (num_blocks > num_anchors) {
+    num_blocks = num_anchors;
+    std::nth_element(blocks, blocks + num_blocks - 1, blocks + old.num_blocks, Heavier());
+    bound = blocks[num_blocks - 1].weight;
+  }
+  int32_t count = 0;
+  for (int32_t i = 0; i < num_blocks; ++i) {
+    const int32_t first = blocks[i].token * kBlock;
+    const int size = std::min(kBlock, old.num_tokens - first);
+    float weights[kBlock];
+    group_weights(old, lse, group_size, first, size, weights);
+    for (int t = 0; t < size; ++t) {
+      // Neither NaN nor weight 0.
+      if (weights[t] >= bound && weights[t] > -infinity) chosen[count++] = {weights[t], first + t};
     }
   }
-  std::sort(kept, kept + count, heavier);
-  count = std::min(count, num_anchors);
-  std::sort(kept, kept + count, earlier);
+  if (count > num_anchors) {
+    std::nth_element(chosen, chosen + num_anchors - 1, chosen + count, Heavier());
+    count = num_anchors;
+  }
+  std::sort(chosen, chosen + count, Earlier());
   return count;
 }
 
@@ -232,8 +257,10 @@ void finish_group(const AmendParams& p, AmendWork& work, int32_t group_index, Sc
     const int32_t num_old = band_start(p.requests.seq_lens[request] - 1, p.band);
     const OldLogits old{work.logits + group.logits, work.block_totals + group.totals, num_old,
                         (num_old + kBlock - 1) / kBlock};
-    Candidate* chosen = scratch.array<Candidate>(3, 2 * static_cast<int64_t>(p.num_anchors));
-    const int32_t count = choose_anchors(old, lse, G, p.num_anchors, chosen);
+    Candidate* blocks = scratch.array<Candidate>(3, old.num_blocks);
+    Candidate* chosen =
+        scratch.array<Candidate>(5, static_cast<int64_t>(std::min(p.num_anchors, old.num_blocks)) * kBlock);
+    const int32_t count = choose_anchors(old, lse, G, p.num_anchors, blocks, chosen);
     for (int i = 0; i < count; ++i) anchors[i] = chosen[i].token;
     float* moved = scratch.array<float>(4, D);
     move_anchors<T>(p, totals, old, anchors, count, request, kv_head, moved);

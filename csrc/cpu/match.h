@@ -31,6 +31,11 @@ MAC_INLINE void squared_distances(const float* query, const T* const* rows, int 
   hsum4(sum[0], sum[1], sum[2], sum[3], distances);
 }
 
+// A NaN is not below.
+MAC_INLINE bool any_below(const float (&values)[4], float limit) {
+  return values[0] <= limit || values[1] <= limit || values[2] <= limit || values[3] <= limit;
+}
+
 constexpr int kFetchAge = 24;  // how many candidates ahead rows are fetched
 // A part of a distance may exceed the whole by rounding, in a sum of another order: 256 * 2^-24 at most.
 constexpr float kRoundingMargin = 1.f - 2e-5f;
@@ -103,28 +108,35 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
     }
     return;
   }
-  // Half of the first head's row is enough to be rid of most candidates.
+  // Half of the first head's row is often enough to be rid of a candidate; where it was not, whole entries are
+  // fetched from then on.
   const int half = D / 2 >= kLanes ? D / 2 / kLanes * kLanes : D;
+  int64_t fetched = half;
   for (int age = first_age; age < std::min(first_age + kFetchAge, last_age + 1); ++age)
     prefetch_row(entry(age), half);
   for (int first = first_age; first <= last_age; first += 4) {
     const T* rows[4];
     for (int i = 0; i < 4; ++i) {
       rows[i] = entry(std::min(first + i, last_age));
-      if (first + i + kFetchAge <= last_age) prefetch_row(entry(first + i + kFetchAge), half);
+      if (first + i + kFetchAge <= last_age) prefetch_row(entry(first + i + kFetchAge), fetched);
     }
-    float part[4];
-    squared_distances(query, rows, half, part);
+    const float limit = match_total(best[0].load(std::memory_order_relaxed));
+    float distance[4], total[4] = {};
+    squared_distances(query, rows, half, distance);
+    for (float& part : distance) part *= kRoundingMargin;
+    fetched = any_below(distance, limit * theta[0]) ? static_cast<int64_t>(G) * D : half;
+    if (fetched == half) continue;
+    for (int g = 0; g < G && any_below(total, limit); ++g) {
+      squared_distances(query + g * D, rows, D, distance);
+      for (int i = 0; i < 4; ++i) {
+        total[i] += distance[i] / theta[g];
+        rows[i] += D;
+      }
+    }
     for (int i = 0; i < 4; ++i) {
       const int age = first + i;
-      const float limit = match_total(best[0].load(std::memory_order_relaxed));
-      if (part[i] * kRoundingMargin > limit * theta[0]) continue;
-      if (age > last_age || !holds(age) || depth(age)[0] >= p.max_reuse_depth) continue;
-      float total = 0.f;
-      for (int g = 0; g < G && total <= limit; ++g) {
-        total += squared_distance(query + g * D, rows[i] + g * D, D) / theta[g];
-      }
-      if (total <= limit) keep_smaller(*best, match_key(total, age));
+      if (!(total[i] <= limit) || age > last_age || !holds(age) || depth(age)[0] >= p.max_reuse_depth) continue;
+      keep_smaller(*best, match_key(total[i], age));
     }
   }
 }
