@@ -41,8 +41,10 @@ MAC_INLINE void write_state(const AmendParams& p, Span span, int request, int he
   p.lse[row] = total.lse();
 }
 
-// Subtraction serves while this share of the old sum stays: it then costs at most 1.5 of float's seven digits.
-constexpr float kSubtractableShare = 1.f / 32;
+// Subtraction serves while this share of the old sum stays: it then costs at most 1.5 of float's seven digits, or 3
+// for 16-bit values, which have two and a half. What it costs is weighted by what stays.
+template <typename T>
+constexpr float kSubtractableShare = sizeof(T) == 2 ? 1.f / 1024 : 1.f / 32;
 
 struct Candidate {
   float weight;  // log of the largest softmax weight
@@ -174,7 +176,7 @@ void take_out(const AmendParams& p, int request, int kv_head, const OldLogits& o
   }
 
   const float rescale = std::exp(total_max - base);
-  if (state.sum >= kSubtractableShare * total * rescale) {
+  if (state.sum >= kSubtractableShare<T> * total * rescale) {
     for (int d = 0; d < D; d += kLanes) {
       store(state.out + d, (load(state.out + d) - load(anchor_out + d)) * rescale);
     }
