@@ -339,8 +339,8 @@ void amend_all(const AmendParams& p, AmendWork& work) {
   }
   const int64_t num_groups = static_cast<int64_t>(work.groups.size());
   for (int64_t i; (i = work.next_finish.fetch_add(1, std::memory_order_relaxed)) < num_groups;) {
-    // All tasks are drawn, so what is not done yet is being done by a thread that runs.
-    while (work.pending[i / p.shape.num_kv_heads].load(std::memory_order_acquire) > 0) pause();
+    // All tasks are drawn, so what is not done yet is being done.
+    wait_for_zero(work.pending[i / p.shape.num_kv_heads]);
     finish_group<T>(p, work, static_cast<int32_t>(i), scratch);
   }
 }

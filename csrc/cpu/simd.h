@@ -198,10 +198,3 @@ template <typename T>
 MAC_INLINE void prefetch_row(const T* row, int64_t count) {
   for (int64_t d = 0; d < count; d += kLineElements<T>) prefetch(row + d);
 }
-
-// In a loop that waits for another thread.
-MAC_INLINE void pause() {
-#if MAC_X86
-  __builtin_ia32_pause();
-#endif
-}
