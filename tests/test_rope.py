@@ -55,8 +55,9 @@ def test_unrotate_is_the_inverse(dtype, interleaved, scale, device):
     torch.testing.assert_close(again, q, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
-# On the CPU one token per request goes through one C++ op, anything else through torch's. Both compute in
-# float32; sines of two libraries and another order of operations differ by 4 units or so before rounding.
+# On the CPU one token per request goes through one C++ op, anything else through torch's. Both
+# compute in float32; sines of two libraries and another order of operations differ by some units
+# before rounding.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_one_pass_and_torch_agree(dtype, interleaved):
