@@ -263,3 +263,8 @@ def _complete_exact_fake(*args: object) -> None:
 @torch.library.register_fake("mac_attn::complete")
 def _complete_fake(*args: object) -> None:
     return None
+
+
+@torch.library.register_fake("mac_attn::unrotate")
+def _unrotate_fake(q: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -153,8 +153,26 @@ def unrotate(q: Tensor, positions: Tensor, rotary: RotaryEmbedding) -> Tensor:
         ValueError, TypeError: a shape, dtype or device does not fit.
     """
     _check(q, positions, rotary)
+    if _one_pass(q, positions):
+        return torch.ops.mac_attn.unrotate(
+            q, positions, rotary.inv_freq, rotary.interleaved, rotary.scale
+        )
     cos, sin = rotary.cos_sin(positions)
     return _turn(q, cos / rotary.scale, sin / -rotary.scale, rotary)
+
+
+def _one_pass(q: Tensor, positions: Tensor) -> bool:
+    """Whether csrc/unrotate_cpu.cpp serves: the queries of a decode step on the CPU."""
+    return (
+        q.ndim == 3
+        and q.device.type == "cpu"
+        and positions.dtype == torch.int32
+        and positions.is_contiguous()
+        and q.shape[-1] % 16 == 0
+        and q.shape[-1] <= 256
+        and q.stride(-1) == 1
+        and not q.requires_grad
+    )
 
 
 def pre_rope_query(

@@ -3,15 +3,18 @@
 //   s = E(c) on a hit, 0 on a miss
 //   old   = state([s, E(p)) without the anchors)        fresh = state(anchors) (+) state([E(p), n))
 //
-// Tasks: pieces of the tokens of one KV head, at most 512 long, for all query heads that share it (see
-// schedule.cpp). Each leaves a partial state; whoever finishes the last task of a KV head merges its
-// partials and, on a miss, chooses the anchors. Traffic: the K and V rows of [s, n) once, in place from
-// their pages, plus the inherited anchors' rows; on a miss with anchors also 8 G bytes of logits a token.
+// Tasks: pieces of one request's tokens for all of its KV heads that need them (see schedule.cpp), so that
+// rows are read in about the order in which they lie in memory. Each leaves a partial state; when a request's
+// tasks are done, whoever is free merges its KV heads' partials and, on a miss, chooses the anchors. Traffic:
+// the K and V rows of [s, n) once, in place from their pages, plus the inherited anchors' rows; on a miss with
+// anchors also 8 G bytes of logits a token.
 
 constexpr int kTileHeads = MAC_LEVEL >= 2 ? 4 : 2;  // query heads that share a loaded K or V row
+constexpr int kFetchedRows = 2;                     // V rows that are fetched beside a head's softmax
 constexpr int kTileVectors = 4;                     // vectors of a V row kept in registers
 
-// With bf16 dot products the query stays bf16, in all other cases it is expanded once.
+// With bf16 dot products the query stays bf16, in all other cases it is expanded once. It is stored as the dots
+// read it: for every tile of heads and kDotElements of a row, those of each head.
 template <typename T>
 struct QueryType {
   using type = float;
@@ -22,56 +25,77 @@ struct QueryType<bfloat16> {
   using type = bfloat16;
 };
 #endif
+template <typename Q>
+constexpr int kDotElements = sizeof(Q) == 2 ? 32 : kLanes;
+template <typename Q>
+MAC_INLINE int query_tile_size(int head_dim) {
+  return (head_dim + kDotElements<Q> - 1) / kDotElements<Q> * kDotElements<Q> * kTileHeads;
+}
 
+// Dots of kHeads queries with four rows, kDotElements at a time.
 template <typename T, int kHeads>
-MAC_INLINE void accumulate_dots(vf (&sum)[kHeads][4], const float* query, const T* const* rows, int head_dim) {
-  for (int d = 0; d < head_dim; d += kLanes) {
-    vf k[4];
-    for (int i = 0; i < 4; ++i) k[i] = load(rows[i] + d);
-    for (int h = 0; h < kHeads; ++h) {
-      const vf q = load(query + h * head_dim + d);
-      for (int i = 0; i < 4; ++i) sum[h][i] += q * k[i];
-    }
+MAC_INLINE const float* add_dots(vf (&sum)[kHeads][4], const float* query, const T* const* rows, int64_t d) {
+  vf k[4];
+  for (int i = 0; i < 4; ++i) k[i] = load(rows[i] + d);
+  for (int h = 0; h < kHeads; ++h) {
+    const vf q = load(query + h * kLanes);
+    for (int i = 0; i < 4; ++i) sum[h][i] += q * k[i];
   }
+  return query + kTileHeads * kLanes;
 }
 
 #if MAC_LEVEL >= 3
-// Half a register, the rest zero: a row of 80 elements ends with one.
-MAC_INLINE __m512bh load_pairs(const bfloat16* p, bool half) {
-  return half ? (__m512bh)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p))
-              : (__m512bh)_mm512_loadu_si512(p);
-}
-template <typename T, int kHeads>
-MAC_INLINE void accumulate_dots(vf (&sum)[kHeads][4], const bfloat16* query, const T* const* rows, int head_dim) {
-  for (int d = 0; d < head_dim; d += 32) {
-    const bool half = d + 32 > head_dim;
-    __m512bh k[4];
-    for (int i = 0; i < 4; ++i) k[i] = load_pairs(rows[i] + d, half);
-    for (int h = 0; h < kHeads; ++h) {
-      const __m512bh q = load_pairs(query + h * head_dim + d, half);
-      for (int i = 0; i < 4; ++i) sum[h][i] = (vf)_mm512_dpbf16_ps((__m512)sum[h][i], q, k[i]);
-    }
+template <int kHeads>
+MAC_INLINE void add_pairs(vf (&sum)[kHeads][4], const bfloat16* query, const __m512bh (&k)[4]) {
+  for (int h = 0; h < kHeads; ++h) {
+    const __m512bh q = (__m512bh)_mm512_loadu_si512(query + h * 32);
+    for (int i = 0; i < 4; ++i) sum[h][i] = (vf)_mm512_dpbf16_ps((__m512)sum[h][i], q, k[i]);
   }
 }
+template <typename T, int kHeads>
+MAC_INLINE const bfloat16* add_dots(vf (&sum)[kHeads][4], const bfloat16* query, const T* const* rows, int64_t d) {
+  __m512bh k[4];
+  for (int i = 0; i < 4; ++i) k[i] = (__m512bh)_mm512_loadu_si512(rows[i] + d);
+  add_pairs<kHeads>(sum, query, k);
+  return query + kTileHeads * 32;
+}
+// The last 16 elements of a row of, say, 80; the other half is zero.
+template <typename T, int kHeads>
+MAC_INLINE void add_last_dots(vf (&sum)[kHeads][4], const bfloat16* query, const T* const* rows, int64_t d) {
+  __m512bh k[4];
+  for (int i = 0; i < 4; ++i) {
+    k[i] = (__m512bh)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)(rows[i] + d)));
+  }
+  add_pairs<kHeads>(sum, query, k);
+}
 #endif
+template <typename T, int kHeads>
+MAC_INLINE void add_last_dots(vf (&)[kHeads][4], const float*, const T* const*, int64_t) {}
 
-// Logits of kHeads heads for one block, [kHeads, kBlock], ahead of scale and soft cap. Strided rows are
-// more than the hardware prefetcher follows, so the next block is asked for here.
+// While a KV head's rows are computed, the `next` head's are fetched, a few lines at a time in each of the three
+// loops below: a core keeps only so many lines on their way, so they have to be asked for steadily.
+
+// Logits of kHeads heads for one block, [kHeads, kBlock], ahead of scale and soft cap.
 template <typename T, int kHeads, typename Q>
-MAC_INLINE void block_logits(const Q* query, const Rows<T>& rows, const Rows<T>& next, int head_dim,
-                             float* logits) {
-  const int row_bytes = head_dim * static_cast<int>(sizeof(T));
+MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, const Rows<T>& next, int64_t head_dim,
+                            float* logits) {
+  constexpr int kStep = kDotElements<Q>;
   for (int t = 0; t < rows.count; t += 4) {
-    if (t < next.count) {
-      for (int i = 0; i < 4; ++i) {
-        for (int byte = 0; byte < row_bytes; byte += 64) {
-          prefetch(reinterpret_cast<const char*>(next.k[t + i]) + byte);
-          prefetch(reinterpret_cast<const char*>(next.v[t + i]) + byte);
-        }
-      }
+    const T *k[4], *next_k[4];
+    for (int i = 0; i < 4; ++i) {
+      k[i] = rows.k + rows.k_at[t + i];
+      next_k[i] = next.k + next.k_at[t + i];
     }
     vf sum[kHeads][4] = {};
-    accumulate_dots<T, kHeads>(sum, query, rows.k + t, head_dim);
+    const Q* q = query;
+    int64_t d = 0;
+    for (; d + kStep <= head_dim; d += kStep) {
+      if (kStep == kLineElements<T> || d % kLineElements<T> == 0) {
+        for (int i = 0; i < 4; ++i) prefetch(next_k[i] + d);
+      }
+      q = add_dots<T, kHeads>(sum, q, k, d);
+    }
+    if (d < head_dim) add_last_dots<T, kHeads>(sum, q, k, d);
     for (int h = 0; h < kHeads; ++h) {
       hsum4(sum[h][0], sum[h][1], sum[h][2], sum[h][3], logits + h * kBlock + t);
     }
@@ -80,17 +104,23 @@ MAC_INLINE void block_logits(const Q* query, const Rows<T>& rows, const Rows<T>&
 
 // out[h] = out[h] * rescale[h] + sum over the block of weight * value, for kVectors vectors of a row.
 template <typename T, int kHeads, int kVectors>
-MAC_INLINE void add_values(const Rows<T>& rows, const float* weights, const float* rescale, int d, int head_dim,
-                           float* out) {
+MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, const float* weights, const float* rescale,
+                          int64_t d, int64_t head_dim, float* out) {
   vf sum[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h) {
     for (int i = 0; i < kVectors; ++i) {
       sum[h][i] = load(out + h * head_dim + d + i * kLanes) * rescale[h];
     }
   }
-  for (int t = 0; t < rows.count; ++t) {
+  const T* const first = rows.v + d;
+  const T* const next_first = next.v + d;
+  const int64_t count = rows.count;
+  for (int64_t t = 0; t < count; ++t) {
+    const T* row = first + rows.v_at[t];
+    const T* next_row = next_first + next.v_at[t];
+    for (int i = 0; i < kVectors * kLanes; i += kLineElements<T>) prefetch(next_row + i);
     vf v[kVectors];
-    for (int i = 0; i < kVectors; ++i) v[i] = load(rows.v[t] + d + i * kLanes);
+    for (int i = 0; i < kVectors; ++i) v[i] = load(row + i * kLanes);
     for (int h = 0; h < kHeads; ++h) {
       const vf weight = broadcast(weights[h * kBlock + t]);
       for (int i = 0; i < kVectors; ++i) sum[h][i] += weight * v[i];
@@ -108,6 +138,8 @@ struct Running {
   float* out;     // [kHeads, D]
   float* logits;  // where to keep the logits for choosing anchors, or null
   int64_t logits_stride;
+  BlockTotal* total;  // with `logits`: the block's
+  int64_t total_stride;
 };
 
 template <typename T, int kHeads, typename Q>
@@ -119,117 +151,197 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
   block_logits<T, kHeads>(query, rows, next, D, logits);
   for (int h = 0; h < kHeads; ++h) {
     float* row = logits + h * kBlock;
+    for (int t = 0; t < kFetchedRows; ++t) prefetch_row(next.v + next.v_at[kBlock - 1 - h * kFetchedRows - t], D);
     for (int t = 0; t < kBlock; t += kLanes) {
       vf x = load(row + t) * p.sm_scale;
       if (p.logits_soft_cap > 0.f) x = p.logits_soft_cap * vtanh(x / p.logits_soft_cap);
       store(row + t, x);
     }
     for (int t = rows.count; t < kBlock; ++t) row[t] = -std::numeric_limits<float>::infinity();
-    if (state.logits) {
-      std::memcpy(state.logits + h * state.logits_stride, row, rows.count * sizeof(float));
-    }
-    vf high = broadcast(state.max[h]);
+    if (state.logits) std::memcpy(state.logits + h * state.logits_stride, row, rows.count * sizeof(float));
+    vf high = broadcast(-std::numeric_limits<float>::infinity());
     for (int t = 0; t < kBlock; t += kLanes) high = vmax(load(row + t), high);
-    const float max = hmax(high);
+    const float block_max = hmax(high), before = state.max[h];
+    const float max = block_max > before ? block_max : before;
     const float base = max == -std::numeric_limits<float>::infinity() ? 0.f : max;
-    rescale[h] = state.max[h] == max ? 1.f : std::exp(state.max[h] - base);
+    rescale[h] = before == max ? 1.f : std::exp(before - base);
     vf sum = vf{};
     for (int t = 0; t < kBlock; t += kLanes) {
       const vf weight = vexp(load(row + t) - base);
       store(row + t, weight);
       sum += weight;
     }
-    state.sum[h] = state.sum[h] * rescale[h] + hsum(sum);
+    const float block_sum = hsum(sum);
+    if (state.logits) state.total[h * state.total_stride] = {block_max, base, block_sum};
+    state.sum[h] = state.sum[h] * rescale[h] + block_sum;
     state.max[h] = max;
   }
   int d = 0;
   for (; d + kTileVectors * kLanes <= D; d += kTileVectors * kLanes) {
-    add_values<T, kHeads, kTileVectors>(rows, logits, rescale, d, D, state.out);
+    add_values<T, kHeads, kTileVectors>(rows, next, logits, rescale, d, D, state.out);
   }
-  for (; d < D; d += kLanes) add_values<T, kHeads, 1>(rows, logits, rescale, d, D, state.out);
+  for (; d < D; d += kLanes) add_values<T, kHeads, 1>(rows, next, logits, rescale, d, D, state.out);
 }
 
-// One task: its active heads' queries side by side, their running states in `scratch`.
+// One thread's part of a task: the states of all query heads, those of a KV head in the order of
+// `AmendWork::qo_heads`, so that the ones that attend to a token come first.
+template <typename T>
+struct TaskState {
+  typename QueryType<T>::type* query;  // [H, tiles of heads, query_tile_size]
+  float* out;                          // [Hq, D]
+  float* max;                          // [Hq]
+  float* sum;                          // [Hq]
+};
+
+MAC_INLINE int num_tiles(int group_size) {
+  return (group_size + kTileHeads - 1) / kTileHeads;
+}
+
+// The first `heads` query heads of a KV head attend to rows, the first of which is `token`.
+template <typename T>
+void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state,
+            int kv_head, int heads, int token, const Rows<T>& rows, const Rows<T>& next) {
+  using Q = typename QueryType<T>::type;
+  const int G = p.shape.group_size, D = p.shape.head_dim;
+  const AmendGroup& group = work.groups[task.request * p.shape.num_kv_heads + kv_head];
+  const bool keep = group.logits >= 0 && task.span == kOld;
+  const int64_t num_old = keep ? band_start(p.requests.seq_lens[task.request] - 1, p.band) : 0;
+  const int64_t num_blocks = (num_old + kBlock - 1) / kBlock;
+  const int64_t tile_size = query_tile_size<Q>(D);
+  for (int h = 0; h < heads; h += kTileHeads) {
+    const int head = kv_head * G + h;
+    Running running{state.max + head, state.sum + head, state.out + static_cast<int64_t>(head) * D,
+                    nullptr,          num_old,          nullptr,
+                    num_blocks};
+    if (keep) {
+      running.logits = work.logits + group.logits + h * num_old + token;
+      running.total = work.block_totals + group.totals + h * num_blocks + token / kBlock;
+    }
+    const Q* query = state.query + (static_cast<int64_t>(kv_head) * num_tiles(G) + h / kTileHeads) * tile_size;
+    switch (std::min(heads - h, kTileHeads)) {
+      case 1: attend_block<T, 1>(p, query, rows, next, running); break;
+      case 2: attend_block<T, 2>(p, query, rows, next, running); break;
+#if MAC_LEVEL >= 2
+      case 3: attend_block<T, 3>(p, query, rows, next, running); break;
+      case 4: attend_block<T, 4>(p, query, rows, next, running); break;
+#endif
+    }
+  }
+}
+
+template <typename T>
+void fetch(const Rows<T>& rows, int64_t head_dim) {
+  for (int t = 0; t < rows.count; ++t) {
+    prefetch_row(rows.k + rows.k_at[t], head_dim);
+    prefetch_row(rows.v + rows.v_at[t], head_dim);
+  }
+}
+
+template <typename T>
+void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state) {
+  for (int32_t h = task.begin; h < task.end; ++h) {
+    const AmendGroup& group = work.groups[task.request * p.shape.num_kv_heads + h];
+    Block block;
+    for (int i = 0; i < group.num_inherited; i += kBlock) {
+      find_listed(p, task.request, group.inherited + i, group.num_inherited - i, block);
+      const Rows<T> rows = head_rows<T>(p, block, h);
+      fetch(rows, p.shape.head_dim);
+      attend<T>(p, work, task, state, h, p.shape.group_size, 0, rows, rows);
+    }
+  }
+}
+
+template <typename T>
+void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state) {
+  const int G = p.shape.group_size, H = p.shape.num_kv_heads;
+  const int32_t* order = work.kv_heads.data() + static_cast<int64_t>(task.request) * H;
+  const int32_t* starts = work.starts.data() + static_cast<int64_t>(task.request) * H * G;
+  Block blocks[2];
+  find_tokens(p, task.request, task.begin, task.end, blocks[0]);
+  fetch(head_rows<T>(p, blocks[0], order[0]), p.shape.head_dim);
+  int active = 0;  // KV heads that attend to a token of the block
+  for (int first = task.begin, i = 0; first < task.end; first += kBlock, i ^= 1) {
+    const Block &block = blocks[i], &next_block = blocks[i ^ 1];
+    const int end = first + block.count;
+    while (active < H && starts[order[active] * G] < end) ++active;
+    find_tokens(p, task.request, end, task.end, blocks[i ^ 1]);
+    for (int j = 0; j < active; ++j) {
+      const Rows<T> rows = head_rows<T>(p, block, order[j]);
+      const Rows<T> next = j + 1 < active         ? head_rows<T>(p, block, order[j + 1])
+                           : next_block.count > 0 ? head_rows<T>(p, next_block, order[0])
+                                                  : rows;
+      const int32_t* start = starts + order[j] * G;
+      int heads = 0;
+      for (int t = std::max(first, start[0]); t < end;) {
+        while (heads < G && start[heads] <= t) ++heads;
+        const int cut = heads < G ? std::min(end, start[heads]) : end;
+        attend<T>(p, work, task, state, order[j], heads, t, rows.from(t - first, cut - t), next);
+        t = cut;
+      }
+    }
+  }
+}
+
+// The queries of a request as the dots read them.
+template <typename T, typename Q>
+void arrange_queries(const AmendParams& p, int request, const int32_t* head_of, Q* query) {
+  const int G = p.shape.group_size, D = p.shape.head_dim;
+  const int64_t tile_size = query_tile_size<Q>(D);
+  const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride;
+  std::memset(query, 0, p.shape.num_kv_heads * num_tiles(G) * tile_size * sizeof(Q));
+  for (int h = 0; h < p.shape.num_qo_heads(); ++h) {
+    const T* row = rows + head_of[h] * p.query.head_stride;
+    const int kv_head = h / G, g = h % G;
+    Q* to = query + (static_cast<int64_t>(kv_head) * num_tiles(G) + g / kTileHeads) * tile_size +
+            g % kTileHeads * kDotElements<Q>;
+    for (int d = 0; d < D; d += kLanes) {
+      store(to + d / kDotElements<Q> * kDotElements<Q> * kTileHeads + d % kDotElements<Q>, load(row + d));
+    }
+  }
+}
+
 template <typename T>
 void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, Scratch& scratch) {
   using Q = typename QueryType<T>::type;
-  const int G = p.shape.group_size, D = p.shape.head_dim;
-  const int kv_head = task.group % p.shape.num_kv_heads;
-  const int request = task.group / p.shape.num_kv_heads;
-  const AmendGroup& group = work.groups[task.group];
-  const int32_t* anchors = task.anchors ? group.inherited : nullptr;
+  const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
+  const float infinity = std::numeric_limits<float>::infinity();
+  const int32_t* head_of = work.qo_heads.data() + static_cast<int64_t>(task.request) * Hq;
+  const int64_t query_size = p.shape.num_kv_heads * num_tiles(p.shape.group_size) * query_tile_size<Q>(D);
+  const TaskState<T> state{scratch.array<Q>(0, query_size), scratch.array<float>(1, static_cast<int64_t>(Hq) * D),
+                           scratch.array<float>(2, Hq), scratch.array<float>(3, Hq)};
+  arrange_queries<T>(p, task.request, head_of, state.query);
+  std::fill(state.out, state.out + static_cast<int64_t>(Hq) * D, 0.f);
+  std::fill(state.max, state.max + Hq, -infinity);
+  std::fill(state.sum, state.sum + Hq, 0.f);
 
-  float* out = scratch.array<float>(0, static_cast<int64_t>(G) * D);  // [G, D]
-  float* max = scratch.array<float>(1, G);
-  float* sum = scratch.array<float>(2, G);
-  int32_t* head_of = scratch.array<int32_t>(3, G);  // which head of the group
-  Q* query = scratch.array<Q>(4, static_cast<int64_t>(G) * D);
-
-  int heads = 0;
-  const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride;
-  for (int g = 0; g < G; ++g) {
-    const int head = kv_head * G + g;
-    if (!task.anchors && amend_start(p, request, head) > task.begin) continue;
-    const T* row = rows + head * p.query.head_stride;
-    for (int d = 0; d < D; d += kLanes) store(query + heads * D + d, load(row + d));
-    head_of[heads++] = g;
-  }
-  std::fill(out, out + static_cast<int64_t>(heads) * D, 0.f);
-  std::fill(max, max + heads, -std::numeric_limits<float>::infinity());
-  std::fill(sum, sum + heads, 0.f);
-
-  const int64_t logits_stride = group.logits < 0 ? 0 : band_start(p.requests.seq_lens[request] - 1, p.band);
-  float* kept = group.logits >= 0 && task.span == kOld ? work.logits.get() + group.logits : nullptr;
-
-  Rows<T> current, next;
-  find_rows(p, task, anchors, task.begin, current);
-  for (int first = task.begin; current.count > 0; first += kBlock) {
-    find_rows(p, task, anchors, first + kBlock, next);
-    Rows<T> none;
-    none.count = 0;
-    for (int h = 0; h < heads;) {
-      const Running state{max + h, sum + h, out + static_cast<int64_t>(h) * D,
-                          kept ? kept + h * logits_stride + first : nullptr, logits_stride};
-      const Q* q = query + static_cast<int64_t>(h) * D;
-      const Rows<T>& ahead = h == 0 ? next : none;
-      const int tile = std::min(heads - h, kTileHeads);
-      switch (tile) {
-        case 1: attend_block<T, 1>(p, q, current, ahead, state); break;
-        case 2: attend_block<T, 2>(p, q, current, ahead, state); break;
-#if MAC_LEVEL >= 2
-        case 3: attend_block<T, 3>(p, q, current, ahead, state); break;
-        case 4: attend_block<T, 4>(p, q, current, ahead, state); break;
-#endif
-      }
-      h += tile;
-    }
-    current = next;
+  if (task.anchors) {
+    attend_anchors<T>(p, work, task, state);
+  } else {
+    attend_tokens<T>(p, work, task, state);
   }
 
-  // Heads that take no part leave an empty state.
-  float* partial_max = work.partial_max.get() + task.partial * G;
-  float* partial_sum = work.partial_sum.get() + task.partial * G;
-  std::fill(partial_max, partial_max + G, -std::numeric_limits<float>::infinity());
-  std::fill(partial_sum, partial_sum + G, 0.f);
-  for (int h = 0; h < heads; ++h) {
-    partial_max[head_of[h]] = max[h];
-    partial_sum[head_of[h]] = sum[h];
-    float* partial = work.partial_out.get() + (task.partial * G + head_of[h]) * D;
-    std::memcpy(partial, out + static_cast<int64_t>(h) * D, D * sizeof(float));
+  for (int h = 0; h < Hq; ++h) {
+    const int64_t place = task.partial * Hq + head_of[h];
+    work.partial_max[place] = state.max[h];
+    work.partial_sum[place] = state.sum[h];
+    if (state.sum[h] == 0.f) continue;
+    std::memcpy(work.partial_out + place * D, state.out + static_cast<int64_t>(h) * D, D * sizeof(float));
   }
 }
 
 template <typename T>
 void amend_all(const AmendParams& p, AmendWork& work) {
-  Scratch scratch;
+  Scratch& scratch = thread_scratch();
   const int64_t num_tasks = static_cast<int64_t>(work.tasks.size());
   for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
-    const AmendTask& task = work.tasks[i];
-    amend_task<T>(p, work, task, scratch);
-    // Release our partial and, as the last one, acquire everybody's.
-    if (work.pending[task.group].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      finish_group<T>(p, work, task.group, scratch);
-    }
+    amend_task<T>(p, work, work.tasks[i], scratch);
+    work.pending[work.tasks[i].request].fetch_sub(1, std::memory_order_release);
+  }
+  const int64_t num_groups = static_cast<int64_t>(work.groups.size());
+  for (int64_t i; (i = work.next_finish.fetch_add(1, std::memory_order_relaxed)) < num_groups;) {
+    // All tasks are drawn, so what is not done yet is being done.
+    wait_for_zero(work.pending[i / p.shape.num_kv_heads]);
+    finish_group<T>(p, work, static_cast<int32_t>(i), scratch);
   }
 }
 

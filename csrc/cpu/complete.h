@@ -87,7 +87,7 @@ inline void complete_request(const CompleteParams& p, int request) {
 
 template <typename T>
 void complete_all(const CompleteParams& p, CompleteWork& work) {
-  Scratch scratch;
+  Scratch& scratch = thread_scratch();
   float* carried = scratch.array<float>(0, p.shape.head_dim);
   const int Hq = p.shape.num_qo_heads();
   for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.num_tasks;) {

@@ -44,35 +44,55 @@ struct MatchWork {
   void write_source(const MatchParams& params) const;
 };
 
-// A piece of one KV head's tokens, attended by those of its query heads that start at or before it.
+// A piece of one request's tokens, attended by all of its KV heads that start before the end of it.
 struct AmendTask {
-  int32_t group;  // request * H + KV head
+  int32_t request;
   Span span;
-  int32_t begin, end;  // token positions, or places in the anchor list
-  bool anchors;        // the tokens are the entry's anchors
-  int64_t partial;     // where the partial state goes
+  int32_t begin, end;  // token positions, or, of anchors, KV heads
+  bool anchors;        // the tokens are the inherited anchors of the KV heads [begin, end)
+  int64_t partial;     // where the partial states go
 };
 
 struct AmendGroup {
-  int64_t first_partial = 0;
-  int32_t num_partials = 0;
-  int64_t logits = -1;                 // offset of [G, E(p)] logits kept for choosing anchors, -1: none
   const int32_t* inherited = nullptr;  // anchors of the matched entry
   int32_t num_inherited = 0;
+  int64_t logits = -1;  // where its [G, E(p)] logits are kept for choosing anchors, -1: they are not
+  int64_t totals = -1;  // where its [G, ceil(E(p) / kAmendBlock)] totals of blocks are
+};
+
+constexpr int32_t kAmendBlock = 32;  // tokens whose logits are in flight together
+
+// One head's softmax over one block of tokens, kept beside the logits: sum of exp(logit - base).
+struct BlockTotal {
+  float max;
+  float base;
+  float sum;
 };
 
 struct AmendWork {
   AmendWork(const AmendParams& params, int num_threads);
 
+  // Heads in the order of their first tokens, so that those that attend to a token come first.
+  std::vector<int32_t> kv_heads;  // [B, H]
+  std::vector<int32_t> qo_heads;  // [B, H, G] within each KV head, all its query heads
+  std::vector<int32_t> starts;    // [B, H, G] their first tokens, in that order
+
   std::vector<AmendTask> tasks;
   std::vector<AmendGroup> groups;                   // [B, H]
+  std::vector<int64_t> first_partial;               // [B + 1]
   std::vector<Span> partial_span;                   // [P]
-  std::unique_ptr<std::atomic<int32_t>[]> pending;  // [B, H] tasks not done yet
-  std::unique_ptr<float[]> partial_out;             // [P, G, D] sum of exp(logit - max) * value
-  std::unique_ptr<float[]> partial_max;             // [P, G]
-  std::unique_ptr<float[]> partial_sum;             // [P, G] sum of exp(logit - max)
-  std::unique_ptr<float[]> logits;
+  std::unique_ptr<std::atomic<int32_t>[]> pending;  // [B] tasks not done yet
+  // These are kept for the thread's next call: fresh memory costs more than what is written to it here.
+  float* partial_out;  // [P, Hq, D] sum of exp(logit - max) * value
+  float* partial_max;  // [P, Hq]
+  float* partial_sum;  // [P, Hq] sum of exp(logit - max); 0: the head has no part, and no `out`
+  float* logits;
+  BlockTotal* block_totals;
   std::atomic<int64_t> next{0};
+  std::atomic<int64_t> next_finish{0};  // of `groups`
+
+ private:
+  void cut_request(const AmendParams& params, int request, int64_t target);
 };
 
 struct CompleteWork {

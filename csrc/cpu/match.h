@@ -4,8 +4,8 @@
 //   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the newest.
 //   Below, `total` is the sum where the formula has the mean: a hit is a total below the group size.
 //
-// Tasks: (request, KV head, chunk of candidates). Traffic: the ring rows of the valid candidates, once;
-// partial sums only grow, so a candidate is left as soon as it cannot win, which skips most rows.
+// Tasks: (request, KV head, chunk of candidates). Traffic: with group decisions half a row of every candidate;
+// partial sums only grow, so a candidate is left as soon as it cannot win, which skips most of the rest.
 
 template <typename T>
 MAC_INLINE float squared_distance(const float* query, const T* row, int head_dim) {
@@ -16,6 +16,29 @@ MAC_INLINE float squared_distance(const float* query, const T* row, int head_dim
   }
   return hsum(sum);
 }
+
+// Of four rows at a time.
+template <typename T>
+MAC_INLINE void squared_distances(const float* query, const T* const* rows, int head_dim, float* distances) {
+  vf sum[4] = {};
+  for (int d = 0; d < head_dim; d += kLanes) {
+    const vf q = load(query + d);
+    for (int i = 0; i < 4; ++i) {
+      const vf difference = q - load(rows[i] + d);
+      sum[i] += difference * difference;
+    }
+  }
+  hsum4(sum[0], sum[1], sum[2], sum[3], distances);
+}
+
+// A NaN is not below.
+MAC_INLINE bool any_below(const float (&values)[4], float limit) {
+  return values[0] <= limit || values[1] <= limit || values[2] <= limit || values[3] <= limit;
+}
+
+constexpr int kFetchAge = 24;  // how many candidates ahead rows are fetched
+// A part of a distance may exceed the whole by rounding, in a sum of another order: 256 * 2^-24 at most.
+constexpr float kRoundingMargin = 1.f - 2e-5f;
 
 // theta of a head, or NaN when it can never hit (theta 0 or not finite, query not finite).
 MAC_INLINE float usable_threshold(const MatchParams& p, const float* query, int head) {
@@ -66,33 +89,61 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
   const T* ring_query = static_cast<const T*>(p.ring.query);
   std::atomic<uint64_t>* best = &work.best[group * work.decisions_per_group];
 
-  for (int age = first_age; age <= last_age; ++age) {
-    const int candidate = position - age;
-    const int index = candidate % M;
-    if (p.ring.position[static_cast<int64_t>(slot) * M + index] != candidate) continue;
-    const T* entry = ring_query + (ring_base + index) * G * D;
-    const int32_t* depth = p.ring.depth + (ring_base + index) * G;
-    if (p.per_head) {
+  const auto place = [&](int age) { return (position - age) % M; };
+  const auto holds = [&](int age) {
+    return p.ring.position[static_cast<int64_t>(slot) * M + place(age)] == position - age;
+  };
+  const auto entry = [&](int age) { return ring_query + (ring_base + place(age)) * G * D; };
+  const auto depth = [&](int age) { return p.ring.depth + (ring_base + place(age)) * G; };
+
+  if (p.per_head) {
+    for (int age = first_age; age <= last_age; ++age) {
+      if (age + kFetchAge <= last_age) prefetch_row(entry(age + kFetchAge), static_cast<int64_t>(G) * D);
+      if (!holds(age)) continue;
       for (int g = 0; g < G; ++g) {
-        if (std::isnan(theta[g]) || depth[g] >= p.max_reuse_depth) continue;
-        const float total = squared_distance(query + g * D, entry + g * D, D) / theta[g];
+        if (std::isnan(theta[g]) || depth(age)[g] >= p.max_reuse_depth) continue;
+        const float total = squared_distance(query + g * D, entry(age) + g * D, D) / theta[g];
         if (total < 1.f) keep_smaller(best[g], match_key(total, age));
       }
-      continue;
     }
-    if (depth[0] >= p.max_reuse_depth) continue;
+    return;
+  }
+  // Half of the first head's row is often enough to be rid of a candidate; where it was not, whole entries are
+  // fetched from then on.
+  const int half = D / 2 >= kLanes ? D / 2 / kLanes * kLanes : D;
+  int64_t fetched = half;
+  for (int age = first_age; age < std::min(first_age + kFetchAge, last_age + 1); ++age)
+    prefetch_row(entry(age), half);
+  for (int first = first_age; first <= last_age; first += 4) {
+    const T* rows[4];
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = entry(std::min(first + i, last_age));
+      if (first + i + kFetchAge <= last_age) prefetch_row(entry(first + i + kFetchAge), fetched);
+    }
     const float limit = match_total(best[0].load(std::memory_order_relaxed));
-    float total = 0.f;
-    for (int g = 0; g < G && total <= limit; ++g) {
-      total += squared_distance(query + g * D, entry + g * D, D) / theta[g];
+    float distance[4], total[4] = {};
+    squared_distances(query, rows, half, distance);
+    for (float& part : distance) part *= kRoundingMargin;
+    fetched = any_below(distance, limit * theta[0]) ? static_cast<int64_t>(G) * D : half;
+    if (fetched == half) continue;
+    for (int g = 0; g < G && any_below(total, limit); ++g) {
+      squared_distances(query + g * D, rows, D, distance);
+      for (int i = 0; i < 4; ++i) {
+        total[i] += distance[i] / theta[g];
+        rows[i] += D;
+      }
     }
-    if (total <= limit) keep_smaller(*best, match_key(total, age));
+    for (int i = 0; i < 4; ++i) {
+      const int age = first + i;
+      if (!(total[i] <= limit) || age > last_age || !holds(age) || depth(age)[0] >= p.max_reuse_depth) continue;
+      keep_smaller(*best, match_key(total[i], age));
+    }
   }
 }
 
 template <typename T>
 void match_all(const MatchParams& p, MatchWork& work) {
-  Scratch scratch;
+  Scratch& scratch = thread_scratch();
   float* query = scratch.array<float>(0, static_cast<int64_t>(p.shape.group_size) * p.shape.head_dim);
   float* theta = scratch.array<float>(1, p.shape.group_size);
   for (int64_t task; (task = work.next.fetch_add(1, std::memory_order_relaxed)) < work.num_tasks;) {

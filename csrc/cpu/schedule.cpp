@@ -1,32 +1,36 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <numeric>
+
+#include "scratch.h"
 
 namespace mac_attn::cpu {
 
 namespace {
 
-constexpr int32_t kMinTask = 64;   // tokens; below, the work around a task costs more than the task
-constexpr int32_t kMaxTask = 512;  // K and V of all heads for this many tokens still fit the caches
-constexpr int kTasksPerThread = 8;
+// Work is counted in tokens times KV heads.
+constexpr int64_t kMinTask = 512;           // below, the work around a task costs more than the task
+constexpr int kTasksPerThread = 24;         // the last one that is drawn ends soon after the others
+constexpr int32_t kStep = 2 * kAmendBlock;  // tokens; tasks begin at multiples of it
 
-// The first token of every query head of a request.
-void starts_of(const AmendParams& p, int request, std::vector<int32_t>& starts) {
-  for (int head = 0; head < p.shape.num_qo_heads(); ++head) starts[head] = amend_start(p, request, head);
-}
-
-int32_t task_length(const AmendParams& p, int num_threads) {
-  int64_t tokens = 0;
-  std::vector<int32_t> starts(p.shape.num_qo_heads());
-  for (int b = 0; b < p.shape.batch; ++b) {
-    starts_of(p, b, starts);
-    for (int h = 0; h < p.shape.num_kv_heads; ++h) {
-      const auto first = starts.begin() + h * p.shape.group_size;
-      tokens += p.requests.seq_lens[b] - *std::min_element(first, first + p.shape.group_size);
+// Fills the order of heads of one request: by first token, equal ones by number.
+void sort_heads(const AmendParams& p, int request, int32_t* kv_heads, int32_t* qo_heads, int32_t* starts) {
+  const int H = p.shape.num_kv_heads, G = p.shape.group_size;
+  for (int h = 0; h < H; ++h) {
+    int32_t* heads = qo_heads + h * G;
+    std::iota(heads, heads + G, h * G);
+    if (p.source) {
+      std::stable_sort(heads, heads + G, [&](int32_t a, int32_t b) {
+        return amend_start(p, request, a) < amend_start(p, request, b);
+      });
     }
+    for (int g = 0; g < G; ++g) starts[h * G + g] = amend_start(p, request, heads[g]);
   }
-  const int64_t even = tokens / (static_cast<int64_t>(num_threads) * kTasksPerThread);
-  return static_cast<int32_t>(std::clamp<int64_t>(even / kMinTask * kMinTask, kMinTask, kMaxTask));
+  std::iota(kv_heads, kv_heads + H, 0);
+  if (p.source) {
+    std::stable_sort(kv_heads, kv_heads + H, [&](int32_t a, int32_t b) { return starts[a * G] < starts[b * G]; });
+  }
 }
 
 }  // namespace
@@ -55,74 +59,92 @@ void MatchWork::write_source(const MatchParams& p) const {
 }
 
 AmendWork::AmendWork(const AmendParams& p, int num_threads) {
-  const int H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
-  const int32_t length = task_length(p, num_threads);
-  groups.resize(static_cast<size_t>(p.shape.batch) * H);
-  std::vector<int32_t> starts(p.shape.num_qo_heads()), low(H);
-  int64_t num_logits = 0;
+  const int B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
+  const int Hq = p.shape.num_qo_heads();
+  groups.resize(static_cast<size_t>(B) * H);
+  kv_heads.resize(groups.size());
+  qo_heads.resize(groups.size() * G);
+  starts.resize(groups.size() * G);
+  int64_t num_logits = 0, num_totals = 0, work = 0;
 
-  for (int b = 0; b < p.shape.batch; ++b) {
+  for (int b = 0; b < B; ++b) {
     const int32_t n = p.requests.seq_lens[b];
+    sort_heads(p, b, &kv_heads[b * H], &qo_heads[b * Hq], &starts[b * Hq]);
     const int32_t old_end = p.source && n > 0 ? band_start(n - 1, p.band) : 0;
-    starts_of(p, b, starts);
-    for (int h = 0; h < H; ++h) {
-      const auto first = starts.begin() + h * G;
-      low[h] = *std::min_element(first, first + G);
+    for (int h = 0; n > 0 && h < H; ++h) {
+      work += n - starts[b * Hq + h * G];
+      if (p.num_anchors == 0) continue;
       AmendGroup& group = groups[b * H + h];
-      const int32_t source = p.source ? p.source[(static_cast<int64_t>(b) * H + h) * G] : kMiss;
-      if (n == 0) {
-        // A task without tokens, so that somebody writes the empty state.
-        tasks.push_back({b * H + h, kFresh, 0, 0, false, 0});
-      } else if (p.num_anchors > 0 && source == kMiss && old_end > 0) {
+      const int32_t source = p.source[(static_cast<int64_t>(b) * H + h) * G];
+      if (source == kMiss && old_end > 0) {
         group.logits = num_logits;
+        group.totals = num_totals;
         num_logits += static_cast<int64_t>(G) * old_end;
-      } else if (p.num_anchors > 0 && source != kMiss) {
+        num_totals += static_cast<int64_t>(G) * ((old_end + kAmendBlock - 1) / kAmendBlock);
+      } else if (source != kMiss) {
         const int64_t slot = p.requests.slots[b];
         group.inherited = p.ring_anchors + ((slot * H + h) * p.window + source % p.window) * p.num_anchors;
         group.num_inherited = static_cast<int32_t>(
             std::find(group.inherited, group.inherited + p.num_anchors, kNoAnchor) - group.inherited);
-        for (int32_t i = 0; i < group.num_inherited; i += length) {
-          tasks.push_back({b * H + h, kFresh, i, std::min(i + length, group.num_inherited), true, 0});
-        }
-      }
-    }
-    // The KV heads of the same tokens follow one another: their rows are neighbours in memory.
-    const int32_t lowest = *std::min_element(low.begin(), low.end());
-    for (int32_t chunk = lowest / length * length; chunk < n; chunk += length) {
-      for (int h = 0; h < H; ++h) {
-        const int32_t end = std::min(n, chunk + length);
-        for (int32_t begin = std::max(low[h], chunk); begin < end;) {
-          // Cut where the band begins and where a query head comes in, so that a task has one span
-          // and whole heads.
-          int32_t cut = begin < old_end ? std::min(end, old_end) : end;
-          for (int g = 0; g < G; ++g) {
-            if (starts[h * G + g] > begin) cut = std::min(cut, starts[h * G + g]);
-          }
-          tasks.push_back({b * H + h, begin < old_end ? kOld : kFresh, begin, cut, false, 0});
-          begin = cut;
-        }
+        work += group.num_inherited;
       }
     }
   }
 
-  for (const AmendTask& task : tasks) ++groups[task.group].num_partials;
-  pending.reset(new std::atomic<int32_t>[groups.size()]);
-  int64_t num_partials = 0;
-  for (size_t i = 0; i < groups.size(); ++i) {
-    groups[i].first_partial = num_partials;
-    num_partials += groups[i].num_partials;
-    pending[i].store(groups[i].num_partials, std::memory_order_relaxed);
+  const int64_t target = std::max(kMinTask, work / (static_cast<int64_t>(num_threads) * kTasksPerThread));
+  pending.reset(new std::atomic<int32_t>[B]);
+  for (int b = 0; b < B; ++b) {
+    first_partial.push_back(static_cast<int64_t>(tasks.size()));
+    cut_request(p, b, target);
+    pending[b].store(static_cast<int32_t>(tasks.size() - first_partial[b]), std::memory_order_relaxed);
   }
-  std::vector<int64_t> place(groups.size());
-  partial_span.resize(num_partials);
-  for (AmendTask& task : tasks) {
-    task.partial = groups[task.group].first_partial + place[task.group]++;
-    partial_span[task.partial] = task.span;
+  const int64_t num_partials = static_cast<int64_t>(tasks.size());
+  first_partial.push_back(num_partials);
+  for (int64_t i = 0; i < num_partials; ++i) {
+    tasks[i].partial = i;
+    partial_span.push_back(tasks[i].span);
   }
-  partial_out.reset(new float[num_partials * G * D]);
-  partial_max.reset(new float[num_partials * G]);
-  partial_sum.reset(new float[num_partials * G]);
-  if (num_logits > 0) logits.reset(new float[num_logits]);
+
+  static thread_local Scratch kept;
+  partial_out = kept.array<float>(0, num_partials * Hq * D);
+  partial_max = kept.array<float>(1, num_partials * Hq);
+  partial_sum = kept.array<float>(2, num_partials * Hq);
+  logits = kept.array<float>(3, num_logits);
+  block_totals = kept.array<BlockTotal>(4, num_totals);
+}
+
+// Tasks of some `target` work each. One has either old or fresh tokens.
+void AmendWork::cut_request(const AmendParams& p, int request, int64_t target) {
+  const int H = p.shape.num_kv_heads, G = p.shape.group_size;
+  const int32_t n = p.requests.seq_lens[request];
+  if (n == 0) return;
+  const int32_t old_end = p.source ? band_start(n - 1, p.band) : 0;
+  const int32_t* order = &kv_heads[request * H];
+  const int32_t* first = &starts[static_cast<size_t>(request) * H * G];
+
+  int64_t work = 0;
+  for (int32_t h = 0, begin = 0; h < H; ++h) {
+    work += groups[request * H + h].num_inherited;
+    if (work >= target || (work > 0 && h == H - 1)) {
+      tasks.push_back({request, kFresh, begin, h + 1, true, 0});
+      begin = h + 1;
+      work = 0;
+    }
+  }
+  work = 0;
+  int active = 0;
+  int32_t begin = first[order[0] * G];
+  for (int32_t at = begin; at < n;) {
+    int32_t end = std::min(n, at / kStep * kStep + kStep);
+    if (at < old_end) end = std::min(end, old_end);
+    while (active < H && first[order[active] * G] < end) ++active;
+    work += static_cast<int64_t>(end - at) * active;
+    at = end;
+    if (work < target && end != old_end && end != n) continue;
+    tasks.push_back({request, begin < old_end ? kOld : kFresh, begin, end, false, 0});
+    begin = end;
+    work = 0;
+  }
 }
 
 CompleteWork::CompleteWork(const CompleteParams& p)

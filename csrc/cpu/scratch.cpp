@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <thread>
 
 namespace mac_attn::cpu {
 
@@ -19,6 +20,24 @@ void* Scratch::bytes(int place, size_t size) {
     size_[place] = rounded;
   }
   return data_[place];
+}
+
+void wait_for_zero(const std::atomic<int32_t>& pending) {
+  constexpr int kSpins = 2000;  // some tens of microseconds
+  for (int i = 0; pending.load(std::memory_order_acquire) > 0; ++i) {
+    if (i >= kSpins) {
+      std::this_thread::yield();
+    } else {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+}
+
+Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
 }
 
 }  // namespace mac_attn::cpu

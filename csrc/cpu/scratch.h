@@ -4,6 +4,7 @@
 // with files compiled for any machine. Nothing that such a file makes may carry a public template's name.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -25,9 +26,15 @@ class Scratch {
  private:
   void* bytes(int place, size_t size);
 
-  static constexpr int kPlaces = 5;
+  static constexpr int kPlaces = 6;
   void* data_[kPlaces] = {};
   size_t size_[kPlaces] = {};
 };
+
+// Returns when `pending` is 0. Others that run will soon be done; where they wait for a core, it gives up its own.
+void wait_for_zero(const std::atomic<int32_t>& pending);
+
+// The calling thread's own, for a kernel: kept until the thread ends.
+Scratch& thread_scratch();
 
 }  // namespace mac_attn::cpu

@@ -6,6 +6,8 @@
 // MAC_LEVEL is 0 (any machine), 1 (AVX2, FMA, F16C), 2 (AVX-512) or 3 (AVX-512 with bf16 dot products).
 
 #define MAC_INLINE inline __attribute__((always_inline))
+// For a loop that needs all registers: inlined into another it would share them with what that one keeps.
+#define MAC_ALONE __attribute__((noinline))
 
 #if MAC_LEVEL >= 2
 constexpr int kLanes = 16;
@@ -187,7 +189,12 @@ MAC_INLINE vf vtanh(vf x) {
   return x == x ? result : x;  // the limits swallow a NaN
 }
 
-// Into the L2 cache: a core has far fewer loads in flight into its L1, and rows that are apart need many.
 MAC_INLINE void prefetch(const void* p) {
-  __builtin_prefetch(p, 0, 2);
+  __builtin_prefetch(p, 0, 3);
+}
+template <typename T>
+constexpr int kLineElements = 64 / static_cast<int>(sizeof(T));  // of a cache line
+template <typename T>
+MAC_INLINE void prefetch_row(const T* row, int64_t count) {
+  for (int64_t d = 0; d < count; d += kLineElements<T>) prefetch(row + d);
 }
