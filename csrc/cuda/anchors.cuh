@@ -47,33 +47,49 @@ struct AnchorChoice {
   float weight[kWarps][4];
 };
 
-// The heaviest head's weight of every candidate as a bin: counted, and kept for the choice.
+// The heaviest head's weight of every candidate as a bin: counted, and kept for the choice. A thread looks at four
+// candidates in each of four blocks at a time: one CTA alone has few loads in flight.
 MAC_DEVICE void sort_into_bins(const AmendParams& p, const AmendWorkspace& w, int group, int num_candidates,
                                AnchorChoice& choice) {
+  constexpr int kBlocks = 4, kBlock = kThreads * 4;
   const int G = p.shape.group_size;
   const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
   const float* logits = w.candidate_logit + base * G;
 #pragma unroll 1
-  for (int first = threadIdx.x * 4; first < num_candidates; first += kThreads * 4) {
-    float weight[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-#pragma unroll 4
+  for (int first = threadIdx.x * 4; first < num_candidates; first += kBlocks * kBlock) {
+    float weight[kBlocks][4];
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      for (int i = 0; i < 4; ++i) weight[b][i] = -INFINITY;
+    }
+#pragma unroll 2
     for (int g = 0; g < G; ++g) {
-      const float4 x = ptx::load_float4(logits + static_cast<int64_t>(g) * w.max_candidates + first);
+      const float* head = logits + static_cast<int64_t>(g) * w.max_candidates + first;
       const float lse = choice.lse[g];
-      weight[0] = fmaxf(weight[0], x.x - lse), weight[1] = fmaxf(weight[1], x.y - lse);
-      weight[2] = fmaxf(weight[2], x.z - lse), weight[3] = fmaxf(weight[3], x.w - lse);
-    }
-    uint32_t bins = 0;
-    for (int i = 0; i < 4; ++i) {
-      uint32_t bin = kNoBin;
-      if (weight[i] > -INFINITY) {
-        const float place = -weight[i] * kBinsPerLog2;
-        bin = place < 0.f ? 0 : place < kBins - 1 ? static_cast<uint32_t>(place) : kBins - 1;
-        ptx::atomic_add(&choice.bin[bin], 1);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        float4 x{-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+        if (first + b * kBlock < num_candidates) x = ptx::load_float4(head + b * kBlock);
+        weight[b][0] = fmaxf(weight[b][0], x.x - lse), weight[b][1] = fmaxf(weight[b][1], x.y - lse);
+        weight[b][2] = fmaxf(weight[b][2], x.z - lse), weight[b][3] = fmaxf(weight[b][3], x.w - lse);
       }
-      bins |= bin << (8 * i);
     }
-    ptx::store_4(w.candidate_bin + base + first, bins);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      if (first + b * kBlock >= num_candidates) break;
+      uint32_t bins = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t bin = kNoBin;
+        if (weight[b][i] > -INFINITY) {
+          const float place = -weight[b][i] * kBinsPerLog2;
+          bin = place < 0.f ? 0 : place < kBins - 1 ? static_cast<uint32_t>(place) : kBins - 1;
+          ptx::atomic_add(&choice.bin[bin], 1);
+        }
+        bins |= bin << (8 * i);
+      }
+      ptx::store_4(w.candidate_bin + base + first + b * kBlock, bins);
+    }
   }
   // They are read 16 at a time: fill up the last 16.
   const int tail = (num_candidates + 3) / 4 * 4 + threadIdx.x * 4;
