@@ -13,6 +13,7 @@ from .ops import Amended, amend, complete, match, merge_states
 from .paging import dense_as_pages, from_flashinfer
 from .rope import RotaryEmbedding, rotate, unrotate
 from .seed import seed
+from .slot_state import SlotState
 
 __all__ = [
     "Amended",
@@ -20,6 +21,7 @@ __all__ = [
     "ReuseConfig",
     "ReuseStats",
     "RotaryEmbedding",
+    "SlotState",
     "__version__",
     "amend",
     "complete",
