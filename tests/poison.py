@@ -19,6 +19,8 @@ ENTRY_TENSORS = ("ring_query", "ring_out", "ring_lse", "ring_depth", "ring_ancho
 
 def garbage(tensor: Tensor, rng: np.random.Generator) -> Tensor:
     """A tensor of this shape and dtype full of random bytes: NaNs, huge numbers, everything."""
+    if tensor.numel() == 0:
+        return tensor.clone()
     data = rng.integers(0, 256, tensor.numel() * tensor.element_size(), dtype=np.uint8)
     return torch.from_numpy(data).view(tensor.dtype).view(tensor.shape).to(tensor.device)
 
@@ -48,7 +50,10 @@ class Rerun:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    """Equal bytes: a NaN equals itself, and 0 is not -0."""
+    if a.numel() == 0:
+        return a.shape == b.shape
+    return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def valid_places(cache: mac_attn.ReuseCache, slot: int) -> list[int]:
@@ -78,7 +83,8 @@ def poisoned_rerun(
     q, (k, v), table, lens = call
     slot, n, page_size = int(rows["slots"][row]), int(lens[row]), k.shape[1]
     unbroken = int(cache.slot_end[slot]) == n - 1 and (
-        rows["request_ids"] is None or int(cache.slot_request[slot]) == int(rows["request_ids"][row])
+        rows["request_ids"] is None
+        or int(cache.slot_request[slot]) == int(rows["request_ids"][row])
     )
     kept = valid_places(cache, slot) if unbroken else []
     for name in SLOT_TENSORS:

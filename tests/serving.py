@@ -75,7 +75,8 @@ class Counts:
 
 class Server:
     """Requests, their paged KV cache and their slots. With `ids` every call names its requests and
-    slots are never reset for a new one; without, they always are."""
+    slots are never reset for a new one; without, they always are. `sampled`: not all requests are
+    `checked`, so that there can be hundreds."""
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class Server:
         page_size: int = 4,
         max_length: int = 64,
         ids: bool = True,
+        sampled: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -98,7 +100,9 @@ class Server:
 
         num_qo_heads, num_kv_heads = heads
         shape = {"num_slots": num_slots, "num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads}
-        self.cache = mac_attn.ReuseCache(cfg, **shape, head_dim=head_dim, dtype=dtype, device=device)
+        self.cache = mac_attn.ReuseCache(
+            cfg, **shape, head_dim=head_dim, dtype=dtype, device=device
+        )
         self.reference = ReferenceReuse(cfg, **shape)
         self.k_pool, self.v_pool = pool(num_kv_heads, head_dim), pool(num_kv_heads, head_dim)
         self.q_pool = pool(num_qo_heads, head_dim)
@@ -110,12 +114,12 @@ class Server:
         self.k, self.v = (torch.full(size, torch.nan, dtype=dtype, device=device) for _ in "kv")
         self.free = list(range(pages))
         self.cfg, self.ids, self.page_size, self.max_length = cfg, ids, page_size, max_length
+        self.sampled = sampled
         self.device, self.dtype = torch.device(device), dtype
         self.requests: list[Request] = []
         self.next_id = 1
         self.rng = np.random.default_rng(seed)
         self.expected = [[0] * len(COUNTERS) for _ in range(num_slots)]
-        self.unseen: set[int] = set()  # slots last used by a request that nobody checked
         self.counts = Counts()
         self.state_tolerance = state_tolerance(dtype, device)
         self.out_tolerance = out_tolerance(dtype, device)
@@ -134,11 +138,8 @@ class Server:
         self.requests.append(request)
         if not self.ids:
             self.reset_slot(slot)
-        elif not checked:
-            self.reference.reset([slot])  # which has not seen what the slot will hold
-            self.unseen.add(slot)
-        elif slot in self.unseen:
-            self.unseen.remove(slot)
+        elif self.sampled:  # the reference may not have seen what the slot holds
+            self.reference.reset([slot])
             self.expected[slot] = self.cache.counters[slot].tolist()
         for chunk in np.array_split(np.arange(length), chunks):
             if len(chunk):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import one_thread
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -27,6 +28,7 @@ SETTINGS = settings(
     deadline=None,
     derandomize=True,
     database=None,
+    report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
 
@@ -44,9 +46,7 @@ class ServingMachine(RuleBasedStateMachine):
 
     options: dict[str, Any] = {}
 
-    @initialize(
-        config=st.sampled_from(CONFIGS), ids=st.booleans(), seed=st.integers(0, 2**16)
-    )
+    @initialize(config=st.sampled_from(CONFIGS), ids=st.booleans(), seed=st.integers(0, 2**16))
     def make(self, config: dict[str, Any], ids: bool, seed: int) -> None:
         head_dim = self.options.get("head_dim", 16)
         self.server = Server(
@@ -75,9 +75,7 @@ class ServingMachine(RuleBasedStateMachine):
         chunks=st.integers(1, 3),
         meets_old_end=st.booleans(),
     )
-    def start(
-        self, slot: int, length: int, seeded: int, chunks: int, meets_old_end: bool
-    ) -> None:
+    def start(self, slot: int, length: int, seeded: int, chunks: int, meets_old_end: bool) -> None:
         if meets_old_end:  # the trap: this prompt ends where the slot's last request stopped
             end = int(self.server.cache.slot_end[slot])
             length = end if 1 <= end <= 40 else length
@@ -86,7 +84,7 @@ class ServingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.served())
     @rule(
         some=st.integers(1, 2**NUM_SLOTS - 1),
-        steps=st.integers(1, 12),
+        steps=st.integers(1, 6),
         isolate=st.booleans(),
     )
     def decode(self, some: int, steps: int, isolate: bool) -> None:
@@ -96,6 +94,11 @@ class ServingMachine(RuleBasedStateMachine):
             batch = [r for i, r in enumerate(going) if some >> i & 1] or going[:1]
             if batch:
                 self.server.decode(batch, isolate=isolate)
+
+    @precondition(lambda self: self.served())
+    @rule(steps=st.integers(4, 16), isolate=st.booleans())
+    def decode_all(self, steps: int, isolate: bool) -> None:
+        self.decode(2**NUM_SLOTS - 1, steps, isolate)
 
     @precondition(lambda self: self.served() and self.room())
     @rule(who=st.integers(0, 7), slot=st.integers(0, NUM_SLOTS - 1))
@@ -152,7 +155,8 @@ def run(machine: type[ServingMachine], using: settings = SETTINGS) -> list[Serve
             if hasattr(self, "server"):
                 servers.append(self.server)
 
-    run_state_machine_as_test(Kept, settings=using)
+    with one_thread():  # the operations are tiny
+        run_state_machine_as_test(Kept, settings=using)
     return servers
 
 
@@ -228,22 +232,24 @@ def truncate_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def read_a_neighbours_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest token's row is read from the page after the right one: another request's."""
+def add_nothing_of_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request's value enters with weight 0, which shows only where it is not finite."""
     decode = mac_attn.decode
 
     def planted(q: Any, kv: Any, table: Any, lens: Any, **rest: Any):
         out, lse = decode(q, kv, table, lens, **rest)
-        stray = kv[1][(table[:, :1].long() + 1) % len(kv[1]), 0]
-        return out + 0 * stray.nan_to_num(1.0).clamp(-1, 1).sum() * 0 + stray.isnan().any(), lse
+        stray = kv[1][(table[:, 0].long() + 1) % len(kv[1]), 0, 0]
+        return out + 0 * stray[:, None], lse
 
     monkeypatch.setattr(mac_attn, "decode", planted)
 
 
 @pytest.mark.parametrize(
-    "plant", [drop_the_tag_check, share_memory_on_fork, truncate_off_by_one, read_a_neighbours_page]
+    "plant",
+    [drop_the_tag_check, share_memory_on_fork, truncate_off_by_one, add_nothing_of_a_neighbour],
 )
 def test_a_planted_bug_is_found(plant, monkeypatch):
     plant(monkeypatch)
-    with pytest.raises(AssertionError):
+    # The ops themselves refuse some of what follows from it.
+    with pytest.raises((AssertionError, ValueError)):
         run(ServingMachine, PLANTED)

@@ -14,7 +14,9 @@ from mac_attn.slot_state import SLOT_TENSORS
 
 
 def holds(cache: ReuseCache, slot: int, state: SlotState, row: int) -> bool:
-    return all(torch.equal(getattr(cache, n)[slot].cpu(), state.tensors[n][row]) for n in SLOT_TENSORS)
+    return all(
+        torch.equal(getattr(cache, n)[slot].cpu(), state.tensors[n][row]) for n in SLOT_TENSORS
+    )
 
 
 def test_round_trip_into_other_slots(device):
