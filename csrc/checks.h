@@ -36,6 +36,19 @@ inline void check_array(const at::Tensor& t, const char* name, at::IntArrayRef s
   TORCH_CHECK_VALUE(t.is_contiguous(), name, " has strides ", t.strides(), ", must be contiguous");
 }
 
+// A tensor [B, Hq, D] that is written: by several threads at once, so no two rows may share memory.
+inline void check_rows_apart(const at::Tensor& t, const char* name) {
+  if (t.numel() == 0) return;
+  int64_t inner = t.size(2);  // elements that one step of a larger stride has to pass
+  const int first = t.stride(0) < t.stride(1) ? 0 : 1;
+  for (const int dim : {first, 1 - first}) {
+    if (t.size(dim) == 1) continue;
+    TORCH_CHECK_VALUE(t.stride(dim) >= inner, name, " has strides ", t.strides(), " for shape ", t.sizes(),
+                      ", must not overlap itself");
+    inner += (t.size(dim) - 1) * t.stride(dim);
+  }
+}
+
 // A tensor that defines the call's dtype and head_dim.
 inline void check_query(const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 3, name, " has shape ", t.sizes(), ", must be [batch, num_qo_heads, head_dim]");

@@ -17,9 +17,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from serving import Request, Server, serving_config
 
 import mac_attn
-from serving import Request, Server, serving_config
 
 NUM_SLOTS, MAX_LENGTH = 4, 64
 SETTINGS = settings(
