@@ -35,10 +35,22 @@ class Rerun:
     lse: Tensor
     cache: mac_attn.ReuseCache
 
-    def check(self, cache: mac_attn.ReuseCache, out: Tensor, lse: Tensor) -> None:
-        """Assert that the plain step answered the same, bit for bit, and left the same."""
-        assert same_bits(out[self.row], self.out), "out depends on what belongs to others"
-        assert same_bits(lse[self.row], self.lse), "lse depends on what belongs to others"
+    def check(
+        self, cache: mac_attn.ReuseCache, out: Tensor, lse: Tensor, rounding: float = 0.0
+    ) -> None:
+        """Assert that the plain step answered the same and left the same.
+
+        Bit for bit; with `rounding` above 0 floats may differ by that much: the CUDA kernels cut the
+        tokens of all requests into even shares, so that sums are taken in another order.
+        """
+
+        def same(a: Tensor, b: Tensor) -> bool:
+            if rounding and a.is_floating_point():
+                return torch.allclose(a, b, rtol=rounding, atol=rounding, equal_nan=True)
+            return same_bits(a, b)
+
+        assert same(out[self.row], self.out), "out depends on what belongs to others"
+        assert same(lse[self.row], self.lse), "lse depends on what belongs to others"
         places = valid_places(cache, self.slot)
         for name in SLOT_TENSORS:
             got, want = (getattr(c, name)[self.slot] for c in (cache, self.cache))
@@ -46,7 +58,7 @@ class Rerun:
                 got, want = got[:, places], want[:, places]
             elif name == "ring_position":
                 got, want = got[places], want[places]
-            assert same_bits(got, want), f"{name} depends on what belongs to others"
+            assert same(got, want), f"{name} depends on what belongs to others"
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

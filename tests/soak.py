@@ -111,7 +111,8 @@ class Traffic:
             server.finish(request)
         served = [r for r in server.requests if r.slot is not None]
         if "fork" in happens and not crowded and (request := self.pick(served)):
-            if (slot := self.slot()) != request.slot:
+            slot = self.slot()
+            if slot != request.slot:
                 server.fork(request, slot)
         if "truncate" in happens and (request := self.pick(server.requests)):
             server.truncate(request, int(self.rng.integers(12)))

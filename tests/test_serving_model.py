@@ -160,21 +160,26 @@ def run(machine: type[ServingMachine], using: settings = SETTINGS) -> list[Serve
     return servers
 
 
-def test_random_traffic_agrees_with_the_reference(capsys):
-    servers = run(ServingMachine)
+def summary(servers: list[Server]) -> str:
+    """The counts of all of them, once it is sure that they say something."""
     counts = [s.counts for s in servers]
     steps, compared, hits, isolated = (
         sum(getattr(c, name) for c in counts) for name in ("steps", "compared", "hits", "isolated")
     )
-    with capsys.disabled():
-        print(
-            f"\n{len(servers)} random servers: {steps} steps, {compared} outputs compared, "
-            f"{hits} KV head hits, {isolated} steps repeated under poison"
-        )
     operations = {name for c in counts for name in c.operations}
     assert operations >= {"fork", "truncate", "swap out", "swap in", "swap slots", "preempt"}
     assert operations >= {"start", "seed", "reset", "finish"}
     assert hits > compared / 4 and isolated > steps / 4
+    return (
+        f"{len(servers)} random servers: {steps} steps, {compared} outputs compared, "
+        f"{hits} KV head hits, {isolated} steps repeated under poison"
+    )
+
+
+def test_random_traffic_agrees_with_the_reference(capsys):
+    found = summary(run(ServingMachine))
+    with capsys.disabled():
+        print(f"\n{found}")
 
 
 # --- proof that it can fail -----------------------------------------------------------------------
@@ -183,7 +188,7 @@ PLANTED = settings(SETTINGS, phases=[Phase.generate])
 
 
 def drop_the_tag_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever lies in a place of the ring counts as the entry of the position that belongs there."""
+    """What lies in a place of the ring counts as the entry of the position that belongs there."""
     decode = mac_attn.decode
 
     def planted(q: Any, kv: Any, table: Any, lens: Any, *, reuse: Any, slots: Any, **rest: Any):
