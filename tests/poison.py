@@ -40,8 +40,8 @@ class Rerun:
     ) -> None:
         """Assert that the plain step answered the same and left the same.
 
-        Bit for bit; with `rounding` above 0 floats may differ by that much: the CUDA kernels cut the
-        tokens of all requests into even shares, so that sums are taken in another order.
+        Bit for bit; with `rounding` above 0 floats may differ by that much: the CUDA kernels cut
+        the tokens of all requests into even shares, so that sums are taken in another order.
         """
 
         def same(a: Tensor, b: Tensor) -> bool:

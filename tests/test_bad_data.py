@@ -1,4 +1,4 @@
-"""Numbers, page tables and sizes that no model should produce: what comes out, and what stays safe."""
+"""Numbers, page tables and sizes that no model should produce: what comes out, what stays safe."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_reset_in_the_middle_of_a_request(device):
 
 @pytest.mark.parametrize("ids", [True, False])
 def test_fork_and_its_source_part(ids, device):
-    """Both go on with tokens of their own; neither sees what the other adds, in either direction."""
+    """Both go on with tokens of their own; neither sees what the other adds."""
     server = make_server(device, ids=ids)
     source = server.start(0, 12)
     run(server, source, steps=10)
@@ -152,7 +152,7 @@ def test_truncate_is_idempotent_and_may_name_the_future(device):
 @pytest.mark.parametrize(("seeded", "chunks"), [(8, 1), (5, 3), (8, 3), (1, 2)])
 @pytest.mark.parametrize("anchors", [0, 2])
 def test_prefill_in_chunks(seeded, chunks, anchors, device):
-    """Each chunk seeds its tail; a chunk longer than that leaves a gap, and the ring starts anew."""
+    """Each chunk seeds its tail; a longer one leaves a gap, and the ring starts anew."""
     server = make_server(device, cfg=dict(anchors=anchors))
     for slot, length in enumerate((24, 15, 3)):
         request = server.start(slot, length, seeded=seeded, chunks=chunks)
@@ -260,8 +260,8 @@ def outputs_of(server: Server, steps: int = 40) -> Tensor:
 
 
 def test_layers_and_threads_are_independent(device):
-    """Two caches of different options, in turn and from two threads (streams, on CUDA) at once, give
-    bit for bit what each gives alone."""
+    """Two caches of different options, from two threads (on CUDA: streams) at once, give bit for
+    bit what each gives alone."""
     options = [dict(cfg=dict(anchors=0, granularity="head")), dict(cfg=dict(window=12, band=6))]
     alone = [outputs_of(make_server(device, seed=i, **o)) for i, o in enumerate(options)]
     servers = [make_server(device, seed=i, **o) for i, o in enumerate(options)]

@@ -1,7 +1,7 @@
-"""The model-based test of tests/test_serving_model.py with the CUDA kernels in place of the CPU's.
+"""The model-based test of tests/test_serving_model.py with the CUDA kernels instead of the CPU's.
 
-A process of its own: the extension is exchanged before mac_attn is imported. With the name of one of
-the planted bugs the test must fail, and this script succeeds if it does.
+A process of its own: the extension is exchanged before mac_attn is imported. With the name of one
+of the planted bugs the test must fail, and this script succeeds if it does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from build import load_as_c
+from host_kernels import load_as_c
 from hypothesis import Phase, settings
 
 TESTS = Path(__file__).resolve().parents[2]
