@@ -97,7 +97,7 @@ def main() -> int:
         folder = Path(name)
         source = copy_of_sources(folder / "source")
         dist = folder / "dist"
-        # Without isolation, as the README says: the extension needs the torch it will run with. That
+        # Without isolation, as in the README: the extension needs the torch it will run with. That
         # torch decides about CUDA, and so does MAC_ATTN_CUDA as in any build.
         run(sys.executable, "-m", "build", "--no-isolation", "-q", "-o", dist, ".", cwd=source)
         (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")

@@ -207,6 +207,12 @@ def test_sizes_whose_products_overflow_int32():
     want = mac_attn.decode(q, (page, page), table[:, :1], ints(3000))
     got = mac_attn.decode(q, (page, page), table, ints(3000))
     assert torch.equal(got, want)
+    # More tokens than the kernels can count are refused.
+    pages = torch.zeros(1, 2**15 + 1, dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match=r"seq_lens\[0\] is 2147483647, must be from 0 to 2147479551"
+    ):
+        mac_attn.decode(q, (page, page), pages, ints(2**31 - 1))
     # A page that would hold 2^31 tokens and more is refused, and so are as many rows.
     wide = torch.zeros(1, 1, 1, 16).expand(1, 2**31, 1, 16)
     with pytest.raises(ValueError, match="page_size is 2147483648, must be from 1 to 2147483647"):

@@ -15,7 +15,7 @@ from host_kernels import load_as_c
 from hypothesis import Phase, settings
 
 TESTS = Path(__file__).resolve().parents[2]
-EXAMPLES = 30  # a step takes some ten times as long as on the CPU
+EXAMPLES = 20  # a step takes some ten times as long as on the CPU
 
 
 def main() -> int:
