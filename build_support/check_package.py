@@ -84,7 +84,7 @@ def check_contents(sdist: Path, wheel: Path) -> None:
 
 def other_environment(folder: Path) -> Path:
     """A new environment with this one's packages behind its own; returns its Python."""
-    venv.create(folder, with_pip=True, symlinks=True)
+    venv.create(folder, with_pip=False, symlinks=True)  # pip is one of the packages it sees
     python = folder / "bin" / "python"
     own = run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip()
     here = [p for p in sys.path if p.endswith("site-packages")]

@@ -16,7 +16,7 @@ namespace mac_attn {
 constexpr int64_t kAny = -1;  // in an expected shape: this size is free
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxTokens = INT32_MAX - 4096;  // of a request: loops count in int32 and look a block ahead
-constexpr int64_t kHeadDimStep = 16;  // elements; a vector of the widest instruction set
+constexpr int64_t kHeadDimStep = 16;              // elements; a vector of the widest instruction set
 
 // A tensor argument of a given shape, dtype and device whose last dimension is contiguous.
 inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType dtype,

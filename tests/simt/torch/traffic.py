@@ -37,9 +37,9 @@ def main() -> int:
     with pytest.MonkeyPatch.context() as patch:
         getattr(model, sys.argv[1])(patch)
         try:
-            model.run(OnCudaKernels, settings(using, phases=[Phase.generate]))
+            model.run(OnCudaKernels, settings(model.SETTINGS, phases=[Phase.generate]))
         except (AssertionError, ValueError) as error:
-            print(f"found: {str(error).splitlines()[0]}")
+            print(f"found: {type(error).__name__} {' '.join(str(error).split())[:100]}")
             return 0
     print("not found")
     return 1
