@@ -36,11 +36,4 @@ void* mac_attn_entries() {
 int mac_attn_num_counters() {
   return kCounters;
 }
-
-// How many counters are not zero.
-int mac_attn_blocks_seen() {
-  int seen = 0;
-  for (const uint8_t counter : counters) seen += counter != 0;
-  return seen;
-}
 }
