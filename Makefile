@@ -2,11 +2,14 @@
 # make test    formatting, the kernels alone (CTest, sanitizers), the Python tests
 # make cuda    the CUDA extension against a CUDA torch, in .venv-cuda (6 GB; part of `make test`)
 # make bench   the quick benchmarks
+# make sanitize, fuzz, package, soak   sanitized op tests, fuzzing, sdist and wheel, hours of traffic
+#              (part of `make test`, the last two of them short)
 #
 # Everything else goes into .venv. Variables:
 #   PYTHON=python3.12     the Python that .venv is made with
 #   TORCH="torch==2.13.0" what to install if .venv has no torch yet
 #   DEMO_ARGS, TEST_ARGS  passed on
+#   FUZZ_SECONDS, SOAK_SECONDS  how long (600 and 1800; in `make test` 60 and 20)
 #   CUDA_TORCH, CUDA_COMPILER  what `make cuda` installs: a torch for CUDA, and its compiler as wheels
 
 PYTHON ?= python3
@@ -15,18 +18,20 @@ CUDA_TORCH ?= torch==2.11.0
 CUDA_COMPILER ?= $(foreach part,nvcc crt cccl,nvidia-cuda-$(part)==13.0.*) nvidia-nvvm==13.0.* nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 DEMO_ARGS ?=
 TEST_ARGS ?=
+FUZZ_SECONDS ?= 600
+SOAK_SECONDS ?= 1800
 
 venv := .venv
 bin := $(venv)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -q
-cxx_files := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/cpp/*.cpp tests/simt/*.cpp tests/simt/*.h)
+cxx_files := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/cpp/*.cpp tests/simt/*.cpp tests/simt/*.h tests/simt/torch/*.cpp tests/simt/torch/*/*/*.h tests/fuzz/*.cpp)
 sources := setup.py pyproject.toml build_support/toolkit.py mac_attn/_version.py $(cxx_files)
 
 cuda_venv := .venv-cuda
 cuda_bin := $(cuda_venv)/bin
 cuda_pip := $(cuda_bin)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint build kernels simt cuda bench format clean help
+.PHONY: demo test lint build kernels simt cuda sanitize fuzz soak package bench format clean help
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -36,8 +41,12 @@ demo: $(venv)/built-demo
 
 test: lint kernels cuda $(venv)/built-test
 	$(bin)/python -m pytest --cov --cov-report=term $(TEST_ARGS)
+	$(MAKE) sanitize package
+	$(MAKE) fuzz FUZZ_SECONDS=60
+	$(MAKE) soak SOAK_SECONDS=20
 
 lint: $(venv)/built-test
+	$(bin)/mypy
 	$(bin)/ruff format --check .
 	$(bin)/ruff check .
 	$(bin)/clang-format --dry-run -Werror $(cxx_files)
@@ -69,6 +78,47 @@ else
 cuda:
 	@echo "make cuda: skipped, the package index has a torch for CUDA only for Linux"
 endif
+
+# The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources. AddressSanitizer
+# must be loaded first and libstdc++ with it, so that it finds what throws; torch leaks on purpose.
+sanitized := build/sanitized
+sanitized_python = cd $(sanitized) && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+  UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive PYTHONPATH=. \
+  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so) $(abspath $(sanitized))/libcoverage.so" \
+  MAC_ATTN_FUZZ_COVERAGE=$(abspath $(sanitized))/libcoverage.so $(abspath $(bin))/python
+can_sanitize := $(shell [ "$$(uname -s)" = Linux ] && $(CXX) --version 2> /dev/null | grep -q "Free Software" && echo yes)
+op_tests := ops chain decode_reference bad_data cache slot_state seed serving
+
+ifeq ($(can_sanitize),yes)
+sanitize: $(sanitized)/built
+	$(sanitized_python) -m pytest -q -p no:cacheprovider --rootdir=../.. $(op_tests:%=../../tests/test_%.py)
+
+# Findings are left in build/sanitized as crash-*; `fuzz_ops.py crash-...` replays one.
+fuzz: $(sanitized)/built
+	@$(pip) install --only-binary :all: atheris 2> /dev/null || true
+	@if $(bin)/python -c "import atheris" 2> /dev/null; then \
+	  $(sanitized_python) ../../tests/fuzz/fuzz_ops.py -max_total_time=$(FUZZ_SECONDS) -max_len=512 -len_control=0 \
+	    -timeout=60 -rss_limit_mb=4096 -print_final_stats=1 -verbosity=0; \
+	else echo "make fuzz: skipped, the package index has no atheris wheel for this Python"; fi
+else
+sanitize fuzz:
+	@echo "make $@: skipped, it needs GCC on Linux"
+endif
+
+$(sanitized)/built: $(venv)/built-test $(sources) tests/fuzz/coverage.cpp
+	mkdir -p $(sanitized)
+	cp -rp setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn $(sanitized)
+	rm -f $(sanitized)/mac_attn/*.so
+	$(CXX) -O2 -shared -fPIC -o $(sanitized)/libcoverage.so tests/fuzz/coverage.cpp
+	cd $(sanitized) && MAC_ATTN_CUDA=0 MAC_ATTN_SANITIZE=address,undefined CFLAGS=-fsanitize-coverage=trace-pc \
+	  PATH="$(abspath $(bin)):$$PATH" $(abspath $(bin))/python setup.py -q build_ext --inplace
+	touch $@
+
+soak: $(venv)/built-test
+	OMP_WAIT_POLICY=passive $(bin)/python tests/soak.py --seconds $(SOAK_SECONDS)
+
+package: $(venv)/built-test
+	$(bin)/python build_support/check_package.py
 
 bench: $(venv)/built-test
 	$(bin)/python bench/hit_curve.py --quick

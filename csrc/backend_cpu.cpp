@@ -19,7 +19,7 @@ void run_team(Kernel kernel, const Params& params, Work& work) {
 
 // What amend is going to read: the tokens of every request, the anchors of every matched entry.
 void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_pages, int32_t num_slots) {
-  check_seq_lens(p.shape, p.requests, max_pages * p.kv.page_size);
+  check_seq_lens(p.shape, p.requests, std::min(max_pages * p.kv.page_size, kMaxTokens));
   if (p.source) check_source(p.shape, p.requests, p.source, p.window, p.band, p.num_anchors > 0);
   if (p.num_anchors > 0) check_slots(p.shape, p.requests, num_slots);
   for (int32_t b = 0; b < p.shape.batch; ++b) {

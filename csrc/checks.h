@@ -15,7 +15,8 @@ namespace mac_attn {
 
 constexpr int64_t kAny = -1;  // in an expected shape: this size is free
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kHeadDimStep = 16;  // elements; a vector of the widest instruction set
+constexpr int64_t kMaxTokens = INT32_MAX - 4096;  // of a request: loops count in int32 and look a block ahead
+constexpr int64_t kHeadDimStep = 16;              // elements; a vector of the widest instruction set
 
 // A tensor argument of a given shape, dtype and device whose last dimension is contiguous.
 inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType dtype,
@@ -34,6 +35,19 @@ inline void check_array(const at::Tensor& t, const char* name, at::IntArrayRef s
                         at::Device device) {
   check_tensor(t, name, shape, dtype, device);
   TORCH_CHECK_VALUE(t.is_contiguous(), name, " has strides ", t.strides(), ", must be contiguous");
+}
+
+// A tensor [B, Hq, D] that is written: by several threads at once, so no two rows may share memory.
+inline void check_rows_apart(const at::Tensor& t, const char* name) {
+  if (t.numel() == 0) return;
+  int64_t inner = t.size(2);  // elements that one step of a larger stride has to pass
+  const int first = t.stride(0) < t.stride(1) ? 0 : 1;
+  for (const int dim : {first, 1 - first}) {
+    if (t.size(dim) == 1) continue;
+    TORCH_CHECK_VALUE(t.stride(dim) >= inner, name, " has strides ", t.strides(), " for shape ", t.sizes(),
+                      ", must not overlap itself");
+    inner += (t.size(dim) - 1) * t.stride(dim);
+  }
 }
 
 // A tensor that defines the call's dtype and head_dim.

@@ -170,6 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> amend(const Tensor& q, const Tensor& k_cache,
 CompleteParams check_merge(const Tensor& states, const Tensor& state_lse, int64_t num_kv_heads,
                            const Tensor& seq_lens, const Tensor& out, const Tensor& lse) {
   check_query(out, "out");
+  check_rows_apart(out, "out");
   CompleteParams p{};
   p.shape = make_shape(out, num_kv_heads);
   p.dtype = dtype_of(out);

@@ -6,13 +6,15 @@ its options.
 """
 
 from ._version import __version__
-from .cache import ReuseCache, ReuseStats
+from .cache import ReuseCache
 from .config import ReuseConfig
 from .decode import decode
 from .ops import Amended, amend, complete, match, merge_states
 from .paging import dense_as_pages, from_flashinfer
 from .rope import RotaryEmbedding, rotate, unrotate
 from .seed import seed
+from .slot_state import SlotState
+from .stats import ReuseStats
 
 __all__ = [
     "Amended",
@@ -20,6 +22,7 @@ __all__ = [
     "ReuseConfig",
     "ReuseStats",
     "RotaryEmbedding",
+    "SlotState",
     "__version__",
     "amend",
     "complete",

@@ -18,6 +18,7 @@ from ._checks import (
 )
 from .config import ReuseConfig
 from .rope import RotaryEmbedding
+from .slot_state import SLOT_TENSORS, SlotState
 from .stats import COUNTERS, ReuseStats
 
 NO_POSITION = -1  # tag of an empty place of a ring, and an anchor place that is not used
@@ -26,8 +27,8 @@ NO_REQUEST = -1
 # Bits of ReuseCache.error_flag, set by kernels and by methods that were given values on the GPU.
 ERROR_SEQ_LENS, ERROR_BLOCK_TABLE, ERROR_SLOTS = 1, 2, 4
 ERRORS = {
-    ERROR_SEQ_LENS: "seq_lens held a length outside [0, max_pages * page_size] (decode) or beyond "
-    "the end of its slot (truncate)",
+    ERROR_SEQ_LENS: "seq_lens held a length outside [0, max_pages * page_size] (decode) or a "
+    "negative one (truncate)",
     ERROR_BLOCK_TABLE: "block_table held a page id outside the KV cache among the pages in use",
     ERROR_SLOTS: "slots held a number outside [0, num_slots), or one number twice",
 }
@@ -139,17 +140,7 @@ class ReuseCache:
 
     def _rings(self) -> tuple[Tensor, ...]:
         """Everything that makes up the contents of a slot, its history included."""
-        return (
-            self.ring_query,
-            self.ring_out,
-            self.ring_lse,
-            self.ring_depth,
-            self.ring_anchors,
-            self.ring_position,
-            self.slot_begin,
-            self.slot_end,
-            self.slot_request,
-        )
+        return tuple(getattr(self, name) for name in SLOT_TENSORS if name != "counters")
 
     @property
     def nbytes(self) -> int:
@@ -179,31 +170,33 @@ class ReuseCache:
             which = self._mask(self._slots("slots", slots, distinct=False)[0])
         self._empty(which)
 
-    def fork(self, src: Ints, dst: Ints) -> None:
-        """Copy slot `src[i]` over slot `dst[i]`: beam search, parallel sampling.
+    def fork(self, src: Ints, dst: Ints, request_ids: Ints | None = None) -> None:
+        """Copy slot `src[i]` over slot `dst[i]`: beam search, parallel sampling, slots that swap.
 
         All of `src` is read before any of `dst` is written, so a permutation is fine. The counters
-        of `dst` start at zero. A copy keeps the request id of its source: to go on under another,
-        write that to `slot_request[dst]`.
+        of `dst` start at zero. A copy belongs to the request `request_ids[i]`; with None to the one
+        of its source, so that a fork which goes on under an id of its own must name it here.
 
-        Raises ValueError for slots out of range, a `dst` that occurs twice, or different numbers
-        of them. On the GPU such a `dst` is emptied, and `check` raises.
+        Raises ValueError for slots out of range, a `dst` that occurs twice, different numbers of
+        them, or a negative id. On the GPU such a `dst` is emptied, and `check` raises; ids are not
+        looked at there.
         """
         source, source_valid = self._slots("src", src, distinct=False)
         target, target_valid = self._slots("dst", dst, distinct=True)
         if len(source) != len(target):
             raise ValueError(f"dst has {len(target)} slots, must have {len(source)} as src")
+        ids = None if request_ids is None else self._request_ids(request_ids, len(target))
         if len(source) == 0:
             return
         valid = source_valid & target_valid
-        # A pair that is not valid repeats one that is; without any, slot 0 is copied onto itself.
-        first = valid.to(torch.int32).argmax()
-        read, write = (
-            slots.where(valid, slots.take(first).where(valid.any(), 0))
-            for slots in (source, target)
-        )
+        pairs = _valid_pairs(valid)
+        some = valid.any()
+        read, write = (slots.take(pairs).where(some, 0) for slots in (source, target))
         for tensor in self._rings():
             tensor.index_copy_(0, write, tensor.index_select(0, read))
+        if ids is not None:
+            ids = ids.take(pairs).where(some, self.slot_request.index_select(0, write))
+            self.slot_request.index_copy_(0, write, ids)
         self.counters.masked_fill_(self._mask(target, valid)[:, None], 0)
         self._empty(self._mask(target, ~valid))
 
@@ -211,12 +204,12 @@ class ReuseCache:
         """Drop the entries at positions from `seq_lens[i]` on of slot `slots[i]`: rejected drafts.
 
         The next decode step of that slot is the one with seq_len `seq_lens[i] + 1`. Entries that
-        the dropped ones had overwritten do not come back: the ring has fewer for a while.
+        the dropped ones had overwritten do not come back: the ring has fewer for a while. A length
+        beyond the slot's end drops nothing.
 
-        Raises ValueError for slots out of range or given twice, and for lengths that are negative
-        or beyond the slot's end. On the GPU `check` raises: a slot out of range is ignored, of one
-        given twice the shorter length counts, a length too long drops nothing and a negative one
-        everything.
+        Raises ValueError for slots out of range or given twice, and for negative lengths. On the
+        GPU `check` raises: a slot out of range is ignored, of one given twice the shorter length
+        counts, a negative length drops everything.
         """
         index, _ = self._slots("slots", slots, distinct=True)
         lens = self._ints("seq_lens", seq_lens).to(self.device)
@@ -225,18 +218,51 @@ class ReuseCache:
         untouched = torch.iinfo(torch.int64).max
         limit = torch.full((self.num_slots + 1,), untouched, dtype=torch.int64, device=self.device)
         limit = limit.scatter_reduce_(0, index, lens, "amin")[: self.num_slots]
-        wrong = (limit < 0) | ((limit > self.slot_end) & (limit != untouched))
+        wrong = limit < 0
         if self.device.type == "cpu":
             for slot in wrong.nonzero().flatten().tolist():
                 raise ValueError(
-                    f"seq_lens for slot {slot} is {int(limit[slot])}, "
-                    f"must be from 0 to the slot's end, {int(self.slot_end[slot])}"
+                    f"seq_lens for slot {slot} is {int(limit[slot])}, must not be negative"
                 )
         self._flag(wrong, ERROR_SEQ_LENS)
         limit = limit.clamp(0, INT32_MAX).to(torch.int32)
         self.slot_end.copy_(torch.minimum(self.slot_end, limit))
         self.slot_begin.copy_(torch.minimum(self.slot_begin, self.slot_end))
         self.ring_position.masked_fill_(self.ring_position >= limit[:, None], NO_POSITION)
+
+    def export_slots(self, slots: Ints, *, pin_memory: bool = False) -> SlotState:
+        """Copy slots to host memory, counters included: a request that is swapped out.
+
+        The slots stay as they are; `reset` frees them for others. With `pin_memory` a cache on a
+        GPU copies into page-locked memory and does not wait: the copies are in the current stream,
+        where `import_slots` may follow at once, and anybody else must wait for it first.
+
+        Raises ValueError for slots out of range; on the GPU such a one is exported as empty and
+        `check` raises.
+        """
+        index, valid = self._slots("slots", slots, distinct=False)
+        return SlotState.gather(self, index.where(valid, 0), valid, pin_memory=pin_memory)
+
+    def import_slots(self, slots: Ints, state: SlotState) -> None:
+        """Put the exported slot `i` of `state` in the place of slot `slots[i]`.
+
+        The request goes on as if it had never been away, in any slot, in this cache or in another
+        of the same shape, window, band, anchors and granularity. It keeps its request id.
+
+        Raises ValueError for slots out of range or given twice, a state of another number of slots
+        or from a cache of another form. On the GPU a slot out of range is ignored and one given
+        twice is emptied, and `check` raises.
+        """
+        check_type("state", state, SlotState)
+        index, valid = self._slots("slots", slots, distinct=True)
+        if len(index) != len(state):
+            raise ValueError(f"state has {len(state)} slots, must have {len(index)} as slots")
+        state.check_form(self)
+        if len(index) == 0:
+            return
+        pairs, some = _valid_pairs(valid), valid.any()
+        state.scatter(self, pairs, index.take(pairs).where(some, 0), some)
+        self._empty(self._mask(index, ~valid))
 
     def stats(self) -> ReuseStats:
         """What reuse has saved so far, in all and per slot. Waits for the device.
@@ -294,12 +320,22 @@ class ReuseCache:
         self._flag(~valid, ERROR_SLOTS)
         return index, valid
 
-    def _ints(self, name: str, values: Ints) -> Tensor:
+    def _request_ids(self, request_ids: Ints, count: int) -> Tensor:
+        """Ids int64 `[count]` on the device; not negative, where that can be seen."""
+        ids = self._ints("request_ids", request_ids, high=torch.iinfo(torch.int64).max)
+        if len(ids) != count:
+            raise ValueError(f"request_ids has {len(ids)} ids, must have {count} as dst")
+        if ids.device.type == "cpu":
+            for i in (ids < 0).nonzero().flatten().tolist():
+                raise ValueError(f"request_ids[{i}] is {int(ids[i])}, must not be negative")
+        return ids.to(self.device)
+
+    def _ints(self, name: str, values: Ints, high: int = INT32_MAX) -> Tensor:
         """One int or several as int64 `[k]`, on the CPU or where the caller had them."""
         if not isinstance(values, Tensor):
             numbers = list(values) if isinstance(values, Sequence) else [values]
             for number in numbers:
-                check_int(name, number, low=-INT32_MAX)
+                check_int(name, number, low=-INT32_MAX, high=high)
             return torch.tensor(numbers, dtype=torch.int64)
         check_tensor(name, values, dtype=INT_DTYPES)
         if values.ndim > 1:
@@ -318,3 +354,10 @@ def _valid_slots(given: Tensor, num_slots: int, *, distinct: bool) -> tuple[Tens
     uses = torch.zeros(num_slots + 1, dtype=torch.int32, device=given.device)
     uses.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
     return index, in_range & (uses[index] == 1)
+
+
+def _valid_pairs(valid: Tensor) -> Tensor:
+    """Indices `[k]` of pairs to copy: one that is not valid repeats the first that is."""
+    return torch.arange(len(valid), device=valid.device).where(
+        valid, valid.to(torch.int32).argmax()
+    )

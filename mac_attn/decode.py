@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,11 @@ def decode(
     check_tensor("seq_lens", seq_lens, shape=(q.size(0),), dtype=torch.int32)
     if out is not None:
         check_tensor("out", out, shape=tuple(q.shape), dtype=q.dtype, device=q.device)
-    attention = {"sm_scale": sm_scale, "logits_soft_cap": logits_soft_cap, "kv_layout": kv_layout}
+    attention: dict[str, Any] = {
+        "sm_scale": sm_scale,
+        "logits_soft_cap": logits_soft_cap,
+        "kv_layout": kv_layout,
+    }
 
     if reuse is None:
         amended = ops.amend(q, kv_cache, block_table, seq_lens, **attention)
@@ -84,7 +90,7 @@ def decode(
 
     q_match = pre_rope_query(q, q_match, seq_lens - 1, reuse.rotary)
     check_tensor("slots", slots, shape=(q.size(0),), dtype=torch.int32)
-    rows = {"slots": slots, "request_ids": request_ids}
+    rows: dict[str, Any] = {"slots": slots, "request_ids": request_ids}
 
     source = ops.match(reuse, q_match, seq_lens, **rows)
     amended = ops.amend(

@@ -62,7 +62,7 @@ def match(
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
     """
     check_query("q_match", q_match, reuse)
-    return torch.ops.mac_attn.match(
+    source: Tensor = torch.ops.mac_attn.match(
         q_match,
         seq_lens,
         slots,
@@ -82,6 +82,7 @@ def match(
         reuse.workspace,
         reuse.error_flag,
     )
+    return source
 
 
 def amend(
@@ -197,7 +198,7 @@ def complete(
     return out, lse
 
 
-def check_query(name: str, query: Tensor, reuse: ReuseCache) -> None:
+def check_query(name: str, query: Tensor | None, reuse: ReuseCache) -> None:
     """Queries of the model that the cache was made for."""
     shape = ("batch", reuse.num_qo_heads, reuse.head_dim)
     check_tensor(name, query, shape=shape, dtype=reuse.dtype, device=reuse.device)

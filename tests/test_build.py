@@ -137,27 +137,3 @@ def test_every_instruction_set(simd):
     assert order.index(got) <= order.index(simd)  # a machine may lack the level asked for
     if simd == "generic":
         assert got == "generic"
-
-
-@pytest.mark.slow
-def test_install_from_a_clean_copy(tmp_path):
-    """What git has is enough to install, and what is installed works away from the sources."""
-    listing = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if listing.returncode:
-        pytest.skip("not a git checkout")
-    source, target = tmp_path / "source", tmp_path / "target"
-    for name in filter(None, listing.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    install = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps")
-    run(*install, "--target", str(target), str(source))
-    environ = {**os.environ, "PYTHONPATH": str(target)}
-    where = "import mac_attn, mac_attn.demo, mac_attn.integrations.transformers; "
-    code = where + "print(mac_attn.__file__); mac_attn.decode"
-    assert run("-c", code, cwd=tmp_path, env=environ).startswith(str(target))
-    assert mac_attn.__version__ in run("-m", "mac_attn.info", cwd=tmp_path, env=environ)
-    assert (target / "mac_attn" / "py.typed").exists()
-    assert not list(target.glob("tests")) and not list(target.glob("build_support"))

@@ -10,23 +10,12 @@ from torch import Tensor
 
 from mac_attn import ReuseCache, ReuseConfig, RotaryEmbedding
 from mac_attn.cache import ERROR_BLOCK_TABLE, ERROR_SEQ_LENS, ERROR_SLOTS, _valid_slots
+from mac_attn.slot_state import SLOT_TENSORS
 
 OPTIONS: dict[str, Any] = dict(
     num_slots=5, num_qo_heads=6, num_kv_heads=2, head_dim=16, dtype=torch.float32
 )
 WINDOW, ANCHORS = 8, 3
-SLOT_TENSORS = (
-    "ring_query",
-    "ring_out",
-    "ring_lse",
-    "ring_depth",
-    "ring_anchors",
-    "ring_position",
-    "slot_begin",
-    "slot_end",
-    "slot_request",
-    "counters",
-)
 
 
 def make_cache(**changes: Any) -> ReuseCache:
@@ -190,6 +179,18 @@ def test_fork_of_one_slot_and_of_none(device):
     assert unchanged(cache, before, [1, 2, 3, 4])
 
 
+def test_fork_names_the_requests_of_the_copies(given, device):
+    cache = make_cache(device=device)
+    before = fill(cache)
+    cache.fork(given(0, 0), given(2, 1), request_ids=[2**62, 5])
+    assert cache.slot_request[[2, 1]].tolist() == [2**62, 5]
+    assert unchanged(cache, before, [0, 3, 4])
+    assert torch.equal(cache.ring_out[2], before["ring_out"][0])
+    cache.fork(given(0), given(3), request_ids=torch.tensor([9], device=device))
+    assert cache.slot_request[3] == 9
+    cache.check()
+
+
 def test_fork_reads_before_it_writes(device):
     cache = make_cache(device=device)
     before = fill(cache)
@@ -212,6 +213,9 @@ def test_truncate(given, device):
     assert unchanged(cache, before, [2, 3, 4])
     for name in ("ring_query", "ring_out", "slot_request", "counters"):
         assert torch.equal(getattr(cache, name), before[name]), name
+    before = {name: getattr(cache, name).clone() for name in SLOT_TENSORS}
+    cache.truncate([2, 3], torch.tensor([23, 2**40]))  # nothing lies there
+    assert unchanged(cache, before, [0, 1, 2, 3, 4])
     cache.truncate(2, 0)
     assert (cache.slot_begin[2], cache.slot_end[2]) == (0, 0)
     assert (cache.ring_position[2] == -1).all()
@@ -258,12 +262,14 @@ def test_bad_pairs_raise_and_change_nothing():
         cache.truncate([2, 2], [4, 5])
     with pytest.raises(ValueError, match="seq_lens has 1 lengths, must have 2 as slots"):
         cache.truncate([2, 3], [4])
-    with pytest.raises(ValueError, match=r"seq_lens for slot 3 is 24, must be .* end, 23"):
-        cache.truncate([0, 3], [20, 24])
-    with pytest.raises(ValueError, match="seq_lens for slot 3 is -1"):
+    with pytest.raises(ValueError, match="seq_lens for slot 3 is -1, must not be negative"):
         cache.truncate([0, 3], [20, -1])
-    with pytest.raises(ValueError, match="seq_lens for slot 3"):
-        cache.truncate([3], torch.tensor([2**40]))
+    with pytest.raises(ValueError, match="request_ids has 1 ids, must have 2 as dst"):
+        cache.fork([0, 1], [3, 4], [7])
+    with pytest.raises(ValueError, match=r"request_ids\[1\] is -1, must not be negative"):
+        cache.fork([0, 1], [3, 4], [7, -1])
+    with pytest.raises(TypeError, match="request_ids is torch.float32"):
+        cache.fork([0, 1], [3, 4], torch.rand(2))
     assert unchanged(cache, before, list(range(5)))
 
 
@@ -291,6 +297,9 @@ def test_unread_slots_that_are_valid(unread):
     before = fill(unread)
     unread.fork([0, 0, 4], [2, 1, 3])
     assert torch.equal(unread.ring_out[[2, 1, 3]], before["ring_out"][[0, 0, 4]])
+    assert torch.equal(unread.slot_request[[2, 1, 3]], before["slot_request"][[0, 0, 4]])
+    unread.fork([4, 0], [3, 1], [70, 71])
+    assert unread.slot_request[[3, 1]].tolist() == [70, 71]
     unread.truncate([2], [15])
     assert unread.slot_end.tolist() == [20, 20, 15, 24, 24]
     unread.reset([4])
@@ -319,10 +328,11 @@ def test_unread_bad_slots_of_reset(unread):
 )
 def test_unread_bad_pairs_of_fork(src, dst, copied, emptied, unread):
     before = fill(unread)
-    unread.fork(src, dst)
+    unread.fork(src, dst, request_ids=list(range(50, 50 + len(dst))))
     for target, source in copied.items():
-        for name in SLOT_TENSORS[:-1]:
+        for name in SLOT_TENSORS[:-2]:
             assert torch.equal(getattr(unread, name)[target], before[name][source]), name
+        assert unread.slot_request[target] == 50 + dst.index(target)
     assert all(is_empty(unread, slot) for slot in emptied)
     others = set(range(5)) - set(copied) - set(emptied)
     assert unchanged(unread, before, sorted(others))
@@ -349,7 +359,7 @@ def test_wrong_lengths_on_the_gpu_are_flagged(device):
     fill(cache)
     cache.truncate(
         torch.tensor([0, 1, 2], device=device), torch.tensor([99, -4, 18], device=device)
-    )
+    )  # 99 lies beyond the end, which is no mistake
     assert cache.slot_end.tolist() == [20, 0, 18, 23, 24]
     with pytest.raises(ValueError, match="seq_lens held"):
         cache.check()

@@ -113,4 +113,5 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int)
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     message = {"role": "user", "content": f"{text}\n\n{QUESTION}"}
     chat = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    return tokenizer(chat, add_special_tokens=False).input_ids
+    tokens: list[int] = tokenizer(chat, add_special_tokens=False).input_ids
+    return tokens

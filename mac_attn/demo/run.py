@@ -71,7 +71,7 @@ class _Decoder:
         ids = torch.tensor([[token]], device=self.model.device)
         with AttentionTimer() as timer:
             start = time.perf_counter()
-            logits = self.model(ids, past_key_values=self.cache).logits[0, -1].float()
+            logits: Tensor = self.model(ids, past_key_values=self.cache).logits[0, -1].float()
             attention_seconds = (
                 timer.lap()
             )  # on a GPU this waits for the attention of the last layer

@@ -199,9 +199,7 @@ class MacLayer(CacheLayerMixin):
             return
         self.length = length
         if self.reuse is not None:
-            # The rings end earlier than the cache if the last steps were taken in another mode.
-            ends = self.shared.layout.seq_lens(self.length, self.device)
-            self.reuse.truncate(self.slots, torch.minimum(ends, self.reuse.slot_end))
+            self.reuse.truncate(self.slots, self.shared.layout.seq_lens(self.length, self.device))
 
     def reset(self) -> None:
         """Empty the layer; its memory is kept for a batch of the same size."""

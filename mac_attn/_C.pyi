@@ -1,0 +1,4 @@
+from typing import Any
+
+def build_info() -> dict[str, Any]:
+    """Version, CUDA architectures, SIMD level, threads, compiler."""

@@ -1,0 +1,159 @@
+"""Arguments of the ops: a valid call of random small sizes, then some of it replaced by nonsense.
+
+Everything is drawn from an `atheris.FuzzedDataProvider` (or anything with its methods), so that the
+fuzzer steers it. Storages are as large as their tensors, so that AddressSanitizer sees one element
+beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ODD_DTYPES = (*DTYPES, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool)
+INTS = (0, 1, -1, 2, 7, 63, 2**15, 2**31 - 1, -(2**31), 2**30)
+WIDE_INTS = (*INTS, 2**31, 2**32, 2**62, 2**63 - 1, -(2**63))
+FLOATS = (0.0, 1.0, -1.0, 1e-45, 3e38, -3e38, float("inf"), float("nan"), 1e30, -float("inf"))
+
+
+class Call:
+    """Sizes of one call and its tensors by name, as `torch.ops.mac_attn` takes them."""
+
+    def __init__(self, draw: Any, wanted: Collection[str]) -> None:
+        self.draw = draw
+        pick = draw.ConsumeIntInRange
+        # An input that has run out gives the lowest number: let that be a full call.
+        self.batch, self.kv_heads, self.group = 3 - pick(0, 3), pick(1, 2), pick(1, 5)
+        self.head_dim = draw.PickValueInList([16, 32, 48, 80, 256])
+        self.slots, self.window, self.num_anchors = 5 - pick(1, 4), 7 - pick(1, 6), pick(0, 3)
+        self.band, self.page_size, self.max_pages = pick(1, 5), 6 - pick(1, 5), 5 - pick(0, 5)
+        self.num_pages = 6 - pick(0, 6)
+        self.dtype = draw.PickValueInList(list(DTYPES))
+        self.per_head = self.num_anchors == 0 and draw.ConsumeBool()
+        self.generator = torch.Generator().manual_seed(pick(0, 2**16))
+        self.args = {name: make() for name, make in self.makers().items() if name in wanted}
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
+
+    def ints(self, *shape: int, low: int, high: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.randint(low, max(low + 1, high), shape, generator=self.generator).to(dtype)
+
+    def makers(self) -> dict[str, Callable[[], Any]]:
+        """What makes each argument of a call that is valid, or nearly."""
+        B, H, G, D = self.batch, self.kv_heads, self.group, self.head_dim
+        N, M, S = self.slots, self.window, self.num_anchors
+        longest = self.max_pages * self.page_size if self.num_pages else 0
+        lens = self.ints(B, low=0, high=longest + 1)
+        order = torch.randperm(N, generator=self.generator).int()
+        slots = order[:B] if B <= N else self.ints(B, low=0, high=N)
+        begin, end = torch.zeros(N).int(), torch.zeros(N).int()
+        position = torch.full((N, M), -1, dtype=torch.int32)
+        for n, slot in zip(lens.tolist(), slots.tolist(), strict=True):
+            end[slot] = max(0, n - 1)  # the slot's history is unbroken
+            for c in range(max(0, n - 1 - M), max(0, n - 1)):
+                position[slot, c % M] = c
+        cache = (self.num_pages, self.page_size, H, D)
+        source = torch.full((B, H * G), -1, dtype=torch.int32)
+        if self.draw.ConsumeBool():  # the newest entry of each that has one
+            old_enough = (lens - 2 >= self.band)[:, None]
+            source = torch.where(old_enough, (lens - 2)[:, None], source).contiguous()
+        return {
+            "q": lambda: self.normal(B, H * G, D),
+            "q_match": lambda: self.normal(B, H * G, D),
+            "k_cache": lambda: self.normal(*cache),
+            "v_cache": lambda: self.normal(*cache),
+            "block_table": lambda: self.ints(B, self.max_pages, low=0, high=self.num_pages),
+            "seq_lens": lambda: lens,
+            "slots": lambda: slots,
+            "request_ids": lambda: None,
+            "source": lambda: source,
+            "states": lambda: self.normal(2, B, H * G, D, dtype=torch.float32),
+            "state_lse": lambda: self.normal(2, B, H * G, dtype=torch.float32),
+            "anchors": lambda: torch.full((B, H, S), -1, dtype=torch.int32),
+            "ring_query": lambda: self.normal(N, H, M, G, D),
+            "ring_out": lambda: self.normal(N, H, M, G, D, dtype=torch.float32),
+            "ring_lse": lambda: self.normal(N, H, M, G, dtype=torch.float32),
+            "ring_depth": lambda: self.ints(N, H, M, G, low=0, high=3),
+            "ring_anchors": lambda: torch.full((N, H, M, S), -1, dtype=torch.int32),
+            "ring_position": lambda: position,
+            "slot_begin": lambda: begin,
+            "slot_end": lambda: end,
+            "slot_request": lambda: torch.full((N,), -1, dtype=torch.int64),
+            "counters": lambda: torch.zeros(N, 6, dtype=torch.int64),
+            "threshold": lambda: torch.full((H * G,), 3.0),
+            "relative": lambda: self.draw.ConsumeBool(),
+            "per_head": lambda: self.per_head,
+            "window": lambda: M,
+            "band": lambda: self.band,
+            "min_context": lambda: 0,
+            "max_reuse_depth": lambda: 2**31 - 1,
+            "sm_scale": lambda: 0.25,
+            "logits_soft_cap": lambda: self.draw.PickValueInList([0.0, 2.0]),
+            "workspace": lambda: None,
+            "error_flag": lambda: None,
+            "out": lambda: self.normal(B, H * G, D),
+            "lse": lambda: self.normal(B, H * G, dtype=torch.float32),
+        }
+
+    def spoil(self) -> None:
+        """Replace one argument."""
+        name = self.draw.PickValueInList(list(self.args))
+        value = self.args[name]
+        if isinstance(value, Tensor):
+            self.args[name] = self.spoiled(value)
+        elif isinstance(value, bool):
+            self.args[name] = not value
+        elif isinstance(value, int):
+            self.args[name] = self.draw.PickValueInList(list(WIDE_INTS))
+        elif isinstance(value, float):
+            self.args[name] = self.draw.PickValueInList(list(FLOATS))
+        elif name == "request_ids":
+            self.args[name] = self.ints(self.batch, low=-1, high=4, dtype=torch.int64)
+
+    def spoiled(self, value: Tensor) -> Tensor:
+        """The tensor with other values, another shape, other strides or another dtype."""
+        pick = self.draw.ConsumeIntInRange
+        how = pick(0, 9)
+        if how <= 4:  # most often: what a check of shapes does not see
+            return self.other_values(value)
+        if how == 5:
+            return value.to(self.draw.PickValueInList(list(ODD_DTYPES)))
+        shape = list(value.shape)
+        if how == 6 and shape:
+            at = pick(0, len(shape) - 1)
+            shape[at] = max(0, shape[at] + self.draw.PickValueInList([-1, 1, 3, -shape[at]]))
+            return torch.zeros(shape, dtype=value.dtype)
+        if how == 7:
+            return value[None] if self.draw.ConsumeBool() or not shape else value.sum(0).to(value)
+        return self.other_strides(value)
+
+    def other_values(self, value: Tensor) -> Tensor:
+        value = value.clone(memory_format=torch.contiguous_format)
+        for _ in range(self.draw.ConsumeIntInRange(1, 3)):
+            if value.numel() == 0:
+                break
+            at = self.draw.ConsumeIntInRange(0, value.numel() - 1)
+            if value.is_floating_point():
+                value.view(-1)[at] = self.draw.PickValueInList(list(FLOATS))
+            elif value.dtype in (torch.int32, torch.int64):
+                value.view(-1)[at] = (
+                    self.draw.PickValueInList(list(INTS))
+                    if self.draw.ConsumeBool()
+                    else self.draw.ConsumeIntInRange(-2, 40)
+                )
+        return value
+
+    def other_strides(self, value: Tensor) -> Tensor:
+        """The same shape in a storage just large enough: gaps, overlaps, expanded, transposed."""
+        strides = [self.draw.ConsumeIntInRange(0, 2 * s + 3) for s in value.stride()]
+        if strides and self.draw.ConsumeBool():
+            strides[-1] = 1
+        shape = list(value.shape)
+        size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        storage = torch.zeros(size if value.numel() else 0, dtype=value.dtype)
+        return torch.as_strided(storage, shape, strides)

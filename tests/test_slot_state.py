@@ -1,0 +1,112 @@
+"""Slots swapped out to host memory and in again: export_slots, import_slots."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from test_cache import OPTIONS, WINDOW, fill, is_empty, make_cache, unchanged, unread  # noqa: F401
+
+from mac_attn import ReuseCache, ReuseConfig, SlotState
+from mac_attn.slot_state import SLOT_TENSORS
+
+
+def holds(cache: ReuseCache, slot: int, state: SlotState, row: int) -> bool:
+    return all(
+        torch.equal(getattr(cache, n)[slot].cpu(), state.tensors[n][row]) for n in SLOT_TENSORS
+    )
+
+
+def test_round_trip_into_other_slots(device):
+    cache = make_cache(device=device)
+    before = fill(cache)
+    state = cache.export_slots([3, 1], pin_memory=True)
+    assert unchanged(cache, before, [0, 1, 2, 3, 4])
+    assert len(state) == 2 and all(t.device.type == "cpu" for t in state.tensors.values())
+    assert state.nbytes == sum(getattr(cache, n)[:2].nbytes for n in SLOT_TENSORS)
+    cache.reset([1, 3])
+    cache.import_slots(torch.tensor([0, 4], device=device), state)
+    assert holds(cache, 0, state, 0) and holds(cache, 4, state, 1)
+    for name in SLOT_TENSORS:
+        assert torch.equal(getattr(cache, name)[[0, 4]], before[name][[3, 1]]), name
+    assert unchanged(cache, before, [2]) and is_empty(cache, 1) and is_empty(cache, 3)
+    cache.check()
+
+
+def test_a_state_is_a_copy_and_can_be_pickled(device):
+    cache = make_cache(device=device)
+    before = fill(cache)
+    state = pickle.loads(pickle.dumps(cache.export_slots(2)))
+    fill(cache)
+    other = make_cache(device=device)
+    other.import_slots(1, state)
+    for name in SLOT_TENSORS:
+        assert torch.equal(getattr(other, name)[1], before[name][2]), name
+    assert is_empty(other, 0) and is_empty(other, 2)
+    none = cache.export_slots([])
+    assert len(none) == 0
+    cache.import_slots([], none)
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg", "changes"),
+    [
+        ("window", dict(window=WINDOW + 1), {}),
+        ("band", dict(band=5), {}),
+        ("anchors", dict(anchors=2), {}),
+        ("granularity", dict(granularity="head"), {}),
+        ("num_qo_heads", {}, dict(num_qo_heads=4)),
+        ("num_kv_heads", {}, dict(num_kv_heads=3)),
+        ("head_dim", {}, dict(head_dim=32)),
+        ("dtype", {}, dict(dtype=torch.bfloat16)),
+    ],
+)
+def test_a_cache_of_another_form_refuses(name, cfg, changes):
+    def make(cfg: dict[str, Any], **changes: Any) -> ReuseCache:
+        options: dict[str, Any] = dict(window=WINDOW, anchors=0, band=4) | cfg
+        return ReuseCache(ReuseConfig(**options), **OPTIONS | changes)
+
+    state = make({}).export_slots([0])
+    cache = make(cfg, **changes)
+    before = fill(cache)
+    with pytest.raises(ValueError, match=f"state has {name} .*, must have .* as the cache"):
+        cache.import_slots([1], state)
+    assert unchanged(cache, before, list(range(5)))
+
+
+def test_bad_arguments_raise_and_change_nothing():
+    cache = make_cache()
+    before = fill(cache)
+    state = cache.export_slots([0, 1])
+    for error, message, slots in [
+        (ValueError, "slots is 5, must be from 0 to 4", [5, 1]),
+        (ValueError, "slots holds 2 twice", [2, 2]),
+        (ValueError, "state has 2 slots, must have 1 as slots", [2]),
+    ]:
+        with pytest.raises(error, match=message):
+            cache.import_slots(slots, state)
+    with pytest.raises(TypeError, match="state is of type dict, must be a SlotState"):
+        cache.import_slots([2, 3], state.tensors)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="slots is -1"):
+        cache.export_slots(-1)
+    assert unchanged(cache, before, list(range(5)))
+
+
+def test_unread_bad_slots(unread):  # noqa: F811
+    before = fill(unread)
+    state = unread.export_slots([4, 9])
+    assert holds(unread, 4, state, 0)
+    assert state.tensors["slot_end"][1] == 0 and (state.tensors["ring_position"][1] == -1).all()
+    with pytest.raises(ValueError, match="slots held"):
+        unread.check()
+    unread.import_slots([7, 0], unread.export_slots([1, 2]))
+    for name in SLOT_TENSORS:
+        assert torch.equal(getattr(unread, name)[0], before[name][2]), name
+    unread.import_slots([1, 1], unread.export_slots([3, 4]))
+    assert is_empty(unread, 1)
+    unread.import_slots([-1], unread.export_slots([3]))
+    assert unchanged(unread, before, [2, 3, 4])
+    with pytest.raises(ValueError, match="slots held"):
+        unread.check()
