@@ -74,7 +74,7 @@ def _read(name: str) -> str:
 
 
 def _licences() -> list[str]:
-    """Licences of the installed packages, each wording once, in the order of the packages' names."""
+    """Licences of the installed packages, each wording once, in the order of the packages."""
     found = {}
     packages = {d.metadata["Name"].lower(): d for d in importlib.metadata.distributions()}
     for _, package in sorted(packages.items()):
@@ -91,9 +91,9 @@ def dialogue(
 ) -> str:
     """One chat of all the questions, each answered by the model itself (sampled, fixed seed).
 
-    Every answer is written with its question alone before it, all in one batch: the turns follow one
-    another as in a chat, but the model has not read the turns before. On another machine or version
-    of torch the answers may be others.
+    Every answer is written with its question alone before it, all in one batch: the turns follow
+    one another as in a chat, but the model has not read the turns before. On another machine or
+    version of torch the answers may be others.
     """
     chats = [
         tokenizer.apply_chat_template(
@@ -112,9 +112,7 @@ def dialogue(
         **batch, max_new_tokens=answer_tokens, do_sample=True, temperature=0.7, top_p=0.95
     )
     model.set_attn_implementation(before)
-    texts = tokenizer.batch_decode(
-        answers[:, batch.input_ids.shape[1] :], skip_special_tokens=True
-    )
+    texts = tokenizer.batch_decode(answers[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     turns = []
     for question, answer in zip(_QUESTIONS, texts, strict=True):
         turns.append({"role": "user", "content": question})

@@ -6,6 +6,7 @@ its options.
 """
 
 from ._version import __version__
+from .audit import AuditReport
 from .cache import ReuseCache, ReuseStats
 from .config import ReuseConfig
 from .decode import decode
@@ -16,6 +17,7 @@ from .seed import seed
 
 __all__ = [
     "Amended",
+    "AuditReport",
     "ReuseCache",
     "ReuseConfig",
     "ReuseStats",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_int, check_number
+
+if TYPE_CHECKING:
+    from .calibrate import Calibration
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,23 @@ class ReuseConfig:
         if self.threshold_mode == "absolute":
             number = 2.0 * head_dim * (1.0 - number) ** 2
         return number.float().expand(num_qo_heads).contiguous()
+
+    @classmethod
+    def from_calibration(cls, calibration: Calibration | str | Path, layer: int) -> ReuseConfig:
+        """The options of one layer that `mac_attn.calibrate` has chosen.
+
+        Args:
+            calibration: what `calibrate` returned, or the JSON file it was saved to.
+            layer: number of the layer, from 0.
+
+        Raises:
+            ValueError: the file is no calibration, or has no such layer.
+        """
+        from .calibrate import Calibration  # which needs this class
+
+        if not isinstance(calibration, Calibration):
+            calibration = Calibration.load(calibration)
+        return calibration.config(layer)
 
     @classmethod
     def paper(cls) -> ReuseConfig:

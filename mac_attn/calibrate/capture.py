@@ -85,14 +85,12 @@ class Capture:
 
 
 @torch.no_grad()
-def capture(
-    model: PreTrainedModel, ids: Tensor, *, steps: int = 512, seeded: int = 512
-) -> Capture:
+def capture(model: PreTrainedModel, ids: Tensor, *, steps: int = 512, seeded: int = 512) -> Capture:
     """Run a model once over a text and keep what its attention layers saw.
 
     Args:
-        model: a transformers model that `MacCache` supports, all of whose layers attend in full; its
-            attention implementation is put back afterwards.
+        model: a transformers model that `MacCache` supports, all of whose layers attend in full;
+            its attention implementation is put back afterwards.
         ids: [1, n] token ids.
         steps: how many of the last positions are decode steps, >= 1.
         seeded: how many positions before them have their queries kept for `mac_attn.seed`, >= 1.
@@ -137,8 +135,9 @@ def capture(
     if len(scales) != 1:
         raise ValueError(f"model has layers with factors {sorted(scales)}, must have one sm_scale")
 
-    q, k, v = (torch.stack(tensors) for tensors in zip(*(taken[i] for i in sorted(taken))))
-    del taken
+    layers = [taken.pop(i) for i in sorted(taken)]
+    q, k, v = (torch.stack(tensors) for tensors in zip(*layers, strict=True))
+    del layers
     positions = torch.arange(length - kept, length, device=q.device).expand(len(q), -1)
     q_match = mac_attn.unrotate(q, positions, rotary)
     sm_scale = scales.pop()

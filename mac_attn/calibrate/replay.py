@@ -112,12 +112,16 @@ class Replayer:
         slots = torch.arange(len(layers), dtype=torch.int32, device=c.k.device)
         first = c.num_tokens - c.steps
         q, q_match, exact = (
-            t if whole else t[layers] for t in (c.q[:, -c.steps :], c.q_match[:, -c.steps :], c.exact)
+            t if whole else t[layers]
+            for t in (c.q[:, -c.steps :], c.q_match[:, -c.steps :], c.exact)
         )
         norms = exact.norm(dim=-1)
         shape = (c.steps, len(layers), c.num_qo_heads)
         error = torch.empty(shape, device=c.k.device)
         source, depth = (torch.empty(shape, dtype=torch.int32, device=c.k.device) for _ in range(2))
+        anchors = torch.empty(
+            (*shape[:2], c.num_kv_heads), dtype=torch.int32, device=c.k.device
+        )  # of the new entry: on a hit the inherited ones
         for step in range(c.steps):
             position = first + step
             lens = torch.full_like(slots, position + 1)
@@ -132,9 +136,11 @@ class Replayer:
             )
             error[step] = (out.float() - exact[:, step]).norm(dim=-1) / norms[:, step]
             source[step] = found
-            depth[step] = reuse.ring_depth[:, :, position % config.window].flatten(1)
+            slot = position % config.window
+            depth[step] = reuse.ring_depth[:, :, slot].flatten(1)
+            anchors[step] = (reuse.ring_anchors[:, :, slot] >= 0).sum(-1)
         seq_lens = torch.arange(first + 1, c.num_tokens + 1, dtype=torch.int32)
-        tokens = tokens_read(config, source.cpu(), seq_lens, c.num_kv_heads)
+        tokens = tokens_read(config, source.cpu(), anchors.cpu(), seq_lens)
         return Replayed(error.cpu(), source.cpu(), depth.cpu(), tokens, seq_lens)
 
     def _seeded(self, config: ReuseConfig, layers: list[int]) -> ReuseCache:
@@ -187,15 +193,19 @@ class Replayer:
         return list(reuse._rings())
 
 
-def tokens_read(
-    config: ReuseConfig, source: Tensor, seq_lens: Tensor, num_kv_heads: int
-) -> Tensor:
-    """Tokens that each KV head reads, int32 `[steps, L, Hkv]`, for matches `[steps, L, Hq]`.
+def tokens_read(config: ReuseConfig, source: Tensor, anchors: Tensor, seq_lens: Tensor) -> Tensor:
+    """Tokens that each KV head reads, int32 `[steps, L, Hkv]`.
 
     All of `[0, n)` on a miss, else `[E(c), n)` and the anchors; of the heads that share a KV head
     the one that reads most counts.
+
+    Args:
+        config: the options.
+        source: [steps, L, Hq] int32, what `match` answered.
+        anchors: [steps, L, Hkv] int32, how many anchors the new entry has.
+        seq_lens: [steps] int32.
     """
     start = (source + 1 - config.band).clamp(min=0)
-    inherited = start.clamp(max=config.anchors)
-    read = seq_lens[:, None, None] - start + inherited
-    return read.unflatten(2, (num_kv_heads, -1)).amax(dim=3).to(torch.int32)
+    start = start.unflatten(2, (anchors.shape[2], -1)).amin(dim=3)
+    inherited = torch.where(start > 0, anchors, 0)
+    return (seq_lens[:, None, None] - start + inherited).to(torch.int32)
