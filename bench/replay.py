@@ -54,7 +54,7 @@ QUICK = ("MAC", "paper")
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
-    names = QUICK if options.quick else tuple(CURVES)
+    names = QUICK if options.quick else tuple(options.curves)
     result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "machine": info()}
     result |= {"torch": torch.__version__, "texts": {}}
     for text in options.texts:
@@ -153,7 +153,7 @@ def per_head(run: Replayed) -> dict[str, Any]:
 def at_full_reads(
     replayer: Replayer, config: ReuseConfig, share: float, rounds: int
 ) -> ReuseConfig:
-    """The options with the threshold at which this share of (step, KV head) pairs is read in full."""
+    """The options with the threshold that reads this share of (step, KV head) pairs in full."""
     absolute = config.threshold_mode == "absolute"
     low, high = 0.0, 1.0
     for _ in range(rounds):
@@ -206,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="a folder; default: SmolLM2 from its wheel")
     parser.add_argument("--tokens", type=int, default=5120)
     parser.add_argument("--steps", type=int, default=512, help="decoded, of the tokens")
+    parser.add_argument("--curves", nargs="+", default=list(CURVES), choices=CURVES)
     parser.add_argument("--quick", action="store_true", help="two curves, few points")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of captures")
     parser.add_argument("--json", type=Path)
