@@ -87,7 +87,8 @@ class _Layer:
 
         pages = -(-n // PAGE)
         newest = (lens - 1) // PAGE  # [steps, 1]
-        count_pages = (count / PAGE).round().clamp(min=1)
+        # The newest page counts with what it holds.
+        count_pages = 1 + ((count - (lens - newest * PAGE)) / PAGE).round().clamp(min=0)
         bound = self._page_bounds(pages)
         chance = torch.rand(heads, steps, pages, generator=generator)
         for name, score in (("quest", bound), ("random", chance)):

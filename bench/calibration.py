@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for text in options.texts:
         captured = load_capture(text, options.tokens, options.steps, options.model, options.cache)
         tables[text] = measure(Replayer(captured), ReuseConfig(), THRESHOLDS, ANCHORS)
+        print(f"{text}: {len(THRESHOLDS) * len(ANCHORS)} choices replayed", flush=True)
     rows = compare(tables, options.targets)
     print("                              calibrated       single        single at")
     print("target  chosen on measured on  error   KV      error   KV     equal error")

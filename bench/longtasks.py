@@ -52,8 +52,9 @@ def longbench_v2(path: Path) -> list[Choice]:
     """The questions of LongBench v2's `data.json`: a list of objects."""
     template = (
         "Please read the following text and answer the question below.\n\n<text>\n{context}\n"
-        "</text>\n\nWhat is the correct answer to this question: {question}\nChoices:\n{choices}\n\n"
-        'Format your response as follows: "The correct answer is (insert answer here)".'
+        "</text>\n\nWhat is the correct answer to this question: {question}\n"
+        "Choices:\n{choices}\n\n"
+        'Answer in this form: "The correct answer is (insert answer here)".'
     )
     questions = []
     for i, item in enumerate(_items(path)):

@@ -32,7 +32,7 @@ SHARES = (0.15, 0.2, 0.3, 0.4, 0.5, 0.7)  # of the KV cache, for the baselines
 TARGET = 0.3  # of (step, KV head) pairs read in full, where MAC and the paper's scheme are compared
 
 OURS = ReuseConfig()
-HEADS = replace(OURS, anchors=0, granularity="head")
+HEADS = replace(OURS, anchors=0, granularity="head", max_reuse_depth=None)
 RELATIVE = (0.05, 0.1, 0.15, 0.2, 0.3)
 ABSOLUTE = (0.3, 0.45, 0.55, 0.65, 0.75)
 # Curves of the sweep: options without the threshold, and the thresholds to try.
@@ -46,7 +46,8 @@ CURVES: dict[str, tuple[ReuseConfig, tuple[float, ...]]] = {
     "band 128": (replace(OURS, band=128), RELATIVE),
     "band 512": (replace(OURS, band=512), RELATIVE),
     "window 128": (replace(OURS, window=128), RELATIVE),
-    "depth 1": (replace(OURS, max_reuse_depth=1), RELATIVE),
+    "depth 2": (replace(OURS, max_reuse_depth=2), RELATIVE),
+    "any depth": (replace(OURS, max_reuse_depth=None), RELATIVE),
 }
 QUICK = ("MAC", "paper")
 

@@ -42,7 +42,8 @@ class ReuseConfig:
             paper): each for itself; needs `anchors=0`.
         min_context: shortest seq_len at which a hit is allowed, >= 0.
         max_reuse_depth: longest chain of reuse, >= 1: an entry made by that many hits in a row is
-            not reused again. None is no limit.
+            not reused again. 1 reuses only results of exact attention, so that errors do not build
+            up over a long generation. None is no limit (the paper).
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -51,11 +52,11 @@ class ReuseConfig:
     window: int = 512
     band: int = 256
     anchors: int = 64
-    threshold: float | Sequence[float] | Tensor = 0.16
+    threshold: float | Sequence[float] | Tensor = 0.2
     threshold_mode: Literal["relative", "absolute"] = "relative"
     granularity: Literal["group", "head"] = "group"
     min_context: int = 2048
-    max_reuse_depth: int | None = None
+    max_reuse_depth: int | None = 1
 
     def __post_init__(self) -> None:
         check_int("window", self.window, low=1)
@@ -137,4 +138,5 @@ class ReuseConfig:
             threshold_mode="absolute",
             granularity="head",
             min_context=2048,
+            max_reuse_depth=None,
         )
