@@ -134,7 +134,7 @@ def choose(error: Tensor, read: Tensor, target: float) -> tuple[list[int], list[
 
     error, read `[A, T, L, Hkv]`: mean error and share of the KV read for each choice. Of the
     choices with a mean error up to the target this finds one on the lower convex hull of reads over
-    errors.
+    errors, and spends what is left up to the target on single heads.
     Raises ValueError if none has.
     """
 
@@ -159,4 +159,23 @@ def choose(error: Tensor, read: Tensor, target: float) -> tuple[list[int], list[
         middle = (low + high) / 2
         low, high = (low, middle) if best(middle)[2] <= target else (middle, high)
     anchors, threshold, _ = best(high)
+    layers = torch.arange(error.shape[2])
+    _spend(error[anchors, :, layers], read[anchors, :, layers], threshold, target)
     return anchors.tolist(), threshold.tolist()
+
+
+def _spend(error: Tensor, read: Tensor, threshold: Tensor, target: float) -> None:
+    """Loosen single heads, the largest saving first, while the mean error stays up to the target.
+
+    error, read `[L, T, Hkv]`; threshold `[L, Hkv]` is changed in place.
+    """
+    chosen = threshold[:, None]  # [L, 1, Hkv]
+    while True:
+        now = error.gather(1, chosen)
+        slack = target * threshold.numel() - float(now.sum())
+        saving = (read.gather(1, chosen) - read).masked_fill(error - now > slack, 0.0)
+        best = int(saving.argmax())
+        if float(saving.flatten()[best]) <= 1e-9:
+            return
+        layer, index, head = (int(i) for i in torch.unravel_index(torch.tensor(best), saving.shape))
+        threshold[layer, head] = index
