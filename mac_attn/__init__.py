@@ -6,6 +6,7 @@ its options.
 """
 
 from ._version import __version__
+from .audit import AuditReport
 from .cache import ReuseCache
 from .config import ReuseConfig
 from .decode import decode
@@ -18,6 +19,7 @@ from .stats import ReuseStats
 
 __all__ = [
     "Amended",
+    "AuditReport",
     "ReuseCache",
     "ReuseConfig",
     "ReuseStats",

@@ -16,6 +16,7 @@ from ._checks import (
     check_tensor,
     check_type,
 )
+from .audit import Audit, AuditReport
 from .config import ReuseConfig
 from .rope import RotaryEmbedding
 from .slot_state import SLOT_TENSORS, SlotState
@@ -104,6 +105,7 @@ class ReuseCache:
         self.device = self.error_flag.device  # "cuda" has become "cuda:0", as tensors name it
         self.threshold = threshold.to(self.device)
         self.rotary = None if rotary is None else rotary.to(self.device)
+        self.auditor: Audit | None = None
         self._allocate()
 
     def _allocate(self) -> None:
@@ -270,6 +272,26 @@ class ReuseCache:
         The counters of a slot run from its last `reset`, or from the `fork` that made it.
         """
         return ReuseStats(self.counters.to("cpu", copy=True), self.num_qo_heads, self.num_kv_heads)
+
+    def audit(self, every: int | None = 1000) -> None:
+        """From now on compute one decode step in `every` of each request exactly as well.
+
+        `audited` tells by how much the outputs differed. It costs `1 / every` of exact decode
+        attention, and on a GPU some small launches at every step; a CUDA graph has to be captured
+        after this call. The sums begin anew; None ends it.
+
+        Raises ValueError or TypeError if `every` is not an int of at least 1.
+        """
+        self.auditor = None if every is None else Audit(every, self.num_qo_heads, self.device)
+
+    def audited(self) -> AuditReport:
+        """The errors that the audit has seen since `audit`. Waits for the device.
+
+        Raises ValueError without an audit.
+        """
+        if self.auditor is None:
+            raise ValueError("no audit is on: call audit(every=...) first")
+        return self.auditor.report()
 
     def check(self) -> None:
         """Raise ValueError if a call since the last check was given bad values on the GPU.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_int, check_number
+
+if TYPE_CHECKING:
+    from .calibrate import Calibration
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class ReuseConfig:
             paper): each for itself; needs `anchors=0`.
         min_context: shortest seq_len at which a hit is allowed, >= 0.
         max_reuse_depth: longest chain of reuse, >= 1: an entry made by that many hits in a row is
-            not reused again. None is no limit.
+            not reused again. 1 reuses only results of exact attention, so that errors do not build
+            up over a long generation. None is no limit (the paper).
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -47,11 +52,11 @@ class ReuseConfig:
     window: int = 512
     band: int = 256
     anchors: int = 64
-    threshold: float | Sequence[float] | Tensor = 0.16
+    threshold: float | Sequence[float] | Tensor = 0.2
     threshold_mode: Literal["relative", "absolute"] = "relative"
     granularity: Literal["group", "head"] = "group"
     min_context: int = 2048
-    max_reuse_depth: int | None = None
+    max_reuse_depth: int | None = 1
 
     def __post_init__(self) -> None:
         check_int("window", self.window, low=1)
@@ -106,6 +111,23 @@ class ReuseConfig:
         return number.float().expand(num_qo_heads).contiguous()
 
     @classmethod
+    def from_calibration(cls, calibration: Calibration | str | Path, layer: int) -> ReuseConfig:
+        """The options of one layer that `mac_attn.calibrate` has chosen.
+
+        Args:
+            calibration: what `calibrate` returned, or the JSON file it was saved to.
+            layer: number of the layer, from 0.
+
+        Raises:
+            ValueError: the file is no calibration, or has no such layer.
+        """
+        from .calibrate import Calibration  # which needs this class
+
+        if not isinstance(calibration, Calibration):
+            calibration = Calibration.load(calibration)
+        return calibration.config(layer)
+
+    @classmethod
     def paper(cls) -> ReuseConfig:
         """The settings of MAC-Attention (arXiv:2604.00235): τ = 0.45, every head for itself."""
         return cls(
@@ -116,4 +138,5 @@ class ReuseConfig:
             threshold_mode="absolute",
             granularity="head",
             min_context=2048,
+            max_reuse_depth=None,
         )

@@ -99,4 +99,6 @@ def decode(
     out, lse = ops.complete(
         amended, seq_lens, reuse=reuse, source=source, q_match=q_match, out=out, **rows
     )
+    if reuse.auditor is not None:
+        reuse.auditor.record(out, source, q, kv_cache, block_table, seq_lens, slots, **attention)
     return (out, lse) if return_lse else out

@@ -146,7 +146,8 @@ def random_walk(
 
 def small_config(**changes: Any) -> mac_attn.ReuseConfig:
     """Options small enough that a context of some hundred tokens wraps the ring several times."""
-    options = dict(window=32, band=16, anchors=0, threshold=0.16, min_context=24) | changes
+    options = dict(window=32, band=16, anchors=0, threshold=0.16, min_context=24)
+    options |= dict(max_reuse_depth=None) | changes  # chains of hits are what needs testing
     return mac_attn.ReuseConfig(**options)
 
 

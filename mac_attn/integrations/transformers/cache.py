@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 import mac_attn
+from mac_attn._checks import check_type
 
 from .layer import MacLayer, Mode, Shared
 
@@ -34,7 +36,8 @@ class MacCache(Cache):
         max_length: tokens per request that the cache can hold, padding included.
         batch_size: requests per batch (times beams or returned sequences). None takes it from the
             first forward, and anew after `reset()`.
-        config: what to reuse when; None means exact decode attention.
+        config: what to reuse when, one for all layers or one for each (`Calibration.configs`); None
+            means exact decode attention.
         rotary: the model's rotary embedding. None takes it from the model, which tells all but
             whether it pairs dimensions interleaved (GPT-J, Cohere, GLM).
 
@@ -57,7 +60,7 @@ class MacCache(Cache):
         *,
         max_length: int,
         batch_size: int | None = None,
-        config: mac_attn.ReuseConfig | None = _DEFAULT_CONFIG,
+        config: mac_attn.ReuseConfig | Sequence[mac_attn.ReuseConfig] | None = _DEFAULT_CONFIG,
         rotary: mac_attn.RotaryEmbedding | None = None,
     ) -> None:
         for name, value in (("max_length", max_length), ("batch_size", batch_size)):
@@ -76,12 +79,17 @@ class MacCache(Cache):
                 layer_types.count(_SLIDING),
                 len(layer_types),
             )
+        configs = _layer_configs(config, len(layer_types))
         if config is not None and rotary is None:
             rotary = mac_attn.RotaryEmbedding.from_transformers(model)
-        self._shared = Shared(max_length, batch_size, config, rotary)
+        mode: Mode = "exact" if config is None else "reuse"
+        self._shared = Shared(max_length, batch_size, rotary, mode)
         group_size = text_config.num_attention_heads // text_config.num_key_value_heads
         super().__init__(
-            layers=[MacLayer(self._shared, group_size, kind == _FULL) for kind in layer_types]
+            layers=[
+                MacLayer(self._shared, group_size, kind == _FULL, layer_config)
+                for kind, layer_config in zip(layer_types, configs, strict=True)
+            ]
         )
         # Not the config: a deep copy of the cache must go on watching the same model.
         self._model = weakref.ref(model)
@@ -95,7 +103,7 @@ class MacCache(Cache):
         modes = get_args(Mode)
         if mode not in modes:
             raise ValueError(f"mode is {mode!r}, must be one of {modes}")
-        if mode == "reuse" and self._shared.config is None:
+        if mode == "reuse" and self.layers[0].config is None:
             raise ValueError("mode 'reuse' needs a MacCache made with a `config`")
         self._shared.mode = mode
 
@@ -184,6 +192,20 @@ class MacCache(Cache):
     def _select_padding(self, rows: list[int]) -> None:
         padding = self._shared.layout.padding
         self._shared.layout.set_padding([padding[row] for row in rows] if padding else [])
+
+
+def _layer_configs(
+    config: mac_attn.ReuseConfig | Sequence[mac_attn.ReuseConfig] | None, layers: int
+) -> list[mac_attn.ReuseConfig | None]:
+    if config is None or isinstance(config, mac_attn.ReuseConfig):
+        return [config] * layers
+    if len(config) != layers:
+        raise ValueError(
+            f"config has {len(config)} entries, must have 1 or {layers}, the number of layers"
+        )
+    for one in config:
+        check_type("config", one, mac_attn.ReuseConfig)
+    return list(config)
 
 
 def _layer_types(config: PretrainedConfig) -> list[str]:

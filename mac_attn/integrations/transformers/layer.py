@@ -22,14 +22,13 @@ class Shared:
         self,
         max_length: int,
         batch_size: int | None,
-        config: mac_attn.ReuseConfig | None,
         rotary: mac_attn.RotaryEmbedding | None,
+        mode: Mode,
     ) -> None:
         self.max_length = max_length
         self.batch_size = batch_size
-        self.config = config
         self.rotary = rotary
-        self.mode: Mode = "exact" if config is None else "reuse"
+        self.mode: Mode = mode
         self.layout = RequestLayout(max_length)
 
 
@@ -48,11 +47,18 @@ class MacLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, shared: Shared, group_size: int, is_full_attention: bool) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        group_size: int,
+        is_full_attention: bool,
+        config: mac_attn.ReuseConfig | None,
+    ) -> None:
         super().__init__()
         self.shared = shared
         self.group_size = group_size
         self.is_full_attention = is_full_attention
+        self.config = config
         self.length = 0
         self.reuse: mac_attn.ReuseCache | None = None
 
@@ -78,9 +84,9 @@ class MacLayer(CacheLayerMixin):
         self.keys = self.key_store.transpose(1, 2)
         self.values = self.value_store.transpose(1, 2)
         self.slots = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)
-        if self.is_full_attention and self.shared.config is not None:
+        if self.is_full_attention and self.config is not None:
             self.reuse = mac_attn.ReuseCache(
-                self.shared.config,
+                self.config,
                 num_slots=self.batch_size,
                 num_qo_heads=num_kv_heads * self.group_size,
                 num_kv_heads=num_kv_heads,
