@@ -100,5 +100,7 @@ def decode(
         amended, seq_lens, reuse=reuse, source=source, q_match=q_match, out=out, **rows
     )
     if reuse.auditor is not None:
-        reuse.auditor.record(out, source, q, kv_cache, block_table, seq_lens, slots, **attention)
+        reuse.auditor.record(
+            out, source, q, kv_cache, block_table, seq_lens, rows["slots"], **attention
+        )
     return (out, lse) if return_lse else out

@@ -154,9 +154,10 @@ def unrotate(q: Tensor, positions: Tensor, rotary: RotaryEmbedding) -> Tensor:
     """
     _check(q, positions, rotary)
     if _one_pass(q, positions):
-        return torch.ops.mac_attn.unrotate(
+        unrotated: Tensor = torch.ops.mac_attn.unrotate(
             q, positions, rotary.inv_freq, rotary.interleaved, rotary.scale
         )
+        return unrotated
     cos, sin = rotary.cos_sin(positions)
     return _turn(q, cos / rotary.scale, sin / -rotary.scale, rotary)
 

@@ -155,7 +155,9 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, sm_scale: float) -> Tensor:
         tensors = (t[layer].float() if on_cpu else t[layer] for t in (q, k, v))
         queries, keys, values = tensors
         kv_cache, table = dense_as_pages(keys[None], values[None])
-        out[layer] = mac_attn.decode(
+        exact = mac_attn.decode(
             queries, kv_cache, table.expand(steps, 1), seq_lens, sm_scale=sm_scale
         )
+        assert isinstance(exact, Tensor)  # return_lse is off
+        out[layer] = exact
     return out

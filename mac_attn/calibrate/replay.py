@@ -50,7 +50,8 @@ class Replayed:
     def full_reads(self) -> Tensor:
         """Whether a KV head was read in full, since one of its heads missed: [steps, L, Hkv]."""
         groups = self.source.unflatten(2, (self.tokens.shape[2], -1))
-        return (groups < 0).any(dim=3)
+        full: Tensor = (groups < 0).any(dim=3)
+        return full
 
     @property
     def full_read_share(self) -> float:
@@ -99,8 +100,9 @@ class Replayer:
         def join(name: str) -> Tensor:
             return torch.cat([getattr(run, name) for _, run in runs], dim=1)[:, order]
 
-        names = ("error", "source", "depth", "tokens")
-        return Replayed(*(join(name) for name in names), seq_lens=runs[0][1].seq_lens)
+        return Replayed(
+            join("error"), join("source"), join("depth"), join("tokens"), runs[0][1].seq_lens
+        )
 
     @torch.no_grad()
     def _run(self, config: ReuseConfig, layers: list[int]) -> Replayed:
@@ -208,4 +210,5 @@ def tokens_read(config: ReuseConfig, source: Tensor, anchors: Tensor, seq_lens: 
     start = (source + 1 - config.band).clamp(min=0)
     start = start.unflatten(2, (anchors.shape[2], -1)).amin(dim=3)
     inherited = torch.where(start > 0, anchors, 0)
-    return (seq_lens[:, None, None] - start + inherited).to(torch.int32)
+    tokens: Tensor = seq_lens[:, None, None] - start + inherited
+    return tokens.to(torch.int32)
