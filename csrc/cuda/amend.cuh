@@ -20,7 +20,7 @@ constexpr int amend_shared_bytes() {
   return kWarps * Stage<kHeadDim>::kCount * Stage<kHeadDim>::kBytes + query;
 }
 
-// Merges the four warps' states through the stages they have just read and writes the segment's partial
+// Merges the four warps' states through the stages they have just read and writes the piece's partial
 // state. Every thread of the block comes here at the same tile.
 template <typename T, int kHeadDim, int kHeadBlocks>
 MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kHeadBlocks>& state,
@@ -84,7 +84,7 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
   T* stages = shared + warp * Stage::kCount * Stage::kElements;
 
   // Round r looks up the rows of tile r, asks for tile r - 1 and computes tile r - kCount. There is one loop for
-  // filling the pipeline and for using it, as the first run through any code waits for the code itself.
+  // filling the pipeline and for using it.
   Row row{};
   uint64_t valid = 0;  // 16 bits a round: which rows of the tile are there
   static_assert(kWarpTokens * (Stage::kCount + 1) <= 64, "the rounds in flight");

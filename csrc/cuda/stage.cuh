@@ -15,6 +15,7 @@ namespace mac_attn::cuda {
 // in an order of the row's own, so that an ldmatrix, which reads one piece of eight rows, meets different banks.
 // Padding would do the same, but an asynchronous copy of 128 bytes that straddles a line of shared memory is two
 // requests, some sectors in both: half as much again came out of the L2 cache.
+// Two stages of 8 KB for each of the 8 warps of a processor keep enough in flight; more only queue up, at a loss.
 template <int kHeadDim>
 struct Stage {
   static constexpr int kCount = kHeadDim < 128 ? 3 : 2;   // in the pipeline
