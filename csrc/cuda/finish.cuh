@@ -1,4 +1,4 @@
-// The end of amend for one KV head: the last CTA that leaves it merges the partial states of all its segments
+// The end of amend for one KV head: the last CTA that leaves it merges the partial states of all its pieces
 // and, on a miss, chooses the anchors of the new entry (anchors.cuh).
 //
 // A thread merges four elements of a head at a time, with several partial states in flight. Traffic: the partial
