@@ -40,10 +40,10 @@ demo: $(venv)/built-demo
 	$(bin)/python -m mac_attn.demo $(DEMO_ARGS)
 
 test: lint kernels cuda $(venv)/built-test
-	$(bin)/python -m pytest --cov --cov-report=term $(TEST_ARGS)
 	$(MAKE) sanitize package
 	$(MAKE) fuzz FUZZ_SECONDS=60
 	$(MAKE) soak SOAK_SECONDS=20
+	$(bin)/python -m pytest --cov --cov-report=term $(TEST_ARGS)
 
 lint: $(venv)/built-test
 	$(bin)/mypy
