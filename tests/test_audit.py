@@ -111,11 +111,9 @@ def test_refuses(every: object, error: type[Exception]) -> None:
         reuse.audit(every)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_graph_samples() -> None:
+def test_cuda_graph_samples(cuda: torch.device) -> None:
     """Which rows are sampled is decided on the device, so a replayed graph samples too."""
-    device = torch.device("cuda")
-    kv = torch.randn(2, 1, 64, KV_HEADS, DIM, dtype=torch.bfloat16, device=device)
+    kv = torch.randn(2, 1, 64, KV_HEADS, DIM, dtype=torch.bfloat16, device=cuda)
     cache, table = mac_attn.dense_as_pages(kv[0], kv[1])
     reuse = ReuseCache(
         CONFIG,
@@ -124,12 +122,12 @@ def test_cuda_graph_samples() -> None:
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
         dtype=torch.bfloat16,
-        device=device,
+        device=cuda,
     )
     reuse.audit(every=4)
-    q = torch.randn(1, HEADS, DIM, dtype=torch.bfloat16, device=device)
-    seq_lens = torch.full((1,), 21, dtype=torch.int32, device=device)
-    slots = torch.zeros(1, dtype=torch.int32, device=device)
+    q = torch.randn(1, HEADS, DIM, dtype=torch.bfloat16, device=cuda)
+    seq_lens = torch.full((1,), 21, dtype=torch.int32, device=cuda)
+    slots = torch.zeros(1, dtype=torch.int32, device=cuda)
 
     def step() -> None:
         mac_attn.decode(q, cache, table, seq_lens, reuse=reuse, slots=slots, q_match=q)

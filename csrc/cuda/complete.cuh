@@ -76,7 +76,7 @@ MAC_DEVICE void complete_request(const CompleteParams& p, int request) {
 // still be written by the launches before it: a wrong address is a prefetch in vain, within the ring all the same.
 template <typename T, int kHeadDim>
 MAC_DEVICE void prefetch_head(const CompleteParams& p, int request, int head, int lane) {
-  constexpr int kLine = 128, kOutLines = kHeadDim * 4 / kLine;
+  constexpr int kLine = 128, kOutLines = (kHeadDim * 4 + kLine - 1) / kLine;
   const T* query =
       static_cast<const T*>(p.query.data) + request * p.query.batch_stride + head * p.query.head_stride;
   if (lane * kLine < kHeadDim * 2) ptx::prefetch_l2(query + lane * kLine / 2);

@@ -32,10 +32,6 @@ MAC_DEVICE T shfl_xor(T value, int mask) {
 MAC_DEVICE uint32_t ballot(bool predicate) {
   return __ballot_sync(0xffffffffu, predicate);
 }
-// The lowest bit that is set.
-MAC_DEVICE int find_first(uint32_t bits) {
-  return __ffs(static_cast<int>(bits)) - 1;
-}
 // redux.sync (sm_80)
 MAC_DEVICE uint32_t reduce_max(uint32_t value) {
   return __reduce_max_sync(0xffffffffu, value);
@@ -92,9 +88,6 @@ inline T shfl_xor(T value, int mask) {
 }
 inline uint32_t ballot(bool predicate) {
   return simt::collective<ballot_of_warp>("ballot", predicate);
-}
-inline int find_first(uint32_t bits) {
-  return __builtin_ctz(bits);
 }
 inline uint32_t reduce_max(uint32_t value) {
   return simt::collective<reduce_max_of_warp>("reduce_max", value);
