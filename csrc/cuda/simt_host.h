@@ -11,7 +11,8 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after another; tests/simt fills it with NaN between them
+#define __shared__ \
+  static  // of the one block that runs; tests/simt fills it with NaN between blocks. Not in clusters
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define MAC_DEVICE inline
 
@@ -42,6 +43,7 @@ struct Place {
   uint3 thread, block;
   dim3 block_dim, grid_dim;
   int lane;
+  int cluster_rank, cluster_size;
 };
 extern __thread const Place* place;  // __thread: no initialiser to check for at every use
 
@@ -80,7 +82,10 @@ void collective(const char* name, const void* in, size_t in_bytes, void* out, si
 void sync_warp();
 void sync_block();
 void named_barrier_sync(int id, int num_threads);
-void switch_point();  // other threads may run here
+void cluster_arrive();
+void cluster_wait();
+uintptr_t shared_of(uintptr_t mine, int rank);  // what is at `mine` in this block, in block `rank` of the cluster
+void switch_point();                            // other threads may run here
 void* dynamic_shared();
 AsyncCopies& async_copies();                          // of this thread
 bool random_bit();                                    // from the schedule's seed
