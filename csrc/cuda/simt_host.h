@@ -11,8 +11,7 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ \
-  static  // of the one block that runs; tests/simt fills it with NaN between blocks. Not in clusters
+#define __shared__ static  // of the running block; tests/simt fills it with NaN first. Not in clusters
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define MAC_DEVICE inline
 

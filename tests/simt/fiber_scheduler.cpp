@@ -12,21 +12,29 @@ class FiberScheduler final : public Scheduler {
  public:
   explicit FiberScheduler(uint64_t seed) : random_(seed), manner_(seed == 0 ? kInOrder : 1 + seed % 3) {}
 
-  void run(Block& block) override {
-    block_ = &block;
-    runnable_warps_ = 0;
-    current_warp_ = 0;
-    for (int i = 0; i < kMaxWarps; ++i) rank_[i] = random_.next();
-    for (auto& thread : block.threads) {
-      thread->fiber.start(
-          [](void* self) {
-            auto* scheduler = static_cast<FiberScheduler*>(self);
-            Thread& me = *static_cast<Thread*>(const_cast<Place*>(place));
-            run_thread(*scheduler->block_, me);
-            scheduler->run_next(me, true);
-          },
-          this);
-      wake(*thread);
+  void run(Cluster& cluster) override {
+    cluster_ = &cluster;
+    runnable_blocks_ = 0;
+    current_block_ = 0;
+    for (auto& block : cluster.blocks) {
+      Warps& warps = warps_[block->rank];
+      warps.runnable = 0;
+      warps.current = 0;
+      for (uint32_t& rank : warps.ranks) rank = random_.next();
+      for (auto& thread : block->threads) {
+        thread->fiber.start(
+            [](void* self) {
+              auto* scheduler = static_cast<FiberScheduler*>(self);
+              Thread& me = *static_cast<Thread*>(const_cast<Place*>(place));
+              run_thread(*scheduler->cluster_, me);
+              scheduler->run_next(me, true);
+            },
+            this);
+        wake(*thread);
+      }
+    }
+    if (cluster.blocks.size() > 1) {
+      for (uint32_t& rank : block_ranks_) rank = random_.next();
     }
     Thread* first = choose();
     place = first;
@@ -34,8 +42,10 @@ class FiberScheduler final : public Scheduler {
   }
 
   void wake(Thread& thread) override {
-    runnable_lanes_[thread.index / kLanes] |= 1u << thread.lane;
-    runnable_warps_ |= 1u << thread.index / kLanes;
+    Warps& warps = warps_[thread.cluster_rank];
+    warps.lanes[thread.index / kLanes] |= 1u << thread.lane;
+    warps.runnable |= 1u << thread.index / kLanes;
+    runnable_blocks_ |= 1u << thread.cluster_rank;
   }
   void wait(Thread& self) override { run_next(self, false); }
   void give_way(Thread& self) override {
@@ -49,9 +59,9 @@ class FiberScheduler final : public Scheduler {
  private:
   enum Manner : uint64_t {
     kInOrder,
-    kUniform,  // any warp at any time
-    kSticky,   // a warp, and of it a lane, runs until it has to wait
-    kRanked,   // the warps have ranks, and the first that can run does
+    kUniform,  // any block of the cluster and any warp at any time
+    kSticky,   // a block, of it a warp, and of that a lane, runs until it has to wait
+    kRanked,   // the blocks and their warps have ranks, and the first that can run does
   };
 
   // Some set bit of a mask that is not 0.
@@ -61,36 +71,40 @@ class FiberScheduler final : public Scheduler {
     return (static_cast<uint32_t>(__builtin_ctz(turned)) + first) % 32;
   }
 
-  uint32_t choose_warp() {
+  // One of `runnable`, blocks or warps of a block, of which `current` was the last choice.
+  uint32_t choose_of(uint32_t runnable, uint32_t current, uint32_t* ranks) {
     switch (manner_) {
-      case kInOrder: return static_cast<uint32_t>(__builtin_ctz(runnable_warps_));
-      case kUniform: return any_bit(runnable_warps_);
-      case kSticky: return runnable_warps_ >> current_warp_ & 1u ? current_warp_ : any_bit(runnable_warps_);
+      case kInOrder: return static_cast<uint32_t>(__builtin_ctz(runnable));
+      case kUniform: return any_bit(runnable);
+      case kSticky: return runnable >> current & 1u ? current : any_bit(runnable);
       case kRanked: break;
     }
     uint32_t best = 0, best_rank = 0;
-    for (uint32_t warps = runnable_warps_; warps; warps &= warps - 1) {
-      const uint32_t warp = static_cast<uint32_t>(__builtin_ctz(warps));
-      if (rank_[warp] >= best_rank) best = warp, best_rank = rank_[warp];
+    for (uint32_t left = runnable; left; left &= left - 1) {
+      const uint32_t i = static_cast<uint32_t>(__builtin_ctz(left));
+      if (ranks[i] >= best_rank) best = i, best_rank = ranks[i];
     }
-    if (random_.next() % 512 == 0) rank_[best] = random_.next();
+    if (random_.next() % 512 == 0) ranks[best] = random_.next();
     return best;
   }
 
   // Takes a thread from those that can run; null if there is none.
   Thread* choose() {
-    if (runnable_warps_ == 0) return nullptr;
-    const uint32_t warp = current_warp_ = choose_warp();
-    uint32_t& lanes = runnable_lanes_[warp];
+    if (runnable_blocks_ == 0) return nullptr;
+    if (cluster_->blocks.size() > 1) current_block_ = choose_of(runnable_blocks_, current_block_, block_ranks_);
+    Warps& warps = warps_[current_block_];
+    const uint32_t warp = warps.current = choose_of(warps.runnable, warps.current, warps.ranks);
+    uint32_t& lanes = warps.lanes[warp];
     const uint32_t lane = manner_ == kInOrder ? static_cast<uint32_t>(__builtin_ctz(lanes)) : any_bit(lanes);
     lanes &= ~(1u << lane);
-    if (lanes == 0) runnable_warps_ &= ~(1u << warp);
-    return block_->threads[warp * kLanes + lane].get();
+    if (lanes == 0) warps.runnable &= ~(1u << warp);
+    if (warps.runnable == 0) runnable_blocks_ &= ~(1u << current_block_);
+    return cluster_->blocks[current_block_]->threads[warp * kLanes + lane].get();
   }
 
   void run_next(Thread& self, bool for_good) {
     Thread* next = choose();
-    if (!next && block_->exited < block_->num_threads) {
+    if (!next && cluster_->exited < cluster_->num_threads) {
       note_deadlock();  // which wakes everybody
       next = choose();
     }
@@ -103,11 +117,17 @@ class FiberScheduler final : public Scheduler {
   Random random_;
   uint64_t manner_;
   Fiber caller_;
-  Block* block_ = nullptr;
-  uint32_t current_warp_ = 0;
-  uint32_t runnable_warps_ = 0;
-  uint32_t runnable_lanes_[kMaxWarps] = {};
-  uint32_t rank_[kMaxWarps];
+  Cluster* cluster_ = nullptr;
+  struct Warps {  // of a block
+    uint32_t runnable = 0;
+    uint32_t current = 0;
+    uint32_t lanes[kMaxWarps] = {};  // that can run
+    uint32_t ranks[kMaxWarps];
+  };
+  uint32_t runnable_blocks_ = 0;
+  uint32_t current_block_ = 0;
+  uint32_t block_ranks_[kMaxBlocks];
+  Warps warps_[kMaxBlocks];
 };
 
 }  // namespace

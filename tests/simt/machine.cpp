@@ -11,10 +11,8 @@ __thread const Place* place;
 
 namespace {
 
-Block* block;  // in execution
+Cluster* cluster;  // in execution
 Scheduler* scheduler;
-SharedMemory* shared_memory;
-Counters totals;
 
 typedef uint32_t __attribute__((may_alias, aligned(1))) Word;
 
@@ -25,37 +23,39 @@ Thread& self() {
 void wake(Thread& thread) {
   thread.waits_for = nullptr;
   thread.barrier = -1;
-  --block->waiting;
+  --cluster->waiting;
   scheduler->wake(thread);
 }
 
 struct Abandoned {};  // thrown through the kernel by every thread after a failure
 
 void leave_if_failed() {
-  if (__atomic_load_n(&block->failed, __ATOMIC_RELAXED)) throw Abandoned();
+  if (__atomic_load_n(&cluster->failed, __ATOMIC_RELAXED)) throw Abandoned();
 }
 
 void enter_unless_failed() {
   scheduler->enter();
-  if (!block->failed) return;
+  if (!cluster->failed) return;
   scheduler->leave();
   throw Abandoned();
 }
 
 // The first failure counts. Everybody wakes up to leave.
 void note_failure(const Thread* thread, const std::string& what) {
-  if (block->failed) return;
-  const uint3 where = block->threads[0]->block;
-  block->failure =
-      "block (" + std::to_string(where.x) + ", " + std::to_string(where.y) + ", " + std::to_string(where.z) + ")";
+  if (cluster->failed) return;
+  cluster->failure = (thread ? *thread->home : *cluster->blocks[0]).name();
   if (thread) {
-    block->failure += " thread " + std::to_string(thread->index) + " (warp " +
-                      std::to_string(thread->index / kLanes) + ", lane " + std::to_string(thread->lane) + ")";
+    cluster->failure += " thread " + std::to_string(thread->index) + " (warp " +
+                        std::to_string(thread->index / kLanes) + ", lane " + std::to_string(thread->lane) + ")";
+  } else if (cluster->blocks.size() > 1) {
+    cluster->failure += " and the others of its cluster";
   }
-  block->failure += ": " + what + "; " + block->describe();
-  __atomic_store_n(&block->failed, true, __ATOMIC_RELAXED);
-  for (auto& other : block->threads) {
-    if (other->waits_for) wake(*other);
+  cluster->failure += ": " + what + "; " + cluster->describe();
+  __atomic_store_n(&cluster->failed, true, __ATOMIC_RELAXED);
+  for (auto& block : cluster->blocks) {
+    for (auto& other : block->threads) {
+      if (other->waits_for) wake(*other);
+    }
   }
 }
 
@@ -63,16 +63,6 @@ void note_failure(const Thread* thread, const std::string& what) {
   note_failure(&thread, what);
   scheduler->leave();
   throw Abandoned();
-}
-
-void add(Counters& sum, const Counters& c) {
-  sum.async_copy_bytes += c.async_copy_bytes;
-  sum.async_zero_bytes += c.async_zero_bytes;
-  sum.load_stream_bytes += c.load_stream_bytes;
-  sum.load_bytes += c.load_bytes;
-  sum.store_bytes += c.store_bytes;
-  sum.atomics += c.atomics;
-  sum.matrix_products += c.matrix_products;
 }
 
 // Not memcpy, which the sanitizers would take for an access by the running thread.
@@ -89,7 +79,7 @@ void copy(void* to, const void* from, size_t bytes) {
 
 void wait_for(Thread& thread, const char* name) {
   thread.waits_for = name;
-  ++block->waiting;
+  ++cluster->waiting;
   scheduler->wait(thread);
   leave_if_failed();
 }
@@ -116,7 +106,7 @@ void meet(Thread& thread, const char* name, const void* in, size_t in_bytes, voi
     ++warp.phase;
     const int first = thread.index - thread.lane;
     for (int i = first; i < first + kLanes; ++i) {
-      if (i != thread.index) wake(*block->threads[i]);
+      if (i != thread.index) wake(*thread.home->threads[i]);
     }
     scheduler->give_way(thread);
   }
@@ -126,6 +116,7 @@ void meet(Thread& thread, const char* name, const void* in, size_t in_bytes, voi
 
 void barrier_sync(const char* name, int id, int num_threads) {
   Thread& thread = self();
+  Block* block = thread.home;
   enter_unless_failed();
   if (id < 0 || id >= kNumBarriers) fail_entered(thread, "no such barrier");
   if (num_threads <= 0 || num_threads % kLanes != 0 || num_threads > block->num_threads) {
@@ -162,6 +153,13 @@ void barrier_sync(const char* name, int id, int num_threads) {
   order_acquire(&barrier.order[phase]);
 }
 
+// A block has exited and others of its cluster run. What a thread does in its shared memory must come before all of
+// its exits, so the last of them counts as a write.
+void retire(Block& block) {
+  order_acquire(&block.exit_order);
+  block.shared.retire();
+}
+
 }  // namespace
 
 // ---- what csrc/cuda/simt_host.h asks for
@@ -174,17 +172,70 @@ void sync_warp() {
   meet(self(), "sync_warp", nullptr, 0, nullptr, 0, nullptr, true);
 }
 void sync_block() {
-  barrier_sync("sync_block", 0, block->num_threads);
+  barrier_sync("sync_block", 0, self().home->num_threads);
 }
 void named_barrier_sync(int id, int num_threads) {
   barrier_sync("named_barrier_sync", id, num_threads);
 }
+
+// The warp comes as one (.aligned); then each lane counts for itself.
+void cluster_arrive() {
+  Thread& thread = self();
+  if (thread.in_cluster_barrier) fail("cluster_arrive: arrives twice without a cluster_wait");
+  meet(thread, "cluster_arrive", nullptr, 0, nullptr, 0, nullptr, false);
+  enter_unless_failed();
+  if (cluster->exited > 0) {
+    fail_entered(thread, "cluster_arrive: threads of the cluster have exited that it waits for");
+  }
+  ClusterBarrier& barrier = cluster->barrier;
+  thread.in_cluster_barrier = true;
+  thread.cluster_phase = barrier.phase;
+  order_release(&barrier.order[barrier.phase % 2]);
+  if (++barrier.arrived == cluster->num_threads) {
+    barrier.arrived = 0;
+    ++barrier.phase;
+    for (auto& block : cluster->blocks) {
+      for (auto& other : block->threads) {
+        if (other->barrier == kClusterBarrier) wake(*other);
+      }
+    }
+  }
+  scheduler->leave();
+  switch_point();
+}
+void cluster_wait() {
+  Thread& thread = self();
+  if (!thread.in_cluster_barrier) fail("cluster_wait: waits without a cluster_arrive");
+  meet(thread, "cluster_wait", nullptr, 0, nullptr, 0, nullptr, false);
+  enter_unless_failed();
+  ClusterBarrier& barrier = cluster->barrier;
+  if (barrier.phase == thread.cluster_phase) {
+    thread.barrier = kClusterBarrier;
+    wait_for(thread, "cluster_wait");
+  } else {
+    scheduler->leave();
+  }
+  thread.in_cluster_barrier = false;
+  order_acquire(&barrier.order[thread.cluster_phase % 2]);
+}
+uintptr_t shared_of(uintptr_t mine, int rank) {
+  const Thread& thread = self();
+  const SharedMemory& own = thread.home->shared;
+  if (rank < 0 || rank >= thread.cluster_size) fail("shared_of: no such block in the cluster");
+  if (!own.contains(reinterpret_cast<const void*>(mine), 1)) {
+    fail("shared_of: address is not in the block's shared memory");
+  }
+  if (rank == thread.cluster_rank) return mine;
+  const auto start_of = [](const SharedMemory& shared) { return reinterpret_cast<uintptr_t>(shared.dynamic()); };
+  return mine - start_of(own) + start_of(cluster->blocks[rank]->shared);
+}
+
 void switch_point() {
   leave_if_failed();
   scheduler->maybe_give_way(self());
 }
 void* dynamic_shared() {
-  return shared_memory->dynamic();
+  return self().home->shared.dynamic();
 }
 AsyncCopies& async_copies() {
   return *self().copies;
@@ -208,13 +259,25 @@ void check_shared(const char* name, const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
     fail((std::string(name) + ": shared address is not aligned").c_str());
   }
-  if (!shared_memory->contains(p, bytes)) fail((std::string(name) + ": address is not in shared memory").c_str());
+  if (self().home->shared.contains(p, bytes)) return;
+  fail((std::string(name) + ": address is not in the block's shared memory").c_str());
 }
 
-// ---- blocks and launches
+// ---- for schedulers and launches
 
-void run_thread(Block& running, Thread& thread) {
+void run_cluster(Cluster& running, Scheduler& chosen) {
+  cluster = &running;
+  scheduler = &chosen;
+  order_release(&running.start_order);
+  chosen.run(running);
+  order_acquire(&running.end_order);
+  cluster = nullptr;
+  scheduler = nullptr;
+}
+
+void run_thread(Cluster& running, Thread& thread) {
   order_acquire(&running.start_order);
+  Block& block = *thread.home;
   try {
     leave_if_failed();
     running.body(running.context);
@@ -223,7 +286,11 @@ void run_thread(Block& running, Thread& thread) {
     if (thread.warp->arrived > 0) {
       fail_entered(thread, std::string("exits while other lanes of the warp are at ") + thread.warp->name);
     }
-    if (running.barriers[0].arrived > 0) fail_entered(thread, "exits while other threads are at sync_block");
+    if (block.barriers[0].arrived > 0) fail_entered(thread, "exits while other threads are at sync_block");
+    if (thread.in_cluster_barrier) fail_entered(thread, "exits after cluster_arrive without a cluster_wait");
+    if (running.barrier.arrived > 0) {
+      fail_entered(thread, "exits while other threads of the cluster have come to cluster_arrive");
+    }
   } catch (const Abandoned&) {
     for (int i = 0; i < thread.copies->count; ++i) in_flight(thread.copies->copy[i].shared, 16, false);
     scheduler->enter();
@@ -231,6 +298,11 @@ void run_thread(Block& running, Thread& thread) {
   thread.exited = true;
   ++thread.warp->exited;
   ++running.exited;
+  ++block.exited;
+  if (running.blocks.size() > 1 && !running.failed) {
+    order_release(&block.exit_order);
+    if (block.exited == block.num_threads) retire(block);
+  }
   order_release(&running.end_order);
   scheduler->leave();
 }
@@ -239,102 +311,42 @@ void note_deadlock() {
   note_failure(nullptr, "deadlock");
 }
 
-std::string Block::describe() const {
-  auto state = [&](int i) {
-    const Thread& t = *threads[i];
-    return t.exited ? std::string("exited") : t.waits_for ? std::string("at ") + t.waits_for : "running";
-  };
+namespace {
+
+// "threads 0-31 at x, threads 32-63 exited": what `state` says of 0 to `count` - 1, neighbours of one state
+// together.
+template <typename State>
+std::string describe_runs(int count, const char* what, const char* between, const State& state) {
   std::string text;
-  for (int i = 0; i < num_threads;) {
+  for (int i = 0; i < count;) {
     int end = i + 1;
-    while (end < num_threads && state(end) == state(i)) ++end;
-    text += (i ? ", " : "") + std::string("threads ") + std::to_string(i) + "-" + std::to_string(end - 1) + " " +
-            state(i);
+    while (end < count && state(end) == state(i)) ++end;
+    text += (i ? between : "") + std::string(what) + std::to_string(i) + "-" + std::to_string(end - 1) + state(i);
     i = end;
   }
   return text;
 }
 
-void Block::reset(const LaunchConfig& config, uint3 index, Random& random) {
-  for (int i = 0; i < num_threads; ++i) {
-    Thread& t = *threads[i];
-    const unsigned x = config.block.x, y = config.block.y, linear = static_cast<unsigned>(i);
-    t.thread = {linear % x, linear / x % y, linear / x / y};
-    t.Place::block = index;
-    t.block_dim = config.block;
-    t.grid_dim = config.grid;
-    t.lane = i % kLanes;
-    t.index = i;
-    t.warp = warps[i / kLanes].get();
-    t.waits_for = nullptr;
-    t.barrier = -1;
-    t.exited = false;
-    t.random = Random(random.next());
-    t.copies->count = t.copies->groups = 0;
-    t.awake = 0;
-  }
-  for (auto& warp : warps) warp->arrived = warp->exited = 0;
-  for (Barrier& barrier : barriers) barrier = Barrier{};
-  waiting = exited = 0;
+}  // namespace
+
+std::string Block::name() const {
+  const uint3 index = threads[0]->block;
+  return "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
+         ")";
 }
 
-void launch(const LaunchConfig& config, void (*body)(const void*), const void* context) {
-  const int64_t threads = static_cast<int64_t>(config.block.x) * config.block.y * config.block.z;
-  if (threads <= 0 || threads % kLanes != 0 || threads > kLanes * kMaxWarps) {
-    throw Failure("a block has 1 to 32 whole warps, this one " + std::to_string(threads) + " threads");
-  }
-  // Threads are kept from launch to launch: a stack, and for TSan a fiber, is not made in no time.
-  static std::vector<std::unique_ptr<Thread>> pool;
-  Random random(config.seed);
-  Block running;
-  running.body = body;
-  running.context = context;
-  running.num_threads = static_cast<int>(threads);
-  while (pool.size() < static_cast<size_t>(threads)) {
-    pool.push_back(std::make_unique<Thread>());
-    pool.back()->copies.reset(new AsyncCopies);  // not cleared: most of it is never touched
-  }
-  for (int i = 0; i < threads; ++i) running.threads.push_back(std::move(pool[i]));
-  for (int i = 0; i < threads / kLanes; ++i) running.warps.push_back(std::make_unique<Warp>());
-  SharedMemory shared(config.dynamic_shared_bytes);
-  const std::unique_ptr<Scheduler> chosen =
-      config.engine == Engine::kFibers ? make_fiber_scheduler(config.seed) : make_thread_scheduler();
-  block = &running;
-  scheduler = chosen.get();
-  shared_memory = &shared;
-
-  std::vector<uint32_t> order(static_cast<size_t>(config.grid.x) * config.grid.y * config.grid.z);
-  for (uint32_t i = 0; i < order.size(); ++i) order[i] = i;
-  for (uint32_t i = static_cast<uint32_t>(order.size()); config.seed != 0 && i > 1; --i) {
-    const uint32_t j = random.below(i), other = order[j];
-    order[j] = order[i - 1];
-    order[i - 1] = other;
-  }
-  for (uint32_t linear : order) {
-    const unsigned x = config.grid.x, y = config.grid.y;
-    running.reset(config, {linear % x, linear / x % y, linear / x / y}, random);
-    shared.fill_with_nan();
-    order_release(&running.start_order);
-    chosen->run(running);
-    order_acquire(&running.end_order);
-    if (running.failed) break;
-  }
-  for (int i = 0; i < threads; ++i) {
-    add(totals, running.threads[i]->counters);
-    running.threads[i]->counters = {};
-    pool[i] = std::move(running.threads[i]);
-  }
-  block = nullptr;
-  scheduler = nullptr;
-  shared_memory = nullptr;
-  if (running.failed) throw Failure(running.failure);
+std::string Block::describe() const {
+  return describe_runs(num_threads, "threads ", ", ", [&](int i) {
+    const Thread& t = *threads[i];
+    return t.exited ? std::string(" exited") : t.waits_for ? std::string(" at ") + t.waits_for : " running";
+  });
 }
 
-Counters counters() {
-  return totals;
-}
-void reset_counters() {
-  totals = {};
+std::string Cluster::describe() const {
+  if (blocks.size() == 1) return blocks[0]->describe();
+  std::vector<std::string> texts;
+  for (const auto& block : blocks) texts.push_back(block->describe());
+  return describe_runs(static_cast<int>(blocks.size()), "ranks ", "; ", [&](int i) { return ": " + texts[i]; });
 }
 
 }  // namespace mac_attn::simt

@@ -1,5 +1,6 @@
-// One block in execution: its threads, warps and barriers, and the rules by which they wait for one another.
-// A Scheduler lets the threads run; the rules are the same for both.
+// A cluster of blocks in execution: their threads, warps and barriers, and the rules by which they wait for one
+// another. A launch without clusters has clusters of one block. A Scheduler lets the threads run; the rules are the
+// same for both.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,9 @@ namespace mac_attn::simt {
 
 constexpr int kLanes = 32;
 constexpr int kMaxWarps = 32;
-constexpr int kNumBarriers = 16;      // PTX ISA 9.7.13.1: barriers of a CTA
+constexpr int kMaxBlocks = 16;    // of a cluster: 8 are portable, sm_90 can have 16
+constexpr int kNumBarriers = 16;  // PTX ISA 9.7.13.1: barriers of a CTA
+constexpr int kClusterBarrier = kNumBarriers;
 constexpr int kMaxOperandBytes = 48;  // of one lane
 
 class Random {
@@ -50,13 +53,50 @@ struct Barrier {
   char order[2];
 };
 
+// Two phases' orders are enough: nobody arrives at the next but one before all have waited for this one.
+struct ClusterBarrier {
+  int arrived = 0;
+  unsigned phase = 0;
+  char order[2];
+};
+
+// Dynamic shared memory of a block, and for `contains` the static variables, which blocks of a cluster have none
+// of.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t dynamic_bytes, bool with_statics);
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+  ~SharedMemory();
+  void fill_with_nan();
+  bool contains(const void* p, size_t bytes) const;
+  void* dynamic() const { return dynamic_; }
+
+  // The block has exited and others of its cluster run: nobody may touch its memory any more.
+  void retire();
+  bool revive();  // the cluster has ended; whether nobody has written meanwhile
+
+ private:
+  void* dynamic_ = nullptr;  // exactly as large as asked for, so that ASan sees the end
+  size_t dynamic_bytes_;
+  bool with_statics_;
+};
+
+void fill_static_shared_with_nan();
+bool static_shared_is_unused();  // since it was filled
+
+struct Block;
+
 // A CUDA thread.
 struct Thread : Place {
-  int index = 0;
+  int index = 0;  // in its block
+  Block* home = nullptr;
   Warp* warp = nullptr;
   const char* waits_for = nullptr;  // null when it can run
-  int barrier = -1;
+  int barrier = -1;                 // at which it waits
   bool exited = false;
+  bool in_cluster_barrier = false;  // has arrived and not waited
+  unsigned cluster_phase = 0;       // at which it arrived
   Random random;
   Counters counters = {};
   std::unique_ptr<AsyncCopies> copies;
@@ -65,29 +105,44 @@ struct Thread : Place {
 };
 
 struct Block {
-  void (*body)(const void*);
-  const void* context;
+  explicit Block(const LaunchConfig& config) : shared(config.dynamic_shared_bytes, config.cluster == 1) {}
+  int rank = 0;  // in the cluster
   int num_threads = 0;
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::unique_ptr<Warp>> warps;
   Barrier barriers[kNumBarriers];
+  SharedMemory shared;
+  int exited = 0;
+  char exit_order;
+
+  void reset(const LaunchConfig& config, uint3 index, Random& random);
+  std::string name() const;
+  std::string describe() const;  // who waits for what
+};
+
+struct Cluster {
+  void (*body)(const void*);
+  const void* context;
+  int num_threads = 0;  // of all blocks
+  std::vector<std::unique_ptr<Block>> blocks;
+  ClusterBarrier barrier;
   int waiting = 0;
   int exited = 0;
   std::string failure;  // empty: none
   bool failed = false;  // the threads are on their way out
   char start_order, end_order;
 
-  void reset(const LaunchConfig& config, uint3 index, Random& random);
-  std::string describe() const;  // who waits for what
+  void reset(const LaunchConfig& config, uint3 first_block, Random& random);
+  std::string describe() const;
 };
 
-// Lets the threads of a block run, all to their end.
+// Lets the threads of a cluster run, all to their end.
 class Scheduler {
  public:
   virtual ~Scheduler() = default;
-  virtual void run(Block& block) = 0;
+  virtual void run(Cluster& cluster) = 0;
 
-  // Between these two the caller alone looks at the block.
+  // Between these two the caller alone looks at the cluster.
   virtual void enter() {}
   virtual void leave() {}
   virtual void wake(Thread& thread) = 0;
@@ -99,26 +154,13 @@ class Scheduler {
 std::unique_ptr<Scheduler> make_fiber_scheduler(uint64_t seed);
 std::unique_ptr<Scheduler> make_thread_scheduler();
 
-// What a scheduler calls as a thread of the block: the kernel, from its first line to the exit.
-void run_thread(Block& block, Thread& thread);
+// Runs a cluster that was reset, with this scheduler, from the first thread's start to the last one's exit.
+void run_cluster(Cluster& cluster, Scheduler& scheduler);
+
+// What a scheduler calls as a thread of the cluster: the kernel, from its first line to the exit.
+void run_thread(Cluster& cluster, Thread& thread);
 
 // For a scheduler, within enter(): nobody is left that could run, and not all have exited.
 void note_deadlock();
-
-// Shared memory of the running block.
-class SharedMemory {
- public:
-  explicit SharedMemory(size_t dynamic_bytes);
-  SharedMemory(const SharedMemory&) = delete;
-  SharedMemory& operator=(const SharedMemory&) = delete;
-  ~SharedMemory();
-  void fill_with_nan();
-  bool contains(const void* p, size_t bytes) const;
-  void* dynamic() const { return dynamic_; }
-
- private:
-  void* dynamic_ = nullptr;  // exactly as large as asked for, so that ASan sees the end
-  size_t dynamic_bytes_;
-};
 
 }  // namespace mac_attn::simt

@@ -17,6 +17,8 @@ MAC_SIMT_WEAK void* __tsan_create_fiber(unsigned flags);
 MAC_SIMT_WEAK void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 MAC_SIMT_WEAK void __tsan_acquire(void* address);
 MAC_SIMT_WEAK void __tsan_release(void* address);
+// not declared in a header, but what compiled code calls for a memset
+MAC_SIMT_WEAK void __tsan_write_range(void* address, unsigned long size);
 #undef MAC_SIMT_WEAK
 }
 
@@ -28,6 +30,10 @@ inline void order_release(void* address) {
 }
 inline void order_acquire(void* address) {
   if (__tsan_acquire) __tsan_acquire(address);
+}
+// Counts as a write by the running thread.
+inline void note_write(void* p, size_t size) {
+  if (__tsan_write_range) __tsan_write_range(p, size);
 }
 inline void poison(const void* p, size_t size) {
   if (__asan_poison_memory_region) __asan_poison_memory_region(p, size);

@@ -69,15 +69,25 @@ const std::vector<Variable>& static_shared() {
   return variables;
 }
 
+unsigned char nan_byte(size_t i) {
+  return static_cast<unsigned char>(kNaN >> i % 4 * 8);
+}
+
 void fill(void* p, size_t size) {
+  for (size_t i = 0; i < size; ++i) static_cast<volatile unsigned char*>(p)[i] = nan_byte(i);
+}
+
+bool is_filled(const void* p, size_t size) {
   for (size_t i = 0; i < size; ++i) {
-    static_cast<volatile unsigned char*>(p)[i] = static_cast<unsigned char>(kNaN >> i % 4 * 8);
+    if (static_cast<const volatile unsigned char*>(p)[i] != nan_byte(i)) return false;
   }
+  return true;
 }
 
 }  // namespace
 
-SharedMemory::SharedMemory(size_t dynamic_bytes) : dynamic_bytes_(dynamic_bytes) {
+SharedMemory::SharedMemory(size_t dynamic_bytes, bool with_statics)
+    : dynamic_bytes_(dynamic_bytes), with_statics_(with_statics) {
   if (posix_memalign(&dynamic_, 128, dynamic_bytes ? dynamic_bytes : 1) != 0) std::abort();
   if (dynamic_bytes == 0) poison(dynamic_, 1);
 }
@@ -88,17 +98,39 @@ SharedMemory::~SharedMemory() {
 
 void SharedMemory::fill_with_nan() {
   fill(dynamic_, dynamic_bytes_);
-  for (const Variable& variable : static_shared()) fill(variable.address, variable.size);
+}
+
+void SharedMemory::retire() {
+  note_write(dynamic_, dynamic_bytes_);
+  fill(dynamic_, dynamic_bytes_);
+  poison(dynamic_, dynamic_bytes_);
+}
+
+bool SharedMemory::revive() {
+  unpoison(dynamic_, dynamic_bytes_);
+  return is_filled(dynamic_, dynamic_bytes_);
 }
 
 bool SharedMemory::contains(const void* p, size_t bytes) const {
   const auto* begin = static_cast<const char*>(p);
   const auto* dynamic = static_cast<const char*>(dynamic_);
   if (begin >= dynamic && begin + bytes <= dynamic + dynamic_bytes_) return true;
+  if (!with_statics_) return false;
   for (const Variable& variable : static_shared()) {
     if (begin >= variable.address && begin + bytes <= variable.address + variable.size) return true;
   }
   return false;
+}
+
+void fill_static_shared_with_nan() {
+  for (const Variable& variable : static_shared()) fill(variable.address, variable.size);
+}
+
+bool static_shared_is_unused() {
+  for (const Variable& variable : static_shared()) {
+    if (!is_filled(variable.address, variable.size)) return false;
+  }
+  return true;
 }
 
 }  // namespace mac_attn::simt

@@ -341,8 +341,10 @@ void test_failures(const Run& run) {
       {Mistake::kExitInFlight, {"exits with asynchronous copies in flight", "threads 0-"}},
       {Mistake::kMisalignedCopy, {"cp_async_16: shared address is not aligned", "block (0, 0, 0) thread"}},
       {Mistake::kMisalignedLoad, {"load_stream_16: address is not 16-byte aligned", "block (0, 0, 0) thread"}},
-      {Mistake::kCopyBeyondShared, {"cp_async_16: address is not in shared memory", "block (0, 0, 0) thread"}},
-      {Mistake::kCopyToGlobal, {"cp_async_16: address is not in shared memory", "block (0, 0, 0) thread"}},
+      {Mistake::kCopyBeyondShared,
+       {"cp_async_16: address is not in the block's shared memory", "block (0, 0, 0) thread"}},
+      {Mistake::kCopyToGlobal,
+       {"cp_async_16: address is not in the block's shared memory", "block (0, 0, 0) thread"}},
   };
   alignas(16) static char global[32];
   for (const auto& c : cases) {

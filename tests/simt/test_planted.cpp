@@ -8,6 +8,7 @@
 #include "check.h"
 #include "ptx/async_copy.h"
 #include "ptx/barrier.h"
+#include "ptx/cluster.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
 
@@ -82,6 +83,35 @@ __global__ void overrun_copy(const float* in, float* out, int beyond) {
   out[threadIdx.x] = shared[threadIdx.x];
 }
 
+// out = in reversed over a cluster of two blocks, each of which reads the other's shared memory, `beyond` elements
+// further. Without kFirst the other may not have written yet (a barrier of the block orders no other block),
+// without kLast it may have exited.
+template <bool kFirst, bool kLast>
+__global__ void reverse_cluster(const float* in, float* out, int beyond) {
+  float* shared = static_cast<float*>(dynamic_shared());
+  const int t = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * kThreads;
+  shared[kThreads + t] = in[first + t];
+  ptx::sync_block();
+  if (kFirst) ptx::cluster_arrive(), ptx::cluster_wait();
+  out[first + t] = *(ptx::shared_of(shared + 2 * kThreads - 1 - t, 1 - ptx::cluster_rank()) + beyond);
+  if (kLast) ptx::cluster_arrive(), ptx::cluster_wait();
+}
+
+// The same by writing into the other's shared memory. Without kLast the other may have exited at the second write,
+// which does not matter to the result.
+template <bool kLast>
+__global__ void scatter_cluster(const float* in, float* out) {
+  float* shared = static_cast<float*>(dynamic_shared());
+  const int t = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * kThreads;
+  float* theirs = ptx::shared_of(shared + kThreads - 1 - t, 1 - ptx::cluster_rank());
+  *theirs = in[first + t];
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  out[first + t] = shared[t];
+  theirs[kThreads] = 1.f;
+  if (kLast) ptx::cluster_arrive(), ptx::cluster_wait();
+}
+
 }  // namespace mac_attn::cuda
 
 namespace mac_attn::simt {
@@ -91,7 +121,7 @@ enum class Expect { kReversed, kReversedByWarp, kSame };
 
 // Runs the kernel on 20 schedules (3 of the slow engine) and compares; `floats` in and out, as much dynamic shared
 // memory.
-template <typename... Args>
+template <unsigned kCluster = 1, typename... Args>
 bool right_everywhere(Engine engine, int floats, Expect expect, void (*kernel)(const float*, float*, Args...),
                       Args... args) {
   std::mt19937 generator(3);
@@ -100,7 +130,8 @@ bool right_everywhere(Engine engine, int floats, Expect expect, void (*kernel)(c
   for (uint64_t seed = 0; seed < (engine == Engine::kFibers ? 20 : 3); ++seed) {
     std::vector<float> in(floats), out(floats, NAN);
     for (float& x : in) x = normal(generator);
-    launch({2, cuda::kThreads, floats * sizeof(float), engine, seed}, kernel, in.data(), out.data(), args...);
+    launch({2, cuda::kThreads, floats * sizeof(float), engine, seed, kCluster}, kernel, in.data(), out.data(),
+           args...);
     for (int i = 0; i < floats; ++i) {
       const int from = expect == Expect::kReversed         ? floats - 1 - i
                        : expect == Expect::kReversedByWarp ? i / 32 * 32 + 31 - i % 32
@@ -113,7 +144,7 @@ bool right_everywhere(Engine engine, int floats, Expect expect, void (*kernel)(c
 
 bool run(const std::string& mistake, Engine engine) {
   using namespace cuda;
-  constexpr int kOne = kThreads, kRows = 8 * kThreads;
+  constexpr int kOne = kThreads, kTwo = 2 * kThreads, kRows = 8 * kThreads;
   if (mistake == "none") {
     return right_everywhere(engine, kOne, Expect::kReversed, reverse_block<true>) &&
            right_everywhere(engine, kOne, Expect::kReversedByWarp, reverse_warp<true>) &&
@@ -121,7 +152,9 @@ bool run(const std::string& mistake, Engine engine) {
            right_everywhere(engine, kRows, Expect::kSame, copy_rows<0, true, true>) &&
            right_everywhere(engine, kOne, Expect::kSame, overrun_shared, 0) &&
            right_everywhere(engine, kOne, Expect::kSame, overrun_static_shared, 0) &&
-           right_everywhere(engine, kOne, Expect::kSame, overrun_copy, 0);
+           right_everywhere(engine, kOne, Expect::kSame, overrun_copy, 0) &&
+           right_everywhere<2>(engine, kTwo, Expect::kReversed, reverse_cluster<true, true>, 0) &&
+           right_everywhere<2>(engine, kTwo, Expect::kReversed, scatter_cluster<true>);
   }
   if (mistake == "missing_sync_block")
     return right_everywhere(engine, kOne, Expect::kReversed, reverse_block<false>);
@@ -138,6 +171,18 @@ bool run(const std::string& mistake, Engine engine) {
   }
   if (mistake == "global_overrun") return right_everywhere(engine, kOne, Expect::kSame, overrun_global, 4);
   if (mistake == "copy_overrun") return right_everywhere(engine, kOne, Expect::kSame, overrun_copy, 4);
+  if (mistake == "missing_cluster_barrier") {
+    return right_everywhere<2>(engine, kTwo, Expect::kReversed, reverse_cluster<false, true>, 0);
+  }
+  if (mistake == "late_cluster_read") {
+    return right_everywhere<2>(engine, kTwo, Expect::kReversed, reverse_cluster<true, false>, 0);
+  }
+  if (mistake == "late_cluster_write") {
+    return right_everywhere<2>(engine, kTwo, Expect::kReversed, scatter_cluster<false>);
+  }
+  if (mistake == "cluster_overrun") {
+    return right_everywhere<2>(engine, kTwo, Expect::kReversed, reverse_cluster<true, true>, 1);
+  }
   std::printf("no such mistake: %s\n", mistake.c_str());
   return true;
 }
@@ -149,7 +194,12 @@ int main(int argc, char** argv) {
   using mac_attn::simt::Engine;
   if (argc != 3) return 2;
   const Engine engine = std::string(argv[2]) == "threads" ? Engine::kThreads : Engine::kFibers;
-  const bool right = mac_attn::simt::run(argv[1], engine);
-  std::printf(right ? "nothing found\n" : "wrong result\n");
-  return right ? 0 : 1;
+  try {
+    const bool right = mac_attn::simt::run(argv[1], engine);
+    std::printf(right ? "nothing found\n" : "wrong result\n");
+    return right ? 0 : 1;
+  } catch (const mac_attn::simt::Failure& failure) {
+    std::printf("%s\n", failure.what());
+    return 1;
+  }
 }

@@ -32,34 +32,39 @@ void give(uint32_t& word) {
   futex_wake(word);
 }
 
-// OS threads are kept from block to block: under TSan one takes milliseconds to make.
+// OS threads are kept from cluster to cluster: under TSan one takes milliseconds to make.
 class Workers {
  public:
   ~Workers() {
     for (auto& worker : workers_) {
-      worker->block = nullptr;
+      worker->cluster = nullptr;
       give(worker->start);
       worker->thread.join();
     }
   }
 
-  void run(Block& block) {
-    while (workers_.size() < block.threads.size()) {
+  void run(Cluster& cluster) {
+    const auto count = static_cast<size_t>(cluster.num_threads);
+    while (workers_.size() < count) {
       workers_.push_back(std::make_unique<Worker>());
       workers_.back()->thread = std::thread([this, worker = workers_.back().get()] { work(*worker); });
     }
-    left_ = static_cast<uint32_t>(block.num_threads);
-    for (int i = 0; i < block.num_threads; ++i) {
-      workers_[i]->block = &block;
-      workers_[i]->self = block.threads[i].get();
-      give(workers_[i]->start);
+    left_ = static_cast<uint32_t>(count);
+    size_t next = 0;
+    for (auto& block : cluster.blocks) {
+      for (auto& thread : block->threads) {
+        Worker& worker = *workers_[next++];
+        worker.cluster = &cluster;
+        worker.self = thread.get();
+        give(worker.start);
+      }
     }
     take(done_);
   }
 
  private:
   struct Worker {
-    Block* block = nullptr;
+    Cluster* cluster = nullptr;
     Thread* self = nullptr;
     uint32_t start = 0;
     std::thread thread;
@@ -68,9 +73,9 @@ class Workers {
   void work(Worker& worker) {
     for (;;) {
       take(worker.start);
-      if (!worker.block) return;
+      if (!worker.cluster) return;
       place = worker.self;
-      run_thread(*worker.block, *worker.self);
+      run_thread(*worker.cluster, *worker.self);
       if (__atomic_sub_fetch(&left_, 1, __ATOMIC_ACQ_REL) == 0) give(done_);
     }
   }
@@ -82,10 +87,10 @@ class Workers {
 
 class ThreadScheduler final : public Scheduler {
  public:
-  void run(Block& block) override {
+  void run(Cluster& cluster) override {
     static Workers workers;
-    block_ = &block;
-    workers.run(block);
+    cluster_ = &cluster;
+    workers.run(cluster);
   }
 
   void enter() override {
@@ -93,8 +98,8 @@ class ThreadScheduler final : public Scheduler {
   }
   void leave() override {
     // Whoever is the last to wait or to exit sees that nobody is left to wake the others.
-    const int active = block_->num_threads - block_->waiting - block_->exited;
-    if (active == 0 && block_->waiting > 0) note_deadlock();
+    const int active = cluster_->num_threads - cluster_->waiting - cluster_->exited;
+    if (active == 0 && cluster_->waiting > 0) note_deadlock();
     __atomic_store_n(&lock_, 0, __ATOMIC_RELEASE);
   }
   void wake(Thread& thread) override { give(thread.awake); }
@@ -108,7 +113,7 @@ class ThreadScheduler final : public Scheduler {
   }
 
  private:
-  Block* block_ = nullptr;
+  Cluster* cluster_ = nullptr;
   uint32_t lock_ = 0;
 };
 

@@ -17,7 +17,7 @@ def load_as_c() -> ModuleType:
 
     assert "mac_attn" not in sys.modules, "too late: mac_attn has its ops already"
     FOLDER.mkdir(parents=True, exist_ok=True)
-    names = ("fiber", "fiber_scheduler", "machine", "shared_memory", "thread_scheduler")
+    names = ("fiber", "fiber_scheduler", "launch", "machine", "shared_memory", "thread_scheduler")
     module = load(
         "_C",
         [
