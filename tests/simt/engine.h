@@ -9,10 +9,11 @@
 // a block starts, the destination of a cp.async from its issue to its wait.
 //
 // The blocks of a cluster run at once, each with dynamic shared memory of its own, and the clusters one after
-// another. Nothing orders two blocks but a cluster barrier. Shared memory of a block that has exited is gone: it
-// holds NaN, ASan reports an access, TSan one that no barrier puts before the exit, and a write is reported at the
-// end of the cluster. A static __shared__ variable is one object here, so a kernel that is launched with cluster >
-// 1 must have none: it keeps everything in dynamic shared memory. A write to a static one is reported.
+// another. Nothing orders two blocks of a cluster but its barriers. Shared memory of a block that has not started
+// or has exited is not there: it holds NaN, a write is reported, by ASan every access, and by TSan every access
+// that no barrier puts after the start and before the exit. A static __shared__ variable is one object here, so a
+// kernel that is launched with cluster > 1 must have none: it keeps everything in dynamic shared memory. A write to
+// a static one is reported.
 //
 // Two engines with one meaning (machine.h):
 //   kFibers   every CUDA thread is a fiber; a seeded schedule chooses who runs at each barrier, warp instruction,

@@ -43,7 +43,7 @@ void check(const LaunchConfig& config) {
 // What nobody could see while it happened: writes where no block of the cluster may write.
 void check_memory(Cluster& cluster) {
   for (auto& block : cluster.blocks) {
-    if (block->shared.revive() || cluster.failed) continue;
+    if (block->shared.open() || cluster.failed) continue;
     cluster.failed = true;
     cluster.failure =
         "rank " + std::to_string(block->rank) + " of a cluster: its shared memory was written after it had exited";
@@ -81,8 +81,8 @@ void Block::reset(const LaunchConfig& config, uint3 index, Random& random) {
   }
   for (auto& warp : warps) warp->arrived = warp->exited = 0;
   for (Barrier& barrier : barriers) barrier = Barrier{};
-  exited = 0;
-  shared.fill_with_nan();
+  started = exited = 0;
+  config.cluster == 1 ? shared.fill_with_nan() : shared.close();
 }
 
 void Cluster::reset(const LaunchConfig& config, uint3 first_block, Random& random) {

@@ -153,11 +153,22 @@ void barrier_sync(const char* name, int id, int num_threads) {
   order_acquire(&barrier.order[phase]);
 }
 
-// A block has exited and others of its cluster run. What a thread does in its shared memory must come before all of
-// its exits, so the last of them counts as a write.
-void retire(Block& block) {
+// In a cluster, what others do in a block's shared memory must come after the start of its first thread and before
+// the exit of its last one: both count as writes.
+void note_start(Block& block, const Thread& thread) {
+  scheduler->enter();
+  if (block.started++ == 0) {
+    if (!block.shared.open()) note_failure(&thread, "shared memory was written before the block had started");
+    order_release(&block.start_order);
+  }
+  order_acquire(&block.start_order);
+  scheduler->leave();
+}
+void note_exit(Block& block) {  // within enter()
+  order_release(&block.exit_order);
+  if (block.exited < block.num_threads) return;
   order_acquire(&block.exit_order);
-  block.shared.retire();
+  block.shared.close();
 }
 
 }  // namespace
@@ -278,6 +289,8 @@ void run_cluster(Cluster& running, Scheduler& chosen) {
 void run_thread(Cluster& running, Thread& thread) {
   order_acquire(&running.start_order);
   Block& block = *thread.home;
+  const bool alone = running.blocks.size() == 1;
+  if (!alone) note_start(block, thread);
   try {
     leave_if_failed();
     running.body(running.context);
@@ -299,10 +312,7 @@ void run_thread(Cluster& running, Thread& thread) {
   ++thread.warp->exited;
   ++running.exited;
   ++block.exited;
-  if (running.blocks.size() > 1 && !running.failed) {
-    order_release(&block.exit_order);
-    if (block.exited == block.num_threads) retire(block);
-  }
+  if (!alone && !running.failed) note_exit(block);
   order_release(&running.end_order);
   scheduler->leave();
 }

@@ -72,9 +72,9 @@ class SharedMemory {
   bool contains(const void* p, size_t bytes) const;
   void* dynamic() const { return dynamic_; }
 
-  // The block has exited and others of its cluster run: nobody may touch its memory any more.
-  void retire();
-  bool revive();  // the cluster has ended; whether nobody has written meanwhile
+  // In a cluster, while others run: nobody may touch the memory of a block before it starts or after it has exited.
+  void close();
+  bool open();  // whether nobody has written meanwhile
 
  private:
   void* dynamic_ = nullptr;  // exactly as large as asked for, so that ASan sees the end
@@ -112,8 +112,9 @@ struct Block {
   std::vector<std::unique_ptr<Warp>> warps;
   Barrier barriers[kNumBarriers];
   SharedMemory shared;
+  int started = 0;
   int exited = 0;
-  char exit_order;
+  char start_order, exit_order;
 
   void reset(const LaunchConfig& config, uint3 index, Random& random);
   std::string name() const;

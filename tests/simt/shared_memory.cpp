@@ -100,14 +100,15 @@ void SharedMemory::fill_with_nan() {
   fill(dynamic_, dynamic_bytes_);
 }
 
-void SharedMemory::retire() {
-  note_write(dynamic_, dynamic_bytes_);
+void SharedMemory::close() {
   fill(dynamic_, dynamic_bytes_);
   poison(dynamic_, dynamic_bytes_);
+  note_write(dynamic_, dynamic_bytes_);
 }
 
-bool SharedMemory::revive() {
+bool SharedMemory::open() {
   unpoison(dynamic_, dynamic_bytes_);
+  note_write(dynamic_, dynamic_bytes_);
   return is_filled(dynamic_, dynamic_bytes_);
 }
 

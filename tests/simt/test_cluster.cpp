@@ -69,6 +69,8 @@ __global__ void pass_around(int* out, int rounds) {
   const int t = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int next = (ptx::cluster_rank() + 1) % ptx::cluster_size();
   int value = linear_block() * threads + t;
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
   for (int round = 0; round < rounds; ++round) {
     *ptx::shared_of(shared + round % 2 * threads + t, next) = value;
     ptx::cluster_arrive();

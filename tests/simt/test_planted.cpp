@@ -97,13 +97,14 @@ __global__ void reverse_cluster(const float* in, float* out, int beyond) {
   if (kLast) ptx::cluster_arrive(), ptx::cluster_wait();
 }
 
-// The same by writing into the other's shared memory. Without kLast the other may have exited at the second write,
-// which does not matter to the result.
-template <bool kLast>
+// The same by writing into the other's shared memory. Without kFirst the other may not have started at the first
+// write, without kLast it may have exited at the second, which does not matter to the result.
+template <bool kFirst, bool kLast>
 __global__ void scatter_cluster(const float* in, float* out) {
   float* shared = static_cast<float*>(dynamic_shared());
   const int t = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * kThreads;
   float* theirs = ptx::shared_of(shared + kThreads - 1 - t, 1 - ptx::cluster_rank());
+  if (kFirst) ptx::cluster_arrive(), ptx::cluster_wait();
   *theirs = in[first + t];
   ptx::cluster_arrive();
   ptx::cluster_wait();
@@ -154,7 +155,7 @@ bool run(const std::string& mistake, Engine engine) {
            right_everywhere(engine, kOne, Expect::kSame, overrun_static_shared, 0) &&
            right_everywhere(engine, kOne, Expect::kSame, overrun_copy, 0) &&
            right_everywhere<2>(engine, kTwo, Expect::kReversed, reverse_cluster<true, true>, 0) &&
-           right_everywhere<2>(engine, kTwo, Expect::kReversed, scatter_cluster<true>);
+           right_everywhere<2>(engine, kTwo, Expect::kReversed, scatter_cluster<true, true>);
   }
   if (mistake == "missing_sync_block")
     return right_everywhere(engine, kOne, Expect::kReversed, reverse_block<false>);
@@ -174,11 +175,14 @@ bool run(const std::string& mistake, Engine engine) {
   if (mistake == "missing_cluster_barrier") {
     return right_everywhere<2>(engine, kTwo, Expect::kReversed, reverse_cluster<false, true>, 0);
   }
+  if (mistake == "early_cluster_write") {
+    return right_everywhere<2>(engine, kTwo, Expect::kReversed, scatter_cluster<false, true>);
+  }
   if (mistake == "late_cluster_read") {
     return right_everywhere<2>(engine, kTwo, Expect::kReversed, reverse_cluster<true, false>, 0);
   }
   if (mistake == "late_cluster_write") {
-    return right_everywhere<2>(engine, kTwo, Expect::kReversed, scatter_cluster<false>);
+    return right_everywhere<2>(engine, kTwo, Expect::kReversed, scatter_cluster<true, false>);
   }
   if (mistake == "cluster_overrun") {
     return right_everywhere<2>(engine, kTwo, Expect::kReversed, reverse_cluster<true, true>, 1);

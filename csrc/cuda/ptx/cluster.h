@@ -1,8 +1,10 @@
 // Clusters of sm_90: blocks that run together, meet at barriers of the cluster and reach into one another's
 // shared memory (PTX ISA 10: %cluster_ctarank, %cluster_nctarank; 9.7.13: barrier.cluster; 9.7.9: mapa).
 //
-// Every thread of every block of the cluster arrives and then waits, in turn; a warp does so as one. No block may
-// exit while another may still reach into its shared memory. A launch without clusters has clusters of one block.
+// Every thread of every block of the cluster arrives and then waits, in turn; a warp does so as one. A block's
+// shared memory is there for the others from its start to its exit, so there is a barrier before the first and
+// after the last access (CUDA Programming Guide, distributed shared memory). A launch without clusters has clusters
+// of one block.
 //
 // Below sm_90 there are no clusters and the host launches none, but the code is compiled for those architectures
 // as well: there it says what is true of a block on its own, and the barriers do nothing, not even for the block.
