@@ -84,15 +84,17 @@ __global__ void overrun_copy(const float* in, float* out, int beyond) {
 }
 
 // out = in reversed over a cluster of two blocks, each of which reads the other's shared memory, `beyond` elements
-// further. Without kFirst the other may not have written yet (a barrier of the block orders no other block),
+// further. Without kSync the other may not have written yet (a barrier of the block orders no other block),
 // without kLast it may have exited.
-template <bool kFirst, bool kLast>
+template <bool kSync, bool kLast>
 __global__ void reverse_cluster(const float* in, float* out, int beyond) {
   float* shared = static_cast<float*>(dynamic_shared());
   const int t = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * kThreads;
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
   shared[kThreads + t] = in[first + t];
   ptx::sync_block();
-  if (kFirst) ptx::cluster_arrive(), ptx::cluster_wait();
+  if (kSync) ptx::cluster_arrive(), ptx::cluster_wait();
   out[first + t] = *(ptx::shared_of(shared + 2 * kThreads - 1 - t, 1 - ptx::cluster_rank()) + beyond);
   if (kLast) ptx::cluster_arrive(), ptx::cluster_wait();
 }
