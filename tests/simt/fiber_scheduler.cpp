@@ -14,12 +14,14 @@ class FiberScheduler final : public Scheduler {
 
   void run(Cluster& cluster) override {
     cluster_ = &cluster;
+    num_blocks_ = cluster.blocks.size();
     runnable_blocks_ = 0;
     current_block_ = 0;
     for (auto& block : cluster.blocks) {
       Warps& warps = warps_[block->rank];
       warps.runnable = 0;
       warps.current = 0;
+      warps.threads = block->threads.data();
       for (uint32_t& rank : warps.ranks) rank = random_.next();
       for (auto& thread : block->threads) {
         thread->fiber.start(
@@ -33,7 +35,7 @@ class FiberScheduler final : public Scheduler {
         wake(*thread);
       }
     }
-    if (cluster.blocks.size() > 1) {
+    if (num_blocks_ > 1) {
       for (uint32_t& rank : block_ranks_) rank = random_.next();
     }
     Thread* first = choose();
@@ -91,7 +93,7 @@ class FiberScheduler final : public Scheduler {
   // Takes a thread from those that can run; null if there is none.
   Thread* choose() {
     if (runnable_blocks_ == 0) return nullptr;
-    if (cluster_->blocks.size() > 1) current_block_ = choose_of(runnable_blocks_, current_block_, block_ranks_);
+    if (num_blocks_ > 1) current_block_ = choose_of(runnable_blocks_, current_block_, block_ranks_);
     Warps& warps = warps_[current_block_];
     const uint32_t warp = warps.current = choose_of(warps.runnable, warps.current, warps.ranks);
     uint32_t& lanes = warps.lanes[warp];
@@ -99,7 +101,7 @@ class FiberScheduler final : public Scheduler {
     lanes &= ~(1u << lane);
     if (lanes == 0) warps.runnable &= ~(1u << warp);
     if (warps.runnable == 0) runnable_blocks_ &= ~(1u << current_block_);
-    return cluster_->blocks[current_block_]->threads[warp * kLanes + lane].get();
+    return warps.threads[warp * kLanes + lane].get();
   }
 
   void run_next(Thread& self, bool for_good) {
@@ -118,7 +120,9 @@ class FiberScheduler final : public Scheduler {
   uint64_t manner_;
   Fiber caller_;
   Cluster* cluster_ = nullptr;
+  size_t num_blocks_ = 0;
   struct Warps {  // of a block
+    const std::unique_ptr<Thread>* threads = nullptr;
     uint32_t runnable = 0;
     uint32_t current = 0;
     uint32_t lanes[kMaxWarps] = {};  // that can run

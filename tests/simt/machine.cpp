@@ -104,9 +104,9 @@ void meet(Thread& thread, const char* name, const void* in, size_t in_bytes, voi
     if (meaning) meaning(warp.in[phase], warp.out[phase]);
     warp.arrived = 0;
     ++warp.phase;
-    const int first = thread.index - thread.lane;
-    for (int i = first; i < first + kLanes; ++i) {
-      if (i != thread.index) wake(*thread.home->threads[i]);
+    const std::unique_ptr<Thread>* lanes = thread.home->threads.data() + (thread.index - thread.lane);
+    for (int i = 0; i < kLanes; ++i) {
+      if (i != thread.lane) wake(*lanes[i]);
     }
     scheduler->give_way(thread);
   }
