@@ -13,7 +13,8 @@
 // or has exited is not there: it holds NaN, a write is reported, by ASan every access, and by TSan every access
 // that no barrier puts after the start and before the exit. A static __shared__ variable is one object here, so a
 // kernel that is launched with cluster > 1 must have none: it keeps everything in dynamic shared memory. A write to
-// a static one is reported.
+// a static one is reported. A cluster barrier of PTX waits only for threads that have not exited; here an exit that
+// leaves a barrier incomplete, or comes between arrive and wait, is reported.
 //
 // Two engines with one meaning (machine.h):
 //   kFibers   every CUDA thread is a fiber; a seeded schedule chooses who runs at each barrier, warp instruction,
@@ -22,7 +23,8 @@
 //   kThreads  every CUDA thread is an OS thread: preemption anywhere, real atomics. Slow.
 //
 // What neither sees: races between blocks of different clusters (they are ordered), the limits of registers and of
-// shared memory, bank conflicts. TSan itself takes about 8,000 threads, that is 8 blocks of 992.
+// shared memory, bank conflicts. Under TSan a cluster can have about 5,000 threads: each takes a dozen of the
+// mappings that Linux allows a process (vm.max_map_count).
 #pragma once
 
 #include <cstddef>
