@@ -45,8 +45,7 @@ void check_memory(Cluster& cluster) {
   for (auto& block : cluster.blocks) {
     if (block->shared.open() || cluster.failed) continue;
     cluster.failed = true;
-    cluster.failure =
-        "rank " + std::to_string(block->rank) + " of a cluster: its shared memory was written after it had exited";
+    cluster.failure = block->name() + ": its shared memory was written after it had exited";
   }
   if (!cluster.failed && !static_shared_is_unused()) {
     cluster.failed = true;
