@@ -12,7 +12,7 @@
 #   memcheck, racecheck, synccheck, initcheck    the same under compute-sanitizer
 #   quick       bench/hit_curve.py --quick
 #   stages      bench/stages.py
-#   curve       bench/hit_curve.py, the whole sweep
+#   curve       bench/hit_curve.py, the whole sweep, or what CURVE_OPTIONS leaves of it
 #   curve_256   hits that are 256 steps old: so the authors' all-hit rows attend afresh to 512 tokens a KV head
 #   profile     ncu: bytes, bandwidth and stalls of each kernel
 # Each has a time limit; one that fails does not stop the others. FOLDER receives a log for each step, tables,
@@ -132,7 +132,8 @@ stages() {
 }
 
 curve() {
-  "$python" bench/hit_curve.py --json "$out/curve.json" --csv "$out/curve.csv" --png "$out"
+  # shellcheck disable=SC2086  # options, several words
+  "$python" bench/hit_curve.py ${CURVE_OPTIONS:-} --json "$out/curve.json" --csv "$out/curve.csv" --png "$out"
 }
 
 curve_256() {

@@ -14,6 +14,7 @@ constexpr int32_t kMaxWaves = 8;       // pieces for each CTA
 constexpr int32_t kWarpTokens = 16;    // tokens with one anchor candidate among them
 constexpr int32_t kMaxAnchors = 256;
 constexpr int32_t kMaxGroup = 128;
+constexpr int32_t kMaxCluster = 8;  // CTAs; more are not portable (CUDA Programming Guide, thread block clusters)
 
 // Bits of a request's status and of the sticky error flag; mac_attn/cache.py reads them.
 enum Error : int32_t { kBadLength = 1, kBadPage = 2, kBadSlot = 4 };
@@ -33,13 +34,15 @@ struct Divisor {
   }
 };
 
-// Device memory of one match call. `best` and `done` are zero before the launch and after it.
+// Device memory of one match call. `best` and `done` are zero before the launch and after it, and not used where
+// the CTAs of a KV head are a cluster.
 struct MatchWorkspace {
   unsigned long long* best;  // [B, Hq]
   int32_t* done;             // [B, H] CTAs that have left the KV head
   int32_t* status;           // [B] Error bits, written for every request
   int32_t* error_flag;       // [1] sticky, or null
   int32_t splits;            // CTAs for each KV head, see match_splits
+  int32_t cluster;           // CTAs of a cluster: `splits`, or 1
 };
 
 // Device memory of one amend call. `done` and `drawn` are zero before the launch and after it.
@@ -70,8 +73,8 @@ struct CompleteWorkspace {
   const int32_t* status;  // [B] Error bits of match and amend, null in exact mode
 };
 
-// CTAs for each KV head of the current device's match launch: as many as it keeps busy.
-cudaError_t match_splits(const MatchParams& params, int32_t* splits);
+// Fills in the CTAs for each KV head of the current device's match launch: as many as it keeps busy.
+cudaError_t match_splits(const MatchParams& params, MatchWorkspace& workspace);
 
 // Pieces that an amend call of `passes` passes may be cut into, see tiles_of_piece.
 constexpr int64_t max_pieces(int32_t ctas, int64_t passes) {

@@ -22,8 +22,8 @@ cudaError_t with_head_dim(int head_dim, const Use& use) {
 }
 
 template <typename Kernel, typename... Args>
-cudaError_t launch(Kernel* kernel, dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
-                   const Args&... args) {
+cudaError_t launch_clusters(Kernel* kernel, int cluster, dim3 grid, int threads, size_t shared_bytes,
+                            cudaStream_t stream, const Args&... args) {
   int device = 0, major = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
@@ -33,17 +33,25 @@ cudaError_t launch(Kernel* kernel, dim3 grid, int threads, size_t shared_bytes, 
       return error;
     }
   }
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = major < 9 ? 0 : cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <typename Kernel, typename... Args>
+cudaError_t launch(Kernel* kernel, dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
+                   const Args&... args) {
+  return launch_clusters(kernel, 1, grid, threads, shared_bytes, stream, args...);
 }
 
 }  // namespace mac_attn::cuda

@@ -11,18 +11,20 @@ namespace {
 template <typename T>
 cudaError_t launch_type(const MatchParams& p, const MatchWorkspace& w, cudaStream_t stream) {
   const dim3 grid(p.shape.batch * p.shape.num_kv_heads * w.splits);
-  const size_t shared = sizeof(float) * p.shape.group_size * p.shape.head_dim;
   return with_head_dim(p.shape.head_dim, [&](auto dim) {
-    return launch(match_kernel<T, decltype(dim)::value>, grid, kMatchThreads, shared, stream, p, w);
+    constexpr int kHeadDim = decltype(dim)::value;
+    return launch_clusters(match_kernel<T, kHeadDim>, w.cluster, grid, kMatchThreads,
+                           match_shared_bytes<kHeadDim>(p.shape.group_size), stream, p, w);
   });
 }
 
 }  // namespace
 
-cudaError_t match_splits(const MatchParams& p, int32_t* splits) {
-  int device = 0, processors = 0;
+cudaError_t match_splits(const MatchParams& p, MatchWorkspace& w) {
+  int device = 0, processors = 0, major = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
   constexpr int kBlocksAtATime = 2;  // on a processor, as the kernel's launch bounds say
   constexpr int kFewBlocks = 2;      // for each KV head: one alone has too few rows in flight
   constexpr int kMaxSplits = 32;     // they meet at one counter
@@ -32,10 +34,14 @@ cudaError_t match_splits(const MatchParams& p, int32_t* splits) {
     return cudaSuccess;
   };
   if (cudaError_t error = with_head_dim(p.shape.head_dim, candidates)) return error;
+  const int groups = p.shape.batch * p.shape.num_kv_heads;
   const int most = (p.ring.window + each - 1) / each;
-  int wanted = processors * kBlocksAtATime / (p.shape.batch * p.shape.num_kv_heads);
+  int wanted = processors * kBlocksAtATime / groups;
   if (wanted == 1) wanted = kFewBlocks;
-  *splits = std::max(1, std::min({wanted, most, kMaxSplits}));
+  w.splits = std::max(1, std::min({wanted, most, kMaxSplits}));
+  // Two CTAs of clusters on one processor are slower than without clusters.
+  const bool meet_in_cluster = major >= 9 && w.splits <= kMaxCluster && w.splits * groups <= processors;
+  w.cluster = meet_in_cluster ? w.splits : 1;
   return cudaSuccess;
 }
 

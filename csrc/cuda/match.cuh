@@ -3,7 +3,8 @@
 //   d2_h(c) = |q_h - ring_query_h(c)|^2,   score(c) = mean over the group of d2_h / theta_h
 //   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the newest.
 //
-// Grid: `splits` CTAs of eight warps for each (request, KV head), which share the candidates out; the last one to
+// Grid: `splits` CTAs of eight warps for each (request, KV head), which share the candidates out. Where they are a
+// cluster (sm_90) they meet in the first one's shared memory, elsewhere in global memory: the first or last one to
 // finish writes the answer. A few lanes read a ring row, so that a warp looks at eight candidates at a time.
 // Partial sums only grow, so most candidates are ruled out by their first head; only the others' heads are read on,
 // a few at a time: each read is a wait for memory, and at batch 1 there is nothing else to do meanwhile.
@@ -12,6 +13,7 @@
 
 #include "kernels.h"
 #include "ptx/barrier.h"
+#include "ptx/cluster.h"
 #include "ptx/math.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
@@ -91,34 +93,77 @@ struct RowPieces {
   }
 };
 
+// What the threads of a CTA share while they search; the query as floats, [G, D], lies behind it.
+// Dynamic: others of the cluster write to it.
+struct alignas(16) MatchShared {
+  unsigned long long best[kMaxGroup];
+  float scale[kMaxGroup];  // 1 / theta
+  int errors, is_last;
+
+  // Before any thread that searches.
+  MAC_DEVICE void clear(const MatchParams& p) {
+    const int G = p.shape.group_size;
+#pragma unroll 1
+    for (int g = threadIdx.x; g < G; g += kMatchThreads) {
+      best[g] = match_key(p.per_head ? 1.f : static_cast<float>(G), 0);
+    }
+    if (threadIdx.x == 0) errors = 0;
+  }
+};
+
+// The request of a CTA, as far as match needs it.
+struct MatchRequest {
+  int request, kv_head, seq_len, given_slot;
+  bool readable;  // it has tokens and its slot is there
+  int slot;       // that, or 0: padding may name any
+};
+
+MAC_DEVICE MatchRequest match_request(const MatchParams& p, int request, int kv_head) {
+  const int n = p.requests.seq_lens[request], slot = p.requests.slots[request];
+  const bool readable = n > 0 && slot >= 0 && slot < p.ring.num_slots;
+  return {request, kv_head, n, slot, readable, readable ? slot : 0};
+}
+
+// A query head on its way to shared memory; a warp at work.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kMatchThreads, 2)
-    match_kernel(const __grid_constant__ MatchParams p, const __grid_constant__ MatchWorkspace w) {
+struct MatchHead {
+  T data[(kHeadDim + 31) / 32];
+  float threshold;
+
+  MAC_DEVICE void ask(const MatchParams& p, const MatchRequest& r, int g) {
+    const int head = r.kv_head * p.shape.group_size + g, lane = ptx::lane_id();
+    const T* row =
+        static_cast<const T*>(p.query.data) + r.request * p.query.batch_stride + head * p.query.head_stride;
+#pragma unroll
+    for (int i = 0; i < (kHeadDim + 31) / 32; ++i) {
+      if (lane + 32 * i < kHeadDim) data[i] = row[lane + 32 * i];
+    }
+    threshold = p.threshold[head];
+  }
+  MAC_DEVICE void put(const MatchParams& p, int g, float* query, MatchShared& shared) const {
+    const int lane = ptx::lane_id();
+    float norm = 0.f;
+#pragma unroll
+    for (int i = 0; i < (kHeadDim + 31) / 32; ++i) {
+      if (lane + 32 * i >= kHeadDim) break;
+      const float x = ptx::to_float(data[i]);
+      query[g * kHeadDim + lane + 32 * i] = x, norm += x * x;
+    }
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) norm += ptx::shfl_xor(norm, distance);
+    if (lane != 0) return;
+    const float theta = p.relative ? threshold * norm : threshold;
+    // NaN for a head that can never hit; in a group it decides for all.
+    const bool can_hit = norm < INFINITY && theta > 0.f && theta < INFINITY;
+    shared.scale[g] = can_hit ? 1.f / theta : NAN;
+  }
+};
+
+// One CTA's search of the ring, by its first kMatchWarps warps.
+template <typename T, int kHeadDim>
+struct RingSearch {
   using Layout = MatchLayout<kHeadDim>;
-  constexpr int kLanes = Layout::kLanes;
-  const int G = p.shape.group_size, H = p.shape.num_kv_heads, M = p.ring.window;
-  const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
-  const int group = blockIdx.x / w.splits, split = blockIdx.x % w.splits, request = group / H, kv_head = group % H;
-
-  float* query = static_cast<float*>(dynamic_shared());  // [G, D]
-  __shared__ float scale[kMaxGroup];                     // 1 / theta
-  __shared__ unsigned long long best[kMaxGroup];
-  __shared__ int errors, is_last;
-
-  ptx::grid_dependency_wait();  // the last step's ring
-  ptx::grid_dependency_launch();
-  const int n = p.requests.seq_lens[request], position = n - 1;
-  const int given_slot = p.requests.slots[request];
-  // Candidates have p - M <= c < p, so their ages are 1..M. E(c) > 0 needs c >= band. Whether the slot's history
-  // is unbroken is asked for together with the first rows: neither waits for the other.
-  const bool readable = n > 0 && given_slot >= 0 && given_slot < p.ring.num_slots;
-  const int slot = readable ? given_slot : 0;  // padding may name any
-  const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;
-  const bool unbroken = readable && p.ring.end[slot] == position && p.ring.request[slot] == id;
-  const int begin = p.ring.begin[slot], oldest = begin > p.band ? begin : p.band;
-  const int last_age = !readable ? 0 : position - p.band < M ? position - p.band : M;
-  const int64_t ring_row = (static_cast<int64_t>(slot) * H + kv_head) * M;
-  const T* ring = static_cast<const T*>(p.ring.query);
+  static constexpr int kLanes = Layout::kLanes;
 
   // Tag, depth and first head of a candidate that may turn out to be none.
   struct Candidate {
@@ -126,118 +171,183 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
     int age, tag, depth;
     RowPieces<T, kHeadDim> first_head;
   };
-  const auto fetch = [&](int age) {
+  const MatchParams& p;
+  int position, last_age, first_age, stride;
+  bool readable;
+  int begin, end;       // of the slot's history
+  int64_t id, last_id;  // of the request, and of the slot's last one
+  int64_t tags, rows;   // of the slot, and of its KV head
+  Candidate next;
+
+  // Asks for the first rows and for the slot's history: neither waits for the other. Candidates have p - M <= c <
+  // p, so their ages are 1..M. E(c) > 0 needs c >= band.
+  MAC_DEVICE RingSearch(const MatchParams& p, const MatchRequest& r, int split, int splits) : p(p) {
+    const int M = p.ring.window;
+    position = r.seq_len - 1;
+    last_age = !r.readable ? 0 : position - p.band < M ? position - p.band : M;
+    first_age = 1 + split * Layout::kPerBlock + static_cast<int>(threadIdx.x / 32) * Layout::kPerWarp;
+    stride = splits * Layout::kPerBlock;
+    tags = static_cast<int64_t>(r.slot) * M;
+    rows = (static_cast<int64_t>(r.slot) * p.shape.num_kv_heads + r.kv_head) * M;
+    next = fetch(first_age + ptx::lane_id() / kLanes);
+    readable = r.readable, id = p.requests.request_ids ? p.requests.request_ids[r.request] : -1;
+    begin = p.ring.begin[r.slot], end = p.ring.end[r.slot], last_id = p.ring.request[r.slot];
+  }
+  MAC_DEVICE Candidate fetch(int age) const {
+    const int index = age <= last_age ? (position - age) % p.ring.window : 0;
     Candidate c;
-    const int index = age <= last_age ? (position - age) % M : 0;
     c.age = age;
-    c.row = (ring_row + index) * G;
-    c.tag = p.ring.position[static_cast<int64_t>(slot) * M + index];
+    c.row = (rows + index) * p.shape.group_size;
+    c.first_head.load(static_cast<const T*>(p.ring.query) + c.row * kHeadDim, age <= last_age);
+    c.tag = p.ring.position[tags + index];
     c.depth = p.ring.depth[c.row];
-    c.first_head.load(ring + c.row * kHeadDim, age <= last_age);
     return c;
-  };
-  const int warp_age = 1 + split * Layout::kPerBlock + warp * Layout::kPerWarp,
-            stride = w.splits * Layout::kPerBlock;
-  Candidate next = fetch(warp_age + lane / kLanes);
-
-  const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
-                  static_cast<int64_t>(kv_head) * G * p.query.head_stride;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < G * kHeadDim; i += kMatchThreads) {
-    query[i] = ptx::to_float(rows[i / kHeadDim * p.query.head_stride + i % kHeadDim]);
   }
-  if (threadIdx.x == 0) errors = 0;
-  const int found = request_errors(p, request, n, given_slot);
-
-  ptx::sync_block();
-  if (found) ptx::atomic_or(&errors, found);
-  // NaN for a head that can never hit; in a group it decides for all.
+  // Leaves the best key of every decision in `shared.best`.
+  MAC_DEVICE void look(const float* query, MatchShared& shared) {
+    const int G = p.shape.group_size, lane = ptx::lane_id();
+    const T* ring = static_cast<const T*>(p.ring.query);
+    const bool unbroken = readable && end == position && last_id == id;
+    const bool searches = !shared.errors && unbroken && position + 1 >= p.min_context;
+    const int oldest = begin > p.band ? begin : p.band;
 #pragma unroll 1
-  for (int g = warp; g < G; g += kMatchWarps) {
-    float norm = 0.f;
-    for (int d = lane; d < kHeadDim; d += 32) norm += query[g * kHeadDim + d] * query[g * kHeadDim + d];
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) norm += ptx::shfl_xor(norm, distance);
-    if (lane != 0) continue;
-    const float given = p.threshold[kv_head * G + g], theta = p.relative ? given * norm : given;
-    const bool can_hit = norm < INFINITY && theta > 0.f && theta < INFINITY;
-    scale[g] = can_hit ? 1.f / theta : NAN;
-    best[g] = match_key(p.per_head ? 1.f : static_cast<float>(G), 0);
-  }
-  ptx::sync_block();
-
-  if (threadIdx.x == 0 && split == 0) {
-    if (kv_head == 0) w.status[request] = errors;
-    if (errors && w.error_flag) ptx::atomic_or(w.error_flag, errors);
-  }
-  const bool searches = !errors && unbroken && n >= p.min_context;
+    for (int first = first_age; searches && first <= last_age; first += stride) {
+      const Candidate c = next;
+      if (first + stride <= last_age) next = fetch(c.age + stride);
+      const int candidate = position - c.age;
+      // With decisions per head every head has a depth of its own, looked at below.
+      bool alive = c.age <= last_age && candidate >= oldest && c.tag == candidate &&
+                   (p.per_head || c.depth < p.max_reuse_depth);
+      RowPieces<T, kHeadDim> head[Layout::kHeadsAtOnce];
+      head[0] = c.first_head;
+      float total = 0.f;
 #pragma unroll 1
-  for (int first = warp_age; searches && first <= last_age; first += stride) {
-    const Candidate c = next;
-    if (first + stride <= last_age) next = fetch(c.age + stride);
-    const int candidate = position - c.age;
-    // With decisions per head every head has a depth of its own, looked at below.
-    bool alive = c.age <= last_age && candidate >= oldest && c.tag == candidate &&
-                 (p.per_head || c.depth < p.max_reuse_depth);
-    RowPieces<T, kHeadDim> head[Layout::kHeadsAtOnce];
-    head[0] = c.first_head;
-    float total = 0.f;
-#pragma unroll 1
-    for (int g = 0, end = 1; g < G && ptx::ballot(alive); g = end, end += Layout::kHeadsAtOnce) {
+      for (int g = 0, end = 1; g < G && ptx::ballot(alive); g = end, end += Layout::kHeadsAtOnce) {
 #pragma unroll
-      for (int i = 0; i < Layout::kHeadsAtOnce; ++i) {
-        if (g > 0) head[i].load(ring + (c.row + g + i) * kHeadDim, alive && g + i < G);
-      }
+        for (int i = 0; i < Layout::kHeadsAtOnce; ++i) {
+          if (g > 0) head[i].load(ring + (c.row + g + i) * kHeadDim, alive && g + i < G);
+        }
 #pragma unroll
-      for (int i = 0; i < Layout::kHeadsAtOnce; ++i) {
-        if (g + i >= end || g + i >= G) break;
-        const float score = head[i].distance(query + (g + i) * kHeadDim) * scale[g + i];
-        if (p.per_head) {
-          // NaN is no candidate.
-          if (alive && lane % kLanes == 0 && score < 1.f && p.ring.depth[c.row + g + i] < p.max_reuse_depth) {
-            ptx::atomic_max(&best[g + i], match_key(score, c.age));
+        for (int i = 0; i < Layout::kHeadsAtOnce; ++i) {
+          if (g + i >= end || g + i >= G) break;
+          const float score = head[i].distance(query + (g + i) * kHeadDim) * shared.scale[g + i];
+          if (p.per_head) {
+            // NaN is no candidate.
+            if (alive && lane % kLanes == 0 && score < 1.f && p.ring.depth[c.row + g + i] < p.max_reuse_depth) {
+              ptx::atomic_max(&shared.best[g + i], match_key(score, c.age));
+            }
+          } else {
+            // Nor is a total beyond the best so far, which cannot win. The best may be changing, and the lanes of a
+            // candidate have to agree.
+            total += score;
+            alive = alive && total <= match_total(ptx::load_volatile(&shared.best[0]));
+            alive = ptx::shfl(static_cast<int>(alive), lane / kLanes * kLanes);
           }
-        } else {
-          // Nor is a total beyond the best so far, which cannot win. The best may be changing, and the lanes of a
-          // candidate have to agree.
-          total += score;
-          alive = alive && total <= match_total(ptx::load_volatile(&best[0]));
-          alive = ptx::shfl(static_cast<int>(alive), lane / kLanes * kLanes);
         }
       }
+      if (alive && !p.per_head && lane % kLanes == 0) {
+        ptx::atomic_max(&shared.best[0], match_key(total, c.age));
+      }
     }
-    if (alive && !p.per_head && lane % kLanes == 0) ptx::atomic_max(&best[0], match_key(total, c.age));
   }
+};
+
+// What the CTAs of a KV head have found, brought together in the first one's shared memory: they are a cluster.
+// Returns whether this is the first.
+MAC_DEVICE bool meet_in_cluster(int decisions, MatchShared& shared) {
+  bool tells = false;
+  if (ptx::cluster_rank() != 0) {
+#pragma unroll 1
+    for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
+      if (match_age(shared.best[g]) == 0) continue;
+      ptx::atomic_max(ptx::shared_of(&shared.best[g], 0), shared.best[g]);
+      tells = true;
+    }
+  }
+  if (ptx::ballot(tells)) {
+    ptx::cluster_arrive();
+  } else {
+    ptx::cluster_arrive_relaxed();
+  }
+  ptx::cluster_wait();
+  return ptx::cluster_rank() == 0;
+}
+
+// The same in global memory, where the last to come finds it all. Returns whether this is the last.
+MAC_DEVICE bool meet_in_memory(const MatchWorkspace& w, int group, int group_size, int decisions,
+                               MatchShared& shared) {
+  unsigned long long* all_best = w.best + static_cast<int64_t>(group) * group_size;
+  bool hit = false;
+#pragma unroll 1
+  for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
+    if (match_age(shared.best[g]) == 0) continue;
+    ptx::atomic_max(&all_best[g], shared.best[g]);
+    hit = true;
+  }
+  if (hit) ptx::fence();  // most CTAs have none, and a fence takes its time
+  ptx::sync_block();
+  if (threadIdx.x == 0) shared.is_last = ptx::atomic_add_acquire(w.done + group, 1) == w.splits - 1;
+  ptx::sync_block();
+  if (!shared.is_last) return false;
+  // Both as the next call wants to find them; no other CTA comes here any more.
+  if (threadIdx.x == 0) w.done[group] = 0;
+#pragma unroll 1
+  for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
+    const unsigned long long key = ptx::atomic_exchange(&all_best[g], 0);
+    shared.best[g] = key ? key : match_key(0.f, 0);
+  }
+  ptx::sync_block();
+  return true;
+}
+
+template <int kHeadDim>
+constexpr size_t match_shared_bytes(int group_size) {
+  return sizeof(MatchShared) + sizeof(float) * kHeadDim * group_size;
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kMatchThreads, 2)
+    match_kernel(const __grid_constant__ MatchParams p, const __grid_constant__ MatchWorkspace w) {
+  const int G = p.shape.group_size, H = p.shape.num_kv_heads, warp = threadIdx.x / 32;
+  const int group = blockIdx.x / w.splits, split = blockIdx.x % w.splits;
+  const bool in_cluster = ptx::cluster_size() > 1;
+  MatchShared& shared = *static_cast<MatchShared*>(dynamic_shared());
+  float* query = reinterpret_cast<float*>(&shared + 1);  // [G, D]
+
+  shared.clear(p);
+  ptx::sync_block();
+  if (in_cluster) ptx::cluster_arrive();  // `clear` comes before what others may write
+  ptx::grid_dependency_wait();            // the last step's ring
+  ptx::grid_dependency_launch();
+  const MatchRequest r = match_request(p, group / H, group % H);
+  RingSearch<T, kHeadDim> search(p, r, split, w.splits);
+#pragma unroll 1
+  for (int g = warp; g < G; g += kMatchWarps) {
+    MatchHead<T, kHeadDim> head;
+    head.ask(p, r, g);
+    head.put(p, g, query, shared);
+  }
+  const int errors = request_errors(p, r.request, r.seq_len, r.given_slot);
+  if (errors) ptx::atomic_or(&shared.errors, errors);
+  ptx::sync_block();
+  if (threadIdx.x == 0 && split == 0) {
+    if (r.kv_head == 0) w.status[r.request] = shared.errors;
+    if (shared.errors && w.error_flag) ptx::atomic_or(w.error_flag, shared.errors);
+  }
+  search.look(query, shared);
   ptx::sync_block();
 
   const int decisions = p.per_head ? G : 1;
-  if (w.splits > 1) {
-    unsigned long long* shared_best = w.best + static_cast<int64_t>(group) * G;
-    bool hit = false;
-#pragma unroll 1
-    for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
-      if (match_age(best[g]) == 0) continue;
-      ptx::atomic_max(&shared_best[g], best[g]);
-      hit = true;
-    }
-    if (hit) ptx::fence();  // most CTAs have none, and a fence takes its time
-    ptx::sync_block();
-    if (threadIdx.x == 0) is_last = ptx::atomic_add_acquire(w.done + group, 1) == w.splits - 1;
-    ptx::sync_block();
-    if (!is_last) return;
-    // Both as the next call wants to find them; no other CTA comes here any more.
-    if (threadIdx.x == 0) w.done[group] = 0;
-#pragma unroll 1
-    for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
-      const unsigned long long key = ptx::atomic_exchange(&shared_best[g], 0);
-      best[g] = key ? key : match_key(0.f, 0);
-    }
-    ptx::sync_block();
+  if (in_cluster) {
+    ptx::cluster_wait();
+    if (!meet_in_cluster(decisions, shared)) return;
+  } else if (w.splits > 1) {
+    if (!meet_in_memory(w, group, G, decisions, shared)) return;
   }
 #pragma unroll 1
   for (int g = threadIdx.x; g < G; g += kMatchThreads) {
-    const int age = match_age(best[p.per_head ? g : 0]);
-    p.source[static_cast<int64_t>(group) * G + g] = age == 0 ? kMiss : position - age;
+    const int age = match_age(shared.best[p.per_head ? g : 0]);
+    p.source[static_cast<int64_t>(group) * G + g] = age == 0 ? kMiss : r.seq_len - 1 - age;
   }
 }
 

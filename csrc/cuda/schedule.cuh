@@ -87,12 +87,11 @@ MAC_DEVICE TileTokens tile_tokens(const AmendParams& p, const KvHeadWork& work, 
 }
 
 // The anchors of the matched entry of a KV head that hits.
-MAC_DEVICE const int32_t* inherited_anchors(const AmendParams& p, int request, int kv_head) {
-  const int64_t group = static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
-  const int64_t slot = p.requests.slots[request];
-  const int64_t entry =
-      (slot * p.shape.num_kv_heads + kv_head) * p.window + p.source[group * p.shape.group_size] % p.window;
-  return p.ring_anchors + entry * p.num_anchors;
+MAC_DEVICE const int32_t* inherited_anchors(const AmendParams& p, const Piece& piece) {
+  const int64_t slot = p.requests.slots[piece.request];
+  const int source = piece.work.start + p.band - 1;  // whose band_start that is; with anchors there is but one
+  return p.ring_anchors +
+         ((slot * p.shape.num_kv_heads + piece.kv_head) * p.window + source % p.window) * p.num_anchors;
 }
 
 // Sum over the threads of the block before this one, and over all. The caller keeps `warp_sum` free.

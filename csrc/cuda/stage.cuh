@@ -40,7 +40,7 @@ MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Pie
   int token = place;
   if (tokens.anchors) {
     // Who reads the inherited anchors hands them on.
-    const int32_t* list = inherited_anchors(p, piece.request, piece.kv_head);
+    const int32_t* list = inherited_anchors(p, piece);
     int32_t* handed_on = p.anchors + static_cast<int64_t>(piece.kv_group(p)) * p.num_anchors;
     token = kNoAnchor;
     if (row.valid) token = list[place];

@@ -100,7 +100,10 @@ void MatchCase::run(const Run& run) {
   p.relative = spec_.relative, p.per_head = spec_.per_head;
   p.band = spec_.band, p.min_context = spec_.min_context, p.max_reuse_depth = spec_.max_reuse_depth;
   p.source = source_.data();
-  const cuda::MatchWorkspace w{best_.data(), done_.data(), status_.data(), error_flag_.data(), spec_.splits};
+  // As on sm_90, or for every other seed as on sm_80.
+  const int cluster = run.seed % 2 == 1 && spec_.splits <= cuda::kMaxCluster ? spec_.splits : 1;
+  const cuda::MatchWorkspace w{best_.data(),       done_.data(), status_.data(),
+                               error_flag_.data(), spec_.splits, cluster};
   (spec_.dtype == DType::kBFloat16 ? launch_match_bf16 : launch_match_fp16)(p, w, run);
 }
 

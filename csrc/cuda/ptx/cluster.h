@@ -45,6 +45,13 @@ MAC_DEVICE void cluster_arrive() {
 #endif
 }
 
+// The same of a thread that has nothing to show: a release waits for all that the thread has asked of memory.
+MAC_DEVICE void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 // Waits until all threads of the cluster have arrived.
 MAC_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
@@ -74,6 +81,9 @@ inline int cluster_size() {
   return simt::place->cluster_size;
 }
 inline void cluster_arrive() {
+  simt::cluster_arrive();
+}
+inline void cluster_arrive_relaxed() {
   simt::cluster_arrive();
 }
 inline void cluster_wait() {

@@ -21,8 +21,9 @@ simt::Run next_run() {
 
 }  // namespace
 
-cudaError_t match_splits(const MatchParams&, int32_t* splits) {
-  *splits = 2;
+cudaError_t match_splits(const MatchParams&, MatchWorkspace& w) {
+  static int calls = 0;
+  w.splits = 2, w.cluster = ++calls % 2 ? 2 : 1;
   return 0;
 }
 cudaError_t amend_ctas(int32_t, int32_t, int32_t* ctas) {
@@ -71,6 +72,10 @@ void amend(const AmendParams& p, const AmendLimits& limits) {
 }
 void complete(const CompleteParams& p) {
   cuda_backend::complete(p, persistent(p.source), on_host());
+}
+
+void step(const MatchParams& m, const AmendParams& a, const AmendLimits& limits, const CompleteParams& c) {
+  cuda_backend::step(m, a, limits, c, persistent(true), on_host());
 }
 
 }  // namespace cpu_backend
