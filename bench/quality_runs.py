@@ -111,6 +111,7 @@ def perplexity(subject: Subject, windows: Tensor, steps: int) -> Iterator[list[d
             kls = torch.stack(kl, 1).double().mean(1).tolist()
             agreement = torch.stack(same, 1).double().mean(1).tolist()
             reads = kv_read(mode, cache)
+            del cache  # before the next mode's is made: rings are large
             yield [
                 {
                     "window": start + b,
