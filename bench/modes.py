@@ -1,42 +1,185 @@
-"""Ways to attend at decode steps, behind one transformers model and one prefilled MacCache.
+"""Ways to attend at decode steps, behind one transformers model and one prefill.
 
-`exact` and `MAC` are mac_attn's own; `streaming` and `quest` are the baselines of `baselines.py`
-that need nothing but the KV cache, at a given share of it. Batch size 1.
+| mode | decode steps |
+|---|---|
+| exact | `mac_attn.decode` without reuse |
+| sdpa | torch's SDPA: exact too, so that its difference from `exact` is rounding |
+| MAC | `mac_attn.decode` with reuse |
+| streaming, quest | the baselines of `baselines.py` that need nothing but the KV cache |
+
+Options follow a colon: `MAC:threshold=0.1,band=512`, any of `ReuseConfig`; for a calibration
+`MAC:calibration=FILE`; for the baselines the part of the KV that they read, `quest:share=0.5`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from baselines import PAGE, SINKS
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
+from mac_attn import ReuseConfig
+from mac_attn.calibrate import Calibration
 from mac_attn.integrations.transformers import MacCache, mac_attention_forward
+from mac_attn.integrations.transformers.layer import MacLayer
 
-MODES = ("exact", "MAC", "streaming", "quest")
+KINDS = ("exact", "sdpa", "MAC", "streaming", "quest")
+_BASELINES = ("streaming", "quest")
 
-_chosen: tuple[str, float] | None = None  # the baseline that decode steps use, and its share
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to attend; `name` is what the command line said."""
+
+    name: str
+    kind: str
+    config: ReuseConfig | tuple[ReuseConfig, ...] | None = None  # of MAC
+    share: float = 1.0  # of the KV, for a baseline
+
+    @classmethod
+    def parse(cls, text: str, base: ReuseConfig, share: float) -> Mode:
+        """A mode from its name and options; `base` and `share` are what they change.
+
+        Raises ValueError for an unknown kind or option, or a value that is not valid.
+        """
+        kind, _, given = text.partition(":")
+        if kind not in KINDS:
+            raise ValueError(f"mode is {text!r}, must begin with one of {', '.join(KINDS)}")
+        options = dict(part.partition("=")[::2] for part in given.split(",") if part)
+        if kind == "MAC":
+            if path := options.pop("calibration", None):
+                layers = Calibration.load(path).configs
+                configs = tuple(_changed(c, options, base.min_context) for c in layers)
+                return cls(text, kind, configs)
+            return cls(text, kind, _changed(base, options, base.min_context))
+        if kind in _BASELINES:
+            share = float(options.pop("share", share))
+            if not 0 < share <= 1:
+                raise ValueError(f"share is {share}, must be above 0 and at most 1")
+        if options:
+            raise ValueError(f"mode is {text!r}, has no option {', '.join(options)}")
+        return cls(text, kind, share=share if kind in _BASELINES else 1.0)
+
+    @property
+    def seed_key(self) -> Any:
+        """Modes with equal keys have equal ring entries after the same prompt."""
+        configs = self.config if isinstance(self.config, tuple) else (self.config,)
+        return tuple(c and (c.window, c.band, c.anchors, c.granularity) for c in configs)
 
 
-def fork(cache: MacCache, mode: str) -> MacCache:
-    """A copy of a prefilled cache that decodes in this mode."""
-    cache = copy.deepcopy(cache)
-    cache.mode = "reuse" if mode == "MAC" else "exact"
-    return cache
+def _changed(config: ReuseConfig, options: dict[str, str], min_context: int) -> ReuseConfig:
+    unknown = set(options) - {field.name for field in fields(ReuseConfig)}
+    if unknown:
+        raise ValueError(f"options are {', '.join(sorted(unknown))}, must be of ReuseConfig")
+    values = {name: _value(text) for name, text in options.items()}
+    return replace(config, **({"min_context": min_context} | values))
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)  # numbers and null
+    except json.JSONDecodeError:
+        return text
+
+
+class Prefill:
+    """Prompts `[B, n]` prefilled once and exactly, from which every mode can decode.
+
+    All caches share one KV store, in which what a mode decodes lies behind the prompts: use one
+    after the other, or ask for a copy. Attribute `logits`: `[B, vocab]` float32, after the prompts.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, room: int, window: int = 512) -> None:
+        """`room` is how many tokens may follow the prompts; `window` the largest of a mode."""
+        self.model, self.window = model, window
+        self.batch, self.length = ids.shape
+        # Without `config` it neither searches nor seeds: that comes with the modes.
+        self.base = MacCache(model, max_length=self.length + room, config=None)
+        self._queries: list[tuple[Tensor, float | None]] = []
+        self._seeded: tuple[Any, MacCache] | None = None
+        with self._watching():
+            output = model(
+                ids.to(model.device), past_key_values=self.base, logits_to_keep=1, use_cache=True
+            )
+        self.logits = output.logits[:, -1].float()
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Keep the last queries of every layer, which seed the rings of the modes later."""
+
+        def attend(
+            module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+        ) -> tuple[Tensor, None]:
+            self._queries.append((query[:, :, -self.window :].clone(), options.get("scaling")))
+            return mac_attention_forward(module, query, key, value, mask, **options)
+
+        AttentionInterface.register("mac", attend)
+        try:
+            yield
+        finally:
+            AttentionInterface.register("mac", mac_attention_forward)
+
+    def cache(self, mode: Mode, copy: bool = False) -> MacCache:
+        """A cache that decodes in this mode right after the prompts; with its own store if asked.
+
+        The rings of the last seeded mode are kept: modes of one `seed_key` in a row seed once.
+        """
+        if mode.kind != "MAC":
+            cache = self._on_store(None, copy)
+            if mode.kind == "sdpa":
+                cache.mode = "sdpa"
+            return cache
+        if self._seeded is None or self._seeded[0] != mode.seed_key:
+            self._seeded = None  # its memory first
+            seeded = self._on_store(mode.config, copy=False)
+            for layer, (query, scaling) in zip(seeded.layers, self._queries, strict=True):
+                assert layer.config is not None
+                layer.seed(query[:, :, -layer.config.window :], scaling)
+            self._seeded = mode.seed_key, seeded
+        cache = self._on_store(mode.config, copy)
+        for new, old in zip(cache.layers, self._seeded[1].layers, strict=True):
+            assert new.reuse is not None and old.reuse is not None
+            for ring, seeded_ring in zip(new.reuse._rings(), old.reuse._rings(), strict=True):
+                ring.copy_(seeded_ring)
+        return cache
+
+    def _on_store(self, config: ReuseConfig | Sequence[ReuseConfig] | None, copy: bool) -> MacCache:
+        cache = MacCache(self.model, max_length=self.base.get_max_length(), config=config)
+        for new, old in zip(cache.layers, self.base.layers, strict=True):
+            _place(new, old, copy)
+        cache._shared.layout.set_padding([0] * self.batch)
+        return cache
+
+
+def _place(layer: MacLayer, on: MacLayer, copy: bool) -> None:
+    """Put a new layer on the keys and values of another, or on a copy of them."""
+    layer.lazy_initialization(on.keys[:, :, :1], on.values[:, :, :1])
+    if copy:
+        layer.key_store[:, : on.length] = on.key_store[:, : on.length]
+        layer.value_store[:, : on.length] = on.value_store[:, : on.length]
+    else:
+        layer.key_store, layer.value_store = on.key_store, on.value_store
+        layer.keys, layer.values = on.keys, on.values
+    layer.length = on.length
+
+
+_chosen: Mode | None = None  # the baseline that decode steps use
 
 
 @contextmanager
-def attending(mode: str, share: float) -> Iterator[None]:
-    """Decode steps of "mac" models attend in this mode; baselines to a share of the KV."""
+def attending(mode: Mode) -> Iterator[None]:
+    """Decode steps of "mac" models attend in this mode."""
     global _chosen
     AttentionInterface.register("mac", _attend)
-    _chosen = (mode, share) if mode in ("streaming", "quest") else None
+    _chosen = mode if mode.kind in _BASELINES else None
     try:
         yield
     finally:
@@ -49,32 +192,30 @@ def _attend(
 ) -> tuple[Tensor, None]:
     if _chosen is None or query.shape[2] > 1:
         return mac_attention_forward(module, query, key, value, mask, **options)
-    name, share = _chosen
-    n, heads = key.shape[2], key.shape[1]
-    count = max(PAGE, round(share * n))
-    rows = query[0].unflatten(0, (heads, -1))[:, :, 0]  # [Hkv, G, D]
-    if name == "streaming":
+    heads, n = key.shape[1:3]
+    count = max(PAGE, round(_chosen.share * n))
+    rows = query[:, :, 0].unflatten(1, (heads, -1))  # [B, Hkv, G, D]
+    if _chosen.kind == "streaming":
         near = count - SINKS
-        k, v = (torch.cat([t[0, :, :SINKS], t[0, :, -near:]], dim=1) for t in (key, value))
-        out = scaled_dot_product_attention(rows, k, v, scale=options.get("scaling"))
+        key, value = (torch.cat([t[:, :, :SINKS], t[:, :, -near:]], dim=2) for t in (key, value))
+        out = scaled_dot_product_attention(rows, key, value, scale=options.get("scaling"))
     else:
-        kept = _quest_pages(rows, key[0], count)[:, None]  # [Hkv, 1, n]
+        kept = _quest_pages(rows, key, count)[:, :, None]  # [B, Hkv, 1, n]
         out = scaled_dot_product_attention(
-            rows, key[0], value[0], attn_mask=kept, scale=options.get("scaling")
+            rows, key, value, attn_mask=kept, scale=options.get("scaling")
         )
-    return out.flatten(0, 1)[None, None], None
+    return out.flatten(1, 2)[:, None], None
 
 
 def _quest_pages(rows: Tensor, key: Tensor, count: int) -> Tensor:
-    """Mask `[Hkv, n]` of the pages that Quest reads, the newest always, for a whole group."""
-    n = key.shape[1]
+    """Mask `[B, Hkv, n]` of the pages that Quest reads, the newest always, for a whole group."""
+    n = key.shape[2]
     pages = n // PAGE  # whole ones; the newest tokens beyond them are kept
-    paged = key[:, : pages * PAGE].unflatten(1, (pages, PAGE))
-    low, high = paged.amin(2).float(), paged.amax(2).float()
+    paged = key[:, :, : pages * PAGE].unflatten(2, (pages, PAGE))
+    low, high = paged.amin(3).float(), paged.amax(3).float()
     rows = rows.float() / rows.shape[-1] ** 0.5
-    bound = rows.clamp(min=0) @ high.transpose(1, 2) + rows.clamp(max=0) @ low.transpose(1, 2)
-    score = bound.log_softmax(-1).amax(1)  # [Hkv, pages]
+    bound = rows.clamp(min=0) @ high.transpose(2, 3) + rows.clamp(max=0) @ low.transpose(2, 3)
+    score = bound.log_softmax(-1).amax(2)  # [B, Hkv, pages]
     best = score.topk(min(pages, max(1, (count - n % PAGE) // PAGE)), dim=-1).indices
-    kept = torch.zeros(score.shape, dtype=torch.bool).scatter_(1, best, True)
-    kept = kept.repeat_interleave(PAGE, dim=1)
-    return torch.nn.functional.pad(kept, (0, n - kept.shape[1]), value=True)
+    kept = torch.zeros(score.shape, dtype=torch.bool, device=key.device).scatter_(2, best, True)
+    return pad(kept.repeat_interleave(PAGE, dim=2), (0, n - pages * PAGE), value=True)

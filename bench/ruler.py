@@ -1,7 +1,7 @@
 """Synthetic long-context tasks after the published definitions of RULER (arXiv:2404.06654).
 
 Our own generator and word lists, so scores do not compare with published ones, only with each
-other. A context may have several questions: each is a sample, and all share one prefill.
+other. A context may have several questions, of which quality.py asks one.
 
 | task | RULER's | context | question |
 |---|---|---|---|
@@ -12,6 +12,17 @@ other. A context may have several questions: each is a sample, and all share one
 | vt | variable tracking | four chains of five assignments | each chain's variables, in turn |
 | cwe | common words | a list: ten words often, many seldom | the ten |
 | fwe | frequent words | coded words, by Zipf's law | the three most frequent |
+
+Easier variants, ours, for models that cannot do those (where exact attention gets nothing right,
+nothing can be lost):
+
+| task | of | what is easier |
+|---|---|---|
+| multikey2 | multikey | two needles instead of eight |
+| multivalue2 | multivalue | two numbers of one key instead of four |
+| vt1 | vt | a chain of two variables, and no other chain |
+| cwe3 | cwe | three common words instead of ten, each on every 40th place of the list |
+| fwe1 | fwe | only the most frequent word, which is every third |
 """
 
 from __future__ import annotations
@@ -19,6 +30,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from mac_attn.demo.model import python_reference
@@ -38,6 +50,7 @@ _NOUNS = (
     "tunnel", "umbrella", "valley", "window", "yard",
 )
 # fmt: on
+_SLACK = 16  # tokens that a prompt may be shorter than asked for
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
@@ -65,28 +78,48 @@ class Sample:
 
 
 def make(task: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> Sample:
-    """A sample whose prompt has at most `length` tokens and nearly as many.
+    """A sample of which context and question have at most `length` tokens and nearly as many.
 
     Raises ValueError for an unknown task, or a length that the task cannot be made for.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, must be {' or '.join(map(repr, TASKS))}")
 
-    def tokens(size: int) -> int:
+    def sized(size: int) -> tuple[Sample, int]:
         sample = TASKS[task](random.Random(seed), size)
         question = max(sample.questions, key=lambda q: len(q.text + q.prefix))
-        return len(tokenizer(sample.context + question.text + question.prefix).input_ids)
+        text = sample.context + question.text + question.prefix
+        return sample, len(tokenizer(text).input_ids)
 
-    room = length - 48  # for the chat template
-    low, high = 1, 64
-    while tokens(high) < room:
-        low, high = high, 2 * high
-    while high - low > max(1, low // 200):
-        middle = (low + high) // 2
-        low, high = (middle, high) if tokens(middle) <= room else (low, middle)
-    if tokens(low) > room:
+    # False position between a size that fits and one that does not: lengths are nearly linear.
+    low, (best, low_tokens) = 1, sized(1)
+    if low_tokens > length:
         raise ValueError(f"length is {length}, too short for the task {task!r}")
-    return TASKS[task](random.Random(seed), low)
+    high, (sample, high_tokens) = 64, sized(64)
+    while high_tokens <= length:
+        low, low_tokens = high, high_tokens
+        high = max(high + 1, round(1.02 * high * length / high_tokens))
+        best, (sample, high_tokens) = sample, sized(high)
+    while length - low_tokens > _SLACK and high - low > 1:
+        guess = low + round((high - low) * (length - low_tokens) / (high_tokens - low_tokens))
+        middle = min(max(guess, low + 1), high - 1)
+        sample, count = sized(middle)
+        if count <= length:
+            low, low_tokens, best = middle, count, sample
+        else:
+            high, high_tokens = middle, count
+    return best
+
+
+@cache
+def _prose() -> list[str]:
+    return python_reference().split(" ")
+
+
+@cache
+def _common_pool() -> list[str]:
+    words = python_reference().lower().split()
+    return sorted({word for word in words if word.isalpha() and len(word) > 3})
 
 
 def _needles(
@@ -97,7 +130,7 @@ def _needles(
         numbers = {
             name: tuple(str(n) for n in rng.sample(range(10**6, 10**7), values)) for name in names
         }
-        words = python_reference().split(" ")
+        words = _prose()
         start = rng.randrange(len(words) // 2)
         text = words[start : start + size]
         needles = [
@@ -130,81 +163,109 @@ def _number_question(names: list[str], numbers: dict[str, tuple[str, ...]]) -> Q
     return Question(ask, prefix, answers)
 
 
-def _variable_tracking(rng: random.Random, size: int) -> Sample:
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    names = list({"".join(rng.choices(letters, k=5)): None for _ in range(40)})[:20]
-    values = rng.sample(range(10000, 100000), 4)
-    lines = [_NOISE] * size
-    questions = []
-    for value, chain in zip(values, (names[i : i + 5] for i in range(0, 20, 5)), strict=True):
-        steps = [f"VAR {chain[0]} = {value}."]
-        steps += [f"VAR {new} = VAR {old}." for old, new in zip(chain, chain[1:], strict=False)]
-        places = sorted(rng.randrange(len(lines)) for _ in steps)
-        for i, (at, step) in enumerate(zip(places, steps, strict=True)):
-            lines.insert(at + i, step)
-        questions.append(
-            Question(
-                "Question: Find all variables that are assigned the value "
-                f"{value} in the text above.",
-                "Answer: According to the chain(s) of variable assignment in the text above, 5 "
-                f"variables are assigned the value {value}, they are:",
-                tuple(chain),
+def _variable_tracking(
+    chains: int, variables: int, new: int
+) -> Callable[[random.Random, int], Sample]:
+    def make_sample(rng: random.Random, size: int) -> Sample:
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+        drawn = list({"".join(rng.choices(letters, k=5)): None for _ in range(40)})
+        values = rng.sample(range(10000, 100000), chains)
+        lines = [_NOISE] * size
+        questions = []
+        for i, value in enumerate(values):
+            names = drawn[i * variables : (i + 1) * variables]
+            steps = [f"VAR {names[0]} = {value}."]
+            steps += [f"VAR {to} = VAR {of}." for of, to in zip(names, names[1:], strict=False)]
+            places = sorted(rng.randrange(len(lines)) for _ in steps)
+            for j, (at, step) in enumerate(zip(places, steps, strict=True)):
+                lines.insert(at + j, step)
+            questions.append(
+                Question(
+                    "Question: Find all variables that are assigned the value "
+                    f"{value} in the text above.",
+                    "Answer: According to the chain(s) of variable assignment in the text above, "
+                    f"{variables} variables are assigned the value {value}, they are:",
+                    tuple(names),
+                )
             )
+        context = (
+            "Memorize and track the chain(s) of variable assignment hidden in the following "
+            "text.\n\n" + "\n".join(lines) + "\n"
         )
-    context = (
-        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )
-    return Sample(context, tuple(questions), 30)
+        return Sample(context, tuple(questions), new)
+
+    return make_sample
 
 
-def _common_words(rng: random.Random, size: int) -> Sample:
-    pool = sorted({w for w in python_reference().lower().split() if w.isalpha() and len(w) > 3})
-    words = rng.sample(pool, 10 + size)
-    common, seldom = words[:10], words[10:]
-    listed = common * 30 + seldom * 3 if size > 60 else common * 10 + seldom
-    rng.shuffle(listed)
-    context = (
-        "Below is a numbered list of words. In these words, some appear more often than others. "
-        "Memorize the ones that appear most often.\n"
-        + " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
-        + "\n"
-    )
-    question = Question(
-        "Question: What are the 10 most common words in the above list?",
-        "Answer: The top 10 words that appear most often in the list are:",
-        tuple(common),
-    )
-    return Sample(context, (question,), 80)
+def _common_words(count: int, every: int, new: int) -> Callable[[random.Random, int], Sample]:
+    """`every` is on how many places of the list each common word stands once; 0 is RULER's."""
+
+    def make_sample(rng: random.Random, size: int) -> Sample:
+        words = rng.sample(_common_pool(), count + size)
+        if every:
+            listed = words[:count] * max(2, size // every) + words[count:]
+        else:
+            often, seldom = (30, 3) if size > 60 else (10, 1)
+            listed = words[:count] * often + words[count:] * seldom
+        rng.shuffle(listed)
+        context = (
+            "Below is a numbered list of words. In these words, some appear more often than "
+            "others. Memorize the ones that appear most often.\n"
+            + " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
+            + "\n"
+        )
+        question = Question(
+            f"Question: What are the {count} most common words in the above list?",
+            f"Answer: The top {count} words that appear most often in the list are:",
+            tuple(words[:count]),
+        )
+        return Sample(context, (question,), new)
+
+    return make_sample
 
 
-def _frequent_words(rng: random.Random, size: int) -> Sample:
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(200)]
-    shares = [1 / (rank + 1) ** 2 for rank in range(len(words))]  # Zipf, alpha = 2
-    counts = [max(1, round(size * share / sum(shares))) for share in shares]
-    coded = [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
-    coded += ["..."] * (len(coded) // 4)  # the noise, the most frequent of all
-    rng.shuffle(coded)
-    context = (
-        "Read the following coded text and track the frequency of each coded word. Find the three "
-        "most frequently appeared coded words.\n" + " ".join(coded) + "\n"
-    )
-    question = Question(
-        "Question: Do not provide any explanation. Please ignore the dots '....'. What are the "
-        "three most frequently appeared words in the above coded text?",
-        "Answer: According to the coded text above, the three most frequently appeared words are:",
-        tuple(words[:3]),
-    )
-    return Sample(context, (question,), 40)
+def _frequent_words(top: int, new: int) -> Callable[[random.Random, int], Sample]:
+    number = {1: "one", 3: "three"}[top]
+    plural = "words" if top > 1 else "word"
+
+    def make_sample(rng: random.Random, size: int) -> Sample:
+        words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(200)]
+        shares = [1 / (rank + 1) ** 2 for rank in range(len(words))]  # Zipf, alpha = 2
+        counts = [max(1, round(size * share / sum(shares))) for share in shares]
+        coded = [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
+        coded += ["..."] * (len(coded) // 4)  # the noise, the most frequent of all
+        rng.shuffle(coded)
+        context = (
+            "Read the following coded text and track the frequency of each coded word. Find the "
+            f"{number} most frequently appeared coded {plural}.\n" + " ".join(coded) + "\n"
+        )
+        verb = "are" if top > 1 else "is"
+        question = Question(
+            "Question: Do not provide any explanation. Please ignore the dots '....'. What "
+            f"{verb} the {number} most frequently appeared {plural} in the above coded text?",
+            f"Answer: According to the coded text above, the {number} most frequently appeared "
+            f"{plural} {verb}:",
+            tuple(words[:top]),
+        )
+        return Sample(context, (question,), new)
+
+    return make_sample
 
 
-TASKS: dict[str, Callable[[random.Random, int], Sample]] = {
+STANDARD: dict[str, Callable[[random.Random, int], Sample]] = {
     "single": _needles(1, 1, ask_all=False, new=16),
     "multikey": _needles(8, 1, ask_all=False, new=16),
     "multivalue": _needles(1, 4, ask_all=True, new=64),
     "multiquery": _needles(4, 1, ask_all=True, new=64),
-    "vt": _variable_tracking,
-    "cwe": _common_words,
-    "fwe": _frequent_words,
+    "vt": _variable_tracking(4, 5, new=30),
+    "cwe": _common_words(10, every=0, new=80),
+    "fwe": _frequent_words(3, new=40),
 }
+EASIER: dict[str, Callable[[random.Random, int], Sample]] = {
+    "multikey2": _needles(2, 1, ask_all=False, new=16),
+    "multivalue2": _needles(1, 2, ask_all=True, new=32),
+    "vt1": _variable_tracking(1, 2, new=16),
+    "cwe3": _common_words(3, every=40, new=24),
+    "fwe1": _frequent_words(1, new=16),
+}
+TASKS = STANDARD | EASIER

