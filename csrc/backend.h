@@ -25,8 +25,6 @@ struct Persistent {
 
 // Check the values too, before anything is written: they lie on the host.
 namespace cpu_backend {
-void step(const MatchParams& match, const AmendParams& amend, const AmendLimits& limits,
-          const CompleteParams& complete);
 void match(const MatchParams& params);
 void amend(const AmendParams& params, const AmendLimits& limits);
 void complete(const CompleteParams& params);
@@ -34,8 +32,6 @@ void complete(const CompleteParams& params);
 
 // Launch on the device's current stream; values are checked by the kernels.
 namespace cuda_backend {
-void step(const MatchParams& match, const AmendParams& amend, const AmendLimits& limits,
-          const CompleteParams& complete, const Persistent& persistent, const at::Tensor& on);
 void match(const MatchParams& params, const Persistent& persistent, const at::Tensor& on);
 void amend(const AmendParams& params, const AmendLimits& limits, const Persistent& persistent,
            const at::Tensor& on);

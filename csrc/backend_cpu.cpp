@@ -81,10 +81,4 @@ void complete(const CompleteParams& p) {
   run_team(cpu::kernels().complete, p, work);
 }
 
-void step(const MatchParams& m, const AmendParams& a, const AmendLimits& limits, const CompleteParams& c) {
-  match(m);
-  amend(a, limits);
-  complete(c);
-}
-
 }  // namespace mac_attn::cpu_backend

@@ -65,9 +65,23 @@ int32_t* error_flag_of(const Persistent& persistent, const Tensor& on) {
   return persistent.error_flag->data_ptr<int32_t>();
 }
 
-void check_amend(const AmendParams& p) {
+}  // namespace
+
+void match(const MatchParams& p, const Persistent& persistent, const Tensor& on) {
   check_supported(p.shape, p.dtype);
-  const int64_t G = p.shape.group_size;
+  if (p.shape.batch == 0) return;
+  const c10::cuda::CUDAGuard guard(on.device());
+  const Workspace workspace(p.shape, persistent, on);
+  cuda::MatchWorkspace w{};
+  w.best = workspace.best, w.done = workspace.match_done, w.status = workspace.status;
+  w.error_flag = error_flag_of(persistent, on);
+  C10_CUDA_CHECK(cuda::match_splits(p, w));
+  C10_CUDA_CHECK(cuda::launch_match(p, w, c10::cuda::getCurrentCUDAStream()));
+}
+
+void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& persistent, const Tensor& on) {
+  check_supported(p.shape, p.dtype);
+  const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
   TORCH_CHECK_VALUE(p.num_anchors <= cuda::kMaxAnchors, "anchors is ", p.num_anchors, ", must be at most ",
                     cuda::kMaxAnchors, " on CUDA");
   TORCH_CHECK_VALUE(p.num_anchors == 0 || G <= cuda::kMaxTileHeads, "num_qo_heads / num_kv_heads is ", G,
@@ -75,34 +89,30 @@ void check_amend(const AmendParams& p) {
   check_rows(p.query.data, "q", {p.query.batch_stride, p.query.head_stride});
   check_rows(p.kv.k, "k_cache", {p.kv.k_page_stride, p.kv.k_token_stride, p.kv.k_head_stride});
   check_rows(p.kv.v, "v_cache", {p.kv.v_page_stride, p.kv.v_token_stride, p.kv.v_head_stride});
-}
-
-// What an amend call needs besides its parameters, and the memory that it lies in.
-struct Amending {
-  cuda::AmendWorkspace w{};
+  if (B == 0) return;
+  const c10::cuda::CUDAGuard guard(on.device());
   int32_t ctas = 0;
-  Tensor partial, candidate, candidate_floats;
+  C10_CUDA_CHECK(cuda::amend_ctas(p.shape.head_dim, p.shape.group_size, &ctas));
 
-  Amending(const AmendParams& p, const AmendLimits& limits, const Workspace& workspace,
-           const Persistent& persistent, const Tensor& on) {
-    const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
-    C10_CUDA_CHECK(cuda::amend_ctas(p.shape.head_dim, p.shape.group_size, &ctas));
-    w.status = workspace.status;
-    w.done = workspace.amend_done;
-    w.drawn = workspace.drawn;
-    w.error_flag = error_flag_of(persistent, on);
-    TORCH_CHECK_VALUE(cuda::describe(p, static_cast<int32_t>(limits.num_pages), limits.max_pages, ctas, w),
-                      "k_cache or v_cache spans more than 64 GiB, must be at most that on CUDA");
-    const int64_t tiles = B * H * w.head_tiles * (w.max_tokens / (4 * cuda::kWarpTokens) + cuda::kMaxAnchors);
-    TORCH_CHECK_VALUE(tiles < INT32_MAX, "block_table has ", B, " rows of ", limits.max_pages, " pages of ",
-                      p.kv.page_size, " tokens, must have fewer than 2^31 tiles of 64 in all KV heads");
-    const auto floats = on.options().dtype(at::kFloat);
-    const int64_t states = cuda::max_pieces(ctas, B * H * w.head_tiles) * kNumSpans * w.tile_heads;
-    partial = at::empty({states * (D + 2)}, floats);
-    w.partial_out = partial.data_ptr<float>();
-    w.partial_max = w.partial_out + states * D;
-    w.partial_sum = w.partial_max + states;
-    if (p.num_anchors == 0) return;
+  const Workspace workspace(p.shape, persistent, on);
+  cuda::AmendWorkspace w{};
+  w.status = workspace.status;
+  w.done = workspace.amend_done;
+  w.drawn = workspace.drawn;
+  w.error_flag = error_flag_of(persistent, on);
+  TORCH_CHECK_VALUE(cuda::describe(p, static_cast<int32_t>(limits.num_pages), limits.max_pages, ctas, w),
+                    "k_cache or v_cache spans more than 64 GiB, must be at most that on CUDA");
+  const int64_t tiles = B * H * w.head_tiles * (w.max_tokens / (4 * cuda::kWarpTokens) + cuda::kMaxAnchors);
+  TORCH_CHECK_VALUE(tiles < INT32_MAX, "block_table has ", B, " rows of ", limits.max_pages, " pages of ",
+                    p.kv.page_size, " tokens, must have fewer than 2^31 tiles of 64 in all KV heads");
+  const auto floats = on.options().dtype(at::kFloat);
+  const int64_t states = cuda::max_pieces(ctas, B * H * w.head_tiles) * kNumSpans * w.tile_heads;
+  Tensor partial = at::empty({states * (D + 2)}, floats);
+  w.partial_out = partial.data_ptr<float>();
+  w.partial_max = w.partial_out + states * D;
+  w.partial_sum = w.partial_max + states;
+  Tensor candidate, candidate_floats;
+  if (p.num_anchors > 0) {
     const int64_t tokens_of_bins = 16 * cuda::kWarpTokens;  // 16 bins are read at a time
     w.max_candidates = static_cast<int32_t>((w.max_tokens + tokens_of_bins - 1) / tokens_of_bins * 16);
     const int64_t candidates = B * H * w.max_candidates;
@@ -113,44 +123,7 @@ struct Amending {
     w.candidate_logit = candidate_floats.data_ptr<float>();
     w.candidate_max = w.candidate_logit + candidates * G;
   }
-};
-
-}  // namespace
-
-void match(const MatchParams& p, const Persistent& persistent, const Tensor& on) {
-  check_supported(p.shape, p.dtype);
-  if (p.shape.batch == 0) return;
-  const c10::cuda::CUDAGuard guard(on.device());
-  const Workspace workspace(p.shape, persistent, on);
-  cuda::MatchWorkspace w{
-      workspace.best, workspace.match_done, workspace.status, error_flag_of(persistent, on), 1, 1};
-  C10_CUDA_CHECK(cuda::match_splits(p, w));
-  C10_CUDA_CHECK(cuda::launch_match(p, w, c10::cuda::getCurrentCUDAStream()));
-}
-
-void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& persistent, const Tensor& on) {
-  check_amend(p);
-  if (p.shape.batch == 0) return;
-  const c10::cuda::CUDAGuard guard(on.device());
-  const Workspace workspace(p.shape, persistent, on);
-  const Amending amending(p, limits, workspace, persistent, on);
-  C10_CUDA_CHECK(cuda::launch_amend(p, amending.w, amending.ctas, c10::cuda::getCurrentCUDAStream()));
-}
-
-void step(const MatchParams& m, const AmendParams& a, const AmendLimits& limits, const CompleteParams& c,
-          const Persistent& persistent, const Tensor& on) {
-  check_amend(a);
-  if (a.shape.batch == 0) return;
-  const c10::cuda::CUDAGuard guard(on.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Workspace workspace(a.shape, persistent, on);
-  const Amending amending(a, limits, workspace, persistent, on);
-  cuda::MatchWorkspace matching{
-      workspace.best, workspace.match_done, workspace.status, amending.w.error_flag, 1, 1};
-  C10_CUDA_CHECK(cuda::match_splits(m, matching));
-  C10_CUDA_CHECK(cuda::launch_match(m, matching, stream));
-  C10_CUDA_CHECK(cuda::launch_amend(a, amending.w, amending.ctas, stream));
-  C10_CUDA_CHECK(cuda::launch_complete(c, {workspace.status}, stream));
+  C10_CUDA_CHECK(cuda::launch_amend(p, w, ctas, c10::cuda::getCurrentCUDAStream()));
 }
 
 void complete(const CompleteParams& p, const Persistent& persistent, const Tensor& on) {

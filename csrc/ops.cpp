@@ -64,11 +64,11 @@ Ring check_ring(const Shape& shape, const Tensor& query, const Tensor& ring_quer
   return ring;
 }
 
-MatchParams check_match(const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots,
-                        const OptionalTensor& request_ids, const Tensor& ring_query, const Tensor& ring_depth,
-                        const Tensor& ring_position, const Tensor& slot_begin, const Tensor& slot_end,
-                        const Tensor& slot_request, const Tensor& threshold, bool relative, bool per_head,
-                        int64_t band, int64_t min_context, int64_t max_reuse_depth) {
+Tensor match(const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& request_ids,
+             const Tensor& ring_query, const Tensor& ring_depth, const Tensor& ring_position,
+             const Tensor& slot_begin, const Tensor& slot_end, const Tensor& slot_request, const Tensor& threshold,
+             bool relative, bool per_head, int64_t band, int64_t min_context, int64_t max_reuse_depth,
+             const OptionalTensor& workspace, const OptionalTensor& error_flag) {
   check_query(q_match, "q_match");
   const at::Device device = q_match.device();
   TORCH_CHECK_VALUE(ring_query.dim() == 5, "ring_query has shape ", ring_query.sizes(),
@@ -86,25 +86,10 @@ MatchParams check_match(const Tensor& q_match, const Tensor& seq_lens, const Ten
   p.band = check_int32(band, "band", 1);
   p.min_context = check_int32(min_context, "min_context", 0);
   p.max_reuse_depth = check_int32(max_reuse_depth, "max_reuse_depth", 0);
-  return p;
-}
 
-Tensor new_source(MatchParams& p, const Tensor& seq_lens) {
   Tensor source = at::empty({p.shape.batch, p.shape.num_qo_heads()}, seq_lens.options());
   p.source = source.data_ptr<int32_t>();
-  return source;
-}
-
-Tensor match(const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& request_ids,
-             const Tensor& ring_query, const Tensor& ring_depth, const Tensor& ring_position,
-             const Tensor& slot_begin, const Tensor& slot_end, const Tensor& slot_request, const Tensor& threshold,
-             bool relative, bool per_head, int64_t band, int64_t min_context, int64_t max_reuse_depth,
-             const OptionalTensor& workspace, const OptionalTensor& error_flag) {
-  MatchParams p =
-      check_match(q_match, seq_lens, slots, request_ids, ring_query, ring_depth, ring_position, slot_begin,
-                  slot_end, slot_request, threshold, relative, per_head, band, min_context, max_reuse_depth);
-  Tensor source = new_source(p, seq_lens);
-  if (q_match.is_cpu()) {
+  if (device.is_cpu()) {
     cpu_backend::match(p);
   } else {
     cuda_backend::match(p, {workspace, error_flag}, q_match);
@@ -130,11 +115,12 @@ KVPages check_kv(const Shape& shape, const Tensor& q, const Tensor& k_cache, con
   return kv;
 }
 
-// `limits` are filled in.
-AmendParams check_amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                        const Tensor& seq_lens, const OptionalTensor& source, const OptionalTensor& slots,
-                        const OptionalTensor& ring_anchors, int64_t window, int64_t band, double sm_scale,
-                        double logits_soft_cap, AmendLimits& limits) {
+std::tuple<Tensor, Tensor, Tensor> amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                         const Tensor& block_table, const Tensor& seq_lens,
+                                         const OptionalTensor& source, const OptionalTensor& slots,
+                                         const OptionalTensor& ring_anchors, int64_t window, int64_t band,
+                                         double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
+                                         const OptionalTensor& error_flag) {
   check_query(q, "q");
   TORCH_CHECK_VALUE(k_cache.dim() == 4, "k_cache has shape ", k_cache.sizes(),
                     ", must be [num_pages, page_size, num_kv_heads, head_dim]");
@@ -151,7 +137,7 @@ AmendParams check_amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_
                     ", must be finite and not negative (0: off)");
   p.sm_scale = static_cast<float>(sm_scale);
   p.logits_soft_cap = static_cast<float>(logits_soft_cap);
-  limits = {k_cache.size(0), block_table.size(1), 0};
+  int32_t num_slots = 0;
   if (source) {
     check_array(*source, "source", {p.shape.batch, p.shape.num_qo_heads()}, at::kInt, q.device());
     p.source = source->const_data_ptr<int32_t>();
@@ -159,14 +145,11 @@ AmendParams check_amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_
   if (ring_anchors && ring_anchors->dim() == 4 && ring_anchors->size(3) > 0) {
     TORCH_CHECK_VALUE(source && slots, "ring_anchors is given, so source and slots must be given too");
     check_array(*ring_anchors, "ring_anchors", {kAny, p.shape.num_kv_heads, window, kAny}, at::kInt, q.device());
-    limits.num_slots = check_int32(ring_anchors->size(0), "num_slots", 1);
+    num_slots = check_int32(ring_anchors->size(0), "num_slots", 1);
     p.num_anchors = check_int32(ring_anchors->size(3), "anchors", 1);
     p.ring_anchors = ring_anchors->const_data_ptr<int32_t>();
   }
-  return p;
-}
 
-std::tuple<Tensor, Tensor, Tensor> new_states(AmendParams& p, const Tensor& q, const Tensor& seq_lens) {
   const auto options = q.options().dtype(at::kFloat);
   Tensor states = at::empty({kNumSpans, p.shape.batch, p.shape.num_qo_heads(), p.shape.head_dim}, options);
   Tensor state_lse = at::empty({kNumSpans, p.shape.batch, p.shape.num_qo_heads()}, options);
@@ -174,25 +157,13 @@ std::tuple<Tensor, Tensor, Tensor> new_states(AmendParams& p, const Tensor& q, c
   p.out = states.data_ptr<float>();
   p.lse = state_lse.data_ptr<float>();
   p.anchors = anchors.data_ptr<int32_t>();
-  return {states, state_lse, anchors};
-}
-
-std::tuple<Tensor, Tensor, Tensor> amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                         const Tensor& block_table, const Tensor& seq_lens,
-                                         const OptionalTensor& source, const OptionalTensor& slots,
-                                         const OptionalTensor& ring_anchors, int64_t window, int64_t band,
-                                         double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
-                                         const OptionalTensor& error_flag) {
-  AmendLimits limits{};
-  AmendParams p = check_amend(q, k_cache, v_cache, block_table, seq_lens, source, slots, ring_anchors, window, band,
-                              sm_scale, logits_soft_cap, limits);
-  auto amended = new_states(p, q, seq_lens);
+  const AmendLimits limits{k_cache.size(0), block_table.size(1), num_slots};
   if (q.is_cpu()) {
     cpu_backend::amend(p, limits);
   } else {
     cuda_backend::amend(p, limits, {workspace, error_flag}, q);
   }
-  return amended;
+  return {states, state_lse, anchors};
 }
 
 // The states of amend and the tensors that receive their merger.
@@ -230,13 +201,11 @@ void complete_exact(const Tensor& states, const Tensor& state_lse, const Tensor&
   run_complete(check_merge(states, state_lse, out.dim() == 3 ? out.size(1) : 1, seq_lens, out, lse), {}, out);
 }
 
-CompleteParams check_complete(const Tensor& states, const Tensor& state_lse, const Tensor& anchors,
-                              const Tensor& source, const Tensor& q_match, const Tensor& seq_lens,
-                              const Tensor& slots, const OptionalTensor& request_ids, const Tensor& ring_query,
-                              const Tensor& ring_out, const Tensor& ring_lse, const Tensor& ring_depth,
-                              const Tensor& ring_anchors, const Tensor& ring_position, const Tensor& slot_begin,
-                              const Tensor& slot_end, const Tensor& slot_request, const Tensor& counters,
-                              int64_t band, const Tensor& out, const Tensor& lse) {
+void complete(const Tensor& states, const Tensor& state_lse, const Tensor& anchors, const Tensor& source,
+              const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& request_ids,
+              Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth, Tensor& ring_anchors,
+              Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request, Tensor& counters,
+              int64_t band, const OptionalTensor& workspace, Tensor& out, Tensor& lse) {
   TORCH_CHECK_VALUE(ring_query.dim() == 5, "ring_query has shape ", ring_query.sizes(),
                     ", must be [num_slots, num_kv_heads, window, group_size, head_dim]");
   CompleteParams p = check_merge(states, state_lse, ring_query.size(1), seq_lens, out, lse);
@@ -263,45 +232,7 @@ CompleteParams check_complete(const Tensor& states, const Tensor& state_lse, con
   p.ring.num_anchors = static_cast<int32_t>(S);
   p.anchors = anchors.const_data_ptr<int32_t>();
   p.band = check_int32(band, "band", 1);
-  return p;
-}
-
-void complete(const Tensor& states, const Tensor& state_lse, const Tensor& anchors, const Tensor& source,
-              const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& request_ids,
-              Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth, Tensor& ring_anchors,
-              Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request, Tensor& counters,
-              int64_t band, const OptionalTensor& workspace, Tensor& out, Tensor& lse) {
-  const CompleteParams p = check_complete(states, state_lse, anchors, source, q_match, seq_lens, slots, request_ids,
-                                          ring_query, ring_out, ring_lse, ring_depth, ring_anchors, ring_position,
-                                          slot_begin, slot_end, slot_request, counters, band, out, lse);
   run_complete(p, {workspace, std::nullopt}, out);
-}
-
-// Match, amend and complete in one op: everything is checked before anything is written.
-Tensor step(const Tensor& q, const Tensor& q_match, const Tensor& k_cache, const Tensor& v_cache,
-            const Tensor& block_table, const Tensor& seq_lens, const Tensor& slots,
-            const OptionalTensor& request_ids, Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse,
-            Tensor& ring_depth, Tensor& ring_anchors, Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end,
-            Tensor& slot_request, Tensor& counters, const Tensor& threshold, bool relative, bool per_head,
-            int64_t band, int64_t min_context, int64_t max_reuse_depth, double sm_scale, double logits_soft_cap,
-            const OptionalTensor& workspace, const OptionalTensor& error_flag, Tensor& out, Tensor& lse) {
-  MatchParams m =
-      check_match(q_match, seq_lens, slots, request_ids, ring_query, ring_depth, ring_position, slot_begin,
-                  slot_end, slot_request, threshold, relative, per_head, band, min_context, max_reuse_depth);
-  const Tensor source = new_source(m, seq_lens);
-  AmendLimits limits{};
-  AmendParams a = check_amend(q, k_cache, v_cache, block_table, seq_lens, source, slots, ring_anchors,
-                              m.ring.window, band, sm_scale, logits_soft_cap, limits);
-  const auto [states, state_lse, anchors] = new_states(a, q, seq_lens);
-  const CompleteParams c = check_complete(states, state_lse, anchors, source, q_match, seq_lens, slots, request_ids,
-                                          ring_query, ring_out, ring_lse, ring_depth, ring_anchors, ring_position,
-                                          slot_begin, slot_end, slot_request, counters, band, out, lse);
-  if (q.is_cpu()) {
-    cpu_backend::step(m, a, limits, c);
-  } else {
-    cuda_backend::step(m, a, limits, c, {workspace, error_flag}, q);
-  }
-  return source;
 }
 
 pybind11::dict build_info() {
@@ -350,13 +281,6 @@ TORCH_LIBRARY(mac_attn, m) {
       "Tensor(d!) ring_depth, Tensor(e!) ring_anchors, Tensor(f!) ring_position, Tensor(g!) slot_begin, "
       "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, int band, "
       "Tensor? workspace, Tensor(k!) out, Tensor(l!) lse) -> ()");
-  m.def(
-      "step(Tensor q, Tensor q_match, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor slots, Tensor? request_ids, Tensor(a!) ring_query, Tensor(b!) ring_out, Tensor(c!) ring_lse, "
-      "Tensor(d!) ring_depth, Tensor(e!) ring_anchors, Tensor(f!) ring_position, Tensor(g!) slot_begin, "
-      "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, Tensor threshold, bool relative, "
-      "bool per_head, int band, int min_context, int max_reuse_depth, float sm_scale, float logits_soft_cap, "
-      "Tensor(k!)? workspace, Tensor(l!)? error_flag, Tensor(m!) out, Tensor(n!) lse) -> Tensor source");
 }
 
 template <typename Library>
@@ -365,7 +289,6 @@ void implement(Library& m) {
   m.impl("amend", amend);
   m.impl("complete_exact", complete_exact);
   m.impl("complete", complete);
-  m.impl("step", step);
 }
 
 TORCH_LIBRARY_IMPL(mac_attn, CPU, m) {
@@ -388,10 +311,6 @@ void amend(const AmendParams&, const AmendLimits&, const Persistent&, const at::
   not_built();
 }
 void complete(const CompleteParams&, const Persistent&, const at::Tensor&) {
-  not_built();
-}
-void step(const MatchParams&, const AmendParams&, const AmendLimits&, const CompleteParams&, const Persistent&,
-          const at::Tensor&) {
   not_built();
 }
 }  // namespace cuda_backend

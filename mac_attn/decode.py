@@ -92,9 +92,12 @@ def decode(
     check_tensor("slots", slots, shape=(q.size(0),), dtype=torch.int32)
     rows: dict[str, Any] = {"slots": slots, "request_ids": request_ids}
 
-    # Match, amend, complete.
-    out, lse, source = ops.step(
-        reuse, q, q_match, kv_cache, block_table, seq_lens, **rows, **attention, out=out
+    source = ops.match(reuse, q_match, seq_lens, **rows)
+    amended = ops.amend(
+        q, kv_cache, block_table, seq_lens, source=source, reuse=reuse, slots=slots, **attention
+    )
+    out, lse = ops.complete(
+        amended, seq_lens, reuse=reuse, source=source, q_match=q_match, out=out, **rows
     )
     if reuse.auditor is not None:
         reuse.auditor.record(

@@ -198,70 +198,6 @@ def complete(
     return out, lse
 
 
-def step(
-    reuse: ReuseCache,
-    q: Tensor,
-    q_match: Tensor,
-    kv_cache: KVCache,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    slots: Tensor,
-    *,
-    request_ids: Tensor | None = None,
-    sm_scale: float | None = None,
-    logits_soft_cap: float = 0.0,
-    kv_layout: str = "NHD",
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`match`, `amend` and `complete` in one op, for the same arguments.
-
-    All of them are checked before anything is written, and a call costs less than three.
-
-    Returns:
-        (out, lse, source) as of the three.
-    """
-    k_cache, v_cache = kv_views(kv_cache, kv_layout)
-    check_query("q", q, reuse)
-    check_query("q_match", q_match, reuse)
-    check_tensor("k_cache", k_cache, shape=("pages", "page", reuse.num_kv_heads, reuse.head_dim))
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    source: Tensor = torch.ops.mac_attn.step(
-        q,
-        q_match,
-        k_cache,
-        v_cache,
-        block_table,
-        seq_lens,
-        slots,
-        request_ids,
-        reuse.ring_query,
-        reuse.ring_out,
-        reuse.ring_lse,
-        reuse.ring_depth,
-        reuse.ring_anchors,
-        reuse.ring_position,
-        reuse.slot_begin,
-        reuse.slot_end,
-        reuse.slot_request,
-        reuse.counters,
-        reuse.threshold,
-        reuse.cfg.threshold_mode == "relative",
-        reuse.cfg.granularity == "head",
-        reuse.cfg.band,
-        reuse.cfg.min_context,
-        _INT32_MAX if reuse.cfg.max_reuse_depth is None else reuse.cfg.max_reuse_depth,
-        1.0 / math.sqrt(q.size(-1)) if sm_scale is None else sm_scale,
-        logits_soft_cap,
-        reuse.workspace,
-        reuse.error_flag,
-        out,
-        lse,
-    )
-    return out, lse, source
-
-
 def check_query(name: str, query: Tensor | None, reuse: ReuseCache) -> None:
     """Queries of the model that the cache was made for."""
     shape = ("batch", reuse.num_qo_heads, reuse.head_dim)
@@ -328,12 +264,6 @@ def _complete_exact_fake(*args: object) -> None:
 @torch.library.register_fake("mac_attn::complete")
 def _complete_fake(*args: object) -> None:
     return None
-
-
-@torch.library.register_fake("mac_attn::step")
-def _step_fake(q: Tensor, *args: Tensor) -> Tensor:
-    seq_lens = args[4]
-    return seq_lens.new_empty((q.size(0), q.size(1)))
 
 
 @torch.library.register_fake("mac_attn::unrotate")

@@ -74,10 +74,6 @@ void complete(const CompleteParams& p) {
   cuda_backend::complete(p, persistent(p.source), on_host());
 }
 
-void step(const MatchParams& m, const AmendParams& a, const AmendLimits& limits, const CompleteParams& c) {
-  cuda_backend::step(m, a, limits, c, persistent(true), on_host());
-}
-
 }  // namespace cpu_backend
 
 namespace cpu {
