@@ -124,40 +124,30 @@ MAC_DEVICE MatchRequest match_request(const MatchParams& p, int request, int kv_
   return {request, kv_head, n, slot, readable, readable ? slot : 0};
 }
 
-// A query head on its way to shared memory; a warp at work.
+// Brings a query head and its scale to shared memory; one warp.
 template <typename T, int kHeadDim>
-struct MatchHead {
-  T data[(kHeadDim + 31) / 32];
-  float threshold;
-
-  MAC_DEVICE void ask(const MatchParams& p, const MatchRequest& r, int g) {
-    const int head = r.kv_head * p.shape.group_size + g, lane = ptx::lane_id();
-    const T* row =
-        static_cast<const T*>(p.query.data) + r.request * p.query.batch_stride + head * p.query.head_stride;
+MAC_DEVICE void prepare_head(const MatchParams& p, const MatchRequest& r, int g, float* query,
+                             MatchShared& shared) {
+  constexpr int kLaneElements = (kHeadDim + 31) / 32;
+  const int head = r.kv_head * p.shape.group_size + g, lane = ptx::lane_id();
+  const T* row =
+      static_cast<const T*>(p.query.data) + r.request * p.query.batch_stride + head * p.query.head_stride;
+  const float threshold = p.threshold[head];
+  float norm = 0.f;
 #pragma unroll
-    for (int i = 0; i < (kHeadDim + 31) / 32; ++i) {
-      if (lane + 32 * i < kHeadDim) data[i] = row[lane + 32 * i];
-    }
-    threshold = p.threshold[head];
+  for (int i = 0; i < kLaneElements; ++i) {
+    if (lane + 32 * i >= kHeadDim) continue;
+    const float x = ptx::to_float(row[lane + 32 * i]);
+    query[g * kHeadDim + lane + 32 * i] = x, norm += x * x;
   }
-  MAC_DEVICE void put(const MatchParams& p, int g, float* query, MatchShared& shared) const {
-    const int lane = ptx::lane_id();
-    float norm = 0.f;
 #pragma unroll
-    for (int i = 0; i < (kHeadDim + 31) / 32; ++i) {
-      if (lane + 32 * i >= kHeadDim) break;
-      const float x = ptx::to_float(data[i]);
-      query[g * kHeadDim + lane + 32 * i] = x, norm += x * x;
-    }
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) norm += ptx::shfl_xor(norm, distance);
-    if (lane != 0) return;
-    const float theta = p.relative ? threshold * norm : threshold;
-    // NaN for a head that can never hit; in a group it decides for all.
-    const bool can_hit = norm < INFINITY && theta > 0.f && theta < INFINITY;
-    shared.scale[g] = can_hit ? 1.f / theta : NAN;
-  }
-};
+  for (int distance = 1; distance < 32; distance *= 2) norm += ptx::shfl_xor(norm, distance);
+  if (lane != 0) return;
+  const float theta = p.relative ? threshold * norm : threshold;
+  // NaN for a head that can never hit; in a group it decides for all.
+  const bool can_hit = norm < INFINITY && theta > 0.f && theta < INFINITY;
+  shared.scale[g] = can_hit ? 1.f / theta : NAN;
+}
 
 // One CTA's search of the ring, by its first kMatchWarps warps.
 template <typename T, int kHeadDim>
@@ -322,11 +312,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
   const MatchRequest r = match_request(p, group / H, group % H);
   RingSearch<T, kHeadDim> search(p, r, split, w.splits);
 #pragma unroll 1
-  for (int g = warp; g < G; g += kMatchWarps) {
-    MatchHead<T, kHeadDim> head;
-    head.ask(p, r, g);
-    head.put(p, g, query, shared);
-  }
+  for (int g = warp; g < G; g += kMatchWarps) prepare_head<T, kHeadDim>(p, r, g, query, shared);
   const int errors = request_errors(p, r.request, r.seq_len, r.given_slot);
   if (errors) ptx::atomic_or(&shared.errors, errors);
   ptx::sync_block();
