@@ -1,0 +1,168 @@
+"""The backend on the CPU, in the place of vLLM's CPU_ATTN.
+
+vLLM's CPU kernels keep K transposed or packed inside a page, for their matrix instructions;
+`mac_attn.decode` reads plain rows. So a served layer writes its own pages: vLLM's memory, blocks
+and block tables, each block [num_kv_heads, block_size, 2 * head_dim] with a token's key and value
+in one row. Decode reads them in place. Prefill is vLLM's own kernel; the pages of the requests in
+prefill are packed for it into a scratch cache, layer by layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+import mac_attn
+
+from .cpu_plan import CpuPlan, Prefill, plan_step
+from .engine import Served, engine_of, watch_worker
+
+
+class MacCpuBackend(CPUAttentionBackend):
+    """vLLM's CPU backend with the impl and the metadata builder of this package."""
+
+    @staticmethod
+    def get_impl_cls() -> type[MacCpuImpl]:
+        """The attention of a layer."""
+        return MacCpuImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[MacCpuMetadataBuilder]:
+        """What is prepared once a step for all layers."""
+        return MacCpuMetadataBuilder
+
+
+class MacCpuMetadataBuilder(CPUAttentionMetadataBuilder):
+    """vLLM's metadata, with a plan for the layers that are served as its attribute `mac`."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.engine = engine_of(vllm_config, layer_names)
+        if self.engine is not None:
+            self.reorder_batch_threshold = 1  # rows in decode come first
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> Any:
+        """The metadata of a step, see `AttentionMetadataBuilder.build`."""
+        build = super().build
+        metadata = build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.mac = None
+        if self.engine is not None:
+            metadata.mac = plan_step(
+                self.engine, common_attn_metadata, self.block_size, lambda part: build(0, part)
+            )
+            self.engine.report()
+        return metadata
+
+
+class MacCpuImpl(CPUAttentionBackendImpl):
+    """One layer: vLLM's attention, unless the engine has given it rings in `mac`."""
+
+    mac: Served | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mac = None
+        watch_worker()
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write keys and values `[tokens, num_kv_heads, head_dim]` to the pages."""
+        if self.mac is None:
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+            return
+        # [num_blocks, num_kv_heads, block_size, 2 * head_dim]
+        page, place = slot_mapping // kv_cache.shape[2], slot_mapping % kv_cache.shape[2]
+        count = len(slot_mapping)
+        kv_cache[page, :, place] = torch.cat((key[:count], value[:count]), dim=-1)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of a step's tokens, see `CPUAttentionBackendImpl.forward`."""
+        plan: CpuPlan | None = None if attn_metadata is None else attn_metadata.mac
+        if self.mac is None or plan is None:
+            scales = (output_scale, output_block_scale)
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *scales
+            )
+        pages = kv_cache.split(self.head_size, dim=-1)
+        self._decode(plan, query, pages, output)
+        if plan.prefill is not None:
+            tokens = slice(*plan.prefill.tokens)
+            scratch = self._packed(plan.prefill, layer, kv_cache)
+            new = (query[tokens], key[tokens], value[tokens])
+            super().forward(layer, *new, scratch, plan.prefill.metadata, output[tokens])
+            self._seed(plan, query, pages)
+        return output
+
+    def _decode(
+        self, plan: CpuPlan, query: Tensor, pages: tuple[Tensor, Tensor], output: Tensor
+    ) -> None:
+        assert self.mac is not None
+        options: dict[str, Any] = {
+            "sm_scale": self.scale,
+            "logits_soft_cap": self.logits_soft_cap,
+            "kv_layout": "HND",
+        }
+        for part in plan.decode:
+            rows = part.rows
+            q = query[: part.count] if rows is None else query[rows]
+            if part.slots is not None:
+                options |= {
+                    "reuse": self.mac.ring,
+                    "slots": part.slots,
+                    "request_ids": part.request_ids,
+                    "q_match": None if self.mac.rotated else q,
+                }
+            out = output[: part.count] if rows is None else None
+            answer = mac_attn.decode(q, pages, part.block_table, part.seq_lens, out=out, **options)
+            if rows is not None:
+                output[rows] = answer
+            for name in ("reuse", "slots", "request_ids", "q_match"):
+                options.pop(name, None)
+
+    def _packed(self, prefill: Prefill, layer: Any, kv_cache: Tensor) -> Tensor:
+        """The context of the rows in prefill, as vLLM's kernels want it."""
+        scratch = kv_cache.new_zeros((prefill.num_blocks, *kv_cache.shape[1:]))
+        key, value = kv_cache[prefill.pages, :, prefill.places].split(self.head_size, dim=-1)
+        super().do_kv_cache_update(layer, key, value, scratch, prefill.slot_mapping)
+        return scratch
+
+    def _seed(self, plan: CpuPlan, query: Tensor, pages: tuple[Tensor, Tensor]) -> None:
+        assert self.mac is not None
+        for seed in plan.seeds:
+            q = query[None, seed.first : seed.last]
+            mac_attn.seed(
+                self.mac.ring,
+                q,
+                pages,
+                seed.block_table,
+                seed.seq_lens,
+                slots=seed.slots,
+                request_ids=seed.request_ids,
+                q_match=None if self.mac.rotated else q,
+                sm_scale=self.scale,
+                logits_soft_cap=self.logits_soft_cap,
+                kv_layout="HND",
+            )

@@ -1,0 +1,250 @@
+"""One worker's rings: which layers are served, with which slots, and what they have saved."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+
+import mac_attn
+
+from . import requests
+from .metrics import WorkerCounters
+from .options import Options
+from .rotary import is_rotated, rotary_of
+from .slots import Place, Row, SlotTable
+from .support import engine_reason, layer_reason, shares_kv
+
+# A child of vLLM's logger, so that its lines are formatted and shown as vLLM's are.
+logger = logging.getLogger("vllm.mac_attn")
+
+
+class Engine:
+    """The rings of the layers of one worker.
+
+    Args:
+        runner: vLLM's model runner, with its model loaded.
+        options: the plugin's.
+
+    Attributes:
+        rings: by name of the layer, those that are served.
+        q_is_rotated: by name of the layer, whether its queries have to be turned back.
+    """
+
+    def __init__(self, runner: Any, options: Options) -> None:
+        self.runner = runner
+        self.options = options
+        self.slots = SlotTable(options.num_slots)
+        self.rings: dict[str, mac_attn.ReuseCache] = {}
+        self.q_is_rotated: dict[str, bool] = {}
+        self._counters: WorkerCounters | None = None
+        self._device_counters: torch.Tensor | None = None
+        self._logged = (time.monotonic(), 0)
+        self._published = 0.0
+        self._attach()
+
+    # What a layer needs to be able to skip the ring: entries from before `min_context` are of use
+    # if the context reaches it within `window` steps.
+    @functools.cached_property
+    def _shortest(self) -> int:
+        return min(ring.cfg.min_context - ring.cfg.window for ring in self.rings.values())
+
+    @functools.cached_property
+    def seed(self) -> int:
+        """Of how many last prompt tokens entries are made; no more than a window holds."""
+        windows = [ring.cfg.window for ring in self.rings.values()]
+        return min([self.options.seed, *windows])
+
+    def seeded(self, row: Row) -> int:
+        """How many of the last tokens of a row in prefill get ring entries in this step."""
+        if row.is_decode or row.end > row.total:
+            return 0
+        return max(0, row.end - max(row.begin, row.total - self.seed))
+
+    def place(self, rows: list[Row | None]) -> list[Place | None]:
+        """The ring slot of every row, None for those that are attended exactly."""
+        known = [row for row in rows if row is not None]
+        wants = [
+            row.end > self._shortest and (row.is_decode or self.seeded(row) > 0) for row in known
+        ]
+        places = iter(self.slots.place(known, wants, requests.is_alive(self.runner)))
+        return [None if row is None else next(places) for row in rows]
+
+    def rows(self, common: Any) -> list[Row | None]:
+        """The requests behind the rows of a batch."""
+        return requests.rows_of(self.runner, common)
+
+    def report(self) -> None:
+        """Bring the counters to where the metrics are read; now and then, log them."""
+        if self._counters is None:
+            return
+        now = time.monotonic()
+        if self._device_counters is not None and now - self._published > 1:
+            self._counters.counters.copy_(self._device_counters)
+            self._published = now
+        seconds = self.options.log_seconds
+        since, steps = self._logged
+        if seconds and now - since >= seconds:
+            stats = self._counters.stats()
+            if stats.steps > steps:
+                where = f"engine {self._counters.engine} rank {self._counters.rank}"
+                logger.info("MAC-Attention, %s, all layers: %s", where, stats)
+            self._logged = (now, stats.steps)
+
+    def _attach(self) -> None:
+        config = self.runner.vllm_config
+        layers = _attention_layers(config)
+        left: Counter[str] = Counter()
+        if (reason := engine_reason(config)) is not None:
+            logger.warning("MAC-Attention is off: %s is left to vLLM's attention", reason)
+            return
+        parents = _parents(self.runner.get_model())
+        shared = shares_kv(layers)
+        for name, layer in layers.items():
+            if name in shared:
+                left["layers that share their KV cache"] += 1
+                continue
+            try:
+                self._serve(name, layer, parents.get(id(layer)))
+            except ValueError as error:
+                left[str(error)] += 1
+        for reason, count in left.items():
+            logger.warning("MAC-Attention: %d layers are left to vLLM: %s", count, reason)
+        if self.rings:
+            self._share_counters()
+            self._say(len(layers))
+        elif not left:
+            logger.warning("MAC-Attention is off: the model has no attention that it could serve")
+
+    def _serve(self, name: str, layer: Any, parent: nn.Module | None) -> None:
+        """Give a layer its rings. Raises ValueError with the reason why it gets none."""
+        config, device = self.runner.vllm_config, self.runner.device
+        dtype = config.model_config.dtype
+        if (reason := layer_reason(layer, dtype, device)) is not None:
+            raise ValueError(reason)
+        module = getattr(parent, "rotary_emb", None)
+        if parent is None or module is None:
+            raise ValueError("no rotary embedding beside it")
+        rotated = is_rotated(parent)
+        rotary = rotary_of(module, config.model_config.max_model_len) if rotated else None
+        ring = mac_attn.ReuseCache(
+            self.options.layer_config(extract_layer_index(name)),
+            num_slots=self.options.num_slots,
+            num_qo_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_size,
+            dtype=dtype,
+            device=device,
+            rotary=rotary,
+        )
+        self.rings[name] = ring
+        self.q_is_rotated[name] = rotated
+        layer.impl.mac = Served(self, ring, rotated)
+
+    def _share_counters(self) -> None:
+        """Let all rings count in one tensor; on the CPU that is the file the metrics read."""
+        config = self.runner.vllm_config.parallel_config
+        rings = list(self.rings.values())
+        heads = (rings[0].num_qo_heads, rings[0].num_kv_heads)
+        if any((ring.num_qo_heads, ring.num_kv_heads) != heads for ring in rings):
+            logger.warning("MAC-Attention: no metrics, as layers differ in their number of heads")
+            return
+        self._counters = WorkerCounters.create(
+            config.data_parallel_index, config.rank, heads, len(rings), self.slots.num_slots
+        )
+        counters = self._counters.counters
+        if self.runner.device.type != "cpu":
+            counters = self._device_counters = torch.zeros_like(counters, device=rings[0].device)
+        for ring, own in zip(rings, counters, strict=True):
+            ring.counters = own
+
+    def _say(self, num_layers: int) -> None:
+        size = sum(ring.nbytes for ring in self.rings.values()) / 2**20
+        one = next(iter(self.rings.values()))
+        logger.info(
+            "MAC-Attention serves %d of %d layers: %d slots of %.1f MiB, %.1f MiB in all; %s",
+            len(self.rings),
+            num_layers,
+            self.slots.num_slots,
+            size / self.slots.num_slots,
+            size,
+            "calibrated options" if self.options.calibration else one.cfg,
+        )
+
+
+class Served:
+    """What the impl of a layer is given: the engine and the layer's ring.
+
+    Attributes:
+        engine, ring: see `Engine`.
+        rotated: whether the layer's queries come rotated.
+    """
+
+    def __init__(self, engine: Engine, ring: mac_attn.ReuseCache, rotated: bool) -> None:
+        self.engine = engine
+        self.ring = ring
+        self.rotated = rotated
+
+
+def engine_of(vllm_config: Any, layer_names: list[str]) -> Engine | None:
+    """The engine of a group of layers, None if none of them is served."""
+    layers = vllm_config.compilation_config.static_forward_context
+    for name in layer_names:
+        served = getattr(getattr(layers.get(name), "impl", None), "mac", None)
+        if served is not None:
+            engine: Engine = served.engine
+            return engine
+    return None
+
+
+def watch_worker() -> None:
+    """Have the worker of this process make its engine once its model is loaded.
+
+    vLLM asks a worker for the KV caches that its layers need after it has loaded the model and
+    before it measures the memory that is left; that call is where the rings are made. To be called
+    while the model is being built: the worker's class is there then, and nothing is imported in
+    other processes.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    inner = Worker.get_kv_cache_spec
+    if getattr(inner, "makes_mac_engine", False):
+        return
+
+    @functools.wraps(inner)
+    def get_kv_cache_spec(self: Any) -> Any:
+        options = Options.from_env(os.environ)
+        if options is not None and not hasattr(self.model_runner, "mac_engine"):
+            self.model_runner.mac_engine = Engine(self.model_runner, options)
+        return inner(self)
+
+    get_kv_cache_spec.makes_mac_engine = True  # type: ignore[attr-defined]
+    Worker.get_kv_cache_spec = get_kv_cache_spec
+
+
+def _attention_layers(vllm_config: Any) -> dict[str, Any]:
+    """The layers with an impl of this package, by name."""
+    layers = vllm_config.compilation_config.static_forward_context
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, Attention) and hasattr(layer.impl, "mac")
+    }
+
+
+def _parents(model: nn.Module) -> dict[int, nn.Module]:
+    """The module around every attention layer, by the layer's id."""
+    return {
+        id(child): parent
+        for parent in model.modules()
+        for child in parent.children()
+        if isinstance(child, Attention)
+    }

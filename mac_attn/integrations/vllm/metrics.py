@@ -1,0 +1,143 @@
+"""Statistics of all workers of a server, in its log and at its Prometheus endpoint.
+
+The counters of a worker's rings lie in a file of a folder that all processes of the server know
+from the environment. A collector in the API server adds them up whenever the endpoint is read, so
+nothing has to be sent, and what is read is what the kernels have counted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mac_attn import ReuseStats
+from mac_attn.stats import COUNTERS
+
+FOLDER = "MAC_ATTN_VLLM_METRICS_DIR"
+
+
+def folder() -> Path:
+    """The folder of this server's counters. The first process to ask makes it, and removes it."""
+    if path := os.environ.get(FOLDER):
+        return Path(path)
+    made = tempfile.mkdtemp(prefix="mac_attn-vllm-")
+    os.environ[FOLDER] = made
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a fork of it
+            shutil.rmtree(made, ignore_errors=True)
+
+    atexit.register(remove)
+    return Path(made)
+
+
+@dataclass(frozen=True)
+class WorkerCounters:
+    """The counters of one worker.
+
+    Attributes:
+        engine, rank: which worker: of a data-parallel engine, its rank.
+        num_qo_heads, num_kv_heads: heads of a layer on this rank.
+        counters: [layers, slots, 6] int64, `mac_attn.stats.COUNTERS`.
+    """
+
+    engine: int
+    rank: int
+    num_qo_heads: int
+    num_kv_heads: int
+    counters: Tensor
+
+    @classmethod
+    def create(
+        cls, engine: int, rank: int, heads: tuple[int, int], layers: int, num_slots: int
+    ) -> WorkerCounters:
+        """New counters, all 0, in a file that `read_all` finds."""
+        shape = (layers, num_slots, len(COUNTERS))
+        path = folder() / f"engine{engine}-rank{rank}"
+        path.with_suffix(".i64").write_bytes(bytes(8 * torch.Size(shape).numel()))
+        about = {"engine": engine, "rank": rank, "heads": heads, "shape": shape}
+        path.with_suffix(".json").write_text(json.dumps(about))
+        return cls._map(path.with_suffix(".json"))
+
+    @classmethod
+    def _map(cls, about_path: Path) -> WorkerCounters:
+        about = json.loads(about_path.read_text())
+        shape = torch.Size(about["shape"])
+        counters = torch.from_file(
+            str(about_path.with_suffix(".i64")), shared=True, size=shape.numel(), dtype=torch.int64
+        )
+        return cls(about["engine"], about["rank"], *about["heads"], counters.view(shape))
+
+    @classmethod
+    def read_all(cls) -> list[WorkerCounters]:
+        """Those of every worker of this server."""
+        return [cls._map(path) for path in sorted(folder().glob("*.json"))]
+
+    def stats(self) -> ReuseStats:
+        """The statistics of all layers together; `steps` count every layer's."""
+        return ReuseStats(self.counters.sum(0), self.num_qo_heads, self.num_kv_heads)
+
+
+class Collector:
+    """What prometheus_client asks when the endpoint is read: one sample of each for each engine."""
+
+    def collect(self) -> Iterator[Any]:
+        """Yield the metrics, the ranks of an engine added up."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        engines: dict[int, list[WorkerCounters]] = {}
+        for worker in WorkerCounters.read_all():
+            engines.setdefault(worker.engine, []).append(worker)
+        totals = {engine: _totals(workers) for engine, workers in engines.items()}
+        for name, text in _COUNTERS.items():
+            counter = CounterMetricFamily(f"mac_attn:{name}", text, labels=["engine"])
+            for engine, total in totals.items():
+                counter.add_metric([str(engine)], total[name])
+            yield counter
+        for name, (part, whole, text) in _SHARES.items():
+            gauge = GaugeMetricFamily(f"mac_attn:{name}", text, labels=["engine"])
+            for engine, total in totals.items():
+                if total[whole]:
+                    gauge.add_metric([str(engine)], total[part] / total[whole])
+            yield gauge
+
+
+_COUNTERS = {
+    "query_heads": "Query heads of decode steps with a ring, counted for every layer and rank.",
+    "query_head_hits": "Those that reused a recent query's attention.",
+    "kv_tokens_full": "Keys that exact attention would have read in those steps.",
+    "kv_tokens_read": "Keys that were read.",
+}
+_SHARES = {
+    "hit_rate": ("query_head_hits", "query_heads", "Share of the query heads that hit."),
+    "kv_read_share": ("kv_tokens_read", "kv_tokens_full", "Share of the keys that were read."),
+}
+
+
+def _totals(workers: list[WorkerCounters]) -> dict[str, int]:
+    stats = [worker.stats() for worker in workers]
+    return {
+        "query_heads": sum(s.steps * s.num_qo_heads for s in stats),
+        "query_head_hits": sum(s.query_head_hits for s in stats),
+        "kv_tokens_full": sum(s.kv_tokens_full for s in stats),
+        "kv_tokens_read": sum(s.kv_tokens_read for s in stats),
+    }
+
+
+def register_collector() -> None:
+    """Add the collector to this process's metrics, and make the folder before it has children."""
+    from prometheus_client import REGISTRY
+
+    folder()
+    REGISTRY.register(Collector())  # type: ignore[arg-type] # it has what a collector needs

@@ -1,0 +1,81 @@
+"""The requests behind the rows of a batch, from vLLM's model runners.
+
+Both runners keep a table of requests and know the request of every row at the time when attention
+metadata is built. `rows_of` only reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from .slots import Row
+
+
+def rows_of(runner: Any, common: Any) -> list[Row | None]:
+    """The request of every row of a batch; None for padding and dummy rows.
+
+    Args:
+        runner: the worker's model runner, `GPUModelRunner` or one derived from it, of version 1
+            or 2.
+        common: the CommonAttentionMetadata of the batch. Its lengths on the host are exact, as
+            there is no speculative decoding.
+    """
+    starts = common.query_start_loc_cpu.tolist()
+    ends = common.seq_lens_cpu_upper_bound.tolist()
+    found = _rows_v2(runner, common) if hasattr(runner, "req_states") else _rows_v1(runner)
+    rows: list[Row | None] = []
+    for row in range(common.num_reqs):
+        length = starts[row + 1] - starts[row]
+        if row >= len(found) or length <= 0 or (known := found[row]) is None:
+            rows.append(None)
+            continue
+        key, total = known
+        rows.append(Row(key, ends[row] - length, ends[row], total))
+    return rows
+
+
+def is_alive(runner: Any) -> Callable[[Hashable], bool]:
+    """Whether a request that `rows_of` named is still one of the engine's."""
+    if hasattr(runner, "req_states"):
+        return lambda key: key in runner.req_states.req_id_to_index
+    # An object, since a client may use the name of a request again.
+    alive = {id(request) for request in runner.requests.values()}
+    return lambda key: isinstance(key, ById) and id(key.value) in alive
+
+
+class ById:
+    """A dictionary key for an object itself, whatever it compares equal to; keeps it alive."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ById) and other.value is self.value
+
+
+def _rows_v1(runner: Any) -> list[tuple[Hashable, int] | None]:
+    batch = runner.input_batch
+    found: list[tuple[Hashable, int] | None] = []
+    for row, request_id in enumerate(batch.req_ids):
+        request = runner.requests.get(request_id)
+        known = None if request is None else (ById(request), int(batch.num_tokens_no_spec[row]))
+        found.append(known)
+    return found
+
+
+def _rows_v2(runner: Any, common: Any) -> list[tuple[Hashable, int] | None]:
+    states = runner.req_states
+    if common.req_idx is None:
+        return []
+    found: list[tuple[Hashable, int] | None] = []
+    for index in common.req_idx.tolist():
+        request_id = states.index_to_req_id.get(index)
+        known = None if request_id is None else (request_id, int(states.prefill_len.np[index]))
+        found.append(known)
+    return found

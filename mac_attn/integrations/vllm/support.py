@@ -1,0 +1,67 @@
+"""Why a server or a layer is left to vLLM's own attention; None where it is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionType
+
+_CUDA_HEAD_SIZES = (64, 80, 96, 128, 256)
+
+
+def engine_reason(vllm_config: Any) -> str | None:
+    """What keeps the plugin from serving any layer under this configuration."""
+    parallel = vllm_config.parallel_config
+    model = vllm_config.model_config
+    reasons = {
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "decode or prefill context parallelism": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        "KV transfer": vllm_config.kv_transfer_config is not None,
+        "dual batch overlap": parallel.enable_dbo,
+        "fast prefill of shared KV layers": vllm_config.cache_config.kv_sharing_fast_prefill,
+        "a model that does not generate": model.runner_type != "generate",
+        "bidirectional attention to parts of the prompt": model.is_mm_prefix_lm,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def layer_reason(layer: Any, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What keeps one attention layer with vLLM's backend, its rotary embedding aside.
+
+    Args:
+        layer: the `Attention` module, whose impl is one of this package's.
+        dtype: the model's.
+        device: where it runs.
+    """
+    impl = layer.impl
+    windows = (
+        impl.sliding_window if isinstance(impl.sliding_window, tuple) else (impl.sliding_window,)
+    )
+    cuda = device.type != "cpu"
+    reasons = {
+        f"layers of class {type(layer).__name__}": type(layer) is not Attention,
+        f"{layer.attn_type} attention": layer.attn_type != AttentionType.DECODER,
+        "sliding-window attention": any(window != -1 for window in windows),
+        "ALiBi": impl.alibi_slopes is not None,
+        "attention sinks": getattr(impl, "sinks", None) is not None,
+        f"KV cache of type {layer.kv_cache_dtype}": layer.kv_cache_torch_dtype != dtype,
+        "values of another size than keys": layer.head_size_v != layer.head_size,
+        f"heads of {layer.head_size}": layer.head_size not in _CUDA_HEAD_SIZES
+        if cuda
+        else layer.head_size % 16 != 0 or layer.head_size > 256,
+        f"dtype {dtype}": cuda and dtype == torch.float32,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def shares_kv(layers: dict[str, Any]) -> set[str]:
+    """Names of the layers that read another's KV cache, and of those others."""
+    pairs = (
+        (name, getattr(layer, "kv_sharing_target_layer_name", None))
+        for name, layer in layers.items()
+    )
+    return {name for pair in pairs if pair[1] is not None for name in pair}
