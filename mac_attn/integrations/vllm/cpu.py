@@ -19,10 +19,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-import mac_attn
-
+from . import attend
 from .cpu_plan import CpuPlan, Prefill, plan_step
-from .engine import Served, engine_of, watch_worker
+from .engine import engine_of, watch_worker
 
 
 class MacCpuBackend(CPUAttentionBackend):
@@ -40,7 +39,7 @@ class MacCpuBackend(CPUAttentionBackend):
 
 
 class MacCpuMetadataBuilder(CPUAttentionMetadataBuilder):
-    """vLLM's metadata, with a plan for the layers that are served as its attribute `mac`."""
+    """vLLM's metadata, with a `CpuPlan` for the layers that are served as its attribute `mac`."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -48,7 +47,7 @@ class MacCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.engine = engine_of(vllm_config, layer_names)
         if self.engine is not None:
-            self.reorder_batch_threshold = 1  # rows in decode come first
+            self.reorder_batch_threshold = 1  # rows that compute one token come first
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -68,7 +67,7 @@ class MacCpuMetadataBuilder(CPUAttentionMetadataBuilder):
 class MacCpuImpl(CPUAttentionBackendImpl):
     """One layer: vLLM's attention, unless the engine has given it rings in `mac`."""
 
-    mac: Served | None
+    mac: attend.Served | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,8 +81,8 @@ class MacCpuImpl(CPUAttentionBackendImpl):
         if self.mac is None:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
-        # [num_blocks, num_kv_heads, block_size, 2 * head_dim]
-        page, place = slot_mapping // kv_cache.shape[2], slot_mapping % kv_cache.shape[2]
+        block_size = kv_cache.shape[2]
+        page, place = slot_mapping // block_size, slot_mapping % block_size
         count = len(slot_mapping)
         kv_cache[page, :, place] = torch.cat((key[:count], value[:count]), dim=-1)
 
@@ -106,41 +105,18 @@ class MacCpuImpl(CPUAttentionBackendImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *scales
             )
-        pages = kv_cache.split(self.head_size, dim=-1)
-        self._decode(plan, query, pages, output)
+        for which, rows in plan.decode:
+            if isinstance(which, slice):
+                attend.decode(self, rows, query[which], kv_cache, output[which])
+            else:
+                output[which] = attend.decode(self, rows, query[which], kv_cache)
         if plan.prefill is not None:
-            tokens = slice(*plan.prefill.tokens)
+            tokens = plan.prefill.tokens
             scratch = self._packed(plan.prefill, layer, kv_cache)
             new = (query[tokens], key[tokens], value[tokens])
             super().forward(layer, *new, scratch, plan.prefill.metadata, output[tokens])
-            self._seed(plan, query, pages)
+            attend.seed(self, plan.seeds, query, kv_cache)
         return output
-
-    def _decode(
-        self, plan: CpuPlan, query: Tensor, pages: tuple[Tensor, Tensor], output: Tensor
-    ) -> None:
-        assert self.mac is not None
-        options: dict[str, Any] = {
-            "sm_scale": self.scale,
-            "logits_soft_cap": self.logits_soft_cap,
-            "kv_layout": "HND",
-        }
-        for part in plan.decode:
-            rows = part.rows
-            q = query[: part.count] if rows is None else query[rows]
-            if part.slots is not None:
-                options |= {
-                    "reuse": self.mac.ring,
-                    "slots": part.slots,
-                    "request_ids": part.request_ids,
-                    "q_match": None if self.mac.rotated else q,
-                }
-            out = output[: part.count] if rows is None else None
-            answer = mac_attn.decode(q, pages, part.block_table, part.seq_lens, out=out, **options)
-            if rows is not None:
-                output[rows] = answer
-            for name in ("reuse", "slots", "request_ids", "q_match"):
-                options.pop(name, None)
 
     def _packed(self, prefill: Prefill, layer: Any, kv_cache: Tensor) -> Tensor:
         """The context of the rows in prefill, as vLLM's kernels want it."""
@@ -148,21 +124,3 @@ class MacCpuImpl(CPUAttentionBackendImpl):
         key, value = kv_cache[prefill.pages, :, prefill.places].split(self.head_size, dim=-1)
         super().do_kv_cache_update(layer, key, value, scratch, prefill.slot_mapping)
         return scratch
-
-    def _seed(self, plan: CpuPlan, query: Tensor, pages: tuple[Tensor, Tensor]) -> None:
-        assert self.mac is not None
-        for seed in plan.seeds:
-            q = query[None, seed.first : seed.last]
-            mac_attn.seed(
-                self.mac.ring,
-                q,
-                pages,
-                seed.block_table,
-                seed.seq_lens,
-                slots=seed.slots,
-                request_ids=seed.request_ids,
-                q_match=None if self.mac.rotated else q,
-                sm_scale=self.scale,
-                logits_soft_cap=self.logits_soft_cap,
-                kv_layout="HND",
-            )

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .slots import Place, Row
+from .attend import Rows, Seed, count_decodes, plan_seeds
+from .slots import Place
 
-
-@dataclass(frozen=True)
-class DecodePart:
-    """Rows of one call of `mac_attn.decode`: those with ring slots, or those without.
-
-    Attributes:
-        count: how many.
-        rows: [count] int64, which of the batch; None is the first `count`.
-        block_table, seq_lens: theirs.
-        slots, request_ids: theirs, None where they are attended exactly.
-    """
-
-    count: int
-    rows: Tensor | None
-    block_table: Tensor
-    seq_lens: Tensor
-    slots: Tensor | None = None
-    request_ids: Tensor | None = None
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
 @dataclass(frozen=True)
@@ -36,14 +21,14 @@ class Prefill:
     """The rows in prefill, on a scratch cache in the layout of vLLM's kernels.
 
     Attributes:
-        tokens: first and last + 1 of their tokens in the batch.
+        tokens: which of the batch are theirs.
         metadata: vLLM's, of these rows alone, with the scratch cache's block table.
-        pages, places: [context tokens] int64, where each token of these requests is in the KV cache.
+        pages, places: [context tokens] int64, where each token of these requests is in the cache.
         slot_mapping: [context tokens] int64, where it goes in the scratch cache.
         num_blocks: of the scratch cache.
     """
 
-    tokens: tuple[int, int]
+    tokens: slice
     metadata: Any
     pages: Tensor
     places: Tensor
@@ -52,31 +37,26 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Seed:
-    """The last prompt tokens of one request, for `mac_attn.seed`: [first, last) of the batch."""
-
-    first: int
-    last: int
-    block_table: Tensor
-    seq_lens: Tensor
-    slots: Tensor
-    request_ids: Tensor
-
-
-@dataclass(frozen=True)
 class CpuPlan:
-    """Calls of decode, the prefill, and then what is seeded."""
+    """The calls of a step.
 
-    decode: list[DecodePart]
+    Attributes:
+        decode: rows that compute one token, those with slots and those without, each with their
+            numbers in the batch, [rows] int64, or a slice of it.
+        prefill: all other rows.
+        seeds: what is seeded after it.
+    """
+
+    decode: list[tuple[Tensor | slice, Rows]]
     prefill: Prefill | None
     seeds: list[Seed]
 
 
-def plan_step(engine: Any, common: Any, block_size: int, build: Callable[[Any], Any]) -> CpuPlan:
+def plan_step(engine: Engine, common: Any, block_size: int, build: Callable[[Any], Any]) -> CpuPlan:
     """Plan a step.
 
     Args:
-        engine: the worker's `Engine`.
+        engine: the worker's.
         common: CommonAttentionMetadata, the rows that compute one token first.
         block_size: tokens per page.
         build: makes vLLM's metadata of a CommonAttentionMetadata.
@@ -84,100 +64,56 @@ def plan_step(engine: Any, common: Any, block_size: int, build: Callable[[Any], 
     rows = engine.rows(common)
     places = engine.place(rows)
     starts = common.query_start_loc_cpu.tolist()
-    num_decodes = next(
-        (row for row in range(common.num_reqs) if starts[row + 1] - starts[row] != 1),
-        common.num_reqs,
-    )
+    num_decodes = count_decodes(starts)
     prefill = None
     if num_decodes < common.num_reqs:
         prefill = _prefill(common, num_decodes, starts, block_size, build)
     return CpuPlan(
-        _decode_parts(common, places[:num_decodes]),
+        _decode_calls(common, places[:num_decodes]),
         prefill,
-        _seeds(engine, common, rows, places, num_decodes, starts),
+        plan_seeds(engine, common, rows, places, starts),
     )
 
 
-def _decode_parts(common: Any, places: Sequence[Place | None]) -> list[DecodePart]:
+def _decode_calls(common: Any, places: Sequence[Place | None]) -> list[tuple[Tensor | slice, Rows]]:
     with_slot = [row for row, place in enumerate(places) if place is not None]
     without = [row for row, place in enumerate(places) if place is None]
-    parts = []
-    for some in (with_slot, without):
-        if not some:
-            continue
-        rows = None if len(some) == len(places) else torch.tensor(some)
-        select = slice(len(some)) if rows is None else rows
-        slots = ids = None
-        if some is with_slot:
-            kept = [place for place in places if place is not None]
-            slots = torch.tensor([place.slot for place in kept], dtype=torch.int32)
-            ids = torch.tensor([place.number for place in kept])
-        parts.append(
-            DecodePart(
-                len(some),
-                rows,
-                common.block_table_tensor[select],
-                common.seq_lens[select],
-                slots,
-                ids,
-            )
-        )
-    return parts
+    calls: list[tuple[Tensor | slice, Rows]] = []
+    for some in filter(None, (with_slot, without)):
+        which = slice(len(some)) if len(some) == len(places) else torch.tensor(some)
+        kept = [place for row in some if (place := places[row]) is not None]
+        slots = torch.tensor([place.slot for place in kept], dtype=torch.int32) if kept else None
+        ids = torch.tensor([place.number for place in kept]) if kept else None
+        rows = Rows(common.block_table_tensor[which], common.seq_lens[which], slots, ids)
+        calls.append((which, rows))
+    return calls
 
 
 def _prefill(
     common: Any, first: int, starts: list[int], block_size: int, build: Callable[[Any], Any]
 ) -> Prefill:
     lens = common.seq_lens[first:].tolist()
-    needed = [-(-n // block_size) for n in lens]
-    table = torch.zeros((len(lens), max(needed, default=0)), dtype=torch.int32)
+    blocks = [-(-n // block_size) for n in lens]
+    table = torch.zeros((len(lens), max(blocks)), dtype=torch.int32)
     pages, places, slots = [], [], []
     used = 0
-    for row, (n, count) in enumerate(zip(lens, needed, strict=True)):
+    for row, (n, count) in enumerate(zip(lens, blocks, strict=True)):
         table[row, :count] = torch.arange(used, used + count)
         token = torch.arange(n)
         pages.append(common.block_table_tensor[first + row][token // block_size].long())
         places.append(token % block_size)
         slots.append(used * block_size + token)
         used += count
-    begin, end = starts[first], starts[-1]
+    tokens = slice(starts[first], starts[-1])
     slot_mapping = torch.cat(slots)
     part = common.replace(
-        query_start_loc=common.query_start_loc[first:] - begin,
-        query_start_loc_cpu=common.query_start_loc_cpu[first:] - begin,
+        query_start_loc=common.query_start_loc[first:] - tokens.start,
+        query_start_loc_cpu=common.query_start_loc_cpu[first:] - tokens.start,
         seq_lens=common.seq_lens[first:],
         num_reqs=common.num_reqs - first,
-        num_actual_tokens=end - begin,
+        num_actual_tokens=tokens.stop - tokens.start,
         block_table_tensor=table,
         slot_mapping=slot_mapping,
         max_seq_len=max(lens),
     )
-    return Prefill(
-        (begin, end), build(part), torch.cat(pages), torch.cat(places), slot_mapping, used
-    )
-
-
-def _seeds(
-    engine: Any,
-    common: Any,
-    rows: Sequence[Row | None],
-    places: Sequence[Place | None],
-    first: int,
-    starts: list[int],
-) -> list[Seed]:
-    seeds = []
-    for row in range(first, common.num_reqs):
-        request, place = rows[row], places[row]
-        if request is None or place is None or (length := engine.seeded(request)) == 0:
-            continue
-        seeds.append(
-            Seed(
-                starts[row + 1] - length,
-                starts[row + 1],
-                common.block_table_tensor[row : row + 1],
-                common.seq_lens[row : row + 1],
-                torch.tensor([place.slot], dtype=torch.int32),
-                torch.tensor([place.number]),
-            )
-        )
-    return seeds
+    return Prefill(tokens, build(part), torch.cat(pages), torch.cat(places), slot_mapping, used)

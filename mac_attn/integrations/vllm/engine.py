@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 import mac_attn
 
 from . import requests
+from .attend import Served
 from .metrics import WorkerCounters
 from .options import Options
 from .rotary import is_rotated, rotary_of
@@ -178,20 +179,6 @@ class Engine:
             size,
             "calibrated options" if self.options.calibration else one.cfg,
         )
-
-
-class Served:
-    """What the impl of a layer is given: the engine and the layer's ring.
-
-    Attributes:
-        engine, ring: see `Engine`.
-        rotated: whether the layer's queries come rotated.
-    """
-
-    def __init__(self, engine: Engine, ring: mac_attn.ReuseCache, rotated: bool) -> None:
-        self.engine = engine
-        self.ring = ring
-        self.rotated = rotated
 
 
 def engine_of(vllm_config: Any, layer_names: list[str]) -> Engine | None:

@@ -26,8 +26,8 @@ def rotary_of(module: Any, max_position: int) -> mac_attn.RotaryEmbedding:
     """The rotation that a rotary module of vLLM does, from the table of angles it computes.
 
     Whatever scaling the module knows, its table is [positions, R]: scale * cos(p * f), then
-    scale * sin(p * f), for R/2 frequencies f. A few positions tell them, and the others tell whether
-    it is such a table.
+    scale * sin(p * f), for R/2 frequencies f. A few positions tell them, and the others tell
+    whether it is such a table.
 
     Args:
         module: the module that vLLM's `get_rope` made.

@@ -1,0 +1,156 @@
+"""A served layer's calls of mac_attn, the same on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import mac_attn
+
+from .slots import Place, Row
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the impl of a layer is given.
+
+    Attributes:
+        engine: the worker's.
+        ring: the layer's.
+        rotated: whether the layer's queries come rotated.
+    """
+
+    engine: Engine
+    ring: mac_attn.ReuseCache
+    rotated: bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch that compute one token each, for one call of `mac_attn.decode`.
+
+    Attributes:
+        block_table, seq_lens: theirs.
+        slots, request_ids: theirs, None for those that are attended exactly.
+    """
+
+    block_table: Tensor
+    seq_lens: Tensor
+    slots: Tensor | None = None
+    request_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Seed:
+    """The last prompt tokens of one request, for `mac_attn.seed`.
+
+    Attributes:
+        first, last: tokens [first, last) of the batch.
+        rows: the request.
+    """
+
+    first: int
+    last: int
+    rows: Rows
+
+
+def decode(
+    impl: Any, rows: Rows, query: Tensor, kv_cache: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Attention of one token per row: `[rows, num_heads, head_dim]`.
+
+    Args:
+        impl: of a served layer.
+        rows: whose tokens.
+        query: [rows, num_heads, head_dim].
+        kv_cache: vLLM's, [num_blocks, num_kv_heads, block_size, 2 * head_dim], key then value.
+        out: where it is written to, or None.
+    """
+    served: Served = impl.mac
+    reuse: dict[str, Any] = {}
+    if rows.slots is not None:
+        reuse = {
+            "reuse": served.ring,
+            "slots": rows.slots,
+            "request_ids": rows.request_ids,
+            "q_match": None if served.rotated else query,
+        }
+    answer = mac_attn.decode(
+        query,
+        _pages(impl, kv_cache),
+        rows.block_table,
+        rows.seq_lens,
+        out=out,
+        **reuse,
+        **_scaling(impl),
+    )
+    assert isinstance(answer, Tensor)  # without `return_lse`
+    return answer
+
+
+def seed(impl: Any, seeds: Sequence[Seed], query: Tensor, kv_cache: Tensor) -> None:
+    """Make ring entries of the last prompt tokens, whose queries are rows of `query`."""
+    served: Served = impl.mac
+    for one in seeds:
+        q = query[None, one.first : one.last]
+        mac_attn.seed(
+            served.ring,
+            q,
+            _pages(impl, kv_cache),
+            one.rows.block_table,
+            one.rows.seq_lens,
+            slots=one.rows.slots,  # type: ignore[arg-type] # a seed has a slot
+            request_ids=one.rows.request_ids,
+            q_match=None if served.rotated else q,
+            **_scaling(impl),
+        )
+
+
+def plan_seeds(
+    engine: Engine,
+    common: Any,
+    rows: Sequence[Row | None],
+    places: Sequence[Place | None],
+    starts: Sequence[int],
+) -> list[Seed]:
+    """What is seeded after a step, see `Engine.seeded`; `starts` are the rows' first tokens."""
+    seeds = []
+    for row, (request, place) in enumerate(zip(rows, places, strict=True)):
+        if request is None or place is None or (length := engine.seeded(request)) == 0:
+            continue
+        device = common.seq_lens.device
+        one = slice(row, row + 1)
+        of_request = Rows(
+            common.block_table_tensor[one],
+            common.seq_lens[one],
+            torch.tensor([place.slot], dtype=torch.int32, device=device),
+            torch.tensor([place.number], device=device),
+        )
+        seeds.append(Seed(starts[row + 1] - length, starts[row + 1], of_request))
+    return seeds
+
+
+def count_decodes(starts: Sequence[int]) -> int:
+    """How many rows, from the first on, compute one token."""
+    lengths = [last - first for first, last in zip(starts, starts[1:], strict=False)]
+    return next((row for row, length in enumerate(lengths) if length != 1), len(lengths))
+
+
+def _pages(impl: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    key, value = kv_cache.split(impl.head_size, dim=-1)
+    return key, value
+
+
+def _scaling(impl: Any) -> dict[str, Any]:
+    return {
+        "sm_scale": impl.scale,
+        "logits_soft_cap": float(impl.logits_soft_cap),
+        "kv_layout": "HND",
+    }

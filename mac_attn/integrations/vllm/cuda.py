@@ -1,0 +1,129 @@
+"""The backend on NVIDIA GPUs, in the place of vLLM's FLASH_ATTN.
+
+FlashAttention's pages are plain: [num_blocks, num_kv_heads, block_size, 2 * head_dim], whatever
+their strides, so decode and vLLM's prefill read and write the same ones. Steps of decode alone can
+be CUDA graphs; steps with prefill run their attention outside of graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from . import attend
+from .cuda_plan import Buffers, CudaPlan, plan_capture, plan_step
+from .engine import engine_of, watch_worker
+from .support import engine_reason
+
+
+class MacFlashBackend(FlashAttentionBackend):
+    """vLLM's FlashAttention backend with the impl and the metadata builder of this package."""
+
+    @staticmethod
+    def get_impl_cls() -> type[MacFlashImpl]:
+        """The attention of a layer."""
+        return MacFlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[MacFlashMetadataBuilder]:
+        """What is prepared once a step for all layers."""
+        return MacFlashMetadataBuilder
+
+
+class MacFlashMetadataBuilder(FlashAttentionMetadataBuilder):
+    """vLLM's metadata, with a `CudaPlan` for the layers that are served as its attribute `mac`."""
+
+    supports_update_block_table = False  # the plan holds the block table too
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.engine = engine_of(vllm_config, layer_names)
+        if self.engine is not None:
+            self.reorder_batch_threshold = 1  # rows that compute one token come first
+            captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+            max_rows = max(vllm_config.scheduler_config.max_num_seqs, captured)
+            self.buffers = Buffers(max_rows, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Graphs of one token per row, as the graph must not mix decode and prefill."""
+        if engine_reason(vllm_config) is not None:
+            return super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> Any:
+        """The metadata of a step, see `AttentionMetadataBuilder.build`."""
+        build = super().build
+        metadata = build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.mac = None
+        if self.engine is not None:
+            # fast_build: a schedule of its own would be written over the one of `metadata`.
+            metadata.mac = plan_step(
+                self.engine, common_attn_metadata, self.buffers, lambda part: build(0, part, True)
+            )
+            self.engine.report()
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """The metadata that a graph is recorded with."""
+        metadata = super().build(0, common_attn_metadata)
+        metadata.mac = None
+        if self.engine is not None and common_attn_metadata.max_query_len == 1:
+            metadata.mac = plan_capture(common_attn_metadata, self.buffers)
+        return metadata
+
+
+class MacFlashImpl(FlashAttentionImpl):
+    """One layer: vLLM's attention, unless the engine has given it rings in `mac`."""
+
+    mac: attend.Served | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mac = None
+        watch_worker()
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of a step's tokens, see `FlashAttentionImpl.forward`."""
+        plan: CudaPlan | None = None if attn_metadata is None else attn_metadata.mac
+        if self.mac is None or plan is None:
+            scales = (output_scale, output_block_scale)
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *scales
+            )
+        q, out = query[: plan.num_decodes], output[: plan.num_decodes]
+        if plan.with_ring is not None:
+            attend.decode(self, plan.with_ring, q, kv_cache, out)
+            if plan.exact is not None:
+                out += attend.decode(self, plan.exact, q, kv_cache)
+        elif plan.exact is not None:
+            attend.decode(self, plan.exact, q, kv_cache, out)
+        if plan.prefill is not None:
+            tokens = plan.prefill.tokens
+            new = (query[tokens], key[tokens], value[tokens])
+            super().forward(layer, *new, kv_cache, plan.prefill.metadata, output[tokens])
+            attend.seed(self, plan.seeds, query, kv_cache)
+        return output

@@ -1,0 +1,148 @@
+"""What a step on a GPU consists of, prepared once for all layers.
+
+A step of decode alone may be the replay of a CUDA graph: the kernels were recorded for a number of
+rows and read slots, request ids and lengths from buffers that stay where they are. So every row
+takes part in both calls of `mac_attn.decode`, with rings and exact, with a length of 0 in the one
+that is not its own, where the answer is 0: the sum of both is the attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .attend import Rows, Seed, count_decodes, plan_seeds
+from .slots import Place
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The rows in prefill: their tokens of the batch, and vLLM's metadata of these rows alone."""
+
+    tokens: slice
+    metadata: Any
+
+
+@dataclass(frozen=True)
+class CudaPlan:
+    """The calls of a step.
+
+    Attributes:
+        num_decodes: rows, from the first on, that compute one token.
+        with_ring, exact: those rows in the two calls, None for one that no row needs.
+        prefill: all other rows.
+        seeds: what is seeded after it.
+    """
+
+    num_decodes: int
+    with_ring: Rows | None
+    exact: Rows | None
+    prefill: Prefill | None
+    seeds: list[Seed]
+
+
+class Buffers:
+    """What the kernels of a graph read about each row of a batch.
+
+    Args:
+        max_rows: of any batch.
+        device: the GPU.
+
+    Attributes:
+        slots: [max_rows] int32.
+        request_ids: [max_rows] int64.
+        ring_lens, exact_lens: [max_rows] int32, the row's seq_len in the one that is its own.
+    """
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self.slots = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.request_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.ring_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.exact_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
+
+    def fill(self, places: Sequence[Place | None], seq_lens: Tensor) -> None:
+        """Write the rows of a step; lengths stay on the device, and nothing waits for it."""
+        rows = len(places)
+        pinned = self.slots.device.type != "cpu"
+        host = torch.tensor(
+            [(place.slot, place.number) if place else (0, -1) for place in places],
+            dtype=torch.int64,
+            pin_memory=pinned,
+        ).view(rows, 2)
+        placed = host.to(self.slots.device, non_blocking=True)
+        slots, numbers = placed.unbind(1)
+        has_ring = numbers >= 0
+        self.slots[:rows].copy_(slots)
+        self.request_ids[:rows].copy_(numbers.clamp(min=0))
+        self.ring_lens[:rows].copy_(seq_lens.where(has_ring, 0))
+        self.exact_lens[:rows].copy_(seq_lens.where(~has_ring, 0))
+
+    def with_ring(self, block_table: Tensor) -> Rows:
+        """The rows of a block table, for the call with rings."""
+        rows = len(block_table)
+        return Rows(block_table, self.ring_lens[:rows], self.slots[:rows], self.request_ids[:rows])
+
+    def exact(self, block_table: Tensor) -> Rows:
+        """The rows of a block table, for the exact call."""
+        return Rows(block_table, self.exact_lens[: len(block_table)])
+
+
+def plan_step(
+    engine: Engine, common: Any, buffers: Buffers, build: Callable[[Any], Any]
+) -> CudaPlan:
+    """Plan a step. With decode alone the rows may be padded; the buffers are written for all.
+
+    Args:
+        engine: the worker's.
+        common: CommonAttentionMetadata, the rows that compute one token first.
+        buffers: written.
+        build: makes vLLM's metadata of a CommonAttentionMetadata.
+    """
+    rows = engine.rows(common)
+    places = engine.place(rows)
+    starts = common.query_start_loc_cpu.tolist()
+    num_decodes = count_decodes(starts)
+    is_prefill = starts[-1] > starts[num_decodes]  # else the rows that are left are padding
+    last = num_decodes if is_prefill else common.num_reqs
+    buffers.fill(places[:last], common.seq_lens[:last])
+    table = common.block_table_tensor[:num_decodes]
+    decodes = places[:num_decodes]
+    return CudaPlan(
+        num_decodes,
+        buffers.with_ring(table) if any(decodes) else None,
+        buffers.exact(table) if not all(decodes) else None,
+        _prefill(common, num_decodes, starts, build) if is_prefill else None,
+        plan_seeds(engine, common, rows, places, starts),
+    )
+
+
+def plan_capture(common: Any, buffers: Buffers) -> CudaPlan:
+    """The plan that a graph of `num_reqs` rows of decode is recorded with: both calls."""
+    rows = common.num_reqs
+    buffers.fill([None] * rows, common.seq_lens[:rows])
+    table = common.block_table_tensor[:rows]
+    return CudaPlan(rows, buffers.with_ring(table), buffers.exact(table), None, [])
+
+
+def _prefill(common: Any, first: int, starts: list[int], build: Callable[[Any], Any]) -> Prefill:
+    # Padded rows at the end have no tokens.
+    last = next(row for row in range(common.num_reqs, 0, -1) if starts[row] != starts[row - 1])
+    tokens = slice(starts[first], starts[last])
+    part = common.replace(
+        query_start_loc=common.query_start_loc[first : last + 1] - tokens.start,
+        query_start_loc_cpu=common.query_start_loc_cpu[first : last + 1] - tokens.start,
+        seq_lens=common.seq_lens[first:last],
+        seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound[first:last],
+        num_reqs=last - first,
+        num_actual_tokens=tokens.stop - tokens.start,
+        block_table_tensor=common.block_table_tensor[first:last],
+        slot_mapping=common.slot_mapping[tokens],
+    )
+    return Prefill(tokens, build(part))
