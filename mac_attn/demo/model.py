@@ -44,7 +44,10 @@ def load(
 
 
 def folder(path: Path | None) -> Path:
-    """Where the model's files lie that `load` reads."""
+    """Where the model's files lie that `load` reads.
+
+    `python -m mac_attn.demo.model` prints it, for programs that want the folder of SmolLM2.
+    """
     return _smollm2() if path is None else path
 
 
@@ -120,3 +123,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     chat = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     tokens: list[int] = tokenizer(chat, add_special_tokens=False).input_ids
     return tokens
+
+
+if __name__ == "__main__":
+    print(folder(None))

