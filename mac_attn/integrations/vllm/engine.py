@@ -70,13 +70,21 @@ class Engine:
             return 0
         return max(0, row.end - max(row.begin, row.total - self.seed))
 
-    def place(self, rows: list[Row | None]) -> list[Place | None]:
-        """The ring slot of every row, None for those that are attended exactly."""
+    def leads(self, layer_names: list[str]) -> bool:
+        """Whether a group of layers is the one that each step begins with."""
+        return next(iter(self.rings)) in layer_names
+
+    def place(self, rows: list[Row | None], leads: bool) -> list[Place | None]:
+        """The ring slot of every row, None for those that are attended exactly.
+
+        Called once a step for every group of layers; `leads` is true for one of them, the first.
+        """
         known = [row for row in rows if row is not None]
         wants = [
             row.end > self._shortest and (row.is_decode or self.seeded(row) > 0) for row in known
         ]
-        places = iter(self.slots.place(known, wants, requests.is_alive(self.runner)))
+        is_alive = requests.is_alive(self.runner)
+        places = iter(self.slots.place(known, wants, is_alive, same_step=not leads))
         return [None if row is None else next(places) for row in rows]
 
     def rows(self, common: Any) -> list[Row | None]:

@@ -46,8 +46,7 @@ class Place:
 class _Tenant:
     key: Hashable
     number: int
-    begin: int
-    end: int
+    end: int  # tokens computed
     step: int  # last step the request was part of
 
 
@@ -64,23 +63,25 @@ class SlotTable:
         self._slot_of: dict[Hashable, int] = {}
         self._numbers = 0
         self._step = 0
-        self._rows: tuple[Row, ...] = ()
 
     def place(
-        self, rows: Sequence[Row], wants: Sequence[bool], is_alive: Callable[[Hashable], bool]
+        self,
+        rows: Sequence[Row],
+        wants: Sequence[bool],
+        is_alive: Callable[[Hashable], bool],
+        *,
+        same_step: bool = False,
     ) -> list[Place | None]:
         """The place of every row of a step, None for those without one.
-
-        Repeating a call with the same rows (for another KV cache group) answers the same.
 
         Args:
             rows: the requests of the step, all different.
             wants: which of them should get a slot if they have none.
             is_alive: whether a request that is not part of the step may still come back.
+            same_step: the call repeats the one before it, for another KV cache group: the answer is
+                the same.
         """
-        if (now := tuple(rows)) != self._rows:
-            self._step += 1
-            self._rows = now
+        self._step += not same_step
         for row in rows:  # first, so that no request of this step loses its slot to another
             if (slot := self._slot_of.get(row.key)) is not None:
                 self._continue(self._tenants[slot], row)
@@ -91,10 +92,11 @@ class SlotTable:
 
     def _continue(self, tenant: _Tenant | None, row: Row) -> None:
         assert tenant is not None  # by _slot_of
-        same_step = (row.begin, row.end) == (tenant.begin, tenant.end)
-        if row.begin != tenant.end and not (same_step and tenant.step == self._step):
+        if tenant.step == self._step:
+            return
+        if row.begin != tenant.end:
             tenant.number = self._next_number()
-        tenant.begin, tenant.end, tenant.step = row.begin, row.end, self._step
+        tenant.end, tenant.step = row.end, self._step
 
     def _place(self, row: Row, is_alive: Callable[[Hashable], bool]) -> Place | None:
         slot = self._slot_of.get(row.key)
@@ -103,9 +105,7 @@ class SlotTable:
             if slot is None:
                 return None
             self._slot_of[row.key] = slot
-            self._tenants[slot] = _Tenant(
-                row.key, self._next_number(), row.begin, row.end, self._step
-            )
+            self._tenants[slot] = _Tenant(row.key, self._next_number(), row.end, self._step)
         tenant = self._tenants[slot]
         assert tenant is not None
         return Place(slot, tenant.number)
