@@ -48,6 +48,7 @@ class Answer:
         prompt_tokens: as vLLM counts them.
         first: seconds from sending to the first token.
         last: seconds from sending to the last.
+        times: seconds from sending to each event that brought tokens.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Answer:
     prompt_tokens: int = 0
     first: float = 0.0
     last: float = 0.0
+    times: list[float] = field(default_factory=list)
 
 
 class Server:
@@ -189,6 +191,7 @@ class Server:
             for choice in event["choices"]:
                 answer.last = time.perf_counter() - start
                 answer.first = answer.first or answer.last
+                answer.times.append(answer.last)
                 answer.tokens += map(_token_id, choice["logprobs"]["tokens"])
                 answer.top += [
                     {_token_id(token): logprob for token, logprob in top.items()}

@@ -77,8 +77,8 @@ class TestSlots:
         a, b = Row("a", 9, 10, 10), Row("b", 4, 5, 5)
         first = table.place([a, b], [True, True], self.always)
         a, b = Row("a", 10, 11, 11), Row("b", 5, 6, 6)
-        # and again, for another group of layers
         assert table.place([b, a], [True, True], self.always) == first[::-1]
+        # And again, for another group of layers.
         assert table.place([b, a], [True, True], self.always, same_step=True) == first[::-1]
 
     def test_no_more_than_there_are(self) -> None:

@@ -104,9 +104,8 @@ class MacCpuImpl(CPUAttentionBackendImpl):
         plan: CpuPlan | None = None if attn_metadata is None else attn_metadata.mac
         if self.mac is None or plan is None:
             scales = (output_scale, output_block_scale)
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *scales
-            )
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+            return output
         for which, rows in plan.decode:
             if isinstance(which, slice):
                 attend.decode(self, rows, query[which], kv_cache, output[which])

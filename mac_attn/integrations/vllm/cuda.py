@@ -113,9 +113,8 @@ class MacFlashImpl(FlashAttentionImpl):
         plan: CudaPlan | None = None if attn_metadata is None else attn_metadata.mac
         if self.mac is None or plan is None:
             scales = (output_scale, output_block_scale)
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *scales
-            )
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+            return output
         q, out = query[: plan.num_decodes], output[: plan.num_decodes]
         if plan.with_ring is not None:
             attend.decode(self, plan.with_ring, q, kv_cache, out)

@@ -77,7 +77,8 @@ class WorkerCounters:
         counters = torch.from_file(
             str(about_path.with_suffix(".i64")), shared=True, size=shape.numel(), dtype=torch.int64
         )
-        return cls(about["engine"], about["rank"], *about["heads"], counters.view(shape))
+        num_qo_heads, num_kv_heads = about["heads"]
+        return cls(about["engine"], about["rank"], num_qo_heads, num_kv_heads, counters.view(shape))
 
     @classmethod
     def read_all(cls) -> list[WorkerCounters]:
@@ -140,4 +141,4 @@ def register_collector() -> None:
     from prometheus_client import REGISTRY
 
     folder()
-    REGISTRY.register(Collector())  # type: ignore[arg-type] # it has what a collector needs
+    REGISTRY.register(Collector())

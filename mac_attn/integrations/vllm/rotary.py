@@ -74,4 +74,5 @@ def _frequencies(table: Tensor) -> Tensor:
     position = 2 ** min(12, (len(table) - 1).bit_length() - 1)
     rough = angle(1) * position
     turns = torch.round((rough - angle(position)) / (2 * math.pi))
-    return ((angle(position) + turns * 2 * math.pi) / position).float()
+    exact: Tensor = (angle(position) + turns * 2 * math.pi) / position
+    return exact.float()

@@ -59,8 +59,9 @@ def layer_reason(layer: Any, dtype: torch.dtype, device: torch.device) -> str | 
 
 def shares_kv(layers: dict[str, Any]) -> set[str]:
     """Names of the layers that read another's KV cache, and of those others."""
-    pairs = (
-        (name, getattr(layer, "kv_sharing_target_layer_name", None))
-        for name, layer in layers.items()
-    )
-    return {name for pair in pairs if pair[1] is not None for name in pair}
+    found: set[str] = set()
+    for name, layer in layers.items():
+        target: str | None = getattr(layer, "kv_sharing_target_layer_name", None)
+        if target is not None:
+            found |= {name, target}
+    return found
