@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from . import attend
 from .cpu_plan import CpuPlan, Prefill, plan_step
-from .engine import engine_of, watch_worker
+from .engine import engine_of
 
 
 class MacCpuBackend(CPUAttentionBackend):
@@ -74,7 +74,6 @@ class MacCpuImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.mac = None
-        watch_worker()
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from . import attend
 from .cuda_plan import Buffers, CudaPlan, plan_capture, plan_step
-from .engine import engine_of, watch_worker
+from .engine import engine_of
 from .support import engine_reason
 
 
@@ -95,7 +95,6 @@ class MacFlashImpl(FlashAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.mac = None
-        watch_worker()
 
     def forward(
         self,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +37,6 @@ class Engine:
 
     Attributes:
         rings: by name of the layer, those that are served.
-        q_is_rotated: by name of the layer, whether its queries have to be turned back.
     """
 
     def __init__(self, runner: Any, options: Options) -> None:
@@ -45,7 +44,6 @@ class Engine:
         self.options = options
         self.slots = SlotTable(options.num_slots)
         self.rings: dict[str, mac_attn.ReuseCache] = {}
-        self.q_is_rotated: dict[str, bool] = {}
         self._counters: WorkerCounters | None = None
         self._device_counters: torch.Tensor | None = None
         self._logged = (time.monotonic(), 0)
@@ -56,10 +54,9 @@ class Engine:
         self._speaks = parallel.rank % parallel.tensor_parallel_size == 0
         self._attach()
 
-    # What a layer needs to be able to skip the ring: entries from before `min_context` are of use
-    # if the context reaches it within `window` steps.
     @functools.cached_property
     def _shortest(self) -> int:
+        """Up to this length a ring is of no use: its entries would be gone at `min_context`."""
         return min(ring.cfg.min_context - ring.cfg.window for ring in self.rings.values())
 
     @functools.cached_property
@@ -139,7 +136,7 @@ class Engine:
             self._share_counters()
             self._say(len(layers))
         elif not left:
-            self._warn("off: the model has no attention that it could serve")
+            self._warn("off: the model has no layer of vLLM's backends CPU_ATTN and FLASH_ATTN")
 
     def _warn(self, text: str, *values: object) -> None:
         if self._speaks:
@@ -157,7 +154,7 @@ class Engine:
         rotated = is_rotated(parent)
         rotary = rotary_of(module, config.model_config.max_model_len) if rotated else None
         ring = mac_attn.ReuseCache(
-            self.options.layer_config(extract_layer_index(name)),
+            self._of_this_rank(self.options.layer_config(extract_layer_index(name)), layer),
             num_slots=self.options.num_slots,
             num_qo_heads=layer.num_heads,
             num_kv_heads=layer.num_kv_heads,
@@ -167,8 +164,16 @@ class Engine:
             rotary=rotary,
         )
         self.rings[name] = ring
-        self.q_is_rotated[name] = rotated
         layer.impl.mac = Served(self, ring, rotated)
+
+    def _of_this_rank(self, config: mac_attn.ReuseConfig, layer: Any) -> mac_attn.ReuseConfig:
+        """Options whose thresholds are those of the heads that this rank has of a layer."""
+        parallel = self.runner.vllm_config.parallel_config
+        heads, ranks = layer.num_heads, parallel.tensor_parallel_size
+        if not isinstance(config.threshold, tuple) or len(config.threshold) != heads * ranks:
+            return config
+        first = parallel.rank % ranks * heads
+        return replace(config, threshold=config.threshold[first : first + heads])
 
     def _share_counters(self) -> None:
         """Let all rings count in one tensor; on the CPU that is the file the metrics read."""
@@ -212,31 +217,6 @@ def engine_of(vllm_config: Any, layer_names: list[str]) -> Engine | None:
             engine: Engine = served.engine
             return engine
     return None
-
-
-def watch_worker() -> None:
-    """Have the worker of this process make its engine once its model is loaded.
-
-    vLLM asks a worker for the KV caches that its layers need after it has loaded the model and
-    before it measures the memory that is left; that call is where the rings are made. To be called
-    while the model is being built: the worker's class is there then, and nothing is imported in
-    other processes.
-    """
-    from vllm.v1.worker.gpu_worker import Worker
-
-    inner = Worker.get_kv_cache_spec
-    if getattr(inner, "makes_mac_engine", False):
-        return
-
-    @functools.wraps(inner)
-    def get_kv_cache_spec(self: Any) -> Any:
-        options = Options.from_env(os.environ)
-        if options is not None and not hasattr(self.model_runner, "mac_engine"):
-            self.model_runner.mac_engine = Engine(self.model_runner, options)
-        return inner(self)
-
-    get_kv_cache_spec.makes_mac_engine = True  # type: ignore[attr-defined]
-    Worker.get_kv_cache_spec = get_kv_cache_spec
 
 
 def _attention_layers(vllm_config: Any) -> dict[str, Any]:

@@ -26,8 +26,10 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from . import metrics
+    from .worker import watch_workers
 
     # By name: a backend is imported when vLLM chooses it, and needs what its platform has.
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__package__}.cpu.MacCpuBackend")
     register_backend(AttentionBackendEnum.FLASH_ATTN, f"{__package__}.cuda.MacFlashBackend")
+    watch_workers(options)
     metrics.register_collector()

@@ -28,6 +28,7 @@ def engine_reason(vllm_config: Any) -> str | None:
         "KV transfer": vllm_config.kv_transfer_config is not None,
         "dual batch overlap": parallel.enable_dbo,
         "fast prefill of shared KV layers": vllm_config.cache_config.kv_sharing_fast_prefill,
+        "multi-head latent attention": model.use_mla,
         "a model that does not generate": model.runner_type != "generate",
         "bidirectional attention to parts of the prompt": model.is_mm_prefix_lm,
     }
