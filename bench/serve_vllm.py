@@ -99,11 +99,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     rows = []
     with ExitStack() as stack:
-        servers = {}
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for name, config in MODES.items():
-            server = Server(model, arguments, _environment(options, config), logs / name, 400)
-            servers[name] = stack.enter_context(server)
+        servers = {
+            name: Server(model, arguments, _environment(options, config), logs / name, 400)
+            for name, config in MODES.items()
+            if name in options.servers
+        }
+        for server in servers.values():
+            stack.callback(server.end)
+            server.start()
+        for server in servers.values():
+            stack.enter_context(server)
         for server in servers.values():  # what is compiled or allocated at first use
             server.complete(Request(decoder.decode(ids[-200:]), 8))
         print(
@@ -124,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for name, server in servers.items():
                     take_turn(turns[name], server, requests)
             for name, turn in turns.items():
-                row = {"context": context, "server": name, **turn.row(turns["vLLM"])}
+                row = {"context": context, "server": name, **turn.row(next(iter(turns.values())))}
                 rows.append(row)
                 print(_line(row), flush=True)
     if options.json:
@@ -180,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=128, help="MAC_ATTN_VLLM_SEED")
     parser.add_argument("--kv-gib", type=int, default=1, help="KV cache of each server")
+    parser.add_argument("--servers", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument(
         "server_arguments", nargs="*", help="further ones of `vllm serve`, after --"

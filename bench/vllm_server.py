@@ -94,8 +94,10 @@ class Server:
             "VLLM_NO_USAGE_STATS": "1",
             **environment,
         }
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Server:
+    def start(self) -> None:
+        """Begin to start, so that others can do so too before `with` waits for it."""
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -104,10 +106,15 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that its workers can be ended with it
             )
+
+    def __enter__(self) -> Server:
+        if self._process is None:
+            self.start()
+        assert self._process is not None
         try:
-            self._wait()
+            self._wait(self._process)
         except BaseException:
-            self._end()
+            self.end()
             raise
         return self
 
@@ -117,12 +124,12 @@ class Server:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._end()
+        self.end()
 
-    def _wait(self) -> None:
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self._start_seconds
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
+            if process.poll() is not None:
                 break
             try:
                 if self._get("/health")[0] == 200:
@@ -132,13 +139,17 @@ class Server:
             time.sleep(0.3)
         raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-6000:]}")
 
-    def _end(self) -> None:
-        self._process.send_signal(signal.SIGINT)
+    def end(self) -> None:
+        """End the server and its workers, if it was started."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(signal.SIGINT)
         try:
-            self._process.wait(30)
+            process.wait(30)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def _get(self, path: str) -> tuple[int, str]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
