@@ -1,0 +1,238 @@
+"""The vLLM plugin's backends inside vLLM, without a server (`make vllm` runs this)."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mac_attn
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed; `make vllm` has it", allow_module_level=True)
+import transformers  # noqa: E402, F401  (before vLLM's backends, whose imports are a circle else)
+from vllm.model_executor.layers.attention import Attention  # noqa: E402
+from vllm.v1.attention.backends import flash_attn  # noqa: E402
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
+
+from mac_attn.integrations.vllm import cuda, cuda_plan, plugin, support, worker  # noqa: E402
+from mac_attn.integrations.vllm.attend import Served  # noqa: E402
+from mac_attn.integrations.vllm.engine import Engine  # noqa: E402
+from mac_attn.integrations.vllm.options import Options  # noqa: E402
+from mac_attn.integrations.vllm.slots import Place, Row  # noqa: E402
+
+
+def test_registering_takes_the_place_of_two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = (AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.FLASH_ATTN)
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(WorkerWrapperBase, "get_kv_cache_spec", None, raising=False)
+    monkeypatch.setattr("mac_attn.integrations.vllm.metrics.register_collector", lambda: None)
+    monkeypatch.setenv("MAC_ATTN_VLLM", "1")
+    try:
+        plugin.register()
+        assert [backend.get_class().__name__ for backend in added] == [
+            "MacCpuBackend",
+            "MacFlashBackend",
+        ]
+        # vLLM looks its backends up by these names.
+        assert [backend.get_class().get_name() for backend in added] == ["CPU_ATTN", "FLASH_ATTN"]
+    finally:
+        for backend in added:
+            backend.clear_override()
+
+
+def test_a_worker_makes_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(WorkerWrapperBase, "get_kv_cache_spec", None, raising=False)
+    monkeypatch.delattr(WorkerWrapperBase, "get_kv_cache_spec")
+    worker.watch_workers(Options())
+    monkeypatch.setattr(
+        "mac_attn.integrations.vllm.engine.Engine", lambda *args: made.append(args) or "engine"
+    )
+    wrapper = WorkerWrapperBase()
+    runner = SimpleNamespace()
+    wrapper.worker = SimpleNamespace(model_runner=runner, get_kv_cache_spec=lambda: "spec")
+    assert [wrapper.get_kv_cache_spec() for _ in range(2)] == ["spec", "spec"]
+    assert made == [(runner, Options())]
+    assert runner.mac_engine == "engine"
+
+
+def _layer(**changes: Any) -> Any:
+    """An attention layer of float32 that is served."""
+    layer = object.__new__(Attention)
+    torch.nn.Module.__init__(layer)
+    impl = {"sliding_window": -1, "alibi_slopes": None, "sinks": None}
+    values = {
+        "attn_type": "decoder",
+        "kv_cache_dtype": "auto",
+        "kv_cache_torch_dtype": torch.float32,
+        "head_size": 64,
+        "head_size_v": 64,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+    }
+    for name, value in changes.items():
+        (impl if name in impl else values)[name] = value
+    for name, value in values.items():
+        setattr(layer, name, value)
+    layer.impl = SimpleNamespace(**impl)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"sliding_window": (-1, -1)}, None),  # FlashAttention's word for none
+        ({"sliding_window": 128}, "sliding-window attention"),
+        ({"sliding_window": (127, 0)}, "sliding-window attention"),
+        ({"alibi_slopes": torch.ones(8)}, "ALiBi"),
+        ({"sinks": torch.ones(8)}, "attention sinks"),
+        ({"attn_type": "encoder_only"}, "encoder_only attention"),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_torch_dtype": torch.uint8},
+            "KV cache of type fp8",
+        ),
+        ({"head_size_v": 32}, "values of another size than keys"),
+        ({"head_size": 72, "head_size_v": 72}, "heads of 72"),
+    ],
+)
+def test_which_layers_are_served(changes: dict[str, Any], reason: str | None) -> None:
+    device = torch.device("cpu")
+    assert support.layer_reason(_layer(**changes), torch.float32, device) == reason
+
+
+def test_layers_that_share_their_cache() -> None:
+    layers = {
+        "a": SimpleNamespace(kv_sharing_target_layer_name=None),
+        "b": SimpleNamespace(kv_sharing_target_layer_name="a"),
+        "c": SimpleNamespace(),
+    }
+    assert support.shares_kv(layers) == {"a", "b"}
+
+
+def _engine(config: mac_attn.ReuseConfig, rank: int = 0, seed: int = 128) -> Engine:
+    """An engine of one layer, without a model."""
+    engine = object.__new__(Engine)
+    parallel = SimpleNamespace(rank=rank, tensor_parallel_size=2)
+    engine.runner = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+    engine.options = Options(seed=seed)
+    engine.rings = {"layer": SimpleNamespace(cfg=config)}  # type: ignore[dict-item]
+    return engine
+
+
+def test_thresholds_per_head_are_those_of_the_rank() -> None:
+    config = mac_attn.ReuseConfig(threshold=[0.1 * i for i in range(16)])
+    for rank in range(2):
+        own = _engine(config, rank)._of_this_rank(config, _layer())
+        assert own.threshold == tuple(0.1 * i for i in range(8 * rank, 8 * rank + 8))
+    same = mac_attn.ReuseConfig(threshold=0.3)
+    assert _engine(same)._of_this_rank(same, _layer()) == same
+
+
+@pytest.mark.parametrize(
+    ("row", "count"),
+    [
+        (Row("a", 0, 500, 1000), 0),  # a chunk that ends before
+        (Row("a", 500, 950, 1000), 78),  # one that ends inside
+        (Row("a", 950, 1000, 1000), 50),  # the last chunk
+        (Row("a", 0, 1000, 1000), 128),
+        (Row("a", 999, 1000, 1000), 0),  # one token is decoded
+    ],
+)
+def test_the_last_tokens_of_a_prompt_are_seeded_once(row: Row, count: int) -> None:
+    assert _engine(mac_attn.ReuseConfig()).seeded(row) == count
+
+
+def test_no_more_is_seeded_than_a_window_holds() -> None:
+    assert _engine(mac_attn.ReuseConfig(window=32)).seeded(Row("a", 0, 99, 99)) == 32
+
+
+HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 16, 4
+
+
+def test_the_flash_impl_serves_a_mixed_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode rows with and without a ring by mac_attn, those in prefill by FlashAttention."""
+    seen: list[tuple[Any, ...]] = []
+
+    def vllms(
+        self: Any,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        metadata: Any,
+        output: Tensor,
+        *scales: None,
+    ) -> Tensor:
+        seen.append((query, kv_cache, metadata))
+        return output.fill_(7.0)
+
+    monkeypatch.setattr(flash_attn.FlashAttentionImpl, "forward", vllms)
+    impl = object.__new__(cuda.MacFlashImpl)
+    ring = mac_attn.ReuseCache(
+        mac_attn.ReuseConfig(window=8, band=4, anchors=2, min_context=8, threshold=0),
+        num_slots=2,
+        num_qo_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        dtype=torch.float32,
+    )
+    impl.mac = Served(None, ring, rotated=False)  # type: ignore[arg-type]
+    impl.scale, impl.logits_soft_cap, impl.head_size = DIM**-0.5, 0, DIM
+    query = torch.randn(5, HEADS, DIM)
+    kv_cache = torch.randn(8, KV_HEADS, BLOCK, 2 * DIM)
+    table = torch.arange(8, dtype=torch.int32).view(2, 4)
+    lens = torch.tensor([9, 13], dtype=torch.int32)
+    buffers = cuda_plan.Buffers(4, torch.device("cpu"))
+    buffers.fill([Place(1, 5), None], lens)
+    plan = cuda_plan.CudaPlan(
+        2,
+        buffers.with_ring(table),
+        buffers.exact(table),
+        cuda_plan.Prefill(slice(2, 5), "prefill"),
+        [],
+    )
+    output = torch.zeros_like(query)
+    key = torch.randn(5, KV_HEADS, DIM)
+    impl.forward(None, query, key, key, kv_cache, SimpleNamespace(mac=plan), output)
+
+    expected = mac_attn.decode(query[:2], kv_cache.split(DIM, dim=-1), table, lens, kv_layout="HND")
+    torch.testing.assert_close(output[:2], expected)
+    assert (output[2:] == 7).all()
+    ((new, cache, metadata),) = seen
+    assert torch.equal(new, query[2:])
+    assert cache is kv_cache
+    assert metadata == "prefill"
+    assert ring.slot_request.tolist() == [-1, 5]
+
+    # A layer that is not served, and a profiling run, are vLLM's.
+    impl.mac = None
+    impl.forward(None, query, key, key, kv_cache, SimpleNamespace(mac=plan), output)
+    impl.forward(None, query, key, key, kv_cache, None, output)
+    assert len(seen) == 3
+    assert (output == 7).all()
+
+
+def test_graphs_hold_decode_alone() -> None:
+    config = SimpleNamespace(
+        device_config=SimpleNamespace(device_type="cpu"),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False
+        ),
+        speculative_config=None,
+        kv_transfer_config=None,
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        model_config=SimpleNamespace(runner_type="generate", is_mm_prefix_lm=False, use_mla=False),
+    )
+    builder = cuda.MacFlashMetadataBuilder
+    assert builder.get_cudagraph_support(config, None).name == "UNIFORM_SINGLE_TOKEN_DECODE"
+    config.speculative_config = object()
+    assert support.engine_reason(config) == "speculative decoding"
+    assert builder.get_cudagraph_support(config, None).name in ("ALWAYS", "UNIFORM_BATCH")
