@@ -144,3 +144,26 @@ def test_end_to_end():
         # 5 tokens take 5 steps: the last prompt token and 4 new ones. All queries hit.
         assert row["hit_rate"] == (1 if row["mode"] == "reuse" else 0)
         assert (row["kv_read_share"] < 1) == (row["mode"] == "reuse")
+
+
+def test_serving_figures():
+    from serve_vllm import Turns
+    from vllm_server import Answer
+
+    def answer(first: float, step: float, tokens: list[int]) -> Answer:
+        times = [first + step * i for i in range(len(tokens))]
+        return Answer(tokens, [], 100, first, times[-1], times)
+
+    # Prefill until 3 s; then both decode, a token every 0.5 s.
+    slow = Turns([[answer(1.0, 0.5, [1, 2, 3, 4, 5, 6, 7]), answer(3.0, 0.5, [1, 2, 3])]])
+    row = slow.row(slow)
+    assert row["ms_per_token"] == pytest.approx(500)
+    assert row["tokens_per_second"] == pytest.approx(10 / 4)
+    assert row["first_token_s"] == 2.0
+    assert row["same_tokens"] == 1
+    assert row["hit_rate"] is None
+    other = Turns(
+        [[answer(1.0, 0.5, [1, 2, 9, 4, 5, 6, 7]), answer(3.0, 0.5, [1, 2, 3])]], 3.0, 4.0, 1.0, 2.0
+    )
+    assert other.row(slow)["same_tokens"] == pytest.approx(5 / 10)  # up to a first difference
+    assert (other.row(slow)["hit_rate"], other.row(slow)["kv_read_share"]) == (0.75, 0.5)
