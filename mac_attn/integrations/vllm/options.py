@@ -32,7 +32,7 @@ class Options:
     config: ReuseConfig = ReuseConfig()
     calibration: Path | None = None
     num_slots: int = 16
-    seed: int = 128
+    seed: int = 0
     log_seconds: float = 10.0
 
     def layer_config(self, layer: int) -> ReuseConfig:
