@@ -44,6 +44,7 @@ class Engine:
         self.options = options
         self.slots = SlotTable(options.num_slots)
         self.rings: dict[str, mac_attn.ReuseCache] = {}
+        self._rotaries: dict[Any, mac_attn.RotaryEmbedding] = {}
         self._counters: WorkerCounters | None = None
         self._device_counters: torch.Tensor | None = None
         self._logged = (time.monotonic(), 0)
@@ -152,7 +153,7 @@ class Engine:
         if parent is None or module is None:
             raise ValueError("no rotary embedding beside it")
         rotated = is_rotated(parent)
-        rotary = rotary_of(module, config.model_config.max_model_len) if rotated else None
+        rotary = self._rotary(module) if rotated else None
         ring = mac_attn.ReuseCache(
             self._of_this_rank(self.options.layer_config(extract_layer_index(name)), layer),
             num_slots=self.options.num_slots,
@@ -165,6 +166,13 @@ class Engine:
         )
         self.rings[name] = ring
         layer.impl.mac = Served(self, ring, rotated)
+
+    def _rotary(self, module: Any) -> mac_attn.RotaryEmbedding:
+        """The rotation of a module, which the layers share as a rule."""
+        if module not in self._rotaries:
+            max_model_len = self.runner.vllm_config.model_config.max_model_len
+            self._rotaries[module] = rotary_of(module, max_model_len)
+        return self._rotaries[module]
 
     def _of_this_rank(self, config: mac_attn.ReuseConfig, layer: Any) -> mac_attn.ReuseConfig:
         """Options whose thresholds are those of the heads that this rank has of a layer."""
