@@ -208,12 +208,13 @@ def test_tensor_parallel_smollm2(smollm: Path, logs: Path, without_plugin: list[
 
 
 def test_tensor_parallel_llama(llama: Path, logs: Path) -> None:
-    """8 query heads and 4 KV heads over 2 processes."""
+    """8 query heads and 4 KV heads over 2 processes; no prefix caching."""
     requests = traffic(12)
     space = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    with Server(llama, COMMON, space, logs / "llama") as server:
+    alone = [*COMMON, "--no-enable-prefix-caching"]
+    with Server(llama, alone, space, logs / "llama") as server:
         expected = server.complete_all(requests)
-    arguments = [*COMMON, "--tensor-parallel-size", "2"]
+    arguments = [*alone, "--tensor-parallel-size", "2"]
     with Server(llama, arguments, {**space, **TP, **plugin(EXACT)}, logs / "tp2") as server:
         answers = server.complete_all(requests)
         assert server.metrics()["mac_attn:query_heads_total"] > 0
