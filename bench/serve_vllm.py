@@ -81,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
     from transformers import AutoTokenizer
 
-    from mac_attn.demo.model import python_reference, smollm2
+    from mac_attn.demo.model import folder, python_reference
 
-    model = options.model or smollm2()
+    model = folder(options.model)
     ids = AutoTokenizer.from_pretrained(model)(python_reference()).input_ids
     decoder = AutoTokenizer.from_pretrained(model)
     print(f"{model.name}, {options.dtype}; {platform.processor() or platform.machine()}")
