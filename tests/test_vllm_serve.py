@@ -157,7 +157,7 @@ def test_exact_reuse_answers_what_vllm_answers(
     assert metrics["mac_attn:hit_rate"] == 0
     assert metrics["mac_attn:kv_read_share"] == 1
     different = ties(without_plugin, answers, traffic())
-    print(f"\n{different} of 32 outputs differ, all at ties")
+    print(f"\n{different} of 32 outputs part from vLLM's at a tie, the others are the same")
 
 
 def test_reuse_keeps_to_the_request(smollm: Path, logs: Path, without_plugin: list[Answer]) -> None:
