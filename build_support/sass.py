@@ -49,7 +49,7 @@ class Kernel:
 
     @property
     def dynamic_shared(self) -> int:
-        """Of amend: its stages and the query (amend_shared_bytes); of match, for 8 query heads (match_shared_bytes)."""
+        """Of amend: its stages and the query; of match, for 8 query heads (*_shared_bytes)."""
         if self.stage == "amend":
             stages = 3 if self.head_dim < 128 else 2
             rows = WARPS * stages * 2 * WARP_TOKENS * -(-self.head_dim // 64) * 64
