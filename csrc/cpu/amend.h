@@ -11,6 +11,7 @@
 
 constexpr int kTileHeads = MAC_LEVEL >= 2 ? 4 : 2;  // query heads that share a loaded K or V row
 constexpr int kFetchedRows = 2;                     // V rows that are fetched beside a head's softmax
+constexpr int kFetchedLines = 4;                    // and lines of the stream
 constexpr int kTileVectors = 4;                     // vectors of a V row kept in registers
 
 // With bf16 dot products the query stays bf16, in all other cases it is expanded once. It is stored as the dots
@@ -72,13 +73,14 @@ MAC_INLINE void add_last_dots(vf (&sum)[kHeads][4], const bfloat16* query, const
 template <typename T, int kHeads>
 MAC_INLINE void add_last_dots(vf (&)[kHeads][4], const float*, const T* const*, int64_t) {}
 
-// While a KV head's rows are computed, the `next` head's are fetched, a few lines at a time in each of the three
-// loops below: a core keeps only so many lines on their way, so they have to be asked for steadily.
+// While a KV head's rows are computed, the `next` head's are fetched into the L1 cache and the next block's, as
+// `stream` has them, into the L2 cache, a few lines at a time in each of the three loops below: a core keeps only
+// so many lines on their way, so they have to be asked for steadily.
 
 // Logits of kHeads heads for one block, [kHeads, kBlock], ahead of scale and soft cap.
 template <typename T, int kHeads, typename Q>
-MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, const Rows<T>& next, int64_t head_dim,
-                            float* logits) {
+MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, const Rows<T>& next, Stream& stream,
+                            int64_t head_dim, float* logits) {
   constexpr int kStep = kDotElements<Q>;
   for (int t = 0; t < rows.count; t += 4) {
     const T *k[4], *next_k[4];
@@ -92,6 +94,7 @@ MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, const Rows<T>& 
     for (; d + kStep <= head_dim; d += kStep) {
       if (kStep == kLineElements<T> || d % kLineElements<T> == 0) {
         for (int i = 0; i < 4; ++i) prefetch(next_k[i] + d);
+        for (int i = 0; i < 2; ++i) stream.fetch<2>();
       }
       q = add_dots<T, kHeads>(sum, q, k, d);
     }
@@ -104,8 +107,8 @@ MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, const Rows<T>& 
 
 // out[h] = out[h] * rescale[h] + sum over the block of weight * value, for kVectors vectors of a row.
 template <typename T, int kHeads, int kVectors>
-MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, const float* weights, const float* rescale,
-                          int64_t d, int64_t head_dim, float* out) {
+MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, Stream& stream, const float* weights,
+                          const float* rescale, int64_t d, int64_t head_dim, float* out) {
   vf sum[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h) {
     for (int i = 0; i < kVectors; ++i) {
@@ -114,11 +117,13 @@ MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, const float*
   }
   const T* const first = rows.v + d;
   const T* const next_first = next.v + d;
+  constexpr int kLines = (kVectors * kLanes + kLineElements<T> - 1) / kLineElements<T>;
   const int64_t count = rows.count;
   for (int64_t t = 0; t < count; ++t) {
     const T* row = first + rows.v_at[t];
     const T* next_row = next_first + next.v_at[t];
     for (int i = 0; i < kVectors * kLanes; i += kLineElements<T>) prefetch(next_row + i);
+    stream.fetch<kLines>();
     vf v[kVectors];
     for (int i = 0; i < kVectors; ++i) v[i] = load(row + i * kLanes);
     for (int h = 0; h < kHeads; ++h) {
@@ -143,15 +148,16 @@ struct Running {
 };
 
 template <typename T, int kHeads, typename Q>
-void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, const Rows<T>& next,
+void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, const Rows<T>& next, Stream& stream,
                   const Running& state) {
   const int D = p.shape.head_dim;
   alignas(64) float logits[kHeads * kBlock] = {};
   float rescale[kHeads];
-  block_logits<T, kHeads>(query, rows, next, D, logits);
+  block_logits<T, kHeads>(query, rows, next, stream, D, logits);
   for (int h = 0; h < kHeads; ++h) {
     float* row = logits + h * kBlock;
     for (int t = 0; t < kFetchedRows; ++t) prefetch_row(next.v + next.v_at[kBlock - 1 - h * kFetchedRows - t], D);
+    stream.fetch<kFetchedLines>();
     for (int t = 0; t < kBlock; t += kLanes) {
       vf x = load(row + t) * p.sm_scale;
       if (p.logits_soft_cap > 0.f) x = p.logits_soft_cap * vtanh(x / p.logits_soft_cap);
@@ -178,9 +184,9 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
   }
   int d = 0;
   for (; d + kTileVectors * kLanes <= D; d += kTileVectors * kLanes) {
-    add_values<T, kHeads, kTileVectors>(rows, next, logits, rescale, d, D, state.out);
+    add_values<T, kHeads, kTileVectors>(rows, next, stream, logits, rescale, d, D, state.out);
   }
-  for (; d < D; d += kLanes) add_values<T, kHeads, 1>(rows, next, logits, rescale, d, D, state.out);
+  for (; d < D; d += kLanes) add_values<T, kHeads, 1>(rows, next, stream, logits, rescale, d, D, state.out);
 }
 
 // One thread's part of a task: the states of all query heads, those of a KV head in the order of
@@ -200,7 +206,7 @@ MAC_INLINE int num_tiles(int group_size) {
 // The first `heads` query heads of a KV head attend to rows, the first of which is `token`.
 template <typename T>
 void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state,
-            int kv_head, int heads, int token, const Rows<T>& rows, const Rows<T>& next) {
+            int kv_head, int heads, int token, const Rows<T>& rows, const Rows<T>& next, Stream& stream) {
   using Q = typename QueryType<T>::type;
   const int G = p.shape.group_size, D = p.shape.head_dim;
   const AmendGroup& group = work.groups[task.request * p.shape.num_kv_heads + kv_head];
@@ -219,11 +225,11 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
     }
     const Q* query = state.query + (static_cast<int64_t>(kv_head) * num_tiles(G) + h / kTileHeads) * tile_size;
     switch (std::min(heads - h, kTileHeads)) {
-      case 1: attend_block<T, 1>(p, query, rows, next, running); break;
-      case 2: attend_block<T, 2>(p, query, rows, next, running); break;
+      case 1: attend_block<T, 1>(p, query, rows, next, stream, running); break;
+      case 2: attend_block<T, 2>(p, query, rows, next, stream, running); break;
 #if MAC_LEVEL >= 2
-      case 3: attend_block<T, 3>(p, query, rows, next, running); break;
-      case 4: attend_block<T, 4>(p, query, rows, next, running); break;
+      case 3: attend_block<T, 3>(p, query, rows, next, stream, running); break;
+      case 4: attend_block<T, 4>(p, query, rows, next, stream, running); break;
 #endif
     }
   }
@@ -239,6 +245,7 @@ void fetch(const Rows<T>& rows, int64_t head_dim) {
 
 template <typename T>
 void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state) {
+  Stream stream;
   for (int32_t h = task.begin; h < task.end; ++h) {
     const AmendGroup& group = work.groups[task.request * p.shape.num_kv_heads + h];
     Block block;
@@ -246,36 +253,58 @@ void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask
       find_listed(p, task.request, group.inherited + i, group.num_inherited - i, block);
       const Rows<T> rows = head_rows<T>(p, block, h);
       fetch(rows, p.shape.head_dim);
-      attend<T>(p, work, task, state, h, p.shape.group_size, 0, rows, rows);
+      attend<T>(p, work, task, state, h, p.shape.group_size, 0, rows, rows, stream);
     }
   }
 }
 
+// How many of a request's KV heads, in their order, attend to a token before `end`; at least `active`.
+inline int active_heads(const AmendParams& p, const AmendWork& work, int request, int end, int active) {
+  const int G = p.shape.group_size, H = p.shape.num_kv_heads;
+  const int32_t* order = work.kv_heads.data() + static_cast<int64_t>(request) * H;
+  const int32_t* starts = work.starts.data() + static_cast<int64_t>(request) * H * G;
+  while (active < H && starts[order[active] * G] < end) ++active;
+  return active;
+}
+
+// `following`: the thread's next task if that is known, whose first block is fetched beside the last one of this
+// task. `fetched`: that has been done for this one.
 template <typename T>
-void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state) {
+void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask& task, const AmendTask* following,
+                   bool fetched, const TaskState<T>& state) {
   const int G = p.shape.group_size, H = p.shape.num_kv_heads;
   const int32_t* order = work.kv_heads.data() + static_cast<int64_t>(task.request) * H;
   const int32_t* starts = work.starts.data() + static_cast<int64_t>(task.request) * H * G;
   Block blocks[2];
   find_tokens(p, task.request, task.begin, task.end, blocks[0]);
-  fetch(head_rows<T>(p, blocks[0], order[0]), p.shape.head_dim);
+  if (!fetched) fetch(head_rows<T>(p, blocks[0], order[0]), p.shape.head_dim);
   int active = 0;  // KV heads that attend to a token of the block
   for (int first = task.begin, i = 0; first < task.end; first += kBlock, i ^= 1) {
-    const Block &block = blocks[i], &next_block = blocks[i ^ 1];
+    const Block& block = blocks[i];
     const int end = first + block.count;
-    while (active < H && starts[order[active] * G] < end) ++active;
-    find_tokens(p, task.request, end, task.end, blocks[i ^ 1]);
+    active = active_heads(p, work, task.request, end, active);
+
+    Block& next_block = blocks[i ^ 1];
+    const bool last = end >= task.end;
+    const AmendTask& next_task = last && following ? *following : task;
+    const int next_first = last && following ? following->begin : end;
+    const int32_t* next_order = work.kv_heads.data() + static_cast<int64_t>(next_task.request) * H;
+    find_tokens(p, next_task.request, next_first, next_task.end, next_block);
+    const int next_active = active_heads(p, work, next_task.request, next_first + next_block.count, 0);
+    Stream stream;
+    stream.add<T>(p, next_block, next_first, next_order, next_active);
+
     for (int j = 0; j < active; ++j) {
       const Rows<T> rows = head_rows<T>(p, block, order[j]);
       const Rows<T> next = j + 1 < active         ? head_rows<T>(p, block, order[j + 1])
-                           : next_block.count > 0 ? head_rows<T>(p, next_block, order[0])
+                           : next_block.count > 0 ? head_rows<T>(p, next_block, next_order[0])
                                                   : rows;
       const int32_t* start = starts + order[j] * G;
       int heads = 0;
       for (int t = std::max(first, start[0]); t < end;) {
         while (heads < G && start[heads] <= t) ++heads;
         const int cut = heads < G ? std::min(end, start[heads]) : end;
-        attend<T>(p, work, task, state, order[j], heads, t, rows.from(t - first, cut - t), next);
+        attend<T>(p, work, task, state, order[j], heads, t, rows.from(t - first, cut - t), next, stream);
         t = cut;
       }
     }
@@ -301,7 +330,8 @@ void arrange_queries(const AmendParams& p, int request, const int32_t* head_of, 
 }
 
 template <typename T>
-void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, Scratch& scratch) {
+void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, const AmendTask* following,
+                bool fetched, Scratch& scratch) {
   using Q = typename QueryType<T>::type;
   const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
   const float infinity = std::numeric_limits<float>::infinity();
@@ -317,7 +347,7 @@ void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, Sc
   if (task.anchors) {
     attend_anchors<T>(p, work, task, state);
   } else {
-    attend_tokens<T>(p, work, task, state);
+    attend_tokens<T>(p, work, task, following, fetched, state);
   }
 
   for (int h = 0; h < Hq; ++h) {
@@ -333,9 +363,18 @@ template <typename T>
 void amend_all(const AmendParams& p, AmendWork& work) {
   Scratch& scratch = thread_scratch();
   const int64_t num_tasks = static_cast<int64_t>(work.tasks.size());
-  for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
-    amend_task<T>(p, work, work.tasks[i], scratch);
-    work.pending[work.tasks[i].request].fetch_sub(1, std::memory_order_release);
+  const auto draw = [&] { return work.next.fetch_add(1, std::memory_order_relaxed); };
+  bool fetched = false;
+  for (int64_t i = draw(), next; i < num_tasks; i = next) {
+    const AmendTask& task = work.tasks[i];
+    // Near the end a task that waits for its thread would keep others waiting.
+    const bool early = i < work.num_drawn_early;
+    next = early ? draw() : num_tasks;
+    const AmendTask* following = next < num_tasks && !work.tasks[next].anchors ? &work.tasks[next] : nullptr;
+    amend_task<T>(p, work, task, following, fetched, scratch);
+    fetched = following && !task.anchors;
+    work.pending[task.request].fetch_sub(1, std::memory_order_release);
+    if (!early) next = draw();
   }
   const int64_t num_groups = static_cast<int64_t>(work.groups.size());
   for (int64_t i; (i = work.next_finish.fetch_add(1, std::memory_order_relaxed)) < num_groups;) {

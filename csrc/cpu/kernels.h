@@ -78,7 +78,8 @@ struct AmendWork {
   std::vector<int32_t> starts;    // [B, H, G] their first tokens, in that order
 
   std::vector<AmendTask> tasks;
-  std::vector<AmendGroup> groups;                   // [B, H]
+  int64_t num_drawn_early;         // while a thread does one of the first tasks, it has drawn its next one already
+  std::vector<AmendGroup> groups;  // [B, H]
   std::vector<int64_t> first_partial;               // [B + 1]
   std::vector<Span> partial_span;                   // [P]
   std::unique_ptr<std::atomic<int32_t>[]> pending;  // [B] tasks not done yet

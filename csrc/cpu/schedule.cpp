@@ -99,6 +99,7 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
     pending[b].store(static_cast<int32_t>(tasks.size() - first_partial[b]), std::memory_order_relaxed);
   }
   const int64_t num_partials = static_cast<int64_t>(tasks.size());
+  num_drawn_early = num_partials - 3 * num_threads;
   first_partial.push_back(num_partials);
   for (int64_t i = 0; i < num_partials; ++i) {
     tasks[i].partial = i;
