@@ -140,11 +140,10 @@ MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, Stream& stre
 struct Running {
   float* max;
   float* sum;
-  float* out;     // [kHeads, D]
-  float* logits;  // where to keep the logits for choosing anchors, or null
-  int64_t logits_stride;
-  BlockTotal* total;  // with `logits`: the block's
-  int64_t total_stride;
+  float* out;            // [kHeads, D]
+  const OldLogits* old;  // where to keep the logits for choosing anchors, or null; with it
+  int first_head;        // of the KV head's
+  int block;
 };
 
 template <typename T, int kHeads, typename Q>
@@ -164,7 +163,11 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
       store(row + t, x);
     }
     for (int t = rows.count; t < kBlock; ++t) row[t] = -std::numeric_limits<float>::infinity();
-    if (state.logits) std::memcpy(state.logits + h * state.logits_stride, row, rows.count * sizeof(float));
+    if (state.old) {
+      // Read when all blocks are done, if at all.
+      float* to = state.old->row(state.first_head + h) + state.block * kBlock;
+      for (int t = 0; t < kBlock; t += kLanes) store_through(to + t, load(row + t));
+    }
     vf high = broadcast(-std::numeric_limits<float>::infinity());
     for (int t = 0; t < kBlock; t += kLanes) high = vmax(load(row + t), high);
     const float block_max = hmax(high), before = state.max[h];
@@ -178,7 +181,12 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
       sum += weight;
     }
     const float block_sum = hsum(sum);
-    if (state.logits) state.total[h * state.total_stride] = {block_max, base, block_sum};
+    if (state.old) {
+      const int g = state.first_head + h;
+      state.old->total(g, OldLogits::kMax)[state.block] = block_max;
+      state.old->total(g, OldLogits::kBase)[state.block] = base;
+      state.old->total(g, OldLogits::kSum)[state.block] = block_sum;
+    }
     state.sum[h] = state.sum[h] * rescale[h] + block_sum;
     state.max[h] = max;
   }
@@ -211,18 +219,14 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
   const int G = p.shape.group_size, D = p.shape.head_dim;
   const AmendGroup& group = work.groups[task.request * p.shape.num_kv_heads + kv_head];
   const bool keep = group.logits >= 0 && task.span == kOld;
-  const int64_t num_old = keep ? band_start(p.requests.seq_lens[task.request] - 1, p.band) : 0;
-  const int64_t num_blocks = (num_old + kBlock - 1) / kBlock;
   const int64_t tile_size = query_tile_size<Q>(D);
+  const OldLogits old = keep ? old_logits(p, work, task.request, group) : OldLogits(nullptr, nullptr, 0);
   for (int h = 0; h < heads; h += kTileHeads) {
     const int head = kv_head * G + h;
-    Running running{state.max + head, state.sum + head, state.out + static_cast<int64_t>(head) * D,
-                    nullptr,          num_old,          nullptr,
-                    num_blocks};
-    if (keep) {
-      running.logits = work.logits + group.logits + h * num_old + token;
-      running.total = work.block_totals + group.totals + h * num_blocks + token / kBlock;
-    }
+    // Who keeps logits attends with all heads from token 0 on, in whole blocks.
+    const Running running{
+        state.max + head, state.sum + head, state.out + static_cast<int64_t>(head) * D, keep ? &old : nullptr, h,
+        token / kBlock};
     const Q* query = state.query + (static_cast<int64_t>(kv_head) * num_tiles(G) + h / kTileHeads) * tile_size;
     switch (std::min(heads - h, kTileHeads)) {
       case 1: attend_block<T, 1>(p, query, rows, next, stream, running); break;
@@ -373,6 +377,7 @@ void amend_all(const AmendParams& p, AmendWork& work) {
     const AmendTask* following = next < num_tasks && !work.tasks[next].anchors ? &work.tasks[next] : nullptr;
     amend_task<T>(p, work, task, following, fetched, scratch);
     fetched = following && !task.anchors;
+    publish();
     work.pending[task.request].fetch_sub(1, std::memory_order_release);
     if (!early) next = draw();
   }

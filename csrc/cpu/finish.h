@@ -59,60 +59,79 @@ struct Heavier {
 struct Earlier {
   bool operator()(const Candidate& a, const Candidate& b) const { return a.token < b.token; }
 };
-
-// The logits of one KV head's old tokens and what attending to them has left about each block.
-struct OldLogits {
-  float* logits;             // [G, num_tokens]
-  const BlockTotal* blocks;  // [G, num_blocks]
-  int32_t num_tokens;
-  int32_t num_blocks;
-
-  float* row(int g) const { return logits + static_cast<int64_t>(g) * num_tokens; }
-  const BlockTotal& block(int g, int i) const { return blocks[static_cast<int64_t>(g) * num_blocks + i]; }
+struct Above {
+  bool operator()(float a, float b) const { return a > b; }
 };
 
-// Log of the softmax weights of a block, the largest of the heads.
-MAC_INLINE void group_weights(const OldLogits& old, const float* lse, int group_size, int32_t first, int size,
-                              float* weights) {
-  const float infinity = std::numeric_limits<float>::infinity();
-  int t = 0;
-  for (; t + kLanes <= size; t += kLanes) {
-    vf weight = broadcast(-infinity);
-    for (int g = 0; g < group_size; ++g) weight = vmax(load(old.row(g) + first + t) - lse[g], weight);
+MAC_INLINE OldLogits old_logits(const AmendParams& p, const AmendWork& work, int request, const AmendGroup& group) {
+  return OldLogits(work.logits + group.logits, work.block_totals + group.totals,
+                   band_start(p.requests.seq_lens[request] - 1, p.band));
+}
+
+// Log of the softmax weights of a block's tokens, the largest of the heads.
+MAC_INLINE void group_weights(const OldLogits& old, const float* lse, int group_size, int block, float* weights) {
+  for (int t = 0; t < kBlock; t += kLanes) {
+    vf weight = broadcast(-std::numeric_limits<float>::infinity());
+    for (int g = 0; g < group_size; ++g) weight = vmax(load(old.row(g) + block * kBlock + t) - lse[g], weight);
     store(weights + t, weight);
-  }
-  for (; t < size; ++t) {
-    weights[t] = -infinity;
-    for (int g = 0; g < group_size; ++g) weights[t] = std::max(weights[t], old.row(g)[first + t] - lse[g]);
   }
 }
 
-// The S heaviest tokens, ascending, to `chosen` (room for S blocks); returns how many. They lie in the S blocks
-// whose heaviest tokens are the heaviest; only those are looked into. `blocks` has room for all.
-inline int32_t choose_anchors(const OldLogits& old, const float* lse, int group_size, int32_t num_anchors,
-                              Candidate* blocks, Candidate* chosen) {
+// The `wanted` blocks whose heaviest tokens are the heaviest, or all there are, to `blocks`; returns how many.
+// `weights` and `high` have room for OldLogits::total_stride.
+inline int32_t heaviest_blocks(const OldLogits& old, const float* lse, int group_size, int32_t wanted,
+                               float* weights, float* high, Candidate* blocks) {
   const float infinity = std::numeric_limits<float>::infinity();
-  for (int32_t i = 0; i < old.num_blocks; ++i) {
-    float high = -infinity;
-    for (int g = 0; g < group_size; ++g) high = std::max(high, old.block(g, i).max - lse[g]);
-    blocks[i] = {high, i};
+  constexpr int kApart = 4 * kLanes;  // `high` is the heaviest of four blocks
+  int32_t num_high = 0;
+  for (int32_t i = 0; i < old.total_stride; i += kApart) {
+    vf highest = broadcast(-infinity);
+    for (int32_t j = i; j < std::min(i + kApart, old.total_stride); j += kLanes) {
+      vf weight = broadcast(-infinity);
+      for (int g = 0; g < group_size; ++g) weight = vmax(load(old.total(g, OldLogits::kMax) + j) - lse[g], weight);
+      store(weights + j, weight);
+      highest = vmax(weight, highest);
+    }
+    store(high + num_high, highest);
+    num_high += kLanes;
   }
-  int32_t num_blocks = old.num_blocks;
+  // As many blocks as are wanted are at least as heavy as this.
   float bound = -infinity;
-  if (num_blocks > num_anchors) {
-    num_blocks = num_anchors;
-    std::nth_element(blocks, blocks + num_blocks - 1, blocks + old.num_blocks, Heavier());
-    bound = blocks[num_blocks - 1].weight;
+  if (num_high > wanted) {
+    std::nth_element(high, high + wanted - 1, high + num_high, Above());
+    bound = high[wanted - 1];
   }
   int32_t count = 0;
+  for (int32_t i = 0; i < old.num_blocks; ++i) {
+    if (weights[i] >= bound && weights[i] > -infinity) blocks[count++] = {weights[i], i};
+  }
+  if (count > wanted) {
+    std::nth_element(blocks, blocks + wanted - 1, blocks + count, Heavier());
+    count = wanted;
+  }
+  return count;
+}
+
+// The S heaviest tokens, ascending, to `chosen` (room for S blocks); returns how many. They lie in the S heaviest
+// blocks; only those are looked into. `blocks` and both `floats` have room for all.
+inline int32_t choose_anchors(const OldLogits& old, const float* lse, int group_size, int32_t num_anchors,
+                              float* const (&floats)[2], Candidate* blocks, Candidate* chosen) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const int32_t num_blocks = heaviest_blocks(old, lse, group_size, num_anchors, floats[0], floats[1], blocks);
+  for (int g = 0; g < group_size; ++g) {
+    for (int32_t i = 0; i < num_blocks; ++i) prefetch_row(old.row(g) + blocks[i].token * kBlock, kBlock);
+  }
+  // Each of S blocks has a token at least as heavy as the lightest of them.
+  float bound = num_blocks < num_anchors ? -infinity : infinity;
+  for (int32_t i = 0; i < num_blocks; ++i) bound = std::min(bound, blocks[i].weight);
+  int32_t count = 0;
   for (int32_t i = 0; i < num_blocks; ++i) {
-    const int32_t first = blocks[i].token * kBlock;
-    const int size = std::min(kBlock, old.num_tokens - first);
-    float weights[kBlock];
-    group_weights(old, lse, group_size, first, size, weights);
-    for (int t = 0; t < size; ++t) {
+    alignas(64) float weights[kBlock];
+    group_weights(old, lse, group_size, blocks[i].token, weights);
+    for (int t = 0; t < kBlock; ++t) {
       // Neither NaN nor weight 0.
-      if (weights[t] >= bound && weights[t] > -infinity) chosen[count++] = {weights[t], first + t};
+      if (weights[t] >= bound && weights[t] > -infinity)
+        chosen[count++] = {weights[t], blocks[i].token * kBlock + t};
     }
   }
   if (count > num_anchors) {
@@ -123,21 +142,56 @@ inline int32_t choose_anchors(const OldLogits& old, const float* lse, int group_
   return count;
 }
 
-// A block's weights exp(logit - base), 0 past its end; returns their sum.
-MAC_INLINE float block_weights(const float* logits, int count, float base, float* weights) {
-  std::fill(weights, weights + kBlock, -std::numeric_limits<float>::infinity());
-  std::memcpy(weights, logits, count * sizeof(float));
+// A block's weights exp(logit - base); returns their sum.
+MAC_INLINE float block_weights(const float* logits, float base, float* weights) {
   vf sum = vf{};
   for (int t = 0; t < kBlock; t += kLanes) {
-    const vf weight = vexp(load(weights + t) - base);
+    const vf weight = vexp(load(logits + t) - base);
     store(weights + t, weight);
     sum += weight;
   }
   return hsum(sum);
 }
 
+// The totals of the blocks that hold anchors, anew.
+inline void renew_totals(const OldLogits& old, int g, const int32_t* anchors, int32_t count) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (int32_t i = 0; i < count;) {
+    const int32_t block = anchors[i] / kBlock;
+    while (i < count && anchors[i] / kBlock == block) ++i;
+    const float* logits = old.row(g) + block * kBlock;
+    vf high = broadcast(-infinity);
+    for (int t = 0; t < kBlock; t += kLanes) high = vmax(load(logits + t), high);
+    const float max = hmax(high), base = max == -infinity ? 0.f : max;
+    alignas(64) float weights[kBlock];
+    old.total(g, OldLogits::kMax)[block] = max;
+    old.total(g, OldLogits::kBase)[block] = base;
+    old.total(g, OldLogits::kSum)[block] = block_weights(logits, base, weights);
+  }
+}
+
 // A block's sum of exp(logit - base) may be taken to a base lower by this much: above, small terms were lost.
 constexpr float kRebasable = 20.f;
+
+// The sum of exp(logit - base) over all blocks; `base` is the largest of their logits.
+inline float sum_of_blocks(const OldLogits& old, int g, float base) {
+  const float *maxima = old.total(g, OldLogits::kMax), *bases = old.total(g, OldLogits::kBase);
+  const float* sums = old.total(g, OldLogits::kSum);
+  vf total = vf{};
+  float rest = 0.f;
+  for (int32_t i = 0; i < old.total_stride; i += kLanes) {
+    const vf lost = load(bases + i) - load(maxima + i);
+    const vf sum = load(sums + i) * vexp(load(bases + i) - base);
+    total += lost > kRebasable ? vf{} : sum;
+    if (!(hmax(lost) > kRebasable)) continue;
+    for (int32_t j = i; j < std::min(i + kLanes, old.num_blocks); ++j) {
+      if (!(bases[j] - maxima[j] > kRebasable) || std::isinf(maxima[j])) continue;
+      alignas(64) float weights[kBlock];
+      rest += block_weights(old.row(g) + j * kBlock, base, weights);
+    }
+  }
+  return hsum(total) + rest;
+}
 
 // What is left of one head's old state once the anchors' logits are -inf: its max and sum anew, its `out` by
 // subtracting what the anchors had added. Where they held nearly everything that would leave little but
@@ -148,32 +202,13 @@ void take_out(const AmendParams& p, int request, int kv_head, const OldLogits& o
   const int D = p.shape.head_dim;
   const float infinity = std::numeric_limits<float>::infinity();
   const float total = state.sum, total_max = state.max;
-  const float* logits = old.row(g);
-  float max = -infinity;
-  for (int32_t i = 0, next = 0; i < old.num_blocks; ++i) {
-    const int32_t first = i * kBlock, end = std::min(first + kBlock, old.num_tokens);
-    if (next < count && anchors[next] < end) {
-      for (int32_t t = first; t < end; ++t) max = std::max(max, logits[t]);
-      while (next < count && anchors[next] < end) ++next;
-    } else {
-      max = std::max(max, old.block(g, i).max);
-    }
-  }
-  const float base = max == -infinity ? 0.f : max;
-  alignas(64) float weights[kBlock];
-  state.max = max;
-  state.sum = 0.f;
-  for (int32_t i = 0, next = 0; i < old.num_blocks; ++i) {
-    const int32_t first = i * kBlock, end = std::min(first + kBlock, old.num_tokens);
-    const BlockTotal& block = old.block(g, i);
-    const bool holds_anchor = next < count && anchors[next] < end;
-    while (next < count && anchors[next] < end) ++next;
-    if (holds_anchor || block.base - block.max > kRebasable) {
-      state.sum += block_weights(logits + first, end - first, base, weights);
-    } else {
-      state.sum += block.sum * std::exp(block.base - base);
-    }
-  }
+  const float* maxima = old.total(g, OldLogits::kMax);
+  renew_totals(old, g, anchors, count);
+  vf high = broadcast(-infinity);
+  for (int32_t i = 0; i < old.total_stride; i += kLanes) high = vmax(load(maxima + i), high);
+  state.max = hmax(high);
+  const float base = state.max == -infinity ? 0.f : state.max;
+  state.sum = sum_of_blocks(old, g, base);
 
   const float rescale = std::exp(total_max - base);
   if (state.sum >= kSubtractableShare<T> * total * rescale) {
@@ -184,14 +219,16 @@ void take_out(const AmendParams& p, int request, int kv_head, const OldLogits& o
   }
   std::fill(state.out, state.out + D, 0.f);
   // All that are lighter than this do not add up to a rounding error of the sum.
-  const float lightest = state.sum * std::numeric_limits<float>::epsilon() / static_cast<float>(old.num_tokens);
+  const float num_tokens = static_cast<float>(old.num_blocks) * kBlock;
+  const float lightest = state.sum * std::numeric_limits<float>::epsilon() / num_tokens;
+  const float lowest = base + std::log(lightest);
   for (int32_t i = 0; i < old.num_blocks; ++i) {
-    if (std::exp(old.block(g, i).max - base) < lightest) continue;
-    const int32_t first = i * kBlock, size = std::min(kBlock, old.num_tokens - first);
-    block_weights(logits + first, size, base, weights);
-    for (int t = 0; t < size; ++t) {
-      if (weights[t] < lightest) continue;  // a NaN stays
-      const T* row = token_value<T>(p, request, kv_head, first + t);
+    if (maxima[i] < lowest) continue;
+    alignas(64) float weights[kBlock];
+    block_weights(old.row(g) + i * kBlock, base, weights);
+    for (int t = 0; t < kBlock; ++t) {
+      if (weights[t] < lightest || weights[t] == 0.f) continue;  // a NaN stays
+      const T* row = token_value<T>(p, request, kv_head, i * kBlock + t);
       for (int d = 0; d < D; d += kLanes) {
         store(state.out + d, load(state.out + d) + load(row + d) * weights[t]);
       }
@@ -199,11 +236,13 @@ void take_out(const AmendParams& p, int request, int kv_head, const OldLogits& o
   }
 }
 
-// Moves the chosen tokens' terms from the old totals to the fresh ones. The logits lose them.
+// Moves the chosen tokens' terms from the old totals to the fresh ones. The logits lose them. `weights` has room
+// for the anchors in whole vectors.
 template <typename T>
 void move_anchors(const AmendParams& p, Total* totals, const OldLogits& logits, const int32_t* anchors,
-                  int32_t count, int request, int kv_head, float* moved) {
+                  int32_t count, int request, int kv_head, float* moved, float* weights) {
   const int G = p.shape.group_size, D = p.shape.head_dim;
+  for (int i = 0; i < count; ++i) prefetch_row(token_value<T>(p, request, kv_head, anchors[i]), D);
   for (int g = 0; g < G; ++g) {
     Total& old = totals[kOld * G + g];
     Total& fresh = totals[kFresh * G + g];
@@ -211,13 +250,15 @@ void move_anchors(const AmendParams& p, Total* totals, const OldLogits& logits, 
     Total anchor{old.max, 0.f, moved};
     std::fill(moved, moved + D, 0.f);
     for (int i = 0; i < count; ++i) {
-      float& logit = logits.row(g)[anchors[i]];
-      const float weight = std::exp(logit - old.max);
-      logit = -std::numeric_limits<float>::infinity();
-      anchor.sum += weight;
+      weights[i] = logits.row(g)[anchors[i]] - old.max;
+      logits.row(g)[anchors[i]] = -std::numeric_limits<float>::infinity();
+    }
+    for (int i = 0; i < count; i += kLanes) store(weights + i, vexp(load(weights + i)));
+    for (int i = 0; i < count; ++i) {
+      anchor.sum += weights[i];
       const T* row = token_value<T>(p, request, kv_head, anchors[i]);
       for (int d = 0; d < D; d += kLanes) {
-        store(anchor.out + d, load(anchor.out + d) + load(row + d) * weight);
+        store(anchor.out + d, load(anchor.out + d) + load(row + d) * weights[i]);
       }
     }
     take_out<T>(p, request, kv_head, logits, g, anchors, count, anchor.out, old);
@@ -229,6 +270,17 @@ void move_anchors(const AmendParams& p, Total* totals, const OldLogits& logits, 
     }
     fresh.sum = fresh.sum * w_fresh + anchor.sum * w_anchor;
     fresh.max = high;
+  }
+}
+
+// The last totals of every row, beyond the blocks.
+MAC_INLINE void pad_totals(const OldLogits& old, int group_size) {
+  for (int g = 0; g < group_size; ++g) {
+    for (int32_t i = old.num_blocks; i < old.total_stride; ++i) {
+      old.total(g, OldLogits::kMax)[i] = -std::numeric_limits<float>::infinity();
+      old.total(g, OldLogits::kBase)[i] = 0.f;
+      old.total(g, OldLogits::kSum)[i] = 0.f;
+    }
   }
 }
 
@@ -256,16 +308,17 @@ void finish_group(const AmendParams& p, AmendWork& work, int32_t group_index, Sc
   std::copy(group.inherited, group.inherited + group.num_inherited, anchors);
 
   if (group.logits >= 0) {
-    const int32_t num_old = band_start(p.requests.seq_lens[request] - 1, p.band);
-    const OldLogits old{work.logits + group.logits, work.block_totals + group.totals, num_old,
-                        (num_old + kBlock - 1) / kBlock};
-    Candidate* blocks = scratch.array<Candidate>(3, old.num_blocks);
+    const OldLogits old = old_logits(p, work, request, group);
+    pad_totals(old, G);
+    float* const floats[2] = {scratch.array<float>(3, old.total_stride), scratch.array<float>(4, old.total_stride)};
+    Candidate* blocks = scratch.array<Candidate>(5, old.num_blocks);
     Candidate* chosen =
-        scratch.array<Candidate>(5, static_cast<int64_t>(std::min(p.num_anchors, old.num_blocks)) * kBlock);
-    const int32_t count = choose_anchors(old, lse, G, p.num_anchors, blocks, chosen);
+        scratch.array<Candidate>(6, static_cast<int64_t>(std::min(p.num_anchors, old.num_blocks)) * kBlock);
+    const int32_t count = choose_anchors(old, lse, G, p.num_anchors, floats, blocks, chosen);
     for (int i = 0; i < count; ++i) anchors[i] = chosen[i].token;
-    float* moved = scratch.array<float>(4, D);
-    move_anchors<T>(p, totals, old, anchors, count, request, kv_head, moved);
+    float* moved = scratch.array<float>(3, D);
+    float* weights = scratch.array<float>(4, (count + kLanes - 1) / kLanes * kLanes);
+    move_anchors<T>(p, totals, old, anchors, count, request, kv_head, moved, weights);
   }
 
   for (int span = 0; span < kNumSpans; ++span) {

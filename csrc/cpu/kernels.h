@@ -13,6 +13,8 @@
 
 #include "../params.h"
 
+#define MAC_ALWAYS_INLINE __attribute__((always_inline))
+
 namespace mac_attn::cpu {
 
 // A candidate as one number, the smaller the better: the bits of its total (they are ordered like a
@@ -56,17 +58,38 @@ struct AmendTask {
 struct AmendGroup {
   const int32_t* inherited = nullptr;  // anchors of the matched entry
   int32_t num_inherited = 0;
-  int64_t logits = -1;  // where its [G, E(p)] logits are kept for choosing anchors, -1: they are not
-  int64_t totals = -1;  // where its [G, ceil(E(p) / kAmendBlock)] totals of blocks are
+  int64_t logits = -1;  // where its OldLogits are kept for choosing anchors, -1: they are not
+  int64_t totals = -1;
 };
 
 constexpr int32_t kAmendBlock = 32;  // tokens whose logits are in flight together
 
-// One head's softmax over one block of tokens, kept beside the logits: sum of exp(logit - base).
-struct BlockTotal {
-  float max;
-  float base;
-  float sum;
+// The logits of the old tokens of one KV head that misses and, of every block of them, what its softmax was:
+// sum = sum of exp(logit - base) over the block. Ends of rows are padded with logits of -inf and sums of 0.
+struct OldLogits {
+  enum Total { kMax, kBase, kSum, kNumTotals };
+
+  float* logits;  // [G, blocks * kAmendBlock]
+  float* totals;  // [G, kNumTotals, total_stride]
+  int32_t num_blocks;
+  int32_t total_stride;  // whole vectors of the widest instruction set
+
+  // All inlined, as files compiled for several instruction sets share this header.
+  MAC_ALWAYS_INLINE OldLogits(float* logits, float* totals, int32_t num_tokens)
+      : logits(logits),
+        totals(totals),
+        num_blocks((num_tokens + kAmendBlock - 1) / kAmendBlock),
+        total_stride((num_blocks + 15) / 16 * 16) {}
+  MAC_ALWAYS_INLINE int64_t num_logits(int group_size) const {
+    return int64_t{group_size} * num_blocks * kAmendBlock;
+  }
+  MAC_ALWAYS_INLINE int64_t num_totals(int group_size) const {
+    return int64_t{group_size} * kNumTotals * total_stride;
+  }
+  MAC_ALWAYS_INLINE float* row(int g) const { return logits + int64_t{g} * num_blocks * kAmendBlock; }
+  MAC_ALWAYS_INLINE float* total(int g, Total which) const {
+    return totals + (int64_t{g} * kNumTotals + which) * total_stride;
+  }
 };
 
 struct AmendWork {
@@ -88,7 +111,7 @@ struct AmendWork {
   float* partial_max;  // [P, Hq]
   float* partial_sum;  // [P, Hq] sum of exp(logit - max); 0: the head has no part, and no `out`
   float* logits;
-  BlockTotal* block_totals;
+  float* block_totals;
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> next_finish{0};  // of `groups`
 

@@ -104,8 +104,8 @@ class Stream {
       const T* row = base + order[j++] * head_stride;
       int64_t size = head_dim;
       for (; j < num_heads && head_stride == head_dim && order[j] == order[j - 1] + 1; ++j) size += head_dim;
-      if (size == head_dim && token_stride == head_dim) {
-        add_run(row + places[0], row + places[0] + count * head_dim);
+      if (size == token_stride) {
+        add_run(row + places[0], row + places[0] + count * size);
       } else {
         for (int t = 0; t < count; ++t) add_run(row + places[t], row + places[t] + size);
       }

@@ -79,8 +79,9 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
       if (source == kMiss && old_end > 0) {
         group.logits = num_logits;
         group.totals = num_totals;
-        num_logits += static_cast<int64_t>(G) * old_end;
-        num_totals += static_cast<int64_t>(G) * ((old_end + kAmendBlock - 1) / kAmendBlock);
+        const OldLogits old(nullptr, nullptr, old_end);
+        num_logits += old.num_logits(G);
+        num_totals += old.num_totals(G);
       } else if (source != kMiss) {
         const int64_t slot = p.requests.slots[b];
         group.inherited = p.ring_anchors + ((slot * H + h) * p.window + source % p.window) * p.num_anchors;
@@ -111,7 +112,7 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
   partial_max = kept.array<float>(1, num_partials * Hq);
   partial_sum = kept.array<float>(2, num_partials * Hq);
   logits = kept.array<float>(3, num_logits);
-  block_totals = kept.array<BlockTotal>(4, num_totals);
+  block_totals = kept.array<float>(4, num_totals);
 }
 
 // Tasks of some `target` work each. One has either old or fresh tokens.

@@ -26,7 +26,7 @@ class Scratch {
  private:
   void* bytes(int place, size_t size);
 
-  static constexpr int kPlaces = 6;
+  static constexpr int kPlaces = 7;
   void* data_[kPlaces] = {};
   size_t size_[kPlaces] = {};
 };

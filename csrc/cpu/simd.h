@@ -115,6 +115,22 @@ MAC_INLINE void store(float16* p, vf x) {
 #endif
 }
 
+// Past the caches, to an address that is a multiple of the vector's size; other threads see it after `publish`.
+MAC_INLINE void store_through(float* p, vf x) {
+#if MAC_LEVEL >= 2
+  _mm512_stream_ps(p, (__m512)x);
+#elif MAC_LEVEL == 1
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+MAC_INLINE void publish() {
+#if MAC_LEVEL >= 1
+  _mm_sfence();
+#endif
+}
+
 MAC_INLINE vf vmax(vf a, vf b) {
   return a > b ? a : b;
 }
