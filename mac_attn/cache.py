@@ -85,6 +85,14 @@ class ReuseCache:
     ) -> None:
         check_type("cfg", cfg, ReuseConfig)
         self.cfg = cfg
+        # Of `cfg`, as the ops take them: relative, per_head, band, min_context, max_reuse_depth.
+        self.match_options = (
+            cfg.threshold_mode == "relative",
+            cfg.granularity == "head",
+            cfg.band,
+            cfg.min_context,
+            INT32_MAX if cfg.max_reuse_depth is None else cfg.max_reuse_depth,
+        )
         self.num_slots = check_int("num_slots", num_slots, low=1)
         self.num_qo_heads = check_int("num_qo_heads", num_qo_heads, low=1)
         self.num_kv_heads = check_int("num_kv_heads", num_kv_heads, low=1)

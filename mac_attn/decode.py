@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import FLOAT_DTYPES, check_tensor, check_type
+from ._checks import FLOAT_DTYPES, INT32_MAX, check_tensor, check_type
 from .cache import ReuseCache
-from .paging import KVCache
+from .paging import KVCache, kv_pair, kv_views
 from .rope import pre_rope_query
 
 
@@ -69,38 +67,90 @@ def decode(
             CPU values are checked too; on CUDA see `ReuseCache.check`. Nothing has been written.
         TypeError: an argument is no tensor or has another dtype than it must.
     """
-    check_tensor("q", q, ("batch", "num_qo_heads", "head_dim"), FLOAT_DTYPES)
-    if reuse is not None:
-        check_type("reuse", reuse, ReuseCache)
-        ops.check_query("q", q, reuse)
-    check_tensor("block_table", block_table, shape=(q.size(0), "max_pages"), dtype=torch.int32)
-    check_tensor("seq_lens", seq_lens, shape=(q.size(0),), dtype=torch.int32)
-    if out is not None:
-        check_tensor("out", out, shape=tuple(q.shape), dtype=q.dtype, device=q.device)
-    attention: dict[str, Any] = {
-        "sm_scale": sm_scale,
-        "logits_soft_cap": logits_soft_cap,
-        "kv_layout": kv_layout,
-    }
+    arguments = (q, kv_cache, block_table, seq_lens, reuse, slots, q_match, request_ids)
+    options = (sm_scale, logits_soft_cap, kv_layout, out)
+    try:
+        out, lse = _decode(*arguments, *options)
+    except Exception:
+        # The op has checked everything before it wrote anything, but knows no Python objects.
+        _check(*arguments, kv_layout, out)
+        raise
+    return (out, lse) if return_lse else out
 
+
+def _decode(
+    q: Tensor,
+    kv_cache: KVCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    reuse: ReuseCache | None,
+    slots: Tensor | None,
+    q_match: Tensor | None,
+    request_ids: Tensor | None,
+    sm_scale: float | None,
+    logits_soft_cap: float,
+    kv_layout: str,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    attention = (q, *kv_pair(kv_cache, kv_layout), block_table, seq_lens)
+    if sm_scale is None:
+        sm_scale = q.size(-1) ** -0.5
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if reuse is None:
-        amended = ops.amend(q, kv_cache, block_table, seq_lens, **attention)
-        out, lse = ops.complete(amended, seq_lens, dtype=q.dtype, out=out)
-        return (out, lse) if return_lse else out
+        return ops.decode_exact(*attention, sm_scale, logits_soft_cap, out)
 
-    q_match = pre_rope_query(q, q_match, seq_lens - 1, reuse.rotary)
-    check_tensor("slots", slots, shape=(q.size(0),), dtype=torch.int32)
-    rows: dict[str, Any] = {"slots": slots, "request_ids": request_ids}
-
-    source = ops.match(reuse, q_match, seq_lens, **rows)
-    amended = ops.amend(
-        q, kv_cache, block_table, seq_lens, source=source, reuse=reuse, slots=slots, **attention
-    )
-    out, lse = ops.complete(
-        amended, seq_lens, reuse=reuse, source=source, q_match=q_match, out=out, **rows
+    if q_match is None:
+        q_match = pre_rope_query(q, None, seq_lens - 1, reuse.rotary)
+    # match:    source = the recent query to reuse, or none, by `q_match`
+    # amend:    attention of `q` to the tokens from E(source) on, or to all; the new entry's anchors
+    # complete: out, lse = that and the reused state merged; the new entry goes into the ring
+    source, lse = ops.match_amend_complete(
+        *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, out
     )
     if reuse.auditor is not None:
         reuse.auditor.record(
-            out, source, q, kv_cache, block_table, seq_lens, rows["slots"], **attention
+            out,
+            source,
+            *(q, kv_cache, block_table, seq_lens, slots),
+            sm_scale=sm_scale,
+            logits_soft_cap=logits_soft_cap,
+            kv_layout=kv_layout,
         )
-    return (out, lse) if return_lse else out
+    return out, lse
+
+
+def _check(
+    q: Tensor,
+    kv_cache: KVCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    reuse: ReuseCache | None,
+    slots: Tensor | None,
+    q_match: Tensor | None,
+    request_ids: Tensor | None,
+    kv_layout: str,
+    out: Tensor | None,
+) -> None:
+    """Raise ValueError or TypeError naming the first argument that is wrong, if one is."""
+    check_tensor("q", q, ("batch", "num_qo_heads", "head_dim"), FLOAT_DTYPES, rows=True)
+    batch, device = q.size(0), q.device
+    if batch * q.size(1) > INT32_MAX:
+        raise ValueError(f"batch * num_qo_heads is {batch * q.size(1)}, must be below 2^31")
+    k_cache, _ = kv_views(kv_cache, kv_layout)
+    heads: int | str = "num_kv_heads"
+    if reuse is not None:
+        check_type("reuse", reuse, ReuseCache)
+        ops.check_query("q", q, reuse)
+        heads = reuse.num_kv_heads
+    check_tensor("k_cache", k_cache, ("pages", "page", heads, q.size(2)), q.dtype, device)
+    check_tensor("block_table", block_table, (batch, "max_pages"), torch.int32, device)
+    check_tensor("seq_lens", seq_lens, (batch,), torch.int32, device)
+    if out is not None:
+        check_tensor("out", out, tuple(q.shape), q.dtype, device, rows=True)
+    if reuse is None:
+        return
+    pre_rope_query(q, q_match, seq_lens - 1, reuse.rotary)
+    check_tensor("slots", slots, (batch,), torch.int32, device)
+    if request_ids is not None:
+        check_tensor("request_ids", request_ids, (batch,), torch.int64, device)

@@ -20,7 +20,9 @@ from .paging import KVCache, kv_views
 if TYPE_CHECKING:
     from .cache import ReuseCache
 
-_INT32_MAX = 2**31 - 1
+# The overloads themselves: a call through the packet of all looks for the right one first.
+_decode_reuse = torch.ops.mac_attn.decode_reuse.default
+_decode_exact = torch.ops.mac_attn.decode_exact.default
 
 
 class Amended(NamedTuple):
@@ -74,11 +76,7 @@ def match(
         reuse.slot_end,
         reuse.slot_request,
         reuse.threshold,
-        reuse.cfg.threshold_mode == "relative",
-        reuse.cfg.granularity == "head",
-        reuse.cfg.band,
-        reuse.cfg.min_context,
-        _INT32_MAX if reuse.cfg.max_reuse_depth is None else reuse.cfg.max_reuse_depth,
+        *reuse.match_options,
         reuse.workspace,
         reuse.error_flag,
     )
@@ -198,6 +196,75 @@ def complete(
     return out, lse
 
 
+def match_amend_complete(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor | None,
+    q_match: Tensor,
+    request_ids: Tensor | None,
+    reuse: ReuseCache,
+    sm_scale: float,
+    logits_soft_cap: float,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The three stages in one op: what a call costs besides is then paid once.
+
+    Args: as for `mac_attn.decode`; k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim].
+
+    Returns:
+        (source, lse): what `match` answered, and [B, num_qo_heads] float32. `out` is written.
+    """
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    source: Tensor = _decode_reuse(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        slots,
+        q_match,
+        request_ids,
+        reuse.ring_query,
+        reuse.ring_out,
+        reuse.ring_lse,
+        reuse.ring_depth,
+        reuse.ring_anchors,
+        reuse.ring_position,
+        reuse.slot_begin,
+        reuse.slot_end,
+        reuse.slot_request,
+        reuse.counters,
+        reuse.threshold,
+        *reuse.match_options,
+        sm_scale,
+        logits_soft_cap,
+        reuse.workspace,
+        reuse.error_flag,
+        out,
+        lse,
+    )
+    return source, lse
+
+
+def decode_exact(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    sm_scale: float,
+    logits_soft_cap: float,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`amend` and `complete` without reuse in one op; returns (out, lse), `out` is written."""
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    _decode_exact(q, k_cache, v_cache, block_table, seq_lens, sm_scale, logits_soft_cap, out, lse)
+    return out, lse
+
+
 def check_query(name: str, query: Tensor | None, reuse: ReuseCache) -> None:
     """Queries of the model that the cache was made for."""
     shape = ("batch", reuse.num_qo_heads, reuse.head_dim)
@@ -264,6 +331,16 @@ def _complete_exact_fake(*args: object) -> None:
 @torch.library.register_fake("mac_attn::complete")
 def _complete_fake(*args: object) -> None:
     return None
+
+
+@torch.library.register_fake("mac_attn::decode_exact")
+def _decode_exact_fake(*args: object) -> None:
+    return None
+
+
+@torch.library.register_fake("mac_attn::decode_reuse")
+def _decode_reuse_fake(q: Tensor, *args: object) -> Tensor:
+    return q.new_empty((q.size(0), q.size(1)), dtype=torch.int32)
 
 
 @torch.library.register_fake("mac_attn::unrotate")
