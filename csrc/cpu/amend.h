@@ -249,16 +249,26 @@ void fetch(const Rows<T>& rows, int64_t head_dim) {
 
 template <typename T>
 void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state) {
-  Stream stream;
-  for (int32_t h = task.begin; h < task.end; ++h) {
-    const AmendGroup& group = work.groups[task.request * p.shape.num_kv_heads + h];
-    Block block;
-    for (int i = 0; i < group.num_inherited; i += kBlock) {
-      find_listed(p, task.request, group.inherited + i, group.num_inherited - i, block);
-      const Rows<T> rows = head_rows<T>(p, block, h);
-      fetch(rows, p.shape.head_dim);
-      attend<T>(p, work, task, state, h, p.shape.group_size, 0, rows, rows, stream);
-    }
+  const AmendGroup* groups = &work.groups[task.request * p.shape.num_kv_heads];
+  int32_t h = task.begin, listed = 0;
+  const auto find_next = [&](Block& block) {  // of the KV head that is returned
+    while (h < task.end && listed >= groups[h].num_inherited) ++h, listed = 0;
+    block.count = 0;
+    if (h == task.end) return h;
+    find_listed(p, task.request, groups[h].inherited + listed, groups[h].num_inherited - listed, block);
+    listed += block.count;
+    return h;
+  };
+  Block blocks[2];
+  int32_t kv_head = find_next(blocks[0]);
+  fetch(head_rows<T>(p, blocks[0], kv_head), p.shape.head_dim);
+  for (int i = 0; blocks[i].count > 0; i ^= 1) {
+    const int32_t next_head = find_next(blocks[i ^ 1]);
+    Stream stream;
+    stream.add_listed<T>(p, blocks[i ^ 1], next_head);
+    const Rows<T> rows = head_rows<T>(p, blocks[i], kv_head);
+    attend<T>(p, work, task, state, kv_head, p.shape.group_size, 0, rows, rows, stream);
+    kv_head = next_head;
   }
 }
 

@@ -81,7 +81,18 @@ class Stream {
                num_heads, p.shape.head_dim);
       i += count;
     }
-    if (num_runs_ > 0) at_ = runs_[0].begin, end_ = runs_[0].end, next_ = 1;
+    begin();
+  }
+  // One KV head's rows of tokens from anywhere.
+  template <typename T>
+  void add_listed(const AmendParams& p, const Block& block, int kv_head) {
+    const T* k = static_cast<const T*>(p.kv.k) + kv_head * p.kv.k_head_stride;
+    const T* v = static_cast<const T*>(p.kv.v) + kv_head * p.kv.v_head_stride;
+    for (int i = 0; i < block.count; ++i) {
+      add_run(k + block.k[i], k + block.k[i] + p.shape.head_dim);
+      add_run(v + block.v[i], v + block.v[i] + p.shape.head_dim);
+    }
+    begin();
   }
 
   template <int kLines>
@@ -97,6 +108,9 @@ class Stream {
   }
 
  private:
+  void begin() {
+    if (num_runs_ > 0) at_ = runs_[0].begin, end_ = runs_[0].end, next_ = 1;
+  }
   template <typename T>
   void add_page(const T* base, const int64_t* places, int count, int64_t token_stride, int64_t head_stride,
                 const int32_t* order, int num_heads, int64_t head_dim) {
