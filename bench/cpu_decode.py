@@ -3,8 +3,9 @@
     python bench/cpu_decode.py [--quick] [--contexts 8192 32768] [--rounds 15] [--json FILE]
 
 Everything runs in one process on the same data, round robin, and the median of the rounds counts.
-Several caches take turns, so that together they exceed the processor's caches by far. The columns
-are explained in bench/README.md.
+Before each call the read loop goes over a buffer that exceeds the processor's caches by far: that
+is what clears them, and what the bandwidth is compared with. The columns are explained in
+bench/README.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from statistics import median
 
 import torch
 from report import cpu_name
-from timing import read_loop
+from timing import CPU_FLUSH_BYTES, read_loop
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -26,37 +27,34 @@ import mac_attn
 from mac_attn.info import info
 
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
-TOTAL_BYTES = 512 * 2**20  # of the caches that take turns
 PAGE_SIZE = 16
 
 
 class Context:
-    """One context length: its caches, and what is timed on them."""
+    """One context length: its cache, and what is timed on it."""
 
     def __init__(self, length: int) -> None:
         self.length = length
         self.kv_bytes = 2 * length * NUM_KV_HEADS * HEAD_DIM * 2
-        copies = max(1, -(-TOTAL_BYTES // self.kv_bytes))
         pages = length // PAGE_SIZE
         shape = (pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
-        self.kv = [
-            tuple(torch.randn(shape).to(torch.bfloat16) for _ in range(2)) for _ in range(copies)
-        ]
+        self.kv = tuple(torch.randn(shape).to(torch.bfloat16) for _ in range(2))
         # SDPA's own layout: a dense [1, num_kv_heads, length, head_dim].
-        self.dense = [
-            tuple(
-                t.view(1, length, NUM_KV_HEADS, HEAD_DIM).transpose(1, 2).contiguous() for t in kv
-            )
-            for kv in self.kv
-        ]
+        self.dense = tuple(t.contiguous() for t in self._strided())
         self.table = torch.arange(pages, dtype=torch.int32)[None]
         self.seq_lens = torch.tensor([length], dtype=torch.int32)
         self.q = torch.randn(1, NUM_QO_HEADS, HEAD_DIM).to(torch.bfloat16)
         self.slots = torch.zeros(1, dtype=torch.int32)
-        self.rings = [self._ring(kv) for kv in self.kv]
+        self.ring = self._ring()
         self._check()
 
-    def _ring(self, kv: tuple[Tensor, ...]) -> mac_attn.ReuseCache:
+    def _strided(self) -> tuple[Tensor, ...]:
+        """The pages as SDPA takes them without a copy."""
+        return tuple(
+            t.view(1, self.length, NUM_KV_HEADS, HEAD_DIM).transpose(1, 2) for t in self.kv
+        )
+
+    def _ring(self) -> mac_attn.ReuseCache:
         """A ring that has seen, and after every step sees again, nearly the current query."""
         reuse = mac_attn.ReuseCache(
             mac_attn.ReuseConfig(),
@@ -75,49 +73,46 @@ class Context:
         reuse.ring_position[0, positions.long() % window] = positions
         reuse.slot_begin[0] = self.length - 2 - window
         reuse.slot_end[0] = self.length - 2
-        self._decode(kv, reuse, self.length - 1)  # a miss: a real entry with anchors of its own
+        self._decode(reuse, self.length - 1)  # a miss: a real entry with anchors of its own
         return reuse
 
-    def _decode(self, kv: tuple[Tensor, ...], reuse: mac_attn.ReuseCache | None, n: int) -> Tensor:
+    def _decode(self, reuse: mac_attn.ReuseCache | None, n: int) -> Tensor:
         seq_lens = self.seq_lens if n == self.length else self.seq_lens - (self.length - n)
         if reuse is None:
-            return mac_attn.decode(self.q, kv, self.table, seq_lens)
+            return mac_attn.decode(self.q, self.kv, self.table, seq_lens)
         return mac_attn.decode(
-            self.q, kv, self.table, seq_lens, reuse=reuse, slots=self.slots, q_match=self.q
+            self.q, self.kv, self.table, seq_lens, reuse=reuse, slots=self.slots, q_match=self.q
         )
 
     def _check(self) -> None:
         expected = sdpa(
-            self.q[:, :, None].float(), *(t.float() for t in self.dense[0]), enable_gqa=True
+            self.q[:, :, None].float(), *(t.float() for t in self.dense), enable_gqa=True
         )[:, :, 0]
-        out = self._decode(self.kv[0], None, self.length).float()
+        out = self._decode(None, self.length).float()
         error = float((out - expected).norm() / expected.norm())
         # bfloat16 output: half a unit of its 8 bits
         if error > 4e-3:
             raise SystemExit(f"exact decode at {self.length} is off by {error:.1e} from SDPA")
 
-    def sdpa(self, i: int) -> None:
-        sdpa(self.q[:, :, None], *self.dense[i % len(self.dense)], enable_gqa=True)
+    def sdpa(self) -> None:
+        sdpa(self.q[:, :, None], *self.dense, enable_gqa=True)
 
-    def sdpa_strided(self, i: int) -> None:
-        k, v = (
-            t.view(1, self.length, NUM_KV_HEADS, HEAD_DIM).transpose(1, 2)
-            for t in self.kv[i % len(self.kv)]
-        )
-        sdpa(self.q[:, :, None], k, v, enable_gqa=True)
+    def sdpa_strided(self) -> None:
+        sdpa(self.q[:, :, None], *self._strided(), enable_gqa=True)
 
-    def exact(self, i: int) -> None:
-        self._decode(self.kv[i % len(self.kv)], None, self.length)
+    def exact(self) -> None:
+        self._decode(None, self.length)
 
-    def hit(self, i: int) -> None:
-        """The step after the planted one; the ring is put back, so the next one is the same."""
-        reuse = self.rings[i % len(self.rings)]
-        self._decode(self.kv[i % len(self.kv)], reuse, self.length)
-        reuse.slot_end[0] = self.length - 1
+    def hit(self) -> None:
+        """The step after the planted one; `put_back` makes the next one the same."""
+        self._decode(self.ring, self.length)
+
+    def put_back(self) -> None:
+        self.ring.slot_end[0] = self.length - 1
 
     def hit_bytes(self) -> int:
         """K, V and ring queries that an all-hit step has to read."""
-        reuse = self.rings[0]
+        reuse = self.ring
         stats = reuse.stats()
         steps = stats.steps - 1  # all but the planted miss
         assert stats.query_head_hits == steps * NUM_QO_HEADS, "a timed step was not a hit"
@@ -127,7 +122,7 @@ class Context:
 
 def measure(contexts: list[int], rounds: int) -> dict[str, object]:
     loop = read_loop()
-    buffer = torch.randint(0, 2**31, (TOTAL_BYTES // 4,), dtype=torch.int32)
+    buffer = torch.ones(CPU_FLUSH_BYTES // 4, dtype=torch.int32)
     times: dict[tuple[int, str], list[float]] = {}
     loop_times = []
     rows = []
@@ -139,15 +134,16 @@ def measure(contexts: list[int], rounds: int) -> dict[str, object]:
                 # SDPA takes hundreds of milliseconds at 128K: a third of the rounds is enough.
                 if name.startswith("sdpa") and i % 3:
                     continue
+                context.put_back()
+                start = time.perf_counter()
+                loop(buffer)
+                loop_times.append(time.perf_counter() - start)
                 call = getattr(context, name)
                 start = time.perf_counter()
-                call(i)
+                call()
                 elapsed = time.perf_counter() - start
                 if i >= 2 or name.startswith("sdpa") and i > 0:
                     times.setdefault((length, name), []).append(elapsed)
-            start = time.perf_counter()
-            loop(buffer)
-            loop_times.append(time.perf_counter() - start)
         ms = {name: 1e3 * median(times[length, name]) for name in calls}
         peer = min(ms["sdpa"], ms["sdpa_strided"])
         rows.append(

@@ -108,11 +108,15 @@ def _decode(
     source, lse = ops.match_amend_complete(
         *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, out
     )
-    if reuse.auditor is not None:
+    if reuse.auditor is not None and slots is not None:  # the op has refused None
         reuse.auditor.record(
             out,
             source,
-            *(q, kv_cache, block_table, seq_lens, slots),
+            q,
+            kv_cache,
+            block_table,
+            seq_lens,
+            slots,
             sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap,
             kv_layout=kv_layout,

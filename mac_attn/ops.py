@@ -212,7 +212,7 @@ def match_amend_complete(
 ) -> tuple[Tensor, Tensor]:
     """The three stages in one op: what a call costs besides is then paid once.
 
-    Args: as for `mac_attn.decode`; k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim].
+    Args: as for `mac_attn.decode`, the pair of caches as `kv_views` answers it.
 
     Returns:
         (source, lse): what `match` answered, and [B, num_qo_heads] float32. `out` is written.
