@@ -68,18 +68,47 @@ def op_arguments(reuse, device):
     complete += (reuse.ring_query, reuse.ring_out, reuse.ring_lse, reuse.ring_depth)
     complete += (reuse.ring_anchors, reuse.ring_position, *ring, reuse.counters, BAND)
     complete += (reuse.workspace, out, lse)
+    decode = (*amend[:5], slots, q_match, None, *complete[8:18])
+    decode += (reuse.threshold, True, False, BAND, 1, 2**31 - 1, scale, 0.0)
+    decode += (reuse.workspace, reuse.error_flag, out, lse)
     return {
         "match": match,
         "amend": amend,
         "complete": complete,
+        "decode_exact": (*amend[:5], scale, 0.0, out, lse),
+        "decode_reuse": decode,
         "complete_exact": (states, state_lse, seq_lens, out, lse),
     }
 
 
-@pytest.mark.parametrize("op", ["match", "amend", "complete", "complete_exact"])
+OPS = ["match", "amend", "complete", "complete_exact", "decode_exact", "decode_reuse"]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, device):
     args = op_arguments(make_reuse(device), device)[op]
     torch.library.opcheck(getattr(torch.ops.mac_attn, op).default, args)
+
+
+def test_one_op_does_what_the_stages_do(device):
+    """`decode` is match, amend, complete: outputs, rings and counters, over misses and hits."""
+    whole, apart = make_reuse(device), make_reuse(device)
+    q, kv, table, seq_lens = make_step(device)
+    slots, q_match = slots_on(device), q
+    for i in range(4):
+        q_match = torch.randn_like(q) if i % 2 == 0 else q_match
+        lens = seq_lens + i
+        expected = mac_attn.decode(
+            q, kv, table, lens, reuse=whole, slots=slots, q_match=q_match, return_lse=True
+        )
+        source = mac_attn.match(apart, q_match, lens, slots)
+        amended = mac_attn.amend(q, kv, table, lens, source=source, reuse=apart, slots=slots)
+        got = mac_attn.complete(
+            amended, lens, reuse=apart, source=source, q_match=q_match, slots=slots
+        )
+        for a, b in zip((*got, *snapshot(apart)), (*expected, *snapshot(whole)), strict=True):
+            assert torch.equal(a, b)
+    assert whole.stats().hit_rate == 0.5
 
 
 def test_compiles_without_graph_breaks(device):

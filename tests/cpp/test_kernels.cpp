@@ -13,9 +13,10 @@ namespace {
 
 using namespace mac_attn;
 
-constexpr int kBatch = 2, kKvHeads = 2, kGroup = 3, kHeadDim = 80, kPageSize = 7, kMaxPages = 60;
+constexpr int kBatch = 2, kKvHeads = 2, kGroup = 3, kHeadDim = 80, kPageSize = 7;
 constexpr int kHeads = kKvHeads * kGroup, kSlots = 3, kWindow = 24, kBand = 16, kAnchors = 4, kThreads = 3;
 constexpr int kFirst = 60, kTokens = 200;
+constexpr int kLongFirst = 6000, kLongTokens = 3;  // so long that threads draw tasks ahead
 
 std::mt19937 generator(7);
 float normal() {
@@ -41,21 +42,24 @@ struct State {
 };
 
 struct Model {
-  std::vector<float> k = random_floats(size_t{kBatch} * kMaxPages * kPageSize * kKvHeads * kHeadDim);
-  std::vector<float> v = random_floats(k.size());
+  int max_pages;
+  std::vector<float> k, v;
   std::vector<int32_t> block_table;
   std::vector<float> query = random_floats(kBatch * kHeads * kHeadDim);
   std::vector<int32_t> seq_lens = std::vector<int32_t>(kBatch);
   std::vector<int32_t> slots = {2, 0};
 
   // Page i of request b is page i * kBatch + b of the cache.
-  Model() {
+  explicit Model(int longest)
+      : max_pages((longest + kPageSize - 1) / kPageSize),
+        k(random_floats(size_t(kBatch) * max_pages * kPageSize * kKvHeads * kHeadDim)),
+        v(random_floats(k.size())) {
     for (int b = 0; b < kBatch; ++b) {
-      for (int i = 0; i < kMaxPages; ++i) block_table.push_back(i * kBatch + b);
+      for (int i = 0; i < max_pages; ++i) block_table.push_back(i * kBatch + b);
     }
   }
   size_t row(int b, int token, int kv_head) const {
-    const size_t page = block_table[b * kMaxPages + token / kPageSize];
+    const size_t page = block_table[b * max_pages + token / kPageSize];
     return ((page * kPageSize + token % kPageSize) * kKvHeads + kv_head) * kHeadDim;
   }
   // Exact attention of one head over [0, n).
@@ -98,19 +102,19 @@ struct RingTensors {
   }
 };
 
-// Decodes kTokens tokens. The query changes only every `repeat` steps, so with a threshold above 0 the steps
-// between are hits on an equal query, whose result must still be exact. Returns the largest error.
-double decode(float threshold, int repeat, int64_t& hits) {
-  Model model;
+// Decodes `tokens` tokens after `first`. The query changes only every `repeat` steps, so with a threshold above 0
+// the steps between are hits on an equal query, whose result must still be exact. Returns the largest error.
+double decode(int first, int tokens, float threshold, int repeat, int64_t& hits) {
+  Model model(first + tokens + 5);
   RingTensors ring;
   std::vector<float> thresholds(kHeads, threshold);
   const Shape shape{kBatch, kKvHeads, kGroup, kHeadDim};
   const HeadsView query{model.query.data(), kHeads * kHeadDim, kHeadDim};
   const Requests requests{model.seq_lens.data(), model.slots.data(), nullptr};
   double error = 0;
-  for (int step = 0; step < kTokens; ++step) {
+  for (int step = 0; step < tokens; ++step) {
     if (step % repeat == 0) model.query = random_floats(model.query.size());
-    for (int b = 0; b < kBatch; ++b) model.seq_lens[b] = kFirst + step + 5 * b;
+    for (int b = 0; b < kBatch; ++b) model.seq_lens[b] = first + step + 5 * b;
     const HeadsView now{model.query.data(), query.batch_stride, query.head_stride};
 
     std::vector<int32_t> source(kBatch * kHeads), anchors(kBatch * kKvHeads * kAnchors);
@@ -128,7 +132,7 @@ double decode(float threshold, int repeat, int64_t& hits) {
     amend.kv = {model.k.data(),      model.v.data(), kPageSize * kKvHeads * kHeadDim,
                 kKvHeads * kHeadDim, kHeadDim,       kPageSize * kKvHeads * kHeadDim,
                 kKvHeads * kHeadDim, kHeadDim,       model.block_table.data(),
-                kMaxPages,           kPageSize};
+                model.max_pages,     kPageSize};
     amend.source = source.data(), amend.ring_anchors = ring.anchors.data();
     amend.window = kWindow, amend.band = kBand, amend.num_anchors = kAnchors;
     amend.sm_scale = 1 / std::sqrt(float(kHeadDim));
@@ -159,9 +163,9 @@ double decode(float threshold, int repeat, int64_t& hits) {
   return error;
 }
 
-int check(const char* what, bool holds, double error, int64_t hits) {
+int check(const char* what, bool holds, double error, int64_t hits, int tokens = kTokens) {
   std::printf("%s: %s (largest error %.2g, %lld hits of %d)\n", holds ? "ok" : "FAILED", what, error,
-              static_cast<long long>(hits), kBatch * kKvHeads * kTokens);
+              static_cast<long long>(hits), kBatch * kKvHeads * tokens);
   return holds ? 0 : 1;
 }
 
@@ -172,13 +176,16 @@ int main() {
   // float32 sums over at most 264 tokens of values near 1: some 264 * 6e-8.
   constexpr double kTolerance = 2e-5;
   int64_t hits = 0;
-  double error = decode(0.f, 1, hits);
+  double error = decode(kFirst, kTokens, 0.f, 1, hits);
   int failed = check("threshold 0 is exact", error < kTolerance && hits == 0, error, hits);
-  error = decode(1e-6f, 8, hits);
+  error = decode(kFirst, kTokens, 1e-6f, 8, hits);
   // 7 of every 8 steps meet an equal query.
   const int64_t expected = int64_t{kBatch} * kKvHeads * (kTokens - kTokens / 8);
   failed += check("a hit on an equal query is exact", error < kTolerance && hits == expected, error, hits);
-  error = decode(0.5f, 8, hits);
+  error = decode(kFirst, kTokens, 0.5f, 8, hits);
   failed += check("queries further apart do not hit", error < kTolerance && hits == expected, error, hits);
+  error = decode(kLongFirst, kLongTokens, 1e-6f, 2, hits);
+  failed +=
+      check("a long context is exact", error < kTolerance && hits == kBatch * kKvHeads, error, hits, kLongTokens);
   return failed;
 }

@@ -37,7 +37,8 @@ def arguments_of(name: str) -> list[str]:
     return [a.name for a in getattr(OPS, name).default._schema.arguments]
 
 
-ARGUMENTS = {name: arguments_of(name) for name in ("match", "amend", "complete", "complete_exact")}
+OP_NAMES = ("match", "amend", "complete", "complete_exact", "decode_exact", "decode_reuse")
+ARGUMENTS = {name: arguments_of(name) for name in OP_NAMES}
 
 
 def one_op(call: Call, name: str) -> None:
@@ -60,7 +61,7 @@ def whole_step(call: Call) -> None:
 
 
 def exact_decode(call: Call) -> None:
-    """`mac_attn.decode` without a cache: the checks in Python come first."""
+    """`mac_attn.decode` without a cache: checks in Python explain what the op refuses."""
     a = call.args
     mac_attn.decode(
         a["q"],
