@@ -14,6 +14,10 @@
 #   VLLM, VLLM_TORCH      what `make vllm` installs; VLLM_ARGS are passed on to its tests
 #   CUDA_TORCH, CUDA_COMPILER  what `make cuda` installs: a torch for CUDA, and its compiler as wheels
 
+# How long OpenMP's threads wait awake for one another. GCC's default of 300,000 turns costs nothing on an idle machine and
+# a time slice at every barrier on one whose cores others use: a token of the demo then took up to 30 s instead of 0.3.
+export GOMP_SPINCOUNT ?= 10000
+
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.11.0
