@@ -23,7 +23,7 @@ import torch
 from authors import authors_speedup
 from peers import Peer, describe, make_peers
 from report import Progress, Setting, machine, print_summary, write_csv
-from timing import Bandwidth, Step, Timer, Timing, make_timer
+from timing import Bandwidth, CpuTimer, Step, Timer, Timing, make_timer
 from torch import Tensor
 from workload import Case, PlantedRing, Workload, hit_mask, reuse_config
 
@@ -134,6 +134,8 @@ def measure_case(
         if ring.reuse.stats().query_head_hits != expected:
             raise SystemExit(f"{case}: a timed step had other hits than were planted")
 
+    if isinstance(timer, CpuTimer):
+        bandwidth = timer.bandwidth()
     floor = case.floor()
     result = {
         "layout": case.layout,
@@ -141,6 +143,7 @@ def measure_case(
         "context": case.context,
         "exact": asdict(timings["exact"]),
         "exact_gb_s": floor.kv_bytes / timings["exact"].us / 1e3,
+        "bandwidth_gb_s": bandwidth.bytes_per_s / 1e9,
         "exact_floor_us": bandwidth.us(floor.total_bytes),
         "peers": [_peer_result(peer, timings) for peer in peers],
     }

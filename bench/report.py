@@ -95,7 +95,7 @@ def print_case(result: dict[str, Any]) -> None:
     floor = result["exact"]["us"] / result["exact_floor_us"]
     print(
         f"  exact {result['exact']['us']:.1f} us, {result['exact_gb_s']:.0f} GB/s, "
-        f"{floor:.2f} of its floor"
+        f"{floor:.2f} of its floor at {result['bandwidth_gb_s']:.0f} GB/s"
     )
     for peer in result["peers"]:
         variants = [f"{us:.1f} us ({name})" for name, us in peer["variants"].items()]

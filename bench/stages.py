@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from report import machine
-from timing import Bandwidth, Step, Timer, make_timer
+from timing import Bandwidth, CpuTimer, Step, Timer, make_timer
 from workload import Case, PlantedRing, Workload, hit_mask, reuse_config
 
 import mac_attn
@@ -91,6 +91,8 @@ def measure(
             ]
         )
         reuse.check()
+        if isinstance(timer, CpuTimer):
+            bandwidth = timer.bandwidth()
         floor = case.floor(reuse.cfg, mask, age)
         floors = {
             "match": floor.ring_query_bytes + case.batch * case.num_qo_heads * 2 * case.head_dim,

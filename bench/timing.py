@@ -6,8 +6,10 @@ all in one stream without a synchronisation. The GPU is still busy with the cach
 enqueued the rest, so the events see the step alone and no launch latency. The L2 cache is read over
 after it was overwritten, so that the step does not pay for writing the dirty lines back.
 
-CPU: the steps take turns, and before each a buffer larger than the processor's caches is read by
-the same threads. Steps that take long are measured in fewer of the rounds.
+CPU: the steps take turns, and before each a plain loop reads a buffer larger than the processor's
+caches on the same threads. What that loop takes is the bandwidth that the steps are compared with:
+on a shared machine another one a minute later is another. Steps that take long are measured in
+fewer of the rounds.
 """
 
 from __future__ import annotations
@@ -159,10 +161,19 @@ class CpuTimer:
     def __init__(self, rounds: int, warmup: int, budget_s: float = 5.0) -> None:
         self.rounds, self.warmup, self.budget_s = rounds, warmup, budget_s
         self._flush = torch.ones(CPU_FLUSH_BYTES // 4, dtype=torch.float32)
+        self._flush_times: list[float] = []
+        self._loop: Callable[[torch.Tensor], object] = torch.Tensor.sum
+        try:
+            self._loop = read_loop()
+            self._how = "read loop of all threads (bench/read_loop.cpp)"
+        except (OSError, subprocess.CalledProcessError) as error:
+            name = type(error).__name__
+            self._how = f"torch.sum, as the read loop could not be compiled ({name})"
 
     def measure(
         self, steps: Sequence[Step], done: Callable[[Step], None] = lambda step: None
     ) -> dict[str, Timing]:
+        self._flush_times.clear()
         times: dict[str, list[float]] = {step.name: [] for step in steps}
         every: dict[str, int] = {}
         for step in steps:
@@ -186,26 +197,21 @@ class CpuTimer:
     def _timed(self, step: Step) -> float:
         if step.put_back is not None:
             step.put_back()
-        self._flush.sum()
+        self._clear_caches()
         start = time.perf_counter()
         step.call()
         return time.perf_counter() - start
 
+    def _clear_caches(self) -> None:
+        start = time.perf_counter()
+        self._loop(self._flush)
+        self._flush_times.append(time.perf_counter() - start)
+
     def bandwidth(self) -> Bandwidth:
-        """Of the plain read loop in read_loop.cpp, all threads; torch's sum without a compiler."""
-        try:
-            loop = read_loop()
-            how = "read loop of all threads (bench/read_loop.cpp)"
-        except (OSError, subprocess.CalledProcessError) as error:
-            loop = torch.Tensor.sum
-            how = f"torch.sum, as the read loop could not be compiled ({type(error).__name__})"
-        data = torch.ones(2 * FLUSH_BYTES // 4, dtype=torch.float32)
-        times = []
-        for _ in range(max(5, self.rounds // 2)):
-            start = time.perf_counter()
-            loop(data)
-            times.append(time.perf_counter() - start)
-        return Bandwidth(data.nbytes / median(times[1:]), how)
+        """Of the loop that clears the caches, beside the steps that were measured last."""
+        while len(self._flush_times) < 6:
+            self._clear_caches()
+        return Bandwidth(self._flush.nbytes / median(self._flush_times[1:]), self._how)
 
 
 Timer = CudaTimer | CpuTimer
