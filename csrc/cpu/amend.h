@@ -165,7 +165,7 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
     for (int t = rows.count; t < kBlock; ++t) row[t] = -std::numeric_limits<float>::infinity();
     if (state.old) {
       // Read when all blocks are done, if at all.
-      float* to = state.old->row(state.first_head + h) + state.block * kBlock;
+      float* to = state.old->block(state.first_head + h, state.block);
       for (int t = 0; t < kBlock; t += kLanes) store_through(to + t, load(row + t));
     }
     vf high = broadcast(-std::numeric_limits<float>::infinity());
@@ -183,9 +183,9 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
     const float block_sum = hsum(sum);
     if (state.old) {
       const int g = state.first_head + h;
-      state.old->total(g, OldLogits::kMax)[state.block] = block_max;
-      state.old->total(g, OldLogits::kBase)[state.block] = base;
-      state.old->total(g, OldLogits::kSum)[state.block] = block_sum;
+      *state.old->total(g, OldLogits::kMax, state.block) = block_max;
+      *state.old->total(g, OldLogits::kBase, state.block) = base;
+      *state.old->total(g, OldLogits::kSum, state.block) = block_sum;
     }
     state.sum[h] = state.sum[h] * rescale[h] + block_sum;
     state.max[h] = max;
@@ -220,7 +220,7 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
   const AmendGroup& group = work.groups[task.request * p.shape.num_kv_heads + kv_head];
   const bool keep = group.logits >= 0 && task.span == kOld;
   const int64_t tile_size = query_tile_size<Q>(D);
-  const OldLogits old = keep ? old_logits(p, work, task.request, group) : OldLogits(nullptr, nullptr, 0);
+  const OldLogits old = keep ? old_logits(p, work, task.request, group) : OldLogits(nullptr, nullptr, G, 0);
   for (int h = 0; h < heads; h += kTileHeads) {
     const int head = kv_head * G + h;
     // Who keeps logits attends with all heads from token 0 on, in whole blocks.

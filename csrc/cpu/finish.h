@@ -64,7 +64,7 @@ struct Above {
 };
 
 MAC_INLINE OldLogits old_logits(const AmendParams& p, const AmendWork& work, int request, const AmendGroup& group) {
-  return OldLogits(work.logits + group.logits, work.block_totals + group.totals,
+  return OldLogits(work.logits + group.logits, work.block_totals + group.totals, p.shape.group_size,
                    band_start(p.requests.seq_lens[request] - 1, p.band));
 }
 
@@ -72,23 +72,23 @@ MAC_INLINE OldLogits old_logits(const AmendParams& p, const AmendWork& work, int
 MAC_INLINE void group_weights(const OldLogits& old, const float* lse, int group_size, int block, float* weights) {
   for (int t = 0; t < kBlock; t += kLanes) {
     vf weight = broadcast(-std::numeric_limits<float>::infinity());
-    for (int g = 0; g < group_size; ++g) weight = vmax(load(old.row(g) + block * kBlock + t) - lse[g], weight);
+    for (int g = 0; g < group_size; ++g) weight = vmax(load(old.block(g, block) + t) - lse[g], weight);
     store(weights + t, weight);
   }
 }
 
 // The `wanted` blocks whose heaviest tokens are the heaviest, or all there are, to `blocks`; returns how many.
-// `weights` and `high` have room for OldLogits::total_stride.
+// `weights` and `high` have room for OldLogits::num_padded.
 inline int32_t heaviest_blocks(const OldLogits& old, const float* lse, int group_size, int32_t wanted,
                                float* weights, float* high, Candidate* blocks) {
   const float infinity = std::numeric_limits<float>::infinity();
   constexpr int kApart = 4 * kLanes;  // `high` is the heaviest of four blocks
   int32_t num_high = 0;
-  for (int32_t i = 0; i < old.total_stride; i += kApart) {
+  for (int32_t i = 0; i < old.num_padded; i += kApart) {
     vf highest = broadcast(-infinity);
-    for (int32_t j = i; j < std::min(i + kApart, old.total_stride); j += kLanes) {
+    for (int32_t j = i; j < std::min(i + kApart, old.num_padded); j += kLanes) {
       vf weight = broadcast(-infinity);
-      for (int g = 0; g < group_size; ++g) weight = vmax(load(old.total(g, OldLogits::kMax) + j) - lse[g], weight);
+      for (int g = 0; g < group_size; ++g) weight = vmax(load(old.total(g, OldLogits::kMax, j)) - lse[g], weight);
       store(weights + j, weight);
       highest = vmax(weight, highest);
     }
@@ -119,7 +119,7 @@ inline int32_t choose_anchors(const OldLogits& old, const float* lse, int group_
   const float infinity = std::numeric_limits<float>::infinity();
   const int32_t num_blocks = heaviest_blocks(old, lse, group_size, num_anchors, floats[0], floats[1], blocks);
   for (int g = 0; g < group_size; ++g) {
-    for (int32_t i = 0; i < num_blocks; ++i) prefetch_row(old.row(g) + blocks[i].token * kBlock, kBlock);
+    for (int32_t i = 0; i < num_blocks; ++i) prefetch_row(old.block(g, blocks[i].token), kBlock);
   }
   // Each of S blocks has a token at least as heavy as the lightest of them.
   float bound = num_blocks < num_anchors ? -infinity : infinity;
@@ -159,14 +159,14 @@ inline void renew_totals(const OldLogits& old, int g, const int32_t* anchors, in
   for (int32_t i = 0; i < count;) {
     const int32_t block = anchors[i] / kBlock;
     while (i < count && anchors[i] / kBlock == block) ++i;
-    const float* logits = old.row(g) + block * kBlock;
+    const float* logits = old.block(g, block);
     vf high = broadcast(-infinity);
     for (int t = 0; t < kBlock; t += kLanes) high = vmax(load(logits + t), high);
     const float max = hmax(high), base = max == -infinity ? 0.f : max;
     alignas(64) float weights[kBlock];
-    old.total(g, OldLogits::kMax)[block] = max;
-    old.total(g, OldLogits::kBase)[block] = base;
-    old.total(g, OldLogits::kSum)[block] = block_weights(logits, base, weights);
+    *old.total(g, OldLogits::kMax, block) = max;
+    *old.total(g, OldLogits::kBase, block) = base;
+    *old.total(g, OldLogits::kSum, block) = block_weights(logits, base, weights);
   }
 }
 
@@ -175,19 +175,18 @@ constexpr float kRebasable = 20.f;
 
 // The sum of exp(logit - base) over all blocks; `base` is the largest of their logits.
 inline float sum_of_blocks(const OldLogits& old, int g, float base) {
-  const float *maxima = old.total(g, OldLogits::kMax), *bases = old.total(g, OldLogits::kBase);
-  const float* sums = old.total(g, OldLogits::kSum);
   vf total = vf{};
   float rest = 0.f;
-  for (int32_t i = 0; i < old.total_stride; i += kLanes) {
-    const vf lost = load(bases + i) - load(maxima + i);
-    const vf sum = load(sums + i) * vexp(load(bases + i) - base);
+  for (int32_t i = 0; i < old.num_padded; i += kLanes) {
+    const vf high = load(old.total(g, OldLogits::kMax, i)), from = load(old.total(g, OldLogits::kBase, i));
+    const vf lost = from - high;
+    const vf sum = load(old.total(g, OldLogits::kSum, i)) * vexp(from - base);
     total += lost > kRebasable ? vf{} : sum;
     if (!(hmax(lost) > kRebasable)) continue;
-    for (int32_t j = i; j < std::min(i + kLanes, old.num_blocks); ++j) {
-      if (!(bases[j] - maxima[j] > kRebasable) || std::isinf(maxima[j])) continue;
+    for (int j = 0; j < kLanes; ++j) {
+      if (!(lost[j] > kRebasable) || std::isinf(high[j])) continue;
       alignas(64) float weights[kBlock];
-      rest += block_weights(old.row(g) + j * kBlock, base, weights);
+      rest += block_weights(old.block(g, i + j), base, weights);
     }
   }
   return hsum(total) + rest;
@@ -202,10 +201,9 @@ void take_out(const AmendParams& p, int request, int kv_head, const OldLogits& o
   const int D = p.shape.head_dim;
   const float infinity = std::numeric_limits<float>::infinity();
   const float total = state.sum, total_max = state.max;
-  const float* maxima = old.total(g, OldLogits::kMax);
   renew_totals(old, g, anchors, count);
   vf high = broadcast(-infinity);
-  for (int32_t i = 0; i < old.total_stride; i += kLanes) high = vmax(load(maxima + i), high);
+  for (int32_t i = 0; i < old.num_padded; i += kLanes) high = vmax(load(old.total(g, OldLogits::kMax, i)), high);
   state.max = hmax(high);
   const float base = state.max == -infinity ? 0.f : state.max;
   state.sum = sum_of_blocks(old, g, base);
@@ -223,9 +221,9 @@ void take_out(const AmendParams& p, int request, int kv_head, const OldLogits& o
   const float lightest = state.sum * std::numeric_limits<float>::epsilon() / num_tokens;
   const float lowest = base + std::log(lightest);
   for (int32_t i = 0; i < old.num_blocks; ++i) {
-    if (maxima[i] < lowest) continue;
+    if (*old.total(g, OldLogits::kMax, i) < lowest) continue;
     alignas(64) float weights[kBlock];
-    block_weights(old.row(g) + i * kBlock, base, weights);
+    block_weights(old.block(g, i), base, weights);
     for (int t = 0; t < kBlock; ++t) {
       if (weights[t] < lightest || weights[t] == 0.f) continue;  // a NaN stays
       const T* row = token_value<T>(p, request, kv_head, i * kBlock + t);
@@ -250,8 +248,9 @@ void move_anchors(const AmendParams& p, Total* totals, const OldLogits& logits, 
     Total anchor{old.max, 0.f, moved};
     std::fill(moved, moved + D, 0.f);
     for (int i = 0; i < count; ++i) {
-      weights[i] = logits.row(g)[anchors[i]] - old.max;
-      logits.row(g)[anchors[i]] = -std::numeric_limits<float>::infinity();
+      float& logit = logits.block(g, anchors[i] / kBlock)[anchors[i] % kBlock];
+      weights[i] = logit - old.max;
+      logit = -std::numeric_limits<float>::infinity();
     }
     for (int i = 0; i < count; i += kLanes) store(weights + i, vexp(load(weights + i)));
     for (int i = 0; i < count; ++i) {
@@ -276,10 +275,10 @@ void move_anchors(const AmendParams& p, Total* totals, const OldLogits& logits, 
 // The last totals of every row, beyond the blocks.
 MAC_INLINE void pad_totals(const OldLogits& old, int group_size) {
   for (int g = 0; g < group_size; ++g) {
-    for (int32_t i = old.num_blocks; i < old.total_stride; ++i) {
-      old.total(g, OldLogits::kMax)[i] = -std::numeric_limits<float>::infinity();
-      old.total(g, OldLogits::kBase)[i] = 0.f;
-      old.total(g, OldLogits::kSum)[i] = 0.f;
+    for (int32_t i = old.num_blocks; i < old.num_padded; ++i) {
+      *old.total(g, OldLogits::kMax, i) = -std::numeric_limits<float>::infinity();
+      *old.total(g, OldLogits::kBase, i) = 0.f;
+      *old.total(g, OldLogits::kSum, i) = 0.f;
     }
   }
 }
@@ -310,7 +309,7 @@ void finish_group(const AmendParams& p, AmendWork& work, int32_t group_index, Sc
   if (group.logits >= 0) {
     const OldLogits old = old_logits(p, work, request, group);
     pad_totals(old, G);
-    float* const floats[2] = {scratch.array<float>(3, old.total_stride), scratch.array<float>(4, old.total_stride)};
+    float* const floats[2] = {scratch.array<float>(3, old.num_padded), scratch.array<float>(4, old.num_padded)};
     Candidate* blocks = scratch.array<Candidate>(5, old.num_blocks);
     Candidate* chosen =
         scratch.array<Candidate>(6, static_cast<int64_t>(std::min(p.num_anchors, old.num_blocks)) * kBlock);

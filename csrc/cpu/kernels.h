@@ -65,30 +65,32 @@ struct AmendGroup {
 constexpr int32_t kAmendBlock = 32;  // tokens whose logits are in flight together
 
 // The logits of the old tokens of one KV head that misses and, of every block of them, what its softmax was:
-// sum = sum of exp(logit - base) over the block. Ends of rows are padded with logits of -inf and sums of 0.
+// sum = sum of exp(logit - base) over the block. Ends are padded with logits of -inf and sums of 0. What a block
+// writes lies together, so that it touches few pages of memory.
 struct OldLogits {
   enum Total { kMax, kBase, kSum, kNumTotals };
+  static constexpr int32_t kTile = 16;  // blocks whose totals lie side by side: the widest vector
 
-  float* logits;  // [G, blocks * kAmendBlock]
-  float* totals;  // [G, kNumTotals, total_stride]
+  float* logits;  // [blocks, G, kAmendBlock]
+  float* totals;  // [blocks / kTile, G, kNumTotals, kTile]
+  int32_t group_size;
   int32_t num_blocks;
-  int32_t total_stride;  // whole vectors of the widest instruction set
+  int32_t num_padded;  // whole tiles
 
   // All inlined, as files compiled for several instruction sets share this header.
-  MAC_ALWAYS_INLINE OldLogits(float* logits, float* totals, int32_t num_tokens)
+  MAC_ALWAYS_INLINE OldLogits(float* logits, float* totals, int32_t group_size, int32_t num_tokens)
       : logits(logits),
         totals(totals),
+        group_size(group_size),
         num_blocks((num_tokens + kAmendBlock - 1) / kAmendBlock),
-        total_stride((num_blocks + 15) / 16 * 16) {}
-  MAC_ALWAYS_INLINE int64_t num_logits(int group_size) const {
-    return int64_t{group_size} * num_blocks * kAmendBlock;
+        num_padded((num_blocks + kTile - 1) / kTile * kTile) {}
+  MAC_ALWAYS_INLINE int64_t num_logits() const { return int64_t{group_size} * num_blocks * kAmendBlock; }
+  MAC_ALWAYS_INLINE int64_t num_totals() const { return int64_t{group_size} * num_padded * kNumTotals; }
+  MAC_ALWAYS_INLINE float* block(int g, int32_t i) const {
+    return logits + (int64_t{i} * group_size + g) * kAmendBlock;
   }
-  MAC_ALWAYS_INLINE int64_t num_totals(int group_size) const {
-    return int64_t{group_size} * kNumTotals * total_stride;
-  }
-  MAC_ALWAYS_INLINE float* row(int g) const { return logits + int64_t{g} * num_blocks * kAmendBlock; }
-  MAC_ALWAYS_INLINE float* total(int g, Total which) const {
-    return totals + (int64_t{g} * kNumTotals + which) * total_stride;
+  MAC_ALWAYS_INLINE float* total(int g, Total which, int32_t i) const {
+    return totals + ((int64_t{i} / kTile * group_size + g) * kNumTotals + which) * kTile + i % kTile;
   }
 };
 

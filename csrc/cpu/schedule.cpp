@@ -79,9 +79,9 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
       if (source == kMiss && old_end > 0) {
         group.logits = num_logits;
         group.totals = num_totals;
-        const OldLogits old(nullptr, nullptr, old_end);
-        num_logits += old.num_logits(G);
-        num_totals += old.num_totals(G);
+        const OldLogits old(nullptr, nullptr, G, old_end);
+        num_logits += old.num_logits();
+        num_totals += old.num_totals();
       } else if (source != kMiss) {
         const int64_t slot = p.requests.slots[b];
         group.inherited = p.ring_anchors + ((slot * H + h) * p.window + source % p.window) * p.num_anchors;
