@@ -1,8 +1,8 @@
 """The three stages as thin functions over the compiled ops, with their fake kernels beside them.
 
-`mac_attn.decode` does these three in a row, in one op. Alone they compose with other kernels: `match` and
-`complete` with another attention kernel in place of `amend`, or `amend` as a split-KV decode
-kernel.
+`mac_attn.decode` does these three in a row, in one op. Alone they compose with other kernels:
+`match` and `complete` with another attention kernel in place of `amend`, or `amend` as a split-KV
+decode kernel.
 """
 
 from __future__ import annotations
