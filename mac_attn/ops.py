@@ -335,12 +335,20 @@ def _complete_fake(*args: object) -> None:
 
 @torch.library.register_fake("mac_attn::decode_exact")
 def _decode_exact_fake(*args: object) -> None:
-    return None
+    _check_one_device(args)
 
 
 @torch.library.register_fake("mac_attn::decode_reuse")
 def _decode_reuse_fake(q: Tensor, *args: object) -> Tensor:
+    _check_one_device((q, *args))
     return q.new_empty((q.size(0), q.size(1)), dtype=torch.int32)
+
+
+def _check_one_device(args: tuple[object, ...]) -> None:
+    """One tensor on "meta" among others brings a call here, where it would do nothing."""
+    devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"the tensors are on {sorted(map(str, devices))}, must be on one device")
 
 
 @torch.library.register_fake("mac_attn::unrotate")
