@@ -5,7 +5,7 @@ import torch
 import mac_attn
 from mac_attn.info import info
 
-OPS = ["match", "amend", "complete", "complete_exact"]
+OPS = ["match", "amend", "complete", "complete_exact", "decode_reuse", "decode_exact"]
 
 build = info()
 if not build["cuda_arches"]:
