@@ -28,6 +28,7 @@ MODES = {
     "vLLM": None,
     "plugin, exact": {"threshold": 0},
     "plugin": {},
+    "plugin, 0.2": {"threshold": 0.2},
 }
 
 

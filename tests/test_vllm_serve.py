@@ -41,6 +41,7 @@ COMMON = [
 # Small enough that the contexts of these tests fill rings and reuse.
 SMALL = {"min_context": 256, "window": 128, "band": 64, "anchors": 16}
 EXACT = {**SMALL, "threshold": 0}
+REUSING = {**SMALL, "threshold": 0.2}
 TP = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
@@ -167,7 +168,7 @@ def test_reuse_keeps_to_the_request(smollm: Path, logs: Path, without_plugin: li
     """
     arguments = [*COMMON, "--no-enable-prefix-caching"]
     more = {"MAC_ATTN_VLLM_SLOTS": "32", "MAC_ATTN_VLLM_SEED": "0"}
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **plugin(SMALL, **more)}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **plugin(REUSING, **more)}
     requests = traffic()
     alone = [
         i
