@@ -8,7 +8,8 @@
 | streaming, quest | the baselines of `baselines.py` that need nothing but the KV cache |
 
 Options follow a colon: `MAC:threshold=0.1,band=512`, any of `ReuseConfig`; for a calibration
-`MAC:calibration=FILE`; for the baselines the part of the KV that they read, `quest:share=0.5`.
+`MAC:calibration=FILE`; `MAC:seed=0` begins with an empty ring, so that nothing computed for the
+prompt is reused; for the baselines the part of the KV that they read, `quest:share=0.5`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Mode:
     kind: str
     config: ReuseConfig | tuple[ReuseConfig, ...] | None = None  # of MAC
     share: float = 1.0  # of the KV, for a baseline
+    seeds: bool = True  # MAC's ring begins with the last queries of the prompt
 
     @classmethod
     def parse(cls, text: str, base: ReuseConfig, share: float) -> Mode:
@@ -55,11 +57,15 @@ class Mode:
             raise ValueError(f"mode is {text!r}, must begin with one of {', '.join(KINDS)}")
         options = dict(part.partition("=")[::2] for part in given.split(",") if part)
         if kind == "MAC":
+            seeds = options.pop("seed", "1")
+            if seeds not in ("0", "1"):
+                raise ValueError(f"seed is {seeds}, must be 0 or 1")
             if path := options.pop("calibration", None):
                 layers = Calibration.load(path).configs
                 configs = tuple(_changed(c, options, base.min_context) for c in layers)
-                return cls(text, kind, configs)
-            return cls(text, kind, _changed(base, options, base.min_context))
+                return cls(text, kind, configs, seeds=seeds == "1")
+            config = _changed(base, options, base.min_context)
+            return cls(text, kind, config, seeds=seeds == "1")
         if kind in _BASELINES:
             share = float(options.pop("share", share))
             if not 0 < share <= 1:
@@ -137,6 +143,8 @@ class Prefill:
             if mode.kind == "sdpa":
                 cache.mode = "sdpa"
             return cache
+        if not mode.seeds:
+            return self._on_store(mode.config, copy)
         if self._seeded is None or self._seeded[0] != mode.seed_key:
             self._seeded = None  # its memory first
             seeded = self._on_store(mode.config, copy=False)

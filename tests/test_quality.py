@@ -185,6 +185,7 @@ def test_modes_are_parsed(tmp_path):
         ("exact:share=1", "no option share"),
         ("quest:share=2", "share is 2.0"),
         ("MAC:band=0", "band is 0"),
+        ("MAC:seed=2", "seed is 2"),
     ):
         with pytest.raises(ValueError, match=message):
             Mode.parse(wrong, SMALL, 0.5)
@@ -235,6 +236,27 @@ def test_prefill_serves_every_mode():
     for mode in asked.modes[:2]:
         found = _decoded(asked.model, prefill.cache(mode), mode, tokens)
         torch.testing.assert_close(found, whole, rtol=0, atol=5e-4)
+
+
+def test_a_ring_that_is_not_seeded():
+    """`MAC:seed=0` is exact until what it decoded itself can be reused."""
+    from modes import Prefill
+
+    asked = subject(("exact", "MAC", "MAC:seed=0"))
+    rows, tokens = prompts(CPU, 3, 60), prompts(CPU, 3, 12)
+    with torch.no_grad():
+        prefill = Prefill(asked.model, rows, 12, window=40)
+    exact, *others = asked.modes
+    wanted = _decoded(asked.model, prefill.cache(exact), exact, tokens)
+    for mode, at_once in zip(others, (True, False), strict=True):
+        cache = prefill.cache(mode)
+        first = _decoded(asked.model, cache, mode, tokens[:, :1])
+        hits = cache.stats().kv_head_hits
+        assert (hits > 0) == at_once
+        assert ((first - wanted[:, :1]).abs().max() > 5e-4) == at_once
+        rest = _decoded(asked.model, cache, mode, tokens[:, 1:])
+        assert cache.stats().kv_head_hits > hits
+        assert (rest - wanted[:, 1:]).abs().max() > 5e-4
 
 
 def test_batches_are_their_rows():
