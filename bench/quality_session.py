@@ -36,15 +36,15 @@ from mac_attn.info import info
 if TYPE_CHECKING:
     from quality_runs import Subject
 
-MAC = ("MAC", "MAC:threshold=0.15", "MAC:threshold=0.1", "MAC:threshold=0.06")
+MAC = ("MAC", "MAC:threshold=0.2", "MAC:threshold=0.15", "MAC:threshold=0.06")
 WIDE = "MAC:band=512,threshold=0.25"
 MODES = {
     # Each group is a job for each text.
     "perplexity": [
         ["exact", "sdpa", *MAC, WIDE],
-        ["exact", "MAC:band=512,threshold=0.15", "MAC:anchors=128", "quest", "streaming"],
+        ["exact", "MAC:band=512,threshold=0.15", "MAC:seed=0", "quest", "streaming"],
     ],
-    "generation": [["exact", mode] for mode in ("MAC", MAC[2], "quest", "sdpa")],
+    "generation": [["exact", mode] for mode in ("MAC", MAC[1], "quest", "sdpa")],
     "ruler": [["exact", "sdpa", *MAC, WIDE, "quest", "streaming"]],
 }
 _GRACE = 15  # seconds that a process may take to end after the time is over

@@ -33,7 +33,8 @@ class ReuseConfig:
             They cut the error of a hit to less than half (not in the paper: 0 is the paper).
         threshold: how far apart two queries may be, one number or one per query head (a sequence or
             tensor `[num_qo_heads]`, kept as a tuple). 0 in the relative and 1 in the absolute mode
-            never hit.
+            never hit. 0.1 is the safe choice; 0.2 reads about half as much of the cache and loses
+            more (docs/fidelity.md).
         threshold_mode: "relative": the squared distance must be below `threshold * |query|²`.
             "absolute" (the paper): below `2 * head_dim * (1 - threshold)²`, the threshold being
             the paper's τ in `[0, 1]`.
@@ -52,7 +53,7 @@ class ReuseConfig:
     window: int = 512
     band: int = 256
     anchors: int = 64
-    threshold: float | Sequence[float] | Tensor = 0.2
+    threshold: float | Sequence[float] | Tensor = 0.1
     threshold_mode: Literal["relative", "absolute"] = "relative"
     granularity: Literal["group", "head"] = "group"
     min_context: int = 2048
