@@ -99,7 +99,7 @@ vllm:
 	else echo "make vllm: skipped, $(VLLM) cannot be installed here (see above)"; fi
 
 vllm-test: $(vllm_venv)/built
-	$(vllm_bin)/pytest -p no:cacheprovider -rP tests/test_vllm_plugin.py tests/test_vllm_backends.py tests/test_vllm_serve.py $(VLLM_ARGS)
+	$(vllm_bin)/pytest -p no:cacheprovider -rP tests/test_vllm_*.py $(VLLM_ARGS)
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources. AddressSanitizer
 # must be loaded first and libstdc++ with it, so that it finds what throws; torch leaks on purpose.

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,3 +47,9 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
 def _seeded() -> None:
     """The same random numbers in every run of a test."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def bench_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of bench/ can be imported."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))

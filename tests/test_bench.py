@@ -1,18 +1,12 @@
 """The benchmarks run from end to end on the CPU and count what they planted."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parent.parent / "bench"
+pytestmark = pytest.mark.usefixtures("bench_modules")
 TINY = ["--device", "cpu", "--contexts", "2304", "--head-dim", "64", "--layouts", "8/2"]
-
-
-@pytest.fixture(autouse=True)
-def _bench_modules(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
 
 
 def test_hit_curve(tmp_path):

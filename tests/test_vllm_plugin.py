@@ -1,26 +1,25 @@
-"""The parts of the vLLM plugin that need no vLLM: options, slots, plans, rotations, counters."""
+"""The parts of the vLLM plugin that need no vLLM: options, slots, requests, rotations, counters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from vllm_batches import common_metadata
 
 import mac_attn
 from mac_attn.integrations import vllm as package
-from mac_attn.integrations.vllm import attend, cpu_plan, cuda_plan, metrics, requests
+from mac_attn.integrations.vllm import metrics, requests
 from mac_attn.integrations.vllm.options import Options
 from mac_attn.integrations.vllm.rotary import is_rotated, rotary_of
-from mac_attn.integrations.vllm.slots import Place, Row, SlotTable
+from mac_attn.integrations.vllm.slots import Row, SlotTable
 
 
 class TestOptions:
@@ -145,7 +144,7 @@ class TestRequests:
         old, new = object(), object()
         batch = SimpleNamespace(req_ids=["a"], num_tokens_no_spec=[12])
         runner = SimpleNamespace(input_batch=batch, requests={"a": old})
-        common = _common([1], [12])
+        common = common_metadata([1], [12])
         (before,) = requests.rows_of(runner, common)
         runner.requests["a"] = new
         (after,) = requests.rows_of(runner, common)
@@ -163,7 +162,7 @@ class TestRequests:
             prefill_len=SimpleNamespace(np={3: 40}),
         )
         runner = SimpleNamespace(req_states=states)
-        common = _common([8, 0], [20, 0])
+        common = common_metadata([8, 0], [20, 0])
         common.req_idx = torch.tensor([3, 5]).numpy()
         assert requests.rows_of(runner, common) == [Row("a", 12, 20, 40), None]
         assert requests.is_alive(runner)("a")
@@ -241,216 +240,3 @@ class TestMetrics:
         assert samples["mac_attn:query_heads_total"] == 24
         assert samples["mac_attn:hit_rate"] == 0.5
         assert samples["mac_attn:kv_read_share"] == 0.6
-
-
-HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 16, 4
-
-
-@dataclass
-class Common:
-    """What plans read of vLLM's CommonAttentionMetadata."""
-
-    query_start_loc: Tensor
-    query_start_loc_cpu: Tensor
-    seq_lens: Tensor
-    seq_lens_cpu_upper_bound: Tensor
-    num_reqs: int
-    num_actual_tokens: int
-    block_table_tensor: Tensor
-    slot_mapping: Tensor
-    max_seq_len: int
-    req_idx: Any = None
-
-    def replace(self, **changes: Any) -> Common:
-        return replace(self, **changes)
-
-
-def _common(query_lens: list[int], seq_lens: list[int]) -> Common:
-    """A batch whose requests have blocks of their own, 8 each."""
-    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
-    lens = torch.tensor(seq_lens, dtype=torch.int32)
-    table = torch.arange(8 * len(lens), dtype=torch.int32).view(-1, 8).flip(1)
-    positions = [
-        torch.arange(n - length, n) for n, length in zip(seq_lens, query_lens, strict=True)
-    ]
-    slot_mapping = [
-        table[row][p // BLOCK].long() * BLOCK + p % BLOCK for row, p in enumerate(positions)
-    ]
-    return Common(
-        starts,
-        starts,
-        lens,
-        lens,
-        len(lens),
-        int(starts[-1]),
-        table,
-        torch.cat(slot_mapping),
-        max(seq_lens),
-    )
-
-
-class FakeEngine:
-    """An engine whose requests and places are given."""
-
-    def __init__(self, rows: list[Row | None], places: list[Place | None], seed: int = 0) -> None:
-        self._rows, self._places, self._seed = rows, places, seed
-
-    def rows(self, common: Any) -> list[Row | None]:
-        return self._rows
-
-    def place(self, rows: list[Row | None], leads: bool) -> list[Place | None]:
-        assert leads
-        assert rows == self._rows
-        return self._places
-
-    def seeded(self, row: Row) -> int:
-        return 0 if row.is_decode else min(self._seed, row.end - row.begin)
-
-
-def _impl(rotated: bool = False) -> SimpleNamespace:
-    config = mac_attn.ReuseConfig(window=8, band=4, anchors=2, min_context=8, threshold=0)
-    ring = mac_attn.ReuseCache(
-        config,
-        num_slots=3,
-        num_qo_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=DIM,
-        dtype=torch.float32,
-    )
-    served = attend.Served(None, ring, rotated)  # type: ignore[arg-type]
-    return SimpleNamespace(mac=served, scale=DIM**-0.5, logits_soft_cap=0, head_size=DIM)
-
-
-@pytest.fixture
-def batch() -> Iterator[tuple[Common, Tensor, Tensor]]:
-    """Three rows of decode, one of prefill; queries of all tokens; vLLM's pages."""
-    common = _common([1, 1, 1, 5], [9, 17, 30, 12])
-    yield common, torch.randn(8, HEADS, DIM), torch.randn(32, KV_HEADS, BLOCK, 2 * DIM)
-
-
-ROWS: list[Row | None] = [
-    Row("a", 8, 9, 9),
-    Row("b", 16, 17, 17),
-    Row("c", 29, 30, 30),
-    Row("d", 7, 12, 12),
-]
-PLACES = [Place(2, 7), None, Place(0, 9), Place(1, 4)]
-
-
-def _expected(common: Common, query: Tensor, kv_cache: Tensor) -> Tensor:
-    """Attention of the rows of decode, with every row by itself."""
-    pages = kv_cache.split(DIM, dim=-1)
-    table, lens = common.block_table_tensor[:3], common.seq_lens[:3]
-    out = mac_attn.decode(query[:3], pages, table, lens, kv_layout="HND")
-    assert isinstance(out, Tensor)
-    return out
-
-
-def _build(seen: list[Common]) -> Callable[[Any], str]:
-    def build(part: Common) -> str:
-        seen.append(part)
-        return "metadata"
-
-    return build
-
-
-def test_a_step_on_the_cpu(batch: tuple[Common, Tensor, Tensor]) -> None:
-    common, query, kv_cache = batch
-    impl, seen = _impl(), list[Common]()
-    engine = FakeEngine(ROWS, PLACES, seed=3)
-    plan = cpu_plan.plan_step(engine, True, common, BLOCK, _build(seen))  # type: ignore[arg-type]
-    output = torch.full_like(query, torch.nan)
-    for which, rows in plan.decode:
-        output[which] = attend.decode(impl, rows, query[which], kv_cache)
-    torch.testing.assert_close(output[:3], _expected(common, query, kv_cache))
-    ring = impl.mac.ring
-    assert ring.slot_end.tolist() == [30, 0, 9]
-    assert ring.slot_request.tolist() == [9, -1, 7]
-
-    assert plan.prefill is not None
-    assert plan.prefill.tokens == slice(3, 8)
-    (part,) = seen
-    assert part.query_start_loc.tolist() == [0, 5]
-    assert part.seq_lens.tolist() == [12]
-    # Packed as vLLM would, the scratch cache holds the request's keys in order.
-    keys = kv_cache[plan.prefill.pages, :, plan.prefill.places]
-    table = common.block_table_tensor[3].long()
-    assert torch.equal(keys, kv_cache[table].transpose(1, 2).flatten(0, 1)[:12])
-    assert plan.prefill.slot_mapping.tolist() == list(range(12))
-    assert part.block_table_tensor.tolist() == [[0, 1, 2]]
-
-    attend.seed(impl, plan.seeds, query, kv_cache)
-    assert ring.slot_end[1] == 12
-    assert ring.slot_begin[1] == 9
-    assert ring.slot_request[1] == 4
-
-
-@pytest.mark.parametrize("padding", [0, 2])
-def test_a_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor], padding: int) -> None:
-    """The two calls with lengths of 0 add up; what a graph was recorded with serves every step."""
-    _, query, kv_cache = batch
-    lens = [9, 17, 30, *[0] * padding]
-    common = _common([1, 1, 1, *[0] * padding], lens)
-    impl, buffers = _impl(), cuda_plan.Buffers(8, torch.device("cpu"))
-    recorded = cuda_plan.plan_capture(_common([1] * len(lens), [1] * len(lens)), buffers)
-    rows = [*ROWS[:3], *[None] * padding]
-    places = [*PLACES[:3], *[None] * padding]
-    engine = FakeEngine(rows, places)
-    plan = cuda_plan.plan_step(engine, True, common, buffers, _build([]))  # type: ignore[arg-type]
-    assert plan.prefill is None
-    assert plan.num_decodes == 3
-    expected = _expected(common, query, kv_cache)
-
-    def run(step: cuda_plan.CudaPlan) -> Tensor:
-        assert step.with_ring is not None
-        assert step.exact is not None
-        # A graph reads the block table where it was when recorded; vLLM writes it there.
-        table = common.block_table_tensor[: step.num_decodes]
-        q = query[: step.num_decodes]
-        with_ring = attend.decode(impl, replace(step.with_ring, block_table=table), q, kv_cache)
-        exact = attend.decode(impl, replace(step.exact, block_table=table), q, kv_cache)
-        return with_ring + exact
-
-    torch.testing.assert_close(run(plan), expected)
-    replayed = run(recorded)
-    torch.testing.assert_close(replayed[:3], expected)
-    assert not replayed[3:].any()
-    assert impl.mac.ring.slot_request.tolist() == [9, -1, 7]
-
-
-def test_a_mixed_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor]) -> None:
-    common, _, _ = batch
-    seen: list[Common] = []
-    engine = FakeEngine(ROWS, PLACES, seed=3)
-    buffers = cuda_plan.Buffers(8, torch.device("cpu"))
-    plan = cuda_plan.plan_step(engine, True, common, buffers, _build(seen))  # type: ignore[arg-type]
-    assert plan.prefill is not None
-    assert plan.prefill.tokens == slice(3, 8)
-    (part,) = seen
-    assert part.num_reqs == 1
-    assert part.query_start_loc.tolist() == [0, 5]
-    assert torch.equal(part.block_table_tensor, common.block_table_tensor[3:])
-    assert torch.equal(part.slot_mapping, common.slot_mapping[3:])
-    assert buffers.ring_lens[:3].tolist() == [9, 0, 30]
-    assert buffers.exact_lens[:3].tolist() == [0, 17, 0]
-    (seed,) = plan.seeds
-    assert (seed.first, seed.last) == (5, 8)
-
-
-def test_queries_that_are_not_rotated_are_matched_as_they_are(
-    batch: tuple[Common, Tensor, Tensor],
-) -> None:
-    common, query, kv_cache = batch
-    impl = _impl(rotated=False)
-    rows = attend.Rows(
-        common.block_table_tensor[:1],
-        common.seq_lens[:1],
-        torch.tensor([1], dtype=torch.int32),
-        torch.tensor([5]),
-    )
-    attend.decode(impl, rows, query[:1], kv_cache)
-    stored = impl.mac.ring.ring_query[1, :, 8 % 8].flatten(0, 1)
-    assert torch.equal(stored, query[0])
-    impl = _impl(rotated=True)
-    with pytest.raises(ValueError, match="rotary"):  # and this ring knows no rotation
-        attend.decode(impl, rows, query[:1], kv_cache)
