@@ -11,6 +11,7 @@
 #   TORCH="torch==2.13.0" what to install if .venv has no torch yet
 #   DEMO_ARGS, TEST_ARGS  passed on
 #   FUZZ_SECONDS, SOAK_SECONDS  how long (600 and 1800; in `make test` 60 and 20)
+#   FUZZ_ARGS             passed on to libFuzzer; `make test` draws the same calls every time, `make fuzz` others
 #   VLLM, VLLM_TORCH      what `make vllm` installs; VLLM_ARGS are passed on to its tests
 #   CUDA_TORCH, CUDA_COMPILER  what `make cuda` installs: a torch for CUDA, and its compiler as wheels
 
@@ -29,6 +30,7 @@ VLLM_ARGS ?=
 TEST_ARGS ?=
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 1800
+FUZZ_ARGS ?=
 
 venv := .venv
 bin := $(venv)/bin
@@ -54,7 +56,7 @@ demo: $(venv)/built-demo
 
 test: lint kernels cuda $(venv)/built-test
 	$(MAKE) sanitize package
-	$(MAKE) fuzz FUZZ_SECONDS=60
+	$(MAKE) fuzz FUZZ_SECONDS=60 FUZZ_ARGS="-seed=1 -runs=50000"
 	$(MAKE) soak SOAK_SECONDS=20
 	$(MAKE) vllm
 	$(bin)/python -m pytest --cov --cov-report=term $(TEST_ARGS)
@@ -120,7 +122,7 @@ fuzz: $(sanitized)/built
 	@$(pip) install --only-binary :all: atheris 2> /dev/null || true
 	@if $(bin)/python -c "import atheris" 2> /dev/null; then \
 	  $(sanitized_python) ../../tests/fuzz/fuzz_ops.py -max_total_time=$(FUZZ_SECONDS) -max_len=512 -len_control=0 \
-	    -timeout=60 -rss_limit_mb=4096 -print_final_stats=1 -verbosity=0; \
+	    -timeout=60 -rss_limit_mb=4096 -print_final_stats=1 -verbosity=0 $(FUZZ_ARGS); \
 	else echo "make fuzz: skipped, the package index has no atheris wheel for this Python"; fi
 else
 sanitize fuzz:

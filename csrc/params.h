@@ -133,7 +133,12 @@ struct CompleteParams {
 
 // First position that the entry of position `p` leaves out: E(p) = max(0, p + 1 - band).
 constexpr int32_t band_start(int32_t p, int32_t band) {
-  return p + 1 > band ? p + 1 - band : 0;
+  return p >= band ? p - band + 1 : 0;
+}
+
+// Depth of an entry that reuses one of depth `depth`.
+constexpr int32_t next_depth(int32_t depth) {
+  return depth < INT32_MAX ? depth + 1 : depth;
 }
 
 }  // namespace mac_attn

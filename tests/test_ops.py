@@ -338,3 +338,31 @@ def test_foreign_source_is_refused():
         )
     for a, b in zip(snapshot(reuse), before, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("source", [2**31 - 1, -(2**31), 7])
+def test_padding_rows_may_hold_any_source(source, device):
+    """A row of length 0 reads nothing; that no sum with it overflows shows under `make sanitize`."""
+    args = op_arguments(make_reuse(device), device)
+    seq_lens, sources = args["amend"][4].clone(), args["amend"][5].clone()
+    seq_lens[1], sources[1] = 0, source
+    states, state_lse, anchors = torch.ops.mac_attn.amend(
+        *args["amend"][:4], seq_lens, sources, *args["amend"][6:]
+    )
+    assert (state_lse[:, 1] == -math.inf).all() and state_lse[:, 0].isfinite().any()
+    before = args["complete"][9][0].clone()  # the ring of the padding row's slot
+    out, lse = args["complete"][-2:]
+    torch.ops.mac_attn.complete(
+        states, state_lse, anchors, sources, args["complete"][4], seq_lens, *args["complete"][6:]
+    )
+    assert (lse[1] == -math.inf).all() and lse[0].isfinite().all() and not out[1].any()
+    assert torch.equal(args["complete"][9][0], before)
+
+
+def test_the_depth_of_an_entry_does_not_wrap(device):
+    """Reached by a slot that was written by hand only: match refuses entries of such a depth."""
+    args = op_arguments(make_reuse(device), device)["complete"]
+    depth, position = args[11], int(args[5][0]) - 1
+    depth.fill_(2**31 - 1)
+    torch.ops.mac_attn.complete(*args)
+    assert (depth[int(args[6][0]), :, position % WINDOW] == 2**31 - 1).all()

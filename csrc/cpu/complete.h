@@ -36,7 +36,7 @@ void complete_head(const CompleteParams& p, int request, int head, float* carrie
       const MergeWeights w = merge_weights(p.ring.lse[from], carried_lse);
       write_row(carried, p.ring.out + from * D, w.first, old, w.second, D);
       carried_lse = w.lse;
-      depth = p.ring.depth[from] + 1;
+      depth = next_depth(p.ring.depth[from]);
     }
     std::memcpy(p.ring.out + to * D, carried, D * sizeof(float));
     p.ring.lse[to] = carried_lse;

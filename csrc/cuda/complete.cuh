@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kLaneElements; ++i) {
         if (lane + 32 * i < D) reused[i] = p.ring.out[from * D + lane + 32 * i];
       }
-      depth = p.ring.depth[from] + 1;
+      depth = next_depth(p.ring.depth[from]);
       const MergeWeights carry = merge_weights(p.ring.lse[from], carried_lse);
       carried_lse = carry.lse;
 #pragma unroll
