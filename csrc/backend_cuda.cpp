@@ -111,17 +111,17 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   w.partial_out = partial.data_ptr<float>();
   w.partial_max = w.partial_out + states * D;
   w.partial_sum = w.partial_max + states;
-  Tensor candidate, candidate_floats;
+  Tensor strip_floats, strip_bytes;
   if (p.num_anchors > 0) {
-    const int64_t tokens_of_bins = 16 * cuda::kWarpTokens;  // 16 bins are read at a time
-    w.max_candidates = static_cast<int32_t>((w.max_tokens + tokens_of_bins - 1) / tokens_of_bins * 16);
-    const int64_t candidates = B * H * w.max_candidates;
-    candidate = at::empty({candidates + candidates / 4}, on.options().dtype(at::kInt));
-    candidate_floats = at::empty({2 * candidates * G}, floats);
-    w.candidate = candidate.data_ptr<int32_t>();
-    w.candidate_bin = reinterpret_cast<uint8_t*>(w.candidate + candidates);
-    w.candidate_logit = candidate_floats.data_ptr<float>();
-    w.candidate_max = w.candidate_logit + candidates * G;
+    w.max_strips = cuda::max_strips(w.max_tokens);
+    const int64_t strips = B * H * w.max_strips,
+                  weights = cuda::kWarpTokens * cuda::weight_row(static_cast<int32_t>(G));
+    strip_floats = at::empty({2 * strips * G}, floats);
+    strip_bytes = at::empty({strips * (weights * 2 + 1)}, on.options().dtype(at::kByte));
+    w.strip_logit = strip_floats.data_ptr<float>();
+    w.strip_max = w.strip_logit + strips * G;
+    w.token_weight = reinterpret_cast<uint16_t*>(strip_bytes.data_ptr<uint8_t>());
+    w.strip_bin = strip_bytes.data_ptr<uint8_t>() + strips * weights * 2;
   }
   C10_CUDA_CHECK(cuda::launch_amend(p, w, ctas, c10::cuda::getCurrentCUDAStream()));
 }

@@ -113,10 +113,11 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
                                             static_cast<uint32_t>(valid >> (kWarpTokens * Stage::kCount)),
                                             tokens.anchors, x);
       raise_max<T, kHeadDim, kHeadBlocks>(state, x);
+      uint16_t* kept = nullptr;
       if (p.num_anchors > 0 && !piece.work.hit() && piece.span(tile) == kOld) {
-        keep_candidate<T, kHeadDim, kHeadBlocks>(p, w, piece, state, x, first);
+        kept = keep_strip<T, kHeadDim, kHeadBlocks>(p, w, piece, state, x, first);
       }
-      add_values<T, kHeadDim, kHeadBlocks>(state, x, stage);
+      add_values<T, kHeadDim, kHeadBlocks>(state, x, stage, kept, p.shape.group_size);
     }
     ptx::sync_warp();  // all lanes have read the stage
 
@@ -168,8 +169,13 @@ MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
   }
 }
 
+// CTAs of a processor. Where a third one fits, it makes a step at batch 1 slower (bench/README.md).
+constexpr int ctas_per_processor(int head_dim) {
+  return head_dim <= 128 ? 2 : 1;
+}
+
 template <typename T, int kHeadDim, int kHeadBlocks>
-__global__ void __launch_bounds__(kThreads, kHeadDim <= 128 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
     amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
   if (p.source) prefetch_bands<T, kHeadDim>(p, w);
   ptx::grid_dependency_wait();  // match's answer

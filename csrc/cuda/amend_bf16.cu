@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "amend_launch.cuh"
 
 namespace mac_attn::cuda {
@@ -11,7 +13,7 @@ cudaError_t launch_amend(const AmendParams& p, const AmendWorkspace& w, int32_t 
                                      : launch_amend_fp16(p, w, ctas, stream);
 }
 
-// As many CTAs as the device holds at a time. Both dtypes have the same shared memory and launch bounds.
+// As many CTAs as the device is to hold at a time. Both dtypes have the same shared memory and launch bounds.
 cudaError_t amend_ctas(int32_t head_dim, int32_t group_size, int32_t* ctas) {
   int device = 0, processors = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
@@ -21,7 +23,7 @@ cudaError_t amend_ctas(int32_t head_dim, int32_t group_size, int32_t* ctas) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, shared);
     if (!error && each == 0) error = cudaErrorInvalidConfiguration;
-    *ctas = processors * each;
+    *ctas = processors * std::min(each, ctas_per_processor(head_dim));
     return error;
   });
 }

@@ -1,10 +1,11 @@
 // The anchors of a new entry, chosen and taken out of the old state by the CTA that finishes a KV head.
 //
-// Candidates are the heaviest of every 16 old tokens. The S heaviest of them are taken, by softmax weight,
-// maximum over the heads of the group, up to the width of a histogram bin (1/8 log2); in one bin the earlier
-// tokens. They leave the old state by subtraction of just what was added for them (the weight as the MMA had
-// it, rounded) and join the fresh one.
-// Traffic: G logits of every candidate, G weights and one V row of every anchor.
+// The S heaviest old tokens are taken, by softmax weight, maximum over the heads of the group, up to the width of a
+// histogram bin (1/8 log2); in one bin the earlier tokens. They lie in the S strips of 16 tokens whose heaviest
+// tokens are the heaviest, so the strips are sorted first, by logits, and then the tokens of those, by weights.
+// They leave the old state by subtraction of just what was added for them (the weight as the MMA had it, rounded)
+// and join the fresh one. Traffic: G logits of every strip; of each of S strips 16 G weights; one V row of every
+// anchor.
 #pragma once
 
 #include "log2.cuh"
@@ -40,23 +41,49 @@ struct AnchorChoice {
   float lse[kMaxTileHeads];  // log2, over all tokens
   int bin[kBins + 1];
   int warp_sum[kWarps];
-  int cutoff, room;        // bins below `cutoff` fit, and `room` candidates of that bin
-  int place[kMaxAnchors];  // of the chosen candidates, ascending
+  int cutoff, room;        // bins below `cutoff` fit, and `room` of that bin
+  int strip[kMaxAnchors];  // the chosen ones, ascending
   int token[kMaxAnchors];
   int64_t row[kMaxAnchors];  // where their values begin
   float weight[kWarps][4];
 };
 
-// The heaviest head's weight of every candidate as a bin: counted, and kept for the choice. A thread looks at four
-// candidates in each of four blocks at a time: one CTA alone has few loads in flight.
-MAC_DEVICE void sort_into_bins(const AmendParams& p, const AmendWorkspace& w, int group, int num_candidates,
-                               AnchorChoice& choice) {
+// A weight, log2, as a bin: the heavier the lower.
+MAC_DEVICE uint32_t bin_of_weight(float weight) {
+  if (!(weight > -INFINITY)) return kNoBin;  // NaN too
+  const float place = -weight * kBinsPerLog2;
+  return place < 0.f ? 0 : place < kBins - 1 ? static_cast<uint32_t>(place) : kBins - 1;
+}
+
+MAC_DEVICE void count_bin(uint32_t bin, AnchorChoice& choice) {
+  if (bin != kNoBin) ptx::atomic_add(&choice.bin[bin], 1);
+}
+
+// The whole block takes part.
+MAC_DEVICE void clear_bins(AnchorChoice& choice) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i <= kBins; i += kThreads) choice.bin[i] = 0;
+  if (threadIdx.x == 0) choice.cutoff = kNoBin, choice.room = 0;
+  ptx::sync_block();
+}
+
+// The heaviest token and head's weight of every strip as a bin: counted, and kept for the choice. A thread looks at
+// four strips in each of four blocks at a time: one CTA alone has few loads in flight.
+MAC_DEVICE void sort_strips(const AmendParams& p, const AmendWorkspace& w, int group, int num_strips,
+                            AnchorChoice& choice) {
   constexpr int kBlocks = 4, kBlock = kThreads * 4;
   const int G = p.shape.group_size;
-  const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
-  const float* logits = w.candidate_logit + base * G;
+  const int64_t base = static_cast<int64_t>(group) * w.max_strips;
+  float* logits = w.strip_logit + base * G;
+  // They are read four at a time: fill up the last four.
 #pragma unroll 1
-  for (int first = threadIdx.x * 4; first < num_candidates; first += kBlocks * kBlock) {
+  for (int i = threadIdx.x; i < 4 * G; i += kThreads) {
+    const int strip = num_strips / 4 * 4 + i % 4;
+    if (strip >= num_strips && num_strips % 4 != 0) logits[int64_t{i / 4} * w.max_strips + strip] = -INFINITY;
+  }
+  ptx::sync_block();
+#pragma unroll 1
+  for (int first = threadIdx.x * 4; first < num_strips; first += kBlocks * kBlock) {
     float weight[kBlocks][4];
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -64,93 +91,105 @@ MAC_DEVICE void sort_into_bins(const AmendParams& p, const AmendWorkspace& w, in
     }
 #pragma unroll 2
     for (int g = 0; g < G; ++g) {
-      const float* head = logits + static_cast<int64_t>(g) * w.max_candidates + first;
+      const float* head = logits + static_cast<int64_t>(g) * w.max_strips + first;
       const float lse = choice.lse[g];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         float4 x{-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-        if (first + b * kBlock < num_candidates) x = ptx::load_float4(head + b * kBlock);
+        if (first + b * kBlock < num_strips) x = ptx::load_float4(head + b * kBlock);
         weight[b][0] = fmaxf(weight[b][0], x.x - lse), weight[b][1] = fmaxf(weight[b][1], x.y - lse);
         weight[b][2] = fmaxf(weight[b][2], x.z - lse), weight[b][3] = fmaxf(weight[b][3], x.w - lse);
       }
     }
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      if (first + b * kBlock >= num_candidates) break;
+      if (first + b * kBlock >= num_strips) break;
       uint32_t bins = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        uint32_t bin = kNoBin;
-        if (weight[b][i] > -INFINITY) {
-          const float place = -weight[b][i] * kBinsPerLog2;
-          bin = place < 0.f ? 0 : place < kBins - 1 ? static_cast<uint32_t>(place) : kBins - 1;
-          ptx::atomic_add(&choice.bin[bin], 1);
-        }
+        const uint32_t bin = bin_of_weight(weight[b][i]);
+        count_bin(bin, choice);
         bins |= bin << (8 * i);
       }
-      ptx::store_4(w.candidate_bin + base + first + b * kBlock, bins);
+      ptx::store_4(w.strip_bin + base + first + b * kBlock, bins);
     }
   }
   // They are read 16 at a time: fill up the last 16.
-  const int tail = (num_candidates + 3) / 4 * 4 + threadIdx.x * 4;
-  if (tail < (num_candidates + 15) / 16 * 16) ptx::store_4(w.candidate_bin + base + tail, ~0u);
+  const int tail = (num_strips + 3) / 4 * 4 + threadIdx.x * 4;
+  if (tail < (num_strips + 15) / 16 * 16) ptx::store_4(w.strip_bin + base + tail, ~0u);
 }
 
-// Marks the heaviest candidates, ascending; returns how many. The whole block takes part.
-MAC_DEVICE int choose_anchors(const AmendParams& p, const AmendWorkspace& w, int group, int num_candidates,
-                              AnchorChoice& choice) {
-  const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
-#pragma unroll 1
-  for (int g = threadIdx.x; g < p.shape.group_size; g += kThreads) {
-    const float old = log2_total(choice.max[kOld][g], choice.sum[kOld][g]);
-    const float fresh = log2_total(choice.max[kFresh][g], choice.sum[kFresh][g]);
-    const float high = finite_or_zero(fmaxf(old, fresh));
-    choice.lse[g] = high + ptx::lg2(ptx::ex2(old - high) + ptx::ex2(fresh - high));
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x; i <= kBins; i += kThreads) choice.bin[i] = 0;
-  if (threadIdx.x == 0) choice.cutoff = kNoBin, choice.room = 0;
-  ptx::sync_block();
-  sort_into_bins(p, w, group, num_candidates, choice);
-  ptx::sync_block();
+// Where a token's weights are, of all heads.
+MAC_DEVICE const uint16_t* weights_of(const AmendParams& p, const AmendWorkspace& w, int group, int token) {
+  const int64_t first = static_cast<int64_t>(group) * w.max_strips * kWarpTokens;
+  return w.token_weight + (first + token) * weight_row(p.shape.group_size);
+}
 
+// The same of the tokens of the chosen strips, one after the other, by their weights in the sums.
+template <typename T>
+MAC_DEVICE void sort_tokens(const AmendParams& p, const AmendWorkspace& w, int group, int num_strips, uint8_t* bins,
+                            AnchorChoice& choice) {
+  const int G = p.shape.group_size;
+  const float* max = w.strip_max + static_cast<int64_t>(group) * w.max_strips * G;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < num_strips * kWarpTokens; i += kThreads) {
+    const int strip = choice.strip[i / kWarpTokens];
+    const uint16_t* weights = weights_of(p, w, group, strip * kWarpTokens + i % kWarpTokens);
+    float weight = -INFINITY;
+#pragma unroll 4
+    for (int g = 0; g < G; g += 2) {
+      const float2 pair = ptx::unpack2<T>(ptx::load_4(weights + g));
+      const float* high = max + static_cast<int64_t>(g) * w.max_strips + strip;
+      weight = fmaxf(weight, ptx::lg2(pair.x) + high[0] - choice.lse[g]);
+      if (g + 1 < G) weight = fmaxf(weight, ptx::lg2(pair.y) + high[w.max_strips] - choice.lse[g + 1]);
+    }
+    const uint32_t bin = bin_of_weight(weight);
+    count_bin(bin, choice);
+    bins[i] = static_cast<uint8_t>(bin);
+  }
+}
+
+// Writes which of `count` bins are the lowest `wanted`, ascending, to `chosen`; returns how many. The bins are
+// counted already; the whole block takes part.
+MAC_DEVICE int choose_lowest(const uint8_t* bins, int count, int wanted, int* chosen, AnchorChoice& choice) {
   static_assert(2 * kThreads == kBins + 1, "two bins a thread");
+  ptx::sync_block();
   int all = 0;
   const int bin = 2 * threadIdx.x, count0 = choice.bin[bin], count1 = choice.bin[bin + 1];
   const int before = sum_before(count0 + count1, choice.warp_sum, all), between = before + count0;
-  if (before <= p.num_anchors && between > p.num_anchors) {
-    choice.cutoff = bin, choice.room = p.num_anchors - before;
-  } else if (between <= p.num_anchors && between + count1 > p.num_anchors) {
-    choice.cutoff = bin + 1, choice.room = p.num_anchors - between;
+  if (before <= wanted && between > wanted) {
+    choice.cutoff = bin, choice.room = wanted - before;
+  } else if (between <= wanted && between + count1 > wanted) {
+    choice.cutoff = bin + 1, choice.room = wanted - between;
   }
   ptx::sync_block();
 
-  // In order of position, so that the choice does not depend on timing; 16 candidates a thread at a time.
+  // In order of position, so that the choice does not depend on timing; 16 a thread at a time.
   const uint32_t cutoff = choice.cutoff;
   const int room = choice.room;
   int taken = 0, edge = 0;  // so far: bins below the cutoff, and the bin at it
 #pragma unroll 1
-  for (int chunk = 0; chunk < num_candidates; chunk += kThreads * 16) {
+  for (int chunk = 0; chunk < count; chunk += kThreads * 16) {
     const int first = chunk + threadIdx.x * 16;
-    uint4 bins{~0u, ~0u, ~0u, ~0u};
-    if (first < num_candidates) bins = ptx::load_16(w.candidate_bin + base + first);
-    const auto bin_of = [&](int i) {
-      const uint32_t word = i < 8 ? (i < 4 ? bins.x : bins.y) : (i < 12 ? bins.z : bins.w);
-      return first + i < num_candidates ? word >> (i % 4 * 8) & 255u : kNoBin;
+    uint4 words{~0u, ~0u, ~0u, ~0u};
+    if (first < count) words = ptx::load_16(bins + first);
+    const auto bin_at = [&](int i) {
+      const uint32_t word = i < 8 ? (i < 4 ? words.x : words.y) : (i < 12 ? words.z : words.w);
+      return first + i < count ? word >> (i % 4 * 8) & 255u : kNoBin;
     };
     int mine = 0;
 #pragma unroll 1
-    for (int i = 0; i < 16; ++i) mine += (bin_of(i) < cutoff) + ((bin_of(i) == cutoff) << 16);
+    for (int i = 0; i < 16; ++i) mine += (bin_at(i) < cutoff) + ((bin_at(i) == cutoff) << 16);
     const int upto = sum_before(mine, choice.warp_sum, all);
     int t = taken + (upto & 0xffff), e = edge + (upto >> 16);
 #pragma unroll 1
     for (int i = 0; i < 16 && mine; ++i) {
-      const uint32_t b = bin_of(i);
+      const uint32_t b = bin_at(i);
       if (b < cutoff) {
-        choice.place[t + (e < room ? e : room)] = first + i;
+        chosen[t + (e < room ? e : room)] = first + i;
         ++t;
       } else if (b == cutoff) {
-        if (e < room) choice.place[t + e] = first + i;
+        if (e < room) chosen[t + e] = first + i;
         ++e;
       }
     }
@@ -160,12 +199,44 @@ MAC_DEVICE int choose_anchors(const AmendParams& p, const AmendWorkspace& w, int
   return taken + (edge < room ? edge : room);
 }
 
-// The weight that a candidate had in the sums, relative to the old span's maximum.
+// Writes the anchors to `choice.token`, ascending; returns how many. The whole block takes part.
 template <typename T>
-MAC_DEVICE float candidate_weight(const AmendWorkspace& w, int64_t place, float old_max) {
-  const float max = w.candidate_max[place];
-  const float weight = ptx::ex2(w.candidate_logit[place] - finite_or_zero(max));
-  return ptx::unpack2<T>(ptx::pack2<T>(weight, 0.f)).x * ptx::ex2(max - finite_or_zero(old_max));
+MAC_DEVICE int choose_anchors(const AmendParams& p, const AmendWorkspace& w, int group, int num_strips,
+                              const Scratch& scratch, AnchorChoice& choice) {
+#pragma unroll 1
+  for (int g = threadIdx.x; g < p.shape.group_size; g += kThreads) {
+    const float old = log2_total(choice.max[kOld][g], choice.sum[kOld][g]);
+    const float fresh = log2_total(choice.max[kFresh][g], choice.sum[kFresh][g]);
+    const float high = finite_or_zero(fmaxf(old, fresh));
+    choice.lse[g] = high + ptx::lg2(ptx::ex2(old - high) + ptx::ex2(fresh - high));
+  }
+  clear_bins(choice);
+  sort_strips(p, w, group, num_strips, choice);
+  const uint8_t* strip_bins = w.strip_bin + static_cast<int64_t>(group) * w.max_strips;
+  const int strips = choose_lowest(strip_bins, num_strips, p.num_anchors, choice.strip, choice);
+
+  uint8_t* token_bins = reinterpret_cast<uint8_t*>(scratch.area(0));  // [strips, 16]
+  clear_bins(choice);
+  sort_tokens<T>(p, w, group, strips, token_bins, choice);
+  const int count = choose_lowest(token_bins, strips * kWarpTokens, p.num_anchors, choice.token, choice);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int place = choice.token[i];
+    choice.token[i] = choice.strip[place / kWarpTokens] * kWarpTokens + place % kWarpTokens;
+  }
+  ptx::sync_block();
+  return count;
+}
+
+// The weight that a token has in the sums of head `g`, relative to the old span's maximum.
+template <typename T>
+MAC_DEVICE float anchor_weight(const AmendParams& p, const AmendWorkspace& w, int group, int g, int token,
+                               float old_max) {
+  const int64_t row = static_cast<int64_t>(group) * p.shape.group_size + g;
+  const float max = w.strip_max[row * w.max_strips + token / kWarpTokens];
+  const uint32_t pair = ptx::load_4(weights_of(p, w, group, token) + g / 2 * 2);
+  const float2 weight = ptx::unpack2<T>(pair);
+  return (g % 2 == 0 ? weight.x : weight.y) * ptx::ex2(max - finite_or_zero(old_max));
 }
 
 // Moves the chosen tokens from the old state to the fresh one, four heads at a time: as many lanes as a V row
@@ -176,7 +247,6 @@ MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, 
   constexpr int kPieces = kHeadDim / 8, kLanes = kPieces <= 8 ? 8 : kPieces <= 16 ? 16 : 32;
   constexpr int kSharers = kThreads / kLanes, kBlock = 64, kHeads = 4;
   const int G = p.shape.group_size, group = request * p.shape.num_kv_heads + kv_head;
-  const int64_t base = static_cast<int64_t>(group) * w.max_candidates;
   const int64_t spans = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads();
   const int piece = threadIdx.x % kLanes, sharer = threadIdx.x / kLanes, warp = threadIdx.x / 32;
   const T* values = static_cast<const T*>(p.kv.v) + kv_head * p.kv.v_head_stride;
@@ -186,8 +256,7 @@ MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, 
   const int32_t* pages = p.kv.block_table + request * p.kv.block_table_stride;
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int token = w.candidate[base + choice.place[i]], page = token / p.kv.page_size;
-    choice.token[i] = token;
+    const int token = choice.token[i], page = token / p.kv.page_size;
     choice.row[i] = static_cast<int64_t>(pages[page]) * p.kv.v_page_stride +
                     (token - page * p.kv.page_size) * p.kv.v_token_stride;
   }
@@ -201,10 +270,7 @@ MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, 
       for (int i = threadIdx.x; i < kBlock * kHeads; i += kThreads) {
         const int a = first + i / kHeads, g = head + i % kHeads;
         weights[i] =
-            a < count && g < G
-                ? candidate_weight<T>(w, base * G + static_cast<int64_t>(g) * w.max_candidates + choice.place[a],
-                                      choice.max[kOld][g])
-                : 0.f;
+            a < count && g < G ? anchor_weight<T>(p, w, group, g, choice.token[a], choice.max[kOld][g]) : 0.f;
       }
       ptx::sync_block();
 #pragma unroll 4

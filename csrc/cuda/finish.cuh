@@ -122,7 +122,7 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
   int count = 0;
   if (chooses && !status) {
     ptx::sync_block();
-    count = choose_anchors(p, w, group, (work.old_end + kWarpTokens - 1) / kWarpTokens, choice);
+    count = choose_anchors<T>(p, w, group, (work.old_end + kWarpTokens - 1) / kWarpTokens, scratch, choice);
     take_out_anchors<T, kHeadDim>(p, w, piece.request, piece.kv_head, count, work.old_end, scratch, choice);
   }
   int32_t* anchors = p.anchors + static_cast<int64_t>(group) * p.num_anchors;

@@ -11,7 +11,7 @@ namespace mac_attn::cuda {
 
 constexpr int32_t kMaxTileHeads = 16;  // query heads that one pass over the tokens serves
 constexpr int32_t kMaxWaves = 8;       // pieces for each CTA
-constexpr int32_t kWarpTokens = 16;    // tokens with one anchor candidate among them
+constexpr int32_t kWarpTokens = 16;    // tokens that a warp attends to at a time: a strip
 constexpr int32_t kMaxAnchors = 256;
 constexpr int32_t kMaxGroup = 128;
 constexpr int32_t kMaxCluster = 8;  // CTAs; more are not portable (CUDA Programming Guide, thread block clusters)
@@ -47,18 +47,20 @@ struct MatchWorkspace {
 
 // Device memory of one amend call. `done` and `drawn` are zero before the launch and after it.
 struct AmendWorkspace {
-  int32_t* done;           // [B, H] pieces whose partial states are there
-  int32_t* drawn;          // [1] pieces that CTAs have drawn
-  int32_t* status;         // [B] Error bits
-  int32_t* error_flag;     // [1] sticky, or null
-  float* partial_out;      // [max_pieces, kNumSpans, tile_heads, D] sum of weight * value
-  float* partial_max;      // [.., kNumSpans, tile_heads] log2
-  float* partial_sum;      // [.., kNumSpans, tile_heads]
-  int32_t* candidate;      // [B, H, max_candidates] the heaviest of every 16 old tokens of a miss
-  uint8_t* candidate_bin;  // [B, H, max_candidates] its weight, roughly
-  float* candidate_logit;  // [B, H, G, max_candidates] log2; -inf: none of the 16 is heavy
-  float* candidate_max;    // [B, H, G, max_candidates] the maximum its weight was relative to
-  int32_t max_candidates;  // a multiple of 16
+  int32_t* done;        // [B, H] pieces whose partial states are there
+  int32_t* drawn;       // [1] pieces that CTAs have drawn
+  int32_t* status;      // [B] Error bits
+  int32_t* error_flag;  // [1] sticky, or null
+  float* partial_out;   // [max_pieces, kNumSpans, tile_heads, D] sum of weight * value
+  float* partial_max;   // [.., kNumSpans, tile_heads] log2
+  float* partial_sum;   // [.., kNumSpans, tile_heads]
+  // Of the old tokens of a miss, for choosing anchors. A strip is light, and has no weights here, if its tokens
+  // are.
+  float* strip_logit;      // [B, H, G, max_strips] the largest, log2; -inf of a light strip
+  float* strip_max;        // [B, H, G, max_strips] what its weights are relative to, log2
+  uint16_t* token_weight;  // [B, H, max_strips, 16, weight_row(G)] T; as they are in the sums
+  uint8_t* strip_bin;      // [B, H, max_strips] weight of the heaviest token, roughly
+  int32_t max_strips;      // a multiple of 16
   int32_t num_pages;
   uint32_t k_page_units, k_token_units;  // strides in 16 bytes
   uint32_t v_page_units, v_token_units;
@@ -68,6 +70,17 @@ struct AmendWorkspace {
   int32_t tile_heads;  // min(G, kMaxTileHeads)
   int32_t head_tiles;  // passes per KV head: ceil(G / kMaxTileHeads)
 };
+
+// Weights of a token, padded to pairs.
+constexpr int32_t weight_row(int32_t group_size) {
+  return (group_size + 1) / 2 * 2;
+}
+
+// Strips of a request's tokens, padded: their bins are read 16 at a time.
+constexpr int32_t max_strips(int64_t max_tokens) {
+  constexpr int64_t kTokensOfBins = 16 * kWarpTokens;
+  return static_cast<int32_t>((max_tokens + kTokensOfBins - 1) / kTokensOfBins * 16);
+}
 
 struct CompleteWorkspace {
   const int32_t* status;  // [B] Error bits of match and amend, null in exact mode

@@ -3,7 +3,8 @@
 //   S^T [16 tokens, heads] = K Q^T,   O^T [D, heads] += V^T P^T.
 // The maximum a weight is relative to moves only when a logit passes it by 8 (log2): until then neither a
 // shuffle nor a rescaling is needed, and no weight exceeds 256.
-// Traffic: shared memory only, but for one anchor candidate of every 16 old tokens of a miss.
+// Traffic: shared memory only, but for what a miss keeps of its old tokens for choosing anchors: 2 bytes for each
+// token and head, and 8 for each head and strip of 16 tokens.
 #pragma once
 
 #include "log2.cuh"
@@ -15,8 +16,8 @@
 namespace mac_attn::cuda {
 
 constexpr int kNoHead = 0x7ffffffe;
-constexpr float kMaxLead = 8.f;          // log2, see above
-constexpr float kCandidateLead = -12.f;  // log2: lighter tokens, against the maximum so far, are no anchors
+constexpr float kMaxLead = 8.f;      // log2, see above
+constexpr float kHeavyLead = -12.f;  // log2: a strip of lighter tokens, against the maximum so far, has no anchors
 
 // One warp's running softmax over its tokens. A lane holds heads 2 (lane % 4) + {0, 1} of each block of
 // eight, of O^T rows lane / 4 + {0, 8} of each 16.
@@ -114,49 +115,38 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
   }
 }
 
-// Remembers the heaviest of the warp's tokens as a candidate for an anchor, if one is heavy at all.
+// Keeps what the choice of anchors goes by: of every head the largest logit of the strip and the maximum that its
+// weights are relative to. Returns where the weights are to be kept, null if all of them are light.
 template <typename T, int kHeadDim, int kHeadBlocks>
-MAC_DEVICE void keep_candidate(const AmendParams& p, const AmendWorkspace& w, const Piece& piece,
-                               const WarpState<T, kHeadDim, kHeadBlocks>& state, const float (&x)[kHeadBlocks][4],
-                               int first_token) {
-  const int lane = ptx::lane_id(), G = p.shape.group_size;
-  // A weight's lead over kCandidateLead as a number whose bits are ordered like it; the last four are the token's.
-  uint32_t heaviest = 0;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float lead = 0.f;
-#pragma unroll
-    for (int b = 0; b < kHeadBlocks; ++b) {
-      for (int i = 0; i < 2; ++i) lead = fmaxf(lead, x[b][2 * half + i] - state.max[b][i] - kCandidateLead);
-    }
-    const uint32_t key = (float_bits(lead) & ~15u) | (15 - lane / 4 - 8 * half);
-    if (lead > 0.f) heaviest = key > heaviest ? key : heaviest;
-  }
-  heaviest = ptx::reduce_max(heaviest);
-  const int64_t base = static_cast<int64_t>(piece.kv_group(p)) * w.max_candidates;
-  const int place = first_token / kWarpTokens, row = 15 - heaviest % 16;
-  float* logits = w.candidate_logit + base * G + place;
-  if (first_token + kWarpTokens >= piece.work.old_end && lane < G) {
-    // They are read four at a time: fill up the last four.
-    for (int i = 1; (place + i) % 4 != 0; ++i)
-      logits[static_cast<int64_t>(lane) * w.max_candidates + i] = -INFINITY;
-  }
-  if (heaviest == 0) {
-    if (lane < G) logits[static_cast<int64_t>(lane) * w.max_candidates] = -INFINITY;
-    return;
-  }
-  if (lane == 0) w.candidate[base + place] = first_token + row;
-  if (lane / 4 != row % 8) return;
+MAC_DEVICE uint16_t* keep_strip(const AmendParams& p, const AmendWorkspace& w, const Piece& piece,
+                                const WarpState<T, kHeadDim, kHeadBlocks>& state, const float (&x)[kHeadBlocks][4],
+                                int first_token) {
+  const int lane = ptx::lane_id(), G = p.shape.group_size, strip = first_token / kWarpTokens;
+  const int64_t base = static_cast<int64_t>(piece.kv_group(p)) * w.max_strips;
+  float high[kHeadBlocks][2];
+  bool heavy = false;
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
     for (int i = 0; i < 2; ++i) {
-      const int g = b * 8 + lane % 4 * 2 + i;
-      if (g >= G) continue;
-      const int64_t offset = static_cast<int64_t>(g) * w.max_candidates;
-      logits[offset] = row < 8 ? x[b][i] : x[b][2 + i];
-      w.candidate_max[base * G + offset + place] = state.max[b][i];
+      high[b][i] = fmaxf(x[b][i], x[b][2 + i]);
+      heavy = heavy || high[b][i] > state.max[b][i] + kHeavyLead;
     }
   }
+  const bool light = !ptx::ballot(heavy);
+#pragma unroll
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    for (int i = 0; i < 2; ++i) {
+      for (int distance = 4; distance < 32; distance *= 2) {
+        high[b][i] = fmaxf(high[b][i], ptx::shfl_xor(high[b][i], distance));
+      }
+      const int g = b * 8 + lane * 2 + i;
+      if (lane >= 4 || g >= G) continue;
+      const int64_t place = base * G + static_cast<int64_t>(g) * w.max_strips + strip;
+      w.strip_logit[place] = light ? -INFINITY : high[b][i];
+      w.strip_max[place] = state.max[b][i];
+    }
+  }
+  return light ? nullptr : w.token_weight + (base + strip) * kWarpTokens * weight_row(G);
 }
 
 template <typename T, int kHeadDim, int kHeadBlocks>
@@ -187,9 +177,10 @@ MAC_DEVICE void raise_max(WarpState<T, kHeadDim, kHeadBlocks>& state, const floa
   }
 }
 
+// `kept`: where the strip's weights are kept, or null.
 template <typename T, int kHeadDim, int kHeadBlocks>
 MAC_DEVICE void add_values(WarpState<T, kHeadDim, kHeadBlocks>& state, const float (&x)[kHeadBlocks][4],
-                           const T* stage) {
+                           const T* stage, uint16_t* kept, int group_size) {
   const int lane = ptx::lane_id();
   uint32_t weights[kHeadBlocks][2];
 #pragma unroll
@@ -203,6 +194,10 @@ MAC_DEVICE void add_values(WarpState<T, kHeadDim, kHeadBlocks>& state, const flo
       state.sum[b][0] += rounded.x;
       state.sum[b][1] += rounded.y;
       weights[b][half] = ptx::movmatrix_trans(pair);
+      const int column = b * 8 + lane % 4 * 2;
+      if (kept && column < group_size) {
+        ptx::store_4(kept + (lane / 4 + 8 * half) * weight_row(group_size) + column, pair);
+      }
     }
   }
   const T* row = stage + (kWarpTokens + lane / 16 * 8 + lane % 8) * Stage<kHeadDim>::kRow;

@@ -152,18 +152,17 @@ cuda::AmendWorkspace AmendCase::workspace() {
   partial_max_.assign(states, NAN);
   partial_sum_.assign(states, NAN);
   if (spec_.anchors > 0) {
-    const int64_t tokens_of_bins = 16 * cuda::kWarpTokens;
-    w.max_candidates = static_cast<int32_t>((w.max_tokens + tokens_of_bins - 1) / tokens_of_bins * 16);
-    candidate_.assign(groups * w.max_candidates, kGarbage);
-    candidate_bin_.assign(candidate_.size(), 77);
-    candidate_logit_.assign(candidate_.size() * G, NAN);
-    candidate_max_.assign(candidate_.size() * G, NAN);
+    w.max_strips = cuda::max_strips(w.max_tokens);
+    const size_t strips = groups * w.max_strips;
+    strip_logit_.assign(strips * G, NAN);
+    strip_max_.assign(strips * G, NAN);
+    token_weight_.assign(strips * cuda::kWarpTokens * cuda::weight_row(G), 0x7fff);  // NaN
+    strip_bin_.assign(strips, 77);
   }
   w.done = done_.data(), w.drawn = drawn_.data(), w.status = status.data(), w.error_flag = error_flag_.data();
   w.partial_out = partial_out_.data(), w.partial_max = partial_max_.data(), w.partial_sum = partial_sum_.data();
-  w.candidate = candidate_.data(), w.candidate_bin = candidate_bin_.data();
-  w.candidate_logit = candidate_logit_.data();
-  w.candidate_max = candidate_max_.data();
+  w.strip_logit = strip_logit_.data(), w.strip_max = strip_max_.data(), w.strip_bin = strip_bin_.data();
+  w.token_weight = token_weight_.data();
   return w;
 }
 
@@ -222,9 +221,9 @@ void AmendCase::check_request(int request) const {
       } else {
         reference::Rows queries;
         for (int g = 0; g < G; ++g) queries.push_back(query_.row(request, h * G + g));
-        // One candidate of every 16 tokens, if within 12 log2 of the largest so far; ordered by bins of 1/8 log2
-        // that end 32 log2 below 1.
-        const reference::ChoiceRules rules{end, spec_.anchors, cuda::kWarpTokens, -11.9, 0.126, -31.8};
+        // Strips with a token within 12 log2 of the largest so far count; they and the tokens are ordered by bins
+        // of 1/8 log2 that end 32 log2 below 1, the tokens by weights rounded to 8 bits.
+        const reference::ChoiceRules rules{end, spec_.anchors, -11.9, 0.26, -31.8};
         const std::string complaint =
             reference::judge_choice(tokens, queries, keys_[request][h], n, softmax_, rules);
         if (!complaint.empty()) std::printf("anchors of KV head %d: %s\n", h, complaint.c_str());

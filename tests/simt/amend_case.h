@@ -59,9 +59,10 @@ class AmendCase {
   std::vector<int32_t> slots_, source_, ring_anchors_;
   std::vector<std::vector<reference::Rows>> keys_, values_;  // by request and KV head
   std::vector<float> out_, lse_;
-  std::vector<int32_t> anchors_, done_, drawn_, error_flag_, candidate_;
-  std::vector<uint8_t> candidate_bin_;
-  std::vector<float> partial_out_, partial_max_, partial_sum_, candidate_logit_, candidate_max_;
+  std::vector<int32_t> anchors_, done_, drawn_, error_flag_;
+  std::vector<uint8_t> strip_bin_;
+  std::vector<uint16_t> token_weight_;
+  std::vector<float> partial_out_, partial_max_, partial_sum_, strip_logit_, strip_max_;
   int32_t expected_flag_ = 0;
   Unchanged unchanged_;
 };

@@ -75,13 +75,12 @@ Spans spans(int n, int source, int band, bool exact, const std::vector<int>& anc
 
 std::string judge_choice(const std::vector<int>& anchors, const Rows& queries, const Rows& keys, int n,
                          const Softmax& softmax, const ChoiceRules& rules) {
-  const int stretches = (rules.end + rules.stretch - 1) / rules.stretch;
-  std::vector<bool> taken(stretches);
+  std::set<int> taken;
   for (const int token : anchors) {
     if (token < 0 || token >= rules.end) return "token " + std::to_string(token) + " is not old";
-    if (taken[token / rules.stretch]) return "two of one stretch, or one twice: " + std::to_string(token);
-    taken[token / rules.stretch] = true;
+    if (!taken.insert(token).second) return "token " + std::to_string(token) + " twice";
   }
+  if (!std::is_sorted(anchors.begin(), anchors.end())) return "not ascending";
   // By head and token: the logit, in log2, less the head's log-sum-exp and less its maximum.
   Rows weights, leads;
   for (const Vector& query : queries) {
@@ -107,35 +106,21 @@ std::string judge_choice(const std::vector<int>& anchors, const Rows& queries, c
   for (const int token : anchors) lightest = std::min(lightest, weight_of(token));
   const double bar = std::max(lightest + rules.slack_log2, rules.floor_log2);
 
-  int worthy = 0;  // stretches with a token that cannot be too light
-  for (int i = 0; i < stretches; ++i) {
-    const int begin = i * rules.stretch, end = std::min(begin + rules.stretch, rules.end);
-    // The stretch's own candidate is the heaviest one of some head.
-    std::set<int> heaviest;
-    double least = INFINITY, lead = -INFINITY;
-    for (size_t h = 0; h < queries.size(); ++h) {
-      const auto first = leads[h].begin();
-      const int token = static_cast<int>(std::max_element(first + begin, first + end) - first);
-      lead = std::max(lead, leads[h][token]);
-      least = std::min(least, weight_of(token));
-      for (int t = begin; t < end; ++t) {
-        if (leads[h][t] > leads[h][token] - 1e-4) heaviest.insert(t);  // ties, up to rounding
-      }
-    }
-    worthy += lead > rules.least_log2;
-    for (const int token : anchors) {
-      if (token / rules.stretch == i && heaviest.count(token) == 0) {
-        return "token " + std::to_string(token) + " is for no head the heaviest of its stretch";
-      }
-    }
-    if (!taken[i] && lead > rules.least_log2 && static_cast<int>(anchors.size()) == rules.count && least > bar) {
-      return "stretch " + std::to_string(i) + " has a heavier token (2^" + std::to_string(least) +
+  int worthy = 0;  // tokens that cannot be too light
+  for (int token = 0; token < rules.end; ++token) {
+    double lead = -INFINITY;
+    for (const Vector& head : leads) lead = std::max(lead, head[token]);
+    if (!(lead > rules.least_log2)) continue;
+    ++worthy;
+    const bool all_used = static_cast<int>(anchors.size()) == rules.count;
+    if (taken.count(token) == 0 && all_used && weight_of(token) > bar) {
+      return "token " + std::to_string(token) + " is heavier (2^" + std::to_string(weight_of(token)) +
              ") than the lightest chosen (2^" + std::to_string(lightest) + ")";
     }
   }
   const int chosen = static_cast<int>(anchors.size());
   if (chosen > rules.count || chosen < std::min(rules.count, worthy)) {
-    return std::to_string(chosen) + " anchors of " + std::to_string(worthy) + " worthy stretches";
+    return std::to_string(chosen) + " anchors of " + std::to_string(worthy) + " worthy tokens";
   }
   return "";
 }

@@ -49,7 +49,6 @@ Spans spans(int n, int source, int band, bool exact, const std::vector<int>& anc
 struct ChoiceRules {
   int end;            // tokens [0, end) may be chosen
   int count;          // at most so many are
-  int stretch;        // and one of each so many neighbours
   double least_log2;  // weights this much below a head's largest logit must not count, lighter ones may not
   double slack_log2;  // how far the order of two weights may be wrong
   double floor_log2;  // weights below this, as softmax, are all alike
