@@ -342,7 +342,7 @@ def test_foreign_source_is_refused():
 
 @pytest.mark.parametrize("source", [2**31 - 1, -(2**31), 7])
 def test_padding_rows_may_hold_any_source(source, device):
-    """A row of length 0 reads nothing; that no sum with it overflows shows under `make sanitize`."""
+    """A row of length 0 reads nothing; a sum with it that overflows shows in `make sanitize`."""
     args = op_arguments(make_reuse(device), device)
     seq_lens, sources = args["amend"][4].clone(), args["amend"][5].clone()
     seq_lens[1], sources[1] = 0, source
