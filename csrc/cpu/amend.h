@@ -140,10 +140,9 @@ MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, Stream& stre
 struct Running {
   float* max;
   float* sum;
-  float* out;            // [kHeads, D]
-  const OldLogits* old;  // where to keep the logits for choosing anchors, or null; with it
-  int first_head;        // of the KV head's
-  int block;
+  float* out;         // [kHeads, D]
+  float* old_logits;  // where to keep the first head's for choosing anchors, and its totals, see OldLogits; or null
+  float* old_totals;
 };
 
 template <typename T, int kHeads, typename Q>
@@ -163,9 +162,9 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
       store(row + t, x);
     }
     for (int t = rows.count; t < kBlock; ++t) row[t] = -std::numeric_limits<float>::infinity();
-    if (state.old) {
+    if (state.old_logits) {
       // Read when all blocks are done, if at all.
-      float* to = state.old->block(state.first_head + h, state.block);
+      float* to = state.old_logits + h * kBlock;
       for (int t = 0; t < kBlock; t += kLanes) store_through(to + t, load(row + t));
     }
     vf high = broadcast(-std::numeric_limits<float>::infinity());
@@ -181,11 +180,11 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
       sum += weight;
     }
     const float block_sum = hsum(sum);
-    if (state.old) {
-      const int g = state.first_head + h;
-      *state.old->total(g, OldLogits::kMax, state.block) = block_max;
-      *state.old->total(g, OldLogits::kBase, state.block) = base;
-      *state.old->total(g, OldLogits::kSum, state.block) = block_sum;
+    if (state.old_totals) {
+      float* to = state.old_totals + h * OldLogits::kHeadTotals;
+      to[OldLogits::kMax * OldLogits::kTile] = block_max;
+      to[OldLogits::kBase * OldLogits::kTile] = base;
+      to[OldLogits::kSum * OldLogits::kTile] = block_sum;
     }
     state.sum[h] = state.sum[h] * rescale[h] + block_sum;
     state.max[h] = max;
@@ -224,9 +223,9 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
   for (int h = 0; h < heads; h += kTileHeads) {
     const int head = kv_head * G + h;
     // Who keeps logits attends with all heads from token 0 on, in whole blocks.
-    const Running running{
-        state.max + head, state.sum + head, state.out + static_cast<int64_t>(head) * D, keep ? &old : nullptr, h,
-        token / kBlock};
+    const Running running{state.max + head, state.sum + head, state.out + static_cast<int64_t>(head) * D,
+                          keep ? old.block(h, token / kBlock) : nullptr,
+                          keep ? old.total(h, OldLogits::kMax, token / kBlock) : nullptr};
     const Q* query = state.query + (static_cast<int64_t>(kv_head) * num_tiles(G) + h / kTileHeads) * tile_size;
     switch (std::min(heads - h, kTileHeads)) {
       case 1: attend_block<T, 1>(p, query, rows, next, stream, running); break;

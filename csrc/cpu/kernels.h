@@ -70,6 +70,7 @@ constexpr int32_t kAmendBlock = 32;  // tokens whose logits are in flight togeth
 struct OldLogits {
   enum Total { kMax, kBase, kSum, kNumTotals };
   static constexpr int32_t kTile = 16;  // blocks whose totals lie side by side: the widest vector
+  static constexpr int32_t kHeadTotals = kNumTotals * kTile;
 
   float* logits;  // [blocks, G, kAmendBlock]
   float* totals;  // [blocks / kTile, G, kNumTotals, kTile]
@@ -90,7 +91,7 @@ struct OldLogits {
     return logits + (int64_t{i} * group_size + g) * kAmendBlock;
   }
   MAC_ALWAYS_INLINE float* total(int g, Total which, int32_t i) const {
-    return totals + ((int64_t{i} / kTile * group_size + g) * kNumTotals + which) * kTile + i % kTile;
+    return totals + (int64_t{i} / kTile * group_size + g) * kHeadTotals + which * kTile + i % kTile;
   }
 };
 
