@@ -54,8 +54,7 @@ struct AmendWorkspace {
   float* partial_out;   // [max_pieces, kNumSpans, tile_heads, D] sum of weight * value
   float* partial_max;   // [.., kNumSpans, tile_heads] log2
   float* partial_sum;   // [.., kNumSpans, tile_heads]
-  // Of the old tokens of a miss, for choosing anchors. A strip is light, and has no weights here, if its tokens
-  // are.
+  // Of the old tokens of a miss, for choosing anchors. Of a strip whose tokens are all light only the logit is set.
   float* strip_logit;      // [B, H, G, max_strips] the largest, log2; -inf of a light strip
   float* strip_max;        // [B, H, G, max_strips] what its weights are relative to, log2
   uint16_t* token_weight;  // [B, H, max_strips, 16, weight_row(G)] T; as they are in the sums

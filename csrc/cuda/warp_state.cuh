@@ -136,14 +136,14 @@ MAC_DEVICE uint16_t* keep_strip(const AmendParams& p, const AmendWorkspace& w, c
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
     for (int i = 0; i < 2; ++i) {
-      for (int distance = 4; distance < 32; distance *= 2) {
+      for (int distance = 4; !light && distance < 32; distance *= 2) {
         high[b][i] = fmaxf(high[b][i], ptx::shfl_xor(high[b][i], distance));
       }
       const int g = b * 8 + lane * 2 + i;
       if (lane >= 4 || g >= G) continue;
       const int64_t place = base * G + static_cast<int64_t>(g) * w.max_strips + strip;
       w.strip_logit[place] = light ? -INFINITY : high[b][i];
-      w.strip_max[place] = state.max[b][i];
+      if (!light) w.strip_max[place] = state.max[b][i];
     }
   }
   return light ? nullptr : w.token_weight + (base + strip) * kWarpTokens * weight_row(G);
