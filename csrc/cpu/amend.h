@@ -143,6 +143,7 @@ struct Running {
   float* out;         // [kHeads, D]
   float* old_logits;  // where to keep the first head's for choosing anchors, and its totals, see OldLogits; or null
   float* old_totals;
+  bool logits_cached;  // see AmendWork
 };
 
 template <typename T, int kHeads, typename Q>
@@ -163,9 +164,10 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
     }
     for (int t = rows.count; t < kBlock; ++t) row[t] = -std::numeric_limits<float>::infinity();
     if (state.old_logits) {
-      // Read when all blocks are done, if at all.
       float* to = state.old_logits + h * kBlock;
-      for (int t = 0; t < kBlock; t += kLanes) store_through(to + t, load(row + t));
+      for (int t = 0; t < kBlock; t += kLanes) {
+        state.logits_cached ? store(to + t, load(row + t)) : store_through(to + t, load(row + t));
+      }
     }
     vf high = broadcast(-std::numeric_limits<float>::infinity());
     for (int t = 0; t < kBlock; t += kLanes) high = vmax(load(row + t), high);
@@ -223,9 +225,12 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
   for (int h = 0; h < heads; h += kTileHeads) {
     const int head = kv_head * G + h;
     // Who keeps logits attends with all heads from token 0 on, in whole blocks.
-    const Running running{state.max + head, state.sum + head, state.out + static_cast<int64_t>(head) * D,
+    const Running running{state.max + head,
+                          state.sum + head,
+                          state.out + static_cast<int64_t>(head) * D,
                           keep ? old.block(h, token / kBlock) : nullptr,
-                          keep ? old.total(h, OldLogits::kMax, token / kBlock) : nullptr};
+                          keep ? old.total(h, OldLogits::kMax, token / kBlock) : nullptr,
+                          work.logits_cached};
     const Q* query = state.query + (static_cast<int64_t>(kv_head) * num_tiles(G) + h / kTileHeads) * tile_size;
     switch (std::min(heads - h, kTileHeads)) {
       case 1: attend_block<T, 1>(p, query, rows, next, stream, running); break;

@@ -112,14 +112,14 @@ inline int32_t heaviest_blocks(const OldLogits& old, const float* lse, int group
   return count;
 }
 
-// The S heaviest tokens, ascending, to `chosen` (room for S blocks); returns how many. They lie in the S heaviest
-// blocks; only those are looked into. `blocks` and both `floats` have room for all.
+// The S heaviest tokens, ascending, to `chosen` (room for S blocks and one more); returns how many. They lie in the
+// S heaviest blocks; only those are looked into. `blocks` and both `floats` have room for all.
 inline int32_t choose_anchors(const OldLogits& old, const float* lse, int group_size, int32_t num_anchors,
                               float* const (&floats)[2], Candidate* blocks, Candidate* chosen) {
   const float infinity = std::numeric_limits<float>::infinity();
   const int32_t num_blocks = heaviest_blocks(old, lse, group_size, num_anchors, floats[0], floats[1], blocks);
-  for (int g = 0; g < group_size; ++g) {
-    for (int32_t i = 0; i < num_blocks; ++i) prefetch_row(old.block(g, blocks[i].token), kBlock);
+  for (int32_t i = 0; i < num_blocks; ++i) {
+    prefetch_row(old.block(0, blocks[i].token), static_cast<int64_t>(group_size) * kBlock);
   }
   // Each of S blocks has a token at least as heavy as the lightest of them.
   float bound = num_blocks < num_anchors ? -infinity : infinity;
@@ -129,9 +129,10 @@ inline int32_t choose_anchors(const OldLogits& old, const float* lse, int group_
     alignas(64) float weights[kBlock];
     group_weights(old, lse, group_size, blocks[i].token, weights);
     for (int t = 0; t < kBlock; ++t) {
-      // Neither NaN nor weight 0.
-      if (weights[t] >= bound && weights[t] > -infinity)
-        chosen[count++] = {weights[t], blocks[i].token * kBlock + t};
+      // Written whether it counts or not: a branch would be guessed wrong too often. Neither NaN nor weight 0
+      // counts.
+      chosen[count] = {weights[t], blocks[i].token * kBlock + t};
+      count += weights[t] >= bound && weights[t] > -infinity;
     }
   }
   if (count > num_anchors) {
@@ -312,7 +313,7 @@ void finish_group(const AmendParams& p, AmendWork& work, int32_t group_index, Sc
     float* const floats[2] = {scratch.array<float>(3, old.num_padded), scratch.array<float>(4, old.num_padded)};
     Candidate* blocks = scratch.array<Candidate>(5, old.num_blocks);
     Candidate* chosen =
-        scratch.array<Candidate>(6, static_cast<int64_t>(std::min(p.num_anchors, old.num_blocks)) * kBlock);
+        scratch.array<Candidate>(6, static_cast<int64_t>(std::min(p.num_anchors, old.num_blocks)) * kBlock + 1);
     const int32_t count = choose_anchors(old, lse, G, p.num_anchors, floats, blocks, chosen);
     for (int i = 0; i < count; ++i) anchors[i] = chosen[i].token;
     float* moved = scratch.array<float>(3, D);

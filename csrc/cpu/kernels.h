@@ -114,6 +114,8 @@ struct AmendWork {
   float* partial_max;  // [P, Hq]
   float* partial_sum;  // [P, Hq] sum of exp(logit - max); 0: the head has no part, and no `out`
   float* logits;
+  bool
+      logits_cached;  // they are few enough to stay in the caches from one call to the next; else written past them
   float* block_totals;
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> next_finish{0};  // of `groups`

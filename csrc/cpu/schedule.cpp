@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kMinTask = 512;           // below, the work around a task costs more than the task
 constexpr int kTasksPerThread = 24;         // the last one that is drawn ends soon after the others
 constexpr int32_t kStep = 2 * kAmendBlock;  // tokens; tasks begin at multiples of it
+constexpr int64_t kCachedLogits = 128 << 10;
 
 // Fills the order of heads of one request: by first token, equal ones by number.
 void sort_heads(const AmendParams& p, int request, int32_t* kv_heads, int32_t* qo_heads, int32_t* starts) {
@@ -112,6 +113,7 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
   partial_max = kept.array<float>(1, num_partials * Hq);
   partial_sum = kept.array<float>(2, num_partials * Hq);
   logits = kept.array<float>(3, num_logits);
+  logits_cached = num_logits <= kCachedLogits;
   block_totals = kept.array<float>(4, num_totals);
 }
 
