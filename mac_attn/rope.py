@@ -152,12 +152,13 @@ def unrotate(q: Tensor, positions: Tensor, rotary: RotaryEmbedding) -> Tensor:
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit.
     """
-    _check(q, positions, rotary)
-    if _one_pass(q, positions):
+    if isinstance(rotary, RotaryEmbedding) and _one_pass(q, positions):
+        # The op checks its arguments; with cold caches that takes less time than in Python.
         unrotated: Tensor = torch.ops.mac_attn.unrotate(
             q, positions, rotary.inv_freq, rotary.interleaved, rotary.scale
         )
         return unrotated
+    _check(q, positions, rotary)
     cos, sin = rotary.cos_sin(positions)
     return _turn(q, cos / rotary.scale, sin / -rotary.scale, rotary)
 
@@ -165,8 +166,11 @@ def unrotate(q: Tensor, positions: Tensor, rotary: RotaryEmbedding) -> Tensor:
 def _one_pass(q: Tensor, positions: Tensor) -> bool:
     """Whether csrc/unrotate_cpu.cpp serves: the queries of a decode step on the CPU."""
     return (
-        q.ndim == 3
+        isinstance(q, Tensor)
+        and isinstance(positions, Tensor)
+        and q.ndim == 3
         and q.device.type == "cpu"
+        and q.dtype in FLOAT_DTYPES
         and positions.dtype == torch.int32
         and positions.is_contiguous()
         and q.shape[-1] % 16 == 0
