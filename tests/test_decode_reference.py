@@ -254,6 +254,25 @@ def test_reuse_over_shapes(at, device):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_anchors_of_a_long_context(dtype, device):
+    """A miss and a hit. The CPU writes as many logits as these past its caches (schedule.cpp)."""
+    length, heads = 12_000, (12, 2)
+    options = {"num_kv_heads": heads[1], "head_dim": 64, "dtype": dtype, "device": device}
+    kv = make_kv(60, batch=1, length=length + 1, **options)
+    q = make_q(61, 2, 1, heads[0], 64, dtype=dtype, device=device)
+    q_match = make_q(62, 1, heads[0], 64, dtype=dtype, device=device)
+    twins = Twins(
+        small_config(anchors=20), num_slots=1, heads=heads, head_dim=64, dtype=dtype, device=device
+    )
+    kv.write([0], [length])
+    twins.decode(kv, [length], q[0], q_match, slots=[0])
+    assert twins.hit_rate == 0
+    kv.write([length], [length + 1])
+    twins.decode(kv, [length + 1], q[1], q_match, slots=[0])
+    assert twins.hit_rate == 0.5
+
+
 @pytest.mark.parametrize("layout, combined, strided", [("NHD", True, True), ("HND", False, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reuse_over_dtypes_and_layouts(dtype, layout, combined, strided, device):
