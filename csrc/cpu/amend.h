@@ -166,7 +166,11 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
     if (state.old_logits) {
       float* to = state.old_logits + h * kBlock;
       for (int t = 0; t < kBlock; t += kLanes) {
-        state.logits_cached ? store(to + t, load(row + t)) : store_through(to + t, load(row + t));
+        if (state.logits_cached) {
+          store(to + t, load(row + t));
+        } else {
+          store_through(to + t, load(row + t));
+        }
       }
     }
     vf high = broadcast(-std::numeric_limits<float>::infinity());

@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kMinTask = 512;           // below, the work around a task costs more than the task
 constexpr int kTasksPerThread = 24;         // the last one that is drawn ends soon after the others
 constexpr int32_t kStep = 2 * kAmendBlock;  // tokens; tasks begin at multiples of it
+// Logits kept for choosing anchors that are left in the caches: more are written past them in less time
+// (bench/README.md).
 constexpr int64_t kCachedLogits = 128 << 10;
 
 // Fills the order of heads of one request: by first token, equal ones by number.

@@ -32,6 +32,7 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
   const auto place = [](int head, int column) { return head * kRow + (column ^ head / 2 % 4 * 8); };
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32, heads = w.tile_heads;
   static_assert(kHeads * kRow * 4 <= Stage<kHeadDim>::kBytes, "a state fits a stage");
+  static_assert(kMaxAnchors * kWarpTokens <= Stage<kHeadDim>::kBytes, "so do choose_anchors' bins of tokens");
   float* mine = scratch.area(warp);
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
