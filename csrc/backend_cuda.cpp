@@ -114,12 +114,12 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   Tensor strip_floats, strip_bytes;
   if (p.num_anchors > 0) {
     w.max_strips = cuda::max_strips(w.max_tokens);
-    const int64_t strips = B * H * w.max_strips,
+    const int64_t strips = B * H * w.max_strips, row = cuda::strip_row(static_cast<int32_t>(G)),
                   weights = cuda::kWarpTokens * cuda::weight_row(static_cast<int32_t>(G));
-    strip_floats = at::empty({2 * strips * G}, floats);
+    strip_floats = at::empty({2 * strips * row}, floats);
     strip_bytes = at::empty({strips * (weights * 2 + 1)}, on.options().dtype(at::kByte));
     w.strip_logit = strip_floats.data_ptr<float>();
-    w.strip_max = w.strip_logit + strips * G;
+    w.strip_max = w.strip_logit + strips * row;
     w.token_weight = reinterpret_cast<uint16_t*>(strip_bytes.data_ptr<uint8_t>());
     w.strip_bin = strip_bytes.data_ptr<uint8_t>() + strips * weights * 2;
   }

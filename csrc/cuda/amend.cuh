@@ -32,8 +32,7 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
   const auto place = [](int head, int column) { return head * kRow + (column ^ head / 2 % 4 * 8); };
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32, heads = w.tile_heads;
   static_assert(kHeads * kRow * 4 <= Stage<kHeadDim>::kBytes, "a state fits a stage");
-  static_assert(kMaxAnchors * kWarpTokens <= Stage<kHeadDim>::kBytes, "so do choose_anchors' bins of tokens");
-  float* mine = scratch.area(warp);
+  float* mine = static_cast<float*>(scratch.area(warp));
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
     for (int i = 0; i < 2; ++i) {
@@ -61,7 +60,7 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
     for (int j = 0; j < kWarps; ++j) max = fmaxf(max, warp_max[j][head]);
     for (int j = 0; j < kWarps; ++j) {
       const float weight = ptx::ex2(warp_max[j][head] - finite_or_zero(max));
-      const float4 part = ptx::load_float4(scratch.area(j) + place(head, d));
+      const float4 part = ptx::load_float4(static_cast<float*>(scratch.area(j)) + place(head, d));
       sum += warp_sum[j][head] * weight;
       out.x += part.x * weight, out.y += part.y * weight, out.z += part.z * weight, out.w += part.w * weight;
     }
@@ -128,7 +127,9 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
                             Stage::kCount * Stage::kBytes};
       write_partial<T, kHeadDim, kHeadBlocks>(w, state, scratch,
                                               int64_t{piece.number} * kNumSpans + piece.span(tile));
-      if (at_end) leave_kv_head<T, kHeadDim>(p, w, piece, scratch);
+      if (at_end) {
+        leave_kv_head<T, kHeadDim>(p, w, piece, {reinterpret_cast<unsigned char*>(shared), Stage::kBytes});
+      }
     }
     if (at_end) break;
     slot = slot + 1 == Stage::kCount ? 0 : slot + 1;

@@ -9,10 +9,12 @@
 #pragma once
 
 #include "log2.cuh"
+#include "ptx/async_copy.h"
 #include "ptx/barrier.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
 #include "schedule.cuh"
+#include "stage.cuh"
 
 namespace mac_attn::cuda {
 
@@ -26,12 +28,31 @@ struct PieceRange {
   int begin, end;
 };
 
-// Dynamic shared memory that is free while a KV head is finished: an area of a stage's size in every warp's part.
+// Areas of shared memory, each of a stage's size.
 struct Scratch {
   unsigned char* base;
-  int stride;
-  MAC_DEVICE float* area(int i) const { return reinterpret_cast<float*>(base + i * stride); }
+  int stride;  // bytes from one to the next
+  MAC_DEVICE void* area(int i) const { return base + i * stride; }
 };
+
+// What a finished KV head's anchors are chosen with: all stages are free then, and these areas of them.
+constexpr int kBinArea = 0;    // two: bins of the strips, where they fit
+constexpr int kQueueArea = 2;  // from here on: what is on its way to sort_strips
+constexpr int kTokenBinArea = 0, kWeightArea = 0, kSumArea = 1;
+constexpr int kValueArea = 2;     // two: V rows of a block of anchors
+constexpr int kMaxArea = 4;       // up to four: what the weights of the chosen strips are relative to
+constexpr int kQueue = 16;        // reads of a thread on their way
+constexpr int kAnchorBlock = 64;  // whose V rows are there at a time
+constexpr int kTakenHeads = 4;    // whose sums they are taken out of at a time
+
+template <int kHeadDim>
+constexpr bool anchors_fit() {
+  constexpr int kArea = Stage<kHeadDim>::kBytes, kAreas = kWarps * Stage<kHeadDim>::kCount;
+  return kQueueArea * kArea + kQueue * kThreads * 16 <= kAreas * kArea &&  // the queue
+         kMaxAnchors * kWarpTokens <= kArea && kAnchorBlock * kTakenHeads * 4 <= kArea &&
+         kWarps * kTakenHeads * kHeadDim * 4 <= kArea && kAnchorBlock * kHeadDim * 2 <= 2 * kArea &&
+         kMaxArea + 4 <= kAreas && kMaxAnchors * kMaxTileHeads * 4 <= 4 * kArea;
+}
 
 // The merged sums of a pass, per query head, and the choice of a KV head's anchors; in shared memory.
 struct AnchorChoice {
@@ -43,7 +64,7 @@ struct AnchorChoice {
   int warp_sum[kWarps];
   int cutoff, room;        // bins below `cutoff` fit, and `room` of that bin
   int strip[kMaxAnchors];  // the chosen ones, ascending
-  int token[kMaxAnchors];
+  int place[kMaxAnchors], token[kMaxAnchors];
   int64_t row[kMaxAnchors];  // where their values begin
   float weight[kWarps][4];
 };
@@ -67,85 +88,90 @@ MAC_DEVICE void clear_bins(AnchorChoice& choice) {
   ptx::sync_block();
 }
 
-// The heaviest token and head's weight of every strip as a bin: counted, and kept for the choice. A thread looks at
-// four strips in each of four blocks at a time: one CTA alone has few loads in flight.
-MAC_DEVICE void sort_strips(const AmendParams& p, const AmendWorkspace& w, int group, int num_strips,
-                            AnchorChoice& choice) {
-  constexpr int kBlocks = 4, kBlock = kThreads * 4;
-  const int G = p.shape.group_size;
-  const int64_t base = static_cast<int64_t>(group) * w.max_strips;
-  float* logits = w.strip_logit + base * G;
-  // They are read four at a time: fill up the last four.
+// The heaviest token and head's weight of every strip as a bin: counted, and kept for the choice. One CTA alone has
+// to read them all, so every thread has kQueue reads on their way.
+MAC_DEVICE void sort_strips(const AmendParams& p, const AmendWorkspace& w, int group, int num_strips, uint8_t* bins,
+                            void* queue, AnchorChoice& choice) {
+  const int row = strip_row(p.shape.group_size);
+  const float* logits = w.strip_logit + static_cast<int64_t>(group) * w.max_strips * row;
+  float* mine = static_cast<float*>(queue) + threadIdx.x * 4;
+  const int reads = (num_strips + kThreads - 1) / kThreads * (row / 4);
+  int asked = 0, asked_strip = threadIdx.x, asked_head = 0;
+  const auto ask = [&] {
+    const bool valid = asked_strip < num_strips;
+    ptx::cp_async_16(mine + asked % kQueue * kThreads * 4,
+                     logits + (valid ? static_cast<int64_t>(asked_strip) * row + asked_head : 0), valid);
+    ptx::cp_async_commit();
+    ++asked, asked_head += 4;
+    if (asked_head == row) asked_head = 0, asked_strip += kThreads;
+  };
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 4 * G; i += kThreads) {
-    const int strip = num_strips / 4 * 4 + i % 4;
-    if (strip >= num_strips && num_strips % 4 != 0) logits[int64_t{i / 4} * w.max_strips + strip] = -INFINITY;
-  }
-  ptx::sync_block();
+  for (int i = 0; i < kQueue; ++i) ask();
+  float weight = -INFINITY;
 #pragma unroll 1
-  for (int first = threadIdx.x * 4; first < num_strips; first += kBlocks * kBlock) {
-    float weight[kBlocks][4];
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      for (int i = 0; i < 4; ++i) weight[b][i] = -INFINITY;
+  for (int i = 0, strip = threadIdx.x, head = 0; i < reads; ++i) {
+    ptx::cp_async_wait<kQueue - 1>();  // a thread reads what it has asked for itself
+    const float4 x = ptx::load_float4(mine + i % kQueue * kThreads * 4);
+    const float* lse = choice.lse + head;
+    weight = fmaxf(fmaxf(weight, fmaxf(x.x - lse[0], x.y - lse[1])), fmaxf(x.z - lse[2], x.w - lse[3]));
+    ask();
+    head += 4;
+    if (head < row) continue;
+    if (strip < num_strips) {
+      const uint32_t bin = bin_of_weight(weight);
+      count_bin(bin, choice);
+      bins[strip] = static_cast<uint8_t>(bin);
     }
-#pragma unroll 2
-    for (int g = 0; g < G; ++g) {
-      const float* head = logits + static_cast<int64_t>(g) * w.max_strips + first;
-      const float lse = choice.lse[g];
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        float4 x{-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-        if (first + b * kBlock < num_strips) x = ptx::load_float4(head + b * kBlock);
-        weight[b][0] = fmaxf(weight[b][0], x.x - lse), weight[b][1] = fmaxf(weight[b][1], x.y - lse);
-        weight[b][2] = fmaxf(weight[b][2], x.z - lse), weight[b][3] = fmaxf(weight[b][3], x.w - lse);
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      if (first + b * kBlock >= num_strips) break;
-      uint32_t bins = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t bin = bin_of_weight(weight[b][i]);
-        count_bin(bin, choice);
-        bins |= bin << (8 * i);
-      }
-      ptx::store_4(w.strip_bin + base + first + b * kBlock, bins);
-    }
+    weight = -INFINITY, head = 0, strip += kThreads;
   }
+  ptx::cp_async_wait<0>();
   // They are read 16 at a time: fill up the last 16.
-  const int tail = (num_strips + 3) / 4 * 4 + threadIdx.x * 4;
-  if (tail < (num_strips + 15) / 16 * 16) ptx::store_4(w.strip_bin + base + tail, ~0u);
+  const int tail = num_strips + threadIdx.x;
+  if (tail < (num_strips + 15) / 16 * 16) bins[tail] = kNoBin;
 }
 
-// Where a token's weights are, of all heads.
-MAC_DEVICE const uint16_t* weights_of(const AmendParams& p, const AmendWorkspace& w, int group, int token) {
-  const int64_t first = static_cast<int64_t>(group) * w.max_strips * kWarpTokens;
-  return w.token_weight + (first + token) * weight_row(p.shape.group_size);
+// Where heads `head` (even) and `head` + 1 have the weights of a token of a strip.
+MAC_DEVICE const uint16_t* weights_of(const AmendParams& p, const AmendWorkspace& w, int group, int strip,
+                                      int token, int head) {
+  const int64_t row = static_cast<int64_t>(group) * w.max_strips + strip;
+  const int G = p.shape.group_size;
+  return w.token_weight + row * kWarpTokens * weight_row(G) + weight_place(G, token, head);
 }
 
-// The same of the tokens of the chosen strips, one after the other, by their weights in the sums.
+// The same of the tokens of the chosen strips, one after the other, by their weights in the sums. Leaves in `max`,
+// [strips, kMaxTileHeads], what those are relative to.
 template <typename T>
 MAC_DEVICE void sort_tokens(const AmendParams& p, const AmendWorkspace& w, int group, int num_strips, uint8_t* bins,
-                            AnchorChoice& choice) {
-  const int G = p.shape.group_size;
-  const float* max = w.strip_max + static_cast<int64_t>(group) * w.max_strips * G;
+                            float* max, AnchorChoice& choice) {
+  const int G = p.shape.group_size, row = strip_row(G), head = threadIdx.x % kMaxTileHeads;
+  const float* strip_max = w.strip_max + static_cast<int64_t>(group) * w.max_strips * row;
+#pragma unroll 4
+  for (int i = threadIdx.x / kMaxTileHeads; i < num_strips; i += kThreads / kMaxTileHeads) {
+    if (head < G) max[i * kMaxTileHeads + head] = strip_max[int64_t{choice.strip[i]} * row + head];
+  }
+  ptx::sync_block();
+  // Two tokens that are eight apart at a time: their weights lie side by side.
 #pragma unroll 1
-  for (int i = threadIdx.x; i < num_strips * kWarpTokens; i += kThreads) {
-    const int strip = choice.strip[i / kWarpTokens];
-    const uint16_t* weights = weights_of(p, w, group, strip * kWarpTokens + i % kWarpTokens);
-    float weight = -INFINITY;
+  for (int i = threadIdx.x; i < num_strips * 8; i += kThreads) {
+    const int place = i / 8, token = i % 8;
+    float weight[2] = {-INFINITY, -INFINITY};
 #pragma unroll 4
     for (int g = 0; g < G; g += 2) {
-      const float2 pair = ptx::unpack2<T>(ptx::load_4(weights + g));
-      const float* high = max + static_cast<int64_t>(g) * w.max_strips + strip;
-      weight = fmaxf(weight, ptx::lg2(pair.x) + high[0] - choice.lse[g]);
-      if (g + 1 < G) weight = fmaxf(weight, ptx::lg2(pair.y) + high[w.max_strips] - choice.lse[g + 1]);
+      const uint2 pairs = ptx::load_8(weights_of(p, w, group, choice.strip[place], token, g));
+      const float* high = max + place * kMaxTileHeads + g;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 pair = ptx::unpack2<T>(half ? pairs.y : pairs.x);
+        weight[half] = fmaxf(weight[half], ptx::lg2(pair.x) + high[0] - choice.lse[g]);
+        if (g + 1 < G) weight[half] = fmaxf(weight[half], ptx::lg2(pair.y) + high[1] - choice.lse[g + 1]);
+      }
     }
-    const uint32_t bin = bin_of_weight(weight);
-    count_bin(bin, choice);
-    bins[i] = static_cast<uint8_t>(bin);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t bin = bin_of_weight(weight[half]);
+      count_bin(bin, choice);
+      bins[place * kWarpTokens + token + 8 * half] = static_cast<uint8_t>(bin);
+    }
   }
 }
 
@@ -199,44 +225,47 @@ MAC_DEVICE int choose_lowest(const uint8_t* bins, int count, int wanted, int* ch
   return taken + (edge < room ? edge : room);
 }
 
-// Writes the anchors to `choice.token`, ascending; returns how many. The whole block takes part.
+// Writes the anchors to `choice.token`, ascending, and where they are among the tokens of the chosen strips to
+// `choice.place`; returns how many. The whole block takes part.
 template <typename T>
 MAC_DEVICE int choose_anchors(const AmendParams& p, const AmendWorkspace& w, int group, int num_strips,
                               const Scratch& scratch, AnchorChoice& choice) {
 #pragma unroll 1
-  for (int g = threadIdx.x; g < p.shape.group_size; g += kThreads) {
+  for (int g = threadIdx.x; g < strip_row(p.shape.group_size); g += kThreads) {
     const float old = log2_total(choice.max[kOld][g], choice.sum[kOld][g]);
     const float fresh = log2_total(choice.max[kFresh][g], choice.sum[kFresh][g]);
     const float high = finite_or_zero(fmaxf(old, fresh));
-    choice.lse[g] = high + ptx::lg2(ptx::ex2(old - high) + ptx::ex2(fresh - high));
+    const float lse = high + ptx::lg2(ptx::ex2(old - high) + ptx::ex2(fresh - high));
+    choice.lse[g] = g < p.shape.group_size ? lse : INFINITY;
   }
   clear_bins(choice);
-  sort_strips(p, w, group, num_strips, choice);
-  const uint8_t* strip_bins = w.strip_bin + static_cast<int64_t>(group) * w.max_strips;
-  const int strips = choose_lowest(strip_bins, num_strips, p.num_anchors, choice.strip, choice);
+  uint8_t* bins = w.strip_bin + static_cast<int64_t>(group) * w.max_strips;
+  if (num_strips <= 2 * scratch.stride) bins = static_cast<uint8_t*>(scratch.area(kBinArea));
+  sort_strips(p, w, group, num_strips, bins, scratch.area(kQueueArea), choice);
+  const int strips = choose_lowest(bins, num_strips, p.num_anchors, choice.strip, choice);
 
-  uint8_t* token_bins = reinterpret_cast<uint8_t*>(scratch.area(0));  // [strips, 16]
+  bins = static_cast<uint8_t*>(scratch.area(kTokenBinArea));  // [strips, 16]
   clear_bins(choice);
-  sort_tokens<T>(p, w, group, strips, token_bins, choice);
-  const int count = choose_lowest(token_bins, strips * kWarpTokens, p.num_anchors, choice.token, choice);
+  sort_tokens<T>(p, w, group, strips, bins, static_cast<float*>(scratch.area(kMaxArea)), choice);
+  const int count = choose_lowest(bins, strips * kWarpTokens, p.num_anchors, choice.place, choice);
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int place = choice.token[i];
+    const int place = choice.place[i];
     choice.token[i] = choice.strip[place / kWarpTokens] * kWarpTokens + place % kWarpTokens;
   }
   ptx::sync_block();
   return count;
 }
 
-// The weight that a token has in the sums of head `g`, relative to the old span's maximum.
+// The weight that an anchor has in the sums of head `g`, relative to the old span's maximum.
 template <typename T>
-MAC_DEVICE float anchor_weight(const AmendParams& p, const AmendWorkspace& w, int group, int g, int token,
-                               float old_max) {
-  const int64_t row = static_cast<int64_t>(group) * p.shape.group_size + g;
-  const float max = w.strip_max[row * w.max_strips + token / kWarpTokens];
-  const uint32_t pair = ptx::load_4(weights_of(p, w, group, token) + g / 2 * 2);
-  const float2 weight = ptx::unpack2<T>(pair);
-  return (g % 2 == 0 ? weight.x : weight.y) * ptx::ex2(max - finite_or_zero(old_max));
+MAC_DEVICE float anchor_weight(const AmendParams& p, const AmendWorkspace& w, int group, int g, int anchor,
+                               const float* max, const AnchorChoice& choice) {
+  const int place = choice.place[anchor], strip = place / kWarpTokens;
+  const uint16_t* pair = weights_of(p, w, group, choice.strip[strip], place % kWarpTokens, g / 2 * 2);
+  const float2 weight = ptx::unpack2<T>(ptx::load_4(pair));
+  const float lead = max[strip * kMaxTileHeads + g] - finite_or_zero(choice.max[kOld][g]);
+  return (g % 2 == 0 ? weight.x : weight.y) * ptx::ex2(lead);
 }
 
 // Moves the chosen tokens from the old state to the fresh one, four heads at a time: as many lanes as a V row
@@ -244,19 +273,23 @@ MAC_DEVICE float anchor_weight(const AmendParams& p, const AmendWorkspace& w, in
 template <typename T, int kHeadDim>
 MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, int request, int kv_head, int count,
                                  int old_tokens, const Scratch& scratch, AnchorChoice& choice) {
+  static_assert(anchors_fit<kHeadDim>(), "the areas");
   constexpr int kPieces = kHeadDim / 8, kLanes = kPieces <= 8 ? 8 : kPieces <= 16 ? 16 : 32;
-  constexpr int kSharers = kThreads / kLanes, kBlock = 64, kHeads = 4;
+  constexpr int kSharers = kThreads / kLanes, kBlock = kAnchorBlock, kHeads = kTakenHeads;
+  constexpr int kEach = (kHeads * kHeadDim + kThreads - 1) / kThreads;  // results of a thread
   const int G = p.shape.group_size, group = request * p.shape.num_kv_heads + kv_head;
   const int64_t spans = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads();
   const int piece = threadIdx.x % kLanes, sharer = threadIdx.x / kLanes, warp = threadIdx.x / 32;
   const T* values = static_cast<const T*>(p.kv.v) + kv_head * p.kv.v_head_stride;
-  float* weights = scratch.area(0);  // [kBlock, kHeads]
-  float* sums = scratch.area(1);     // [kWarps, kHeads, D]
+  float* weights = static_cast<float*>(scratch.area(kWeightArea));  // [kBlock, kHeads]
+  float* sums = static_cast<float*>(scratch.area(kSumArea));        // [kWarps, kHeads, D]
+  T* rows = static_cast<T*>(scratch.area(kValueArea));              // [kBlock, D]
+  const float* max = static_cast<const float*>(scratch.area(kMaxArea));
 
   const int32_t* pages = p.kv.block_table + request * p.kv.block_table_stride;
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int token = choice.token[i], page = token / p.kv.page_size;
+    const int token = choice.token[i], page = w.page_size.divide(token);
     choice.row[i] = static_cast<int64_t>(pages[page]) * p.kv.v_page_stride +
                     (token - page * p.kv.page_size) * p.kv.v_token_stride;
   }
@@ -267,16 +300,22 @@ MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, 
     for (int first = 0; first < count; first += kBlock) {
       ptx::sync_block();
 #pragma unroll 1
+      for (int i = threadIdx.x; (head == 0 || count > kBlock) && i < kBlock * kPieces; i += kThreads) {
+        const bool valid = first + i / kPieces < count;
+        ptx::cp_async_16(rows + i * 8, values + (valid ? choice.row[first + i / kPieces] : 0) + i % kPieces * 8,
+                         valid);
+      }
+      ptx::cp_async_commit();
+#pragma unroll 2
       for (int i = threadIdx.x; i < kBlock * kHeads; i += kThreads) {
         const int a = first + i / kHeads, g = head + i % kHeads;
-        weights[i] =
-            a < count && g < G ? anchor_weight<T>(p, w, group, g, choice.token[a], choice.max[kOld][g]) : 0.f;
+        weights[i] = a < count && g < G ? anchor_weight<T>(p, w, group, g, a, max, choice) : 0.f;
       }
+      ptx::cp_async_wait<0>();
       ptx::sync_block();
-#pragma unroll 4
-      for (int a = sharer; a < kBlock; a += kSharers) {
-        if (first + a >= count || piece >= kPieces) continue;
-        const uint4 data = ptx::load_16(values + choice.row[first + a] + piece * 8);
+#pragma unroll 1
+      for (int a = sharer; a < kBlock && first + a < count && piece < kPieces; a += kSharers) {
+        const uint4 data = ptx::load_16(rows + a * kHeadDim + piece * 8);
         const uint32_t words[4] = {data.x, data.y, data.z, data.w};
         for (int h = 0; h < kHeads; ++h) {
           const float x = weights[a * kHeads + h];
@@ -288,6 +327,15 @@ MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, 
         }
       }
     }
+    // Asked for before they are needed: nobody else is on the way to memory.
+    float old_out[kEach], fresh_out[kEach];
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int i = threadIdx.x + j * kThreads, g = head + i / kHeadDim;
+      const float* state = p.out + (static_cast<int64_t>(group) * G + g) * kHeadDim + i % kHeadDim;
+      const bool there = i < kHeads * kHeadDim && g < G;
+      old_out[j] = there ? state[0] : 0.f, fresh_out[j] = there ? state[spans * kHeadDim] : 0.f;
+    }
     for (int h = 0; h < kHeads; ++h) {
       for (int distance = kLanes; distance < 32; distance *= 2) {
         weight[h] += ptx::shfl_xor(weight[h], distance);
@@ -298,14 +346,14 @@ MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, 
       for (int i = 0; i < 8; ++i) sums[(warp * kHeads + h) * kHeadDim + piece * 8 + i] = out[h][i];
     }
     ptx::sync_block();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kHeads * kHeadDim; i += kThreads) {
-      const int h = i / kHeadDim, d = i % kHeadDim, g = head + h;
-      if (g >= G) break;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int i = threadIdx.x + j * kThreads, h = i / kHeadDim, d = i % kHeadDim, g = head + h;
+      if (i >= kHeads * kHeadDim || g >= G) break;
       float anchor_out = 0.f, anchor_sum = 0.f;
-      for (int j = 0; j < kWarps; ++j) {
-        anchor_out += sums[(j * kHeads + h) * kHeadDim + d];
-        anchor_sum += choice.weight[j][h];
+      for (int k = 0; k < kWarps; ++k) {
+        anchor_out += sums[(k * kHeads + h) * kHeadDim + d];
+        anchor_sum += choice.weight[k][h];
       }
       const float old_max = finite_or_zero(choice.max[kOld][g]), old_sum = choice.sum[kOld][g];
       const float fresh_max = choice.max[kFresh][g], max = fmaxf(fresh_max, old_max);
@@ -315,10 +363,9 @@ MAC_DEVICE void take_out_anchors(const AmendParams& p, const AmendWorkspace& w, 
       const float fresh_sum = choice.sum[kFresh][g] * ptx::ex2(fresh_max - max);
       const float new_sum = fresh_sum + anchor_sum * anchor_scale;
       const int64_t row = static_cast<int64_t>(group) * G + g;
-      float* old_out = p.out + row * kHeadDim + d;
-      float* fresh_out = p.out + (spans + row) * kHeadDim + d;
-      *old_out = empty ? 0.f : (*old_out * old_sum - anchor_out) / rest;
-      *fresh_out = new_sum == 0.f ? 0.f : (*fresh_out * fresh_sum + anchor_out * anchor_scale) / new_sum;
+      p.out[row * kHeadDim + d] = empty ? 0.f : (old_out[j] * old_sum - anchor_out) / rest;
+      p.out[(spans + row) * kHeadDim + d] =
+          new_sum == 0.f ? 0.f : (fresh_out[j] * fresh_sum + anchor_out * anchor_scale) / new_sum;
       if (d == 0) {
         p.lse[row] = log2_total(old_max, empty ? 0.f : rest) * kLn2;
         p.lse[spans + row] = log2_total(max, new_sum) * kLn2;

@@ -55,9 +55,9 @@ struct AmendWorkspace {
   float* partial_max;   // [.., kNumSpans, tile_heads] log2
   float* partial_sum;   // [.., kNumSpans, tile_heads]
   // Of the old tokens of a miss, for choosing anchors. Of a strip whose tokens are all light only the logit is set.
-  float* strip_logit;      // [B, H, G, max_strips] the largest, log2; -inf of a light strip
-  float* strip_max;        // [B, H, G, max_strips] what its weights are relative to, log2
-  uint16_t* token_weight;  // [B, H, max_strips, 16, weight_row(G)] T; as they are in the sums
+  float* strip_logit;      // [B, H, max_strips, strip_row(G)] the largest, log2; -inf of a light strip
+  float* strip_max;        // [B, H, max_strips, strip_row(G)] what its weights are relative to, log2
+  uint16_t* token_weight;  // [B, H, max_strips, 8, weight_row(G) / 2, 2, 2] T; see weight_place
   uint8_t* strip_bin;      // [B, H, max_strips] weight of the heaviest token, roughly
   int32_t max_strips;      // a multiple of 16
   int32_t num_pages;
@@ -70,9 +70,20 @@ struct AmendWorkspace {
   int32_t head_tiles;  // passes per KV head: ceil(G / kMaxTileHeads)
 };
 
+// Heads of a strip, padded to reads of 16 bytes.
+constexpr int32_t strip_row(int32_t group_size) {
+  return (group_size + 3) / 4 * 4;
+}
+
 // Weights of a token, padded to pairs.
 constexpr int32_t weight_row(int32_t group_size) {
   return (group_size + 1) / 2 * 2;
+}
+
+// Where the weights that heads `head` (even) and `head` + 1 give to a token of a strip lie, as they are in the
+// sums. A lane has those of two tokens that are eight apart: they lie side by side.
+constexpr int32_t weight_place(int32_t group_size, int32_t token, int32_t head) {
+  return token % 8 * 2 * weight_row(group_size) + head * 2 + token / 8 * 2;
 }
 
 // Strips of a request's tokens, padded: their bins are read 16 at a time.

@@ -121,8 +121,8 @@ template <typename T, int kHeadDim, int kHeadBlocks>
 MAC_DEVICE uint16_t* keep_strip(const AmendParams& p, const AmendWorkspace& w, const Piece& piece,
                                 const WarpState<T, kHeadDim, kHeadBlocks>& state, const float (&x)[kHeadBlocks][4],
                                 int first_token) {
-  const int lane = ptx::lane_id(), G = p.shape.group_size, strip = first_token / kWarpTokens;
-  const int64_t base = static_cast<int64_t>(piece.kv_group(p)) * w.max_strips;
+  const int lane = ptx::lane_id(), G = p.shape.group_size;
+  const int64_t strip = static_cast<int64_t>(piece.kv_group(p)) * w.max_strips + first_token / kWarpTokens;
   float high[kHeadBlocks][2];
   bool heavy = false;
 #pragma unroll
@@ -132,21 +132,22 @@ MAC_DEVICE uint16_t* keep_strip(const AmendParams& p, const AmendWorkspace& w, c
       heavy = heavy || high[b][i] > state.max[b][i] + kHeavyLead;
     }
   }
-  const bool light = !ptx::ballot(heavy);
+  const bool light = !ptx::ballot(heavy), second = lane & 4;  // which head of its pair a lane brings to an end
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
-    for (int i = 0; i < 2; ++i) {
-      for (int distance = 4; !light && distance < 32; distance *= 2) {
-        high[b][i] = fmaxf(high[b][i], ptx::shfl_xor(high[b][i], distance));
-      }
-      const int g = b * 8 + lane * 2 + i;
-      if (lane >= 4 || g >= G) continue;
-      const int64_t place = base * G + static_cast<int64_t>(g) * w.max_strips + strip;
-      w.strip_logit[place] = light ? -INFINITY : high[b][i];
-      if (!light) w.strip_max[place] = state.max[b][i];
+    float logit = -INFINITY;
+    if (!light) {
+      const float mine = second ? high[b][1] : high[b][0], other = second ? high[b][0] : high[b][1];
+      logit = fmaxf(mine, ptx::shfl_xor(other, 4));
+      logit = fmaxf(logit, ptx::shfl_xor(logit, 8));
+      logit = fmaxf(logit, ptx::shfl_xor(logit, 16));
     }
+    const int g = b * 8 + lane % 4 * 2 + second;
+    if (lane >= 8 || g >= strip_row(G)) continue;  // a column without a head is -inf
+    w.strip_logit[strip * strip_row(G) + g] = logit;
+    if (!light) w.strip_max[strip * strip_row(G) + g] = second ? state.max[b][1] : state.max[b][0];
   }
-  return light ? nullptr : w.token_weight + (base + strip) * kWarpTokens * weight_row(G);
+  return light ? nullptr : w.token_weight + strip * kWarpTokens * weight_row(G);
 }
 
 template <typename T, int kHeadDim, int kHeadBlocks>
@@ -185,19 +186,20 @@ MAC_DEVICE void add_values(WarpState<T, kHeadDim, kHeadBlocks>& state, const flo
   uint32_t weights[kHeadBlocks][2];
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
+    uint32_t pairs[2];
     for (int half = 0; half < 2; ++half) {
       float weight[2];
       for (int i = 0; i < 2; ++i) weight[i] = ptx::ex2(x[b][2 * half + i] - finite_or_zero(state.max[b][i]));
-      const uint32_t pair = ptx::pack2<T>(weight[0], weight[1]);
+      pairs[half] = ptx::pack2<T>(weight[0], weight[1]);
       // Sum what the MMA multiplies by, so that numerator and denominator are rounded alike.
-      const float2 rounded = ptx::unpack2<T>(pair);
+      const float2 rounded = ptx::unpack2<T>(pairs[half]);
       state.sum[b][0] += rounded.x;
       state.sum[b][1] += rounded.y;
-      weights[b][half] = ptx::movmatrix_trans(pair);
-      const int column = b * 8 + lane % 4 * 2;
-      if (kept && column < group_size) {
-        ptx::store_4(kept + (lane / 4 + 8 * half) * weight_row(group_size) + column, pair);
-      }
+      weights[b][half] = ptx::movmatrix_trans(pairs[half]);
+    }
+    const int column = b * 8 + lane % 4 * 2;
+    if (kept && column < group_size) {
+      ptx::store_8(kept + weight_place(group_size, lane / 4, column), {pairs[0], pairs[1]});
     }
   }
   const T* row = stage + (kWarpTokens + lane / 16 * 8 + lane % 8) * Stage<kHeadDim>::kRow;

@@ -154,8 +154,8 @@ cuda::AmendWorkspace AmendCase::workspace() {
   if (spec_.anchors > 0) {
     w.max_strips = cuda::max_strips(w.max_tokens);
     const size_t strips = groups * w.max_strips;
-    strip_logit_.assign(strips * G, NAN);
-    strip_max_.assign(strips * G, NAN);
+    strip_logit_.assign(strips * cuda::strip_row(G), NAN);
+    strip_max_.assign(strips * cuda::strip_row(G), NAN);
     token_weight_.assign(strips * cuda::kWarpTokens * cuda::weight_row(G), 0x7fff);  // NaN
     strip_bin_.assign(strips, 77);
   }

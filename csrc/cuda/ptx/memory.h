@@ -11,11 +11,17 @@ namespace mac_attn::ptx {
 MAC_DEVICE uint32_t load_4(const void* p) {
   return *static_cast<const uint32_t*>(p);
 }
+MAC_DEVICE uint2 load_8(const void* p) {
+  return *static_cast<const uint2*>(p);
+}
 MAC_DEVICE uint4 load_16(const void* p) {
   return *static_cast<const uint4*>(p);
 }
 MAC_DEVICE void store_4(void* p, uint32_t value) {
   *static_cast<uint32_t*>(p) = value;
+}
+MAC_DEVICE void store_8(void* p, uint2 value) {
+  *static_cast<uint2*>(p) = value;
 }
 MAC_DEVICE void store_16(void* p, uint4 value) {
   *static_cast<uint4*>(p) = value;
@@ -96,6 +102,10 @@ inline uint32_t load_4(const void* p) {
   std::memcpy(&value, p, sizeof value);
   return value;
 }
+inline uint2 load_8(const void* p) {
+  simt::check_aligned("load_8: address is not 8-byte aligned", p, 8);
+  return *static_cast<const uint2*>(p);
+}
 inline uint4 load_16(const void* p) {
   simt::check_aligned("load_16: address is not 16-byte aligned", p, 16);
   simt::thread_counters().load_bytes += 16;
@@ -105,6 +115,11 @@ inline void store_4(void* p, uint32_t value) {
   simt::check_aligned("store_4: address is not 4-byte aligned", p, 4);
   simt::thread_counters().store_bytes += 4;
   std::memcpy(p, &value, sizeof value);
+}
+inline void store_8(void* p, uint2 value) {
+  simt::check_aligned("store_8: address is not 8-byte aligned", p, 8);
+  simt::thread_counters().store_bytes += 8;
+  *static_cast<uint2*>(p) = value;
 }
 inline void store_16(void* p, uint4 value) {
   simt::check_aligned("store_16: address is not 16-byte aligned", p, 16);
