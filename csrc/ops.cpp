@@ -236,24 +236,34 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& ancho
 }
 
 // A whole decode step in one op: what a caller pays for an op, above all when nothing of it lies in a cache, is
-// more than what a stage takes.
-void decode_exact(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                  const Tensor& seq_lens, double sm_scale, double logits_soft_cap, Tensor& out, Tensor& lse) {
+// more than what a stage takes. So is what a tensor made in Python costs: the results are made here.
+Tensor decode_exact_into(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+                         const Tensor& seq_lens, double sm_scale, double logits_soft_cap, Tensor& out) {
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
   const auto [states, state_lse, anchors] =
       amend(q, k_cache, v_cache, block_table, seq_lens, std::nullopt, std::nullopt, std::nullopt, 1, 1, sm_scale,
             logits_soft_cap, std::nullopt, std::nullopt);
+  Tensor lse = at::empty({q.size(0), q.size(1)}, state_lse.options());
   complete_exact(states, state_lse, seq_lens, out, lse);
+  return lse;
 }
 
-Tensor decode_reuse(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                    const Tensor& seq_lens, const Tensor& slots, const Tensor& q_match,
-                    const OptionalTensor& request_ids, Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse,
-                    Tensor& ring_depth, Tensor& ring_anchors, Tensor& ring_position, Tensor& slot_begin,
-                    Tensor& slot_end, Tensor& slot_request, Tensor& counters, const Tensor& threshold,
-                    bool relative, bool per_head, int64_t band, int64_t min_context, int64_t max_reuse_depth,
-                    double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
-                    const OptionalTensor& error_flag, Tensor& out, Tensor& lse) {
+std::tuple<Tensor, Tensor> decode_exact(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                        const Tensor& block_table, const Tensor& seq_lens, double sm_scale,
+                                        double logits_soft_cap) {
+  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor lse = decode_exact_into(q, k_cache, v_cache, block_table, seq_lens, sm_scale, logits_soft_cap, out);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> decode_reuse_into(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+    const Tensor& seq_lens, const Tensor& slots, const Tensor& q_match, const OptionalTensor& request_ids,
+    Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth, Tensor& ring_anchors,
+    Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request, Tensor& counters,
+    const Tensor& threshold, bool relative, bool per_head, int64_t band, int64_t min_context,
+    int64_t max_reuse_depth, double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
+    const OptionalTensor& error_flag, Tensor& out) {
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
   TORCH_CHECK_VALUE(ring_query.dim() == 5 && k_cache.dim() == 4 && k_cache.size(2) == ring_query.size(1),
@@ -266,10 +276,27 @@ Tensor decode_reuse(const Tensor& q, const Tensor& k_cache, const Tensor& v_cach
   const auto [states, state_lse, anchors] =
       amend(q, k_cache, v_cache, block_table, seq_lens, source, slots, ring_anchors, ring_query.size(2), band,
             sm_scale, logits_soft_cap, workspace, error_flag);
+  Tensor lse = at::empty({q.size(0), q.size(1)}, state_lse.options());
   complete(states, state_lse, anchors, source, q_match, seq_lens, slots, request_ids, ring_query, ring_out,
            ring_lse, ring_depth, ring_anchors, ring_position, slot_begin, slot_end, slot_request, counters, band,
            workspace, out, lse);
-  return source;
+  return {source, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> decode_reuse(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+    const Tensor& seq_lens, const Tensor& slots, const Tensor& q_match, const OptionalTensor& request_ids,
+    Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth, Tensor& ring_anchors,
+    Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request, Tensor& counters,
+    const Tensor& threshold, bool relative, bool per_head, int64_t band, int64_t min_context,
+    int64_t max_reuse_depth, double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
+    const OptionalTensor& error_flag) {
+  Tensor out = at::empty(q.sizes(), q.options());
+  const auto [source, lse] = decode_reuse_into(
+      q, k_cache, v_cache, block_table, seq_lens, slots, q_match, request_ids, ring_query, ring_out, ring_lse,
+      ring_depth, ring_anchors, ring_position, slot_begin, slot_end, slot_request, counters, threshold, relative,
+      per_head, band, min_context, max_reuse_depth, sm_scale, logits_soft_cap, workspace, error_flag, out);
+  return {source, out, lse};
 }
 
 pybind11::dict build_info() {
@@ -318,16 +345,21 @@ TORCH_LIBRARY(mac_attn, m) {
       "Tensor(d!) ring_depth, Tensor(e!) ring_anchors, Tensor(f!) ring_position, Tensor(g!) slot_begin, "
       "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, int band, "
       "Tensor? workspace, Tensor(k!) out, Tensor(l!) lse) -> ()");
-  m.def(
-      "decode_exact(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, float sm_scale, "
-      "float logits_soft_cap, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def(
-      "decode_reuse(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor slots, "
+  // Each as a function, and `into` a tensor that the caller has.
+  const std::string exact =
+      "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, float sm_scale, "
+      "float logits_soft_cap";
+  m.def(("decode_exact(" + exact + ") -> (Tensor out, Tensor lse)").c_str());
+  m.def(("decode_exact.into(" + exact + ", Tensor(a!) out) -> Tensor lse").c_str());
+  const std::string reuse =
+      "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor slots, "
       "Tensor q_match, Tensor? request_ids, Tensor(a!) ring_query, Tensor(b!) ring_out, Tensor(c!) ring_lse, "
       "Tensor(d!) ring_depth, Tensor(e!) ring_anchors, Tensor(f!) ring_position, Tensor(g!) slot_begin, "
       "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, Tensor threshold, bool relative, "
       "bool per_head, int band, int min_context, int max_reuse_depth, float sm_scale, float logits_soft_cap, "
-      "Tensor(k!)? workspace, Tensor(l!)? error_flag, Tensor(m!) out, Tensor(n!) lse) -> Tensor");
+      "Tensor(k!)? workspace, Tensor(l!)? error_flag";
+  m.def(("decode_reuse(" + reuse + ") -> (Tensor source, Tensor out, Tensor lse)").c_str());
+  m.def(("decode_reuse.into(" + reuse + ", Tensor(m!) out) -> (Tensor source, Tensor lse)").c_str());
 }
 
 template <typename Library>
@@ -337,7 +369,9 @@ void implement(Library& m) {
   m.impl("complete_exact", complete_exact);
   m.impl("complete", complete);
   m.impl("decode_exact", decode_exact);
+  m.impl("decode_exact.into", decode_exact_into);
   m.impl("decode_reuse", decode_reuse);
+  m.impl("decode_reuse.into", decode_reuse_into);
 }
 
 TORCH_LIBRARY_IMPL(mac_attn, CPU, m) {

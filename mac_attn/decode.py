@@ -95,8 +95,6 @@ def _decode(
     attention = (q, *kv_pair(kv_cache, kv_layout), block_table, seq_lens)
     if sm_scale is None:
         sm_scale = q.size(-1) ** -0.5
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if reuse is None:
         return ops.decode_exact(*attention, sm_scale, logits_soft_cap, out)
 
@@ -105,7 +103,7 @@ def _decode(
     # match:    source = the recent query to reuse, or none, by `q_match`
     # amend:    attention of `q` to the tokens from E(source) on, or to all; the new entry's anchors
     # complete: out, lse = that and the reused state merged; the new entry goes into the ring
-    source, lse = ops.match_amend_complete(
+    source, out, lse = ops.match_amend_complete(
         *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, out
     )
     if reuse.auditor is not None and slots is not None:  # the op has refused None

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 # The overloads themselves: a call through the packet of all looks for the right one first.
 _decode_reuse = torch.ops.mac_attn.decode_reuse.default
+_decode_reuse_into = torch.ops.mac_attn.decode_reuse.into
 _decode_exact = torch.ops.mac_attn.decode_exact.default
+_decode_exact_into = torch.ops.mac_attn.decode_exact.into
 
 
 class Amended(NamedTuple):
@@ -208,17 +210,17 @@ def match_amend_complete(
     reuse: ReuseCache,
     sm_scale: float,
     logits_soft_cap: float,
-    out: Tensor,
-) -> tuple[Tensor, Tensor]:
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The three stages in one op: what a call costs besides is then paid once.
 
     Args: as for `mac_attn.decode`, the pair of caches as `kv_views` answers it.
 
     Returns:
-        (source, lse): what `match` answered, and [B, num_qo_heads] float32. `out` is written.
+        (source, out, lse): what `match` answered, `out` or a new tensor, and [B, num_qo_heads]
+        float32.
     """
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    source: Tensor = _decode_reuse(
+    arguments = (
         q,
         k_cache,
         v_cache,
@@ -243,10 +245,12 @@ def match_amend_complete(
         logits_soft_cap,
         reuse.workspace,
         reuse.error_flag,
-        out,
-        lse,
     )
-    return source, lse
+    if out is None:
+        source, out, lse = _decode_reuse(*arguments)
+    else:
+        source, lse = _decode_reuse_into(*arguments, out)
+    return source, out, lse
 
 
 def decode_exact(
@@ -257,11 +261,14 @@ def decode_exact(
     seq_lens: Tensor,
     sm_scale: float,
     logits_soft_cap: float,
-    out: Tensor,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`amend` and `complete` without reuse in one op; returns (out, lse), `out` is written."""
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    _decode_exact(q, k_cache, v_cache, block_table, seq_lens, sm_scale, logits_soft_cap, out, lse)
+    """`amend` and `complete` without reuse in one op; returns (`out` or a new tensor, lse)."""
+    arguments = (q, k_cache, v_cache, block_table, seq_lens, sm_scale, logits_soft_cap)
+    if out is None:
+        out, lse = _decode_exact(*arguments)
+    else:
+        lse = _decode_exact_into(*arguments, out)
     return out, lse
 
 
@@ -334,14 +341,27 @@ def _complete_fake(*args: object) -> None:
 
 
 @torch.library.register_fake("mac_attn::decode_exact")
-def _decode_exact_fake(*args: object) -> None:
-    _check_one_device(args)
+def _decode_exact_fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), _decode_exact_into_fake(q, *args)
+
+
+@torch.library.register_fake("mac_attn::decode_exact.into")
+def _decode_exact_into_fake(q: Tensor, *args: object) -> Tensor:
+    _check_one_device((q, *args))
+    return q.new_empty((q.size(0), q.size(1)), dtype=torch.float32)
 
 
 @torch.library.register_fake("mac_attn::decode_reuse")
-def _decode_reuse_fake(q: Tensor, *args: object) -> Tensor:
+def _decode_reuse_fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    source, lse = _decode_reuse_into_fake(q, *args)
+    return source, q.new_empty(q.shape), lse
+
+
+@torch.library.register_fake("mac_attn::decode_reuse.into")
+def _decode_reuse_into_fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     _check_one_device((q, *args))
-    return q.new_empty((q.size(0), q.size(1)), dtype=torch.int32)
+    heads = (q.size(0), q.size(1))
+    return q.new_empty(heads, dtype=torch.int32), q.new_empty(heads, dtype=torch.float32)
 
 
 def _check_one_device(args: tuple[object, ...]) -> None:

@@ -70,24 +70,35 @@ def op_arguments(reuse, device):
     complete += (reuse.workspace, out, lse)
     decode = (*amend[:5], slots, q_match, None, *complete[8:18])
     decode += (reuse.threshold, True, False, BAND, 1, 2**31 - 1, scale, 0.0)
-    decode += (reuse.workspace, reuse.error_flag, out, lse)
+    decode += (reuse.workspace, reuse.error_flag)
     return {
-        "match": match,
-        "amend": amend,
-        "complete": complete,
-        "decode_exact": (*amend[:5], scale, 0.0, out, lse),
-        "decode_reuse": decode,
-        "complete_exact": (states, state_lse, seq_lens, out, lse),
+        "match.default": match,
+        "amend.default": amend,
+        "complete.default": complete,
+        "decode_exact.default": (*amend[:5], scale, 0.0),
+        "decode_exact.into": (*amend[:5], scale, 0.0, out),
+        "decode_reuse.default": decode,
+        "decode_reuse.into": (*decode, out),
+        "complete_exact.default": (states, state_lse, seq_lens, out, lse),
     }
 
 
-OPS = ["match", "amend", "complete", "complete_exact", "decode_exact", "decode_reuse"]
+OPS = [
+    f"{name}.default"
+    for name in ("match", "amend", "complete", "complete_exact", "decode_exact", "decode_reuse")
+]
+OPS += ["decode_exact.into", "decode_reuse.into"]
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    packet, kind = name.split(".")
+    return getattr(getattr(torch.ops.mac_attn, packet), kind)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, device):
     args = op_arguments(make_reuse(device), device)[op]
-    torch.library.opcheck(getattr(torch.ops.mac_attn, op).default, args)
+    torch.library.opcheck(overload(op), args)
 
 
 def test_one_op_does_what_the_stages_do(device):
@@ -344,24 +355,24 @@ def test_foreign_source_is_refused():
 def test_padding_rows_may_hold_any_source(source, device):
     """A row of length 0 reads nothing; a sum with it that overflows shows in `make sanitize`."""
     args = op_arguments(make_reuse(device), device)
-    seq_lens, sources = args["amend"][4].clone(), args["amend"][5].clone()
+    seq_lens, sources = args["amend.default"][4].clone(), args["amend.default"][5].clone()
     seq_lens[1], sources[1] = 0, source
     states, state_lse, anchors = torch.ops.mac_attn.amend(
-        *args["amend"][:4], seq_lens, sources, *args["amend"][6:]
+        *args["amend.default"][:4], seq_lens, sources, *args["amend.default"][6:]
     )
     assert (state_lse[:, 1] == -math.inf).all() and state_lse[:, 0].isfinite().any()
-    before = args["complete"][9][0].clone()  # the ring of the padding row's slot
-    out, lse = args["complete"][-2:]
+    before = args["complete.default"][9][0].clone()  # the ring of the padding row's slot
+    out, lse = args["complete.default"][-2:]
     torch.ops.mac_attn.complete(
-        states, state_lse, anchors, sources, args["complete"][4], seq_lens, *args["complete"][6:]
+        states, state_lse, anchors, sources, args["complete.default"][4], seq_lens, *args["complete.default"][6:]
     )
     assert (lse[1] == -math.inf).all() and lse[0].isfinite().all() and not out[1].any()
-    assert torch.equal(args["complete"][9][0], before)
+    assert torch.equal(args["complete.default"][9][0], before)
 
 
 def test_the_depth_of_an_entry_does_not_wrap(device):
     """Reached by a slot that was written by hand only: match refuses entries of such a depth."""
-    args = op_arguments(make_reuse(device), device)["complete"]
+    args = op_arguments(make_reuse(device), device)["complete.default"]
     depth, position = args[11], int(args[5][0]) - 1
     depth.fill_(2**31 - 1)
     torch.ops.mac_attn.complete(*args)

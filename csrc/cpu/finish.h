@@ -46,22 +46,55 @@ MAC_INLINE void write_state(const AmendParams& p, Span span, int request, int he
 template <typename T>
 constexpr float kSubtractableShare = sizeof(T) == 2 ? 1.f / 1024 : 1.f / 32;
 
-struct Candidate {
-  float weight;  // log of the largest softmax weight
-  int32_t token;
+// A float's bits as a number that orders as the floats do, and back.
+MAC_INLINE uint32_t ordered(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits ^ (bits >> 31 ? ~0u : 1u << 31);
+}
+MAC_INLINE float unordered(uint32_t key) {
+  const uint32_t bits = key ^ (key >> 31 ? 1u << 31 : ~0u);
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// How many values are at least `bound`; NaN is not. `count` is of whole vectors.
+MAC_INLINE int32_t count_at_least(const float* values, int32_t count, float bound) {
+  vu found{};
+  for (int32_t i = 0; i < count; i += kLanes) found -= (vu)(load(values + i) >= bound);
+  uint32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += found[i];
+  return static_cast<int32_t>(sum);
+}
+
+// The largest values: those above `bound`, and the first `ties` of those equal to it.
+struct Cut {
+  float bound;
+  int32_t ties;
 };
-// Orders, as types so that the sorts inline them. In both an equal one that is earlier comes first.
-struct Heavier {
-  bool operator()(const Candidate& a, const Candidate& b) const {
-    return a.weight != b.weight ? a.weight > b.weight : a.token < b.token;
+
+// The cut that leaves the `wanted` largest of `count` values (of whole vectors), or all that are finite. Bisection
+// over their bits, until one leaves just as many: a few passes over what lies in the nearest cache.
+inline Cut cut_largest(const float* values, int32_t count, int32_t wanted) {
+  constexpr float kLowest = std::numeric_limits<float>::lowest();
+  if (count_at_least(values, count, kLowest) <= wanted) return {kLowest, count};
+  vf highest = broadcast(kLowest), lowest = broadcast(std::numeric_limits<float>::max());
+  for (int32_t i = 0; i < count; i += kLanes) {
+    const vf x = load(values + i);
+    highest = x > highest ? x : highest;
+    lowest = (x >= kLowest) & (x < lowest) ? x : lowest;
   }
-};
-struct Earlier {
-  bool operator()(const Candidate& a, const Candidate& b) const { return a.token < b.token; }
-};
-struct Above {
-  bool operator()(float a, float b) const { return a > b; }
-};
+  // At least so many are not below the first, fewer than so many not below the second.
+  uint32_t low = ordered(-hmax(-lowest)), high = ordered(hmax(highest)) + 1;
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    const int32_t found = count_at_least(values, count, unordered(middle));
+    if (found == wanted) return {unordered(middle), count};
+    (found > wanted ? low : high) = middle;
+  }
+  return {unordered(low), wanted - count_at_least(values, count, unordered(high))};
+}
 
 MAC_INLINE OldLogits old_logits(const AmendParams& p, const AmendWork& work, int request, const AmendGroup& group) {
   return OldLogits(work.logits + group.logits, work.block_totals + group.totals, p.shape.group_size,
@@ -77,70 +110,62 @@ MAC_INLINE void group_weights(const OldLogits& old, const float* lse, int group_
   }
 }
 
-// The `wanted` blocks whose heaviest tokens are the heaviest, or all there are, to `blocks`; returns how many.
-// `weights` and `high` have room for OldLogits::num_padded.
+// The `wanted` blocks whose heaviest tokens are the heaviest, or all there are, ascending, to `blocks`; returns how
+// many. Leaves in `weights` (room for OldLogits::num_padded) those of the heaviest tokens of all.
 inline int32_t heaviest_blocks(const OldLogits& old, const float* lse, int group_size, int32_t wanted,
-                               float* weights, float* high, Candidate* blocks) {
-  const float infinity = std::numeric_limits<float>::infinity();
-  constexpr int kApart = 4 * kLanes;  // `high` is the heaviest of four blocks
-  int32_t num_high = 0;
-  for (int32_t i = 0; i < old.num_padded; i += kApart) {
-    vf highest = broadcast(-infinity);
-    for (int32_t j = i; j < std::min(i + kApart, old.num_padded); j += kLanes) {
-      vf weight = broadcast(-infinity);
-      for (int g = 0; g < group_size; ++g) weight = vmax(load(old.total(g, OldLogits::kMax, j)) - lse[g], weight);
-      store(weights + j, weight);
-      highest = vmax(weight, highest);
-    }
-    store(high + num_high, highest);
-    num_high += kLanes;
+                               float* weights, int32_t* blocks) {
+  for (int32_t i = 0; i < old.num_padded; i += kLanes) {
+    vf weight = broadcast(-std::numeric_limits<float>::infinity());
+    for (int g = 0; g < group_size; ++g) weight = vmax(load(old.total(g, OldLogits::kMax, i)) - lse[g], weight);
+    store(weights + i, weight);
   }
-  // As many blocks as are wanted are at least as heavy as this.
-  float bound = -infinity;
-  if (num_high > wanted) {
-    std::nth_element(high, high + wanted - 1, high + num_high, Above());
-    bound = high[wanted - 1];
-  }
+  Cut cut = cut_largest(weights, old.num_padded, wanted);
   int32_t count = 0;
-  for (int32_t i = 0; i < old.num_blocks; ++i) {
-    if (weights[i] >= bound && weights[i] > -infinity) blocks[count++] = {weights[i], i};
-  }
-  if (count > wanted) {
-    std::nth_element(blocks, blocks + wanted - 1, blocks + count, Heavier());
-    count = wanted;
+  for (int32_t i = 0; i < old.num_padded; i += kLanes) {
+    for (uint32_t lanes = lanes_at_least(load(weights + i), cut.bound); lanes; lanes &= lanes - 1) {
+      const int32_t block = i + __builtin_ctz(lanes);
+      if (weights[block] == cut.bound && cut.ties-- <= 0) continue;
+      blocks[count++] = block;
+    }
   }
   return count;
 }
 
-// The S heaviest tokens, ascending, to `chosen` (room for S blocks and one more); returns how many. They lie in the
-// S heaviest blocks; only those are looked into. `blocks` and both `floats` have room for all.
+// The S heaviest tokens, ascending, to `tokens`; returns how many. They lie in the S heaviest blocks; only those
+// are looked into. `tokens` and `token_weights` have room for all their tokens and a vector, `blocks` and `weights`
+// as above.
 inline int32_t choose_anchors(const OldLogits& old, const float* lse, int group_size, int32_t num_anchors,
-                              float* const (&floats)[2], Candidate* blocks, Candidate* chosen) {
-  const float infinity = std::numeric_limits<float>::infinity();
-  const int32_t num_blocks = heaviest_blocks(old, lse, group_size, num_anchors, floats[0], floats[1], blocks);
-  for (int32_t i = 0; i < num_blocks; ++i) {
-    prefetch_row(old.block(0, blocks[i].token), static_cast<int64_t>(group_size) * kBlock);
+                              float* weights, int32_t* blocks, float* token_weights, int32_t* tokens) {
+  const int32_t num_blocks = heaviest_blocks(old, lse, group_size, num_anchors, weights, blocks);
+  // Each of S blocks has a token at least as heavy as the lightest of them. Neither NaN nor weight 0 counts.
+  float bound = std::numeric_limits<float>::lowest();
+  if (num_blocks == num_anchors && num_anchors > 0) {
+    bound = weights[blocks[0]];
+    for (int32_t i = 1; i < num_blocks; ++i) bound = std::min(bound, weights[blocks[i]]);
   }
-  // Each of S blocks has a token at least as heavy as the lightest of them.
-  float bound = num_blocks < num_anchors ? -infinity : infinity;
-  for (int32_t i = 0; i < num_blocks; ++i) bound = std::min(bound, blocks[i].weight);
+  for (int32_t i = 0; i < num_blocks; ++i) {
+    prefetch_row(old.block(0, blocks[i]), static_cast<int64_t>(group_size) * kBlock);
+  }
   int32_t count = 0;
   for (int32_t i = 0; i < num_blocks; ++i) {
-    alignas(64) float weights[kBlock];
-    group_weights(old, lse, group_size, blocks[i].token, weights);
-    for (int t = 0; t < kBlock; ++t) {
-      // Written whether it counts or not: a branch would be guessed wrong too often. Neither NaN nor weight 0
-      // counts.
-      chosen[count] = {weights[t], blocks[i].token * kBlock + t};
-      count += weights[t] >= bound && weights[t] > -infinity;
+    alignas(64) float block[kBlock];
+    group_weights(old, lse, group_size, blocks[i], block);
+    for (int t = 0; t < kBlock; t += kLanes) {
+      for (uint32_t lanes = lanes_at_least(load(block + t), bound); lanes; lanes &= lanes - 1) {
+        const int at = t + __builtin_ctz(lanes);
+        token_weights[count] = block[at], tokens[count++] = blocks[i] * kBlock + at;
+      }
     }
   }
-  if (count > num_anchors) {
-    std::nth_element(chosen, chosen + num_anchors - 1, chosen + count, Heavier());
-    count = num_anchors;
+  if (count <= num_anchors) return count;
+  store(token_weights + count, broadcast(-std::numeric_limits<float>::infinity()));
+  Cut cut = cut_largest(token_weights, (count + kLanes - 1) / kLanes * kLanes, num_anchors);
+  int32_t kept = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    if (token_weights[i] < cut.bound || (token_weights[i] == cut.bound && cut.ties-- <= 0)) continue;
+    tokens[kept++] = tokens[i];
   }
-  std::sort(chosen, chosen + count, Earlier());
-  return count;
+  return kept;
 }
 
 // A block's weights exp(logit - base); returns their sum.
@@ -310,12 +335,12 @@ void finish_group(const AmendParams& p, AmendWork& work, int32_t group_index, Sc
   if (group.logits >= 0) {
     const OldLogits old = old_logits(p, work, request, group);
     pad_totals(old, G);
-    float* const floats[2] = {scratch.array<float>(3, old.num_padded), scratch.array<float>(4, old.num_padded)};
-    Candidate* blocks = scratch.array<Candidate>(5, old.num_blocks);
-    Candidate* chosen =
-        scratch.array<Candidate>(6, static_cast<int64_t>(std::min(p.num_anchors, old.num_blocks)) * kBlock + 1);
-    const int32_t count = choose_anchors(old, lse, G, p.num_anchors, floats, blocks, chosen);
-    for (int i = 0; i < count; ++i) anchors[i] = chosen[i].token;
+    const int64_t most = static_cast<int64_t>(std::min(p.num_anchors, old.num_blocks)) * kBlock + kLanes;
+    int32_t* tokens = scratch.array<int32_t>(6, most);
+    const int32_t count =
+        choose_anchors(old, lse, G, p.num_anchors, scratch.array<float>(3, old.num_padded),
+                       scratch.array<int32_t>(4, old.num_blocks), scratch.array<float>(5, most), tokens);
+    std::copy(tokens, tokens + count, anchors);
     float* moved = scratch.array<float>(3, D);
     float* weights = scratch.array<float>(4, (count + kLanes - 1) / kLanes * kLanes);
     move_anchors<T>(p, totals, old, anchors, count, request, kv_head, moved, weights);

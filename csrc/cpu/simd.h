@@ -157,6 +157,19 @@ MAC_INLINE float hmax(vf x) {
 #endif
 }
 
+// The lanes that are at least `bound`, as bits.
+MAC_INLINE uint32_t lanes_at_least(vf x, float bound) {
+#if MAC_LEVEL >= 2
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GE_OQ);
+#elif MAC_LEVEL == 1
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(bound), _CMP_GE_OQ)));
+#else
+  uint32_t lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= static_cast<uint32_t>(x[i] >= bound) << i;
+  return lanes;
+#endif
+}
+
 // The sums of four vectors, to out[0..3].
 MAC_INLINE void hsum4(vf a, vf b, vf c, vf d, float* out) {
 #if MAC_LEVEL >= 1

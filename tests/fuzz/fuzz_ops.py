@@ -32,18 +32,25 @@ counts: dict[str, int] = {}
 REPORT_EVERY = 2500
 
 
+def overload(name: str) -> Any:
+    """The op of a name, "packet" or "packet.overload"."""
+    packet, _, kind = name.partition(".")
+    return getattr(getattr(OPS, packet), kind or "default")
+
+
 def arguments_of(name: str) -> list[str]:
     """Names of an op's arguments, from its schema."""
-    return [a.name for a in getattr(OPS, name).default._schema.arguments]
+    return [a.name for a in overload(name)._schema.arguments]
 
 
 OP_NAMES = ("match", "amend", "complete", "complete_exact", "decode_exact", "decode_reuse")
+OP_NAMES += ("decode_exact.into", "decode_reuse.into")
 ARGUMENTS = {name: arguments_of(name) for name in OP_NAMES}
 
 
 def one_op(call: Call, name: str) -> None:
     """One op with what the call has for it."""
-    getattr(OPS, name)(*[call.args[a] for a in ARGUMENTS[name]])
+    overload(name)(*[call.args[a] for a in ARGUMENTS[name]])
 
 
 def whole_step(call: Call) -> None:
