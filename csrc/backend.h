@@ -28,6 +28,10 @@ namespace cpu_backend {
 void match(const MatchParams& params);
 void amend(const AmendParams& params, const AmendLimits& limits);
 void complete(const CompleteParams& params);
+// The queries of a decode step without their rotary embedding: R(-p) q / scale for p = positions[b] - back.
+// `name` is what the caller calls `positions`.
+at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const char* name, int32_t back,
+                    const at::Tensor& inv_freq, bool interleaved, double scale);
 }  // namespace cpu_backend
 
 // Launch on the device's current stream; values are checked by the kernels.

@@ -258,12 +258,19 @@ std::tuple<Tensor, Tensor> decode_exact(const Tensor& q, const Tensor& k_cache, 
 
 std::tuple<Tensor, Tensor> decode_reuse_into(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-    const Tensor& seq_lens, const Tensor& slots, const Tensor& q_match, const OptionalTensor& request_ids,
-    Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth, Tensor& ring_anchors,
-    Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request, Tensor& counters,
-    const Tensor& threshold, bool relative, bool per_head, int64_t band, int64_t min_context,
+    const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& given_q_match,
+    const OptionalTensor& request_ids, Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth,
+    Tensor& ring_anchors, Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request,
+    Tensor& counters, const Tensor& threshold, bool relative, bool per_head, int64_t band, int64_t min_context,
     int64_t max_reuse_depth, double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
-    const OptionalTensor& error_flag, Tensor& out) {
+    const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale,
+    Tensor& out) {
+  TORCH_CHECK_VALUE(given_q_match.has_value() != inv_freq.has_value(),
+                    "q_match and inv_freq: ", inv_freq ? "both are" : "neither is", " given, must be one of them");
+  TORCH_CHECK_VALUE(given_q_match || q.is_cpu(), "q_match is None, must be given on CUDA");
+  const Tensor q_match =
+      given_q_match ? *given_q_match
+                    : cpu_backend::unrotate(q, seq_lens, "seq_lens", 1, *inv_freq, interleaved, rotary_scale);
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
   TORCH_CHECK_VALUE(ring_query.dim() == 5 && k_cache.dim() == 4 && k_cache.size(2) == ring_query.size(1),
@@ -285,17 +292,18 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
 
 std::tuple<Tensor, Tensor, Tensor> decode_reuse(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-    const Tensor& seq_lens, const Tensor& slots, const Tensor& q_match, const OptionalTensor& request_ids,
+    const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& q_match, const OptionalTensor& request_ids,
     Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth, Tensor& ring_anchors,
     Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request, Tensor& counters,
     const Tensor& threshold, bool relative, bool per_head, int64_t band, int64_t min_context,
     int64_t max_reuse_depth, double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
-    const OptionalTensor& error_flag) {
+    const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
   Tensor out = at::empty(q.sizes(), q.options());
-  const auto [source, lse] = decode_reuse_into(
-      q, k_cache, v_cache, block_table, seq_lens, slots, q_match, request_ids, ring_query, ring_out, ring_lse,
-      ring_depth, ring_anchors, ring_position, slot_begin, slot_end, slot_request, counters, threshold, relative,
-      per_head, band, min_context, max_reuse_depth, sm_scale, logits_soft_cap, workspace, error_flag, out);
+  const auto [source, lse] =
+      decode_reuse_into(q, k_cache, v_cache, block_table, seq_lens, slots, q_match, request_ids, ring_query,
+                        ring_out, ring_lse, ring_depth, ring_anchors, ring_position, slot_begin, slot_end,
+                        slot_request, counters, threshold, relative, per_head, band, min_context, max_reuse_depth,
+                        sm_scale, logits_soft_cap, workspace, error_flag, inv_freq, interleaved, rotary_scale, out);
   return {source, out, lse};
 }
 
@@ -353,11 +361,11 @@ TORCH_LIBRARY(mac_attn, m) {
   m.def(("decode_exact.into(" + exact + ", Tensor(a!) out) -> Tensor lse").c_str());
   const std::string reuse =
       "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor slots, "
-      "Tensor q_match, Tensor? request_ids, Tensor(a!) ring_query, Tensor(b!) ring_out, Tensor(c!) ring_lse, "
+      "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring_query, Tensor(b!) ring_out, Tensor(c!) ring_lse, "
       "Tensor(d!) ring_depth, Tensor(e!) ring_anchors, Tensor(f!) ring_position, Tensor(g!) slot_begin, "
       "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, Tensor threshold, bool relative, "
       "bool per_head, int band, int min_context, int max_reuse_depth, float sm_scale, float logits_soft_cap, "
-      "Tensor(k!)? workspace, Tensor(l!)? error_flag";
+      "Tensor(k!)? workspace, Tensor(l!)? error_flag, Tensor? inv_freq, bool interleaved, float rotary_scale";
   m.def(("decode_reuse(" + reuse + ") -> (Tensor source, Tensor out, Tensor lse)").c_str());
   m.def(("decode_reuse.into(" + reuse + ", Tensor(m!) out) -> (Tensor source, Tensor lse)").c_str());
 }

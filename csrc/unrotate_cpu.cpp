@@ -9,16 +9,15 @@
 #include <cmath>
 #include <vector>
 
+#include "backend.h"
 #include "checks.h"
 
 namespace mac_attn {
 
-namespace {
-
-at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const at::Tensor& inv_freq, bool interleaved,
-                    double scale) {
+at::Tensor cpu_backend::unrotate(const at::Tensor& q, const at::Tensor& positions, const char* name, int32_t back,
+                                 const at::Tensor& inv_freq, bool interleaved, double scale) {
   check_query(q, "q");
-  check_array(positions, "positions", {q.size(0)}, at::kInt, q.device());
+  check_array(positions, name, {q.size(0)}, at::kInt, q.device());
   check_array(inv_freq, "inv_freq", {kAny}, at::kFloat, q.device());
   const int64_t pairs = inv_freq.size(0), heads = q.size(1), head_dim = q.size(2);
   TORCH_CHECK_VALUE(2 * pairs <= head_dim, "inv_freq has ", pairs,
@@ -30,7 +29,8 @@ at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const at::
   std::vector<float> cos(pairs), sin(pairs);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, q.scalar_type(), "unrotate", [&] {
     for (int64_t b = 0; b < q.size(0); ++b) {
-      const float position = static_cast<float>(positions.const_data_ptr<int32_t>()[b]);
+      const int64_t token = int64_t{positions.const_data_ptr<int32_t>()[b]} - back;
+      const float position = static_cast<float>(token);
       for (int64_t i = 0; i < pairs; ++i) {
         const float angle = position * inv_freq.const_data_ptr<float>()[i];
         cos[i] = std::cos(angle) * inverse;
@@ -49,6 +49,13 @@ at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const at::
     }
   });
   return out;
+}
+
+namespace {
+
+at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const at::Tensor& inv_freq, bool interleaved,
+                    double scale) {
+  return cpu_backend::unrotate(q, positions, "positions", 0, inv_freq, interleaved, scale);
 }
 
 }  // namespace

@@ -98,9 +98,10 @@ def _decode(
     if reuse is None:
         return ops.decode_exact(*attention, sm_scale, logits_soft_cap, out)
 
-    if q_match is None:
+    if q_match is None and (q.device.type != "cpu" or reuse.rotary is None):
         q_match = pre_rope_query(q, None, seq_lens - 1, reuse.rotary)
-    # match:    source = the recent query to reuse, or none, by `q_match`
+    # match:    source = the recent query to reuse, or none, by `q_match` (on the CPU the op gets
+    #           it from `q`)
     # amend:    attention of `q` to the tokens from E(source) on, or to all; the new entry's anchors
     # complete: out, lse = that and the reused state merged; the new entry goes into the ring
     source, out, lse = ops.match_amend_complete(

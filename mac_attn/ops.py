@@ -25,6 +25,7 @@ _decode_reuse = torch.ops.mac_attn.decode_reuse.default
 _decode_reuse_into = torch.ops.mac_attn.decode_reuse.into
 _decode_exact = torch.ops.mac_attn.decode_exact.default
 _decode_exact_into = torch.ops.mac_attn.decode_exact.into
+_NO_ROTARY = (None, False, 1.0)
 
 
 class Amended(NamedTuple):
@@ -205,7 +206,7 @@ def match_amend_complete(
     block_table: Tensor,
     seq_lens: Tensor,
     slots: Tensor | None,
-    q_match: Tensor,
+    q_match: Tensor | None,
     request_ids: Tensor | None,
     reuse: ReuseCache,
     sm_scale: float,
@@ -214,7 +215,8 @@ def match_amend_complete(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three stages in one op: what a call costs besides is then paid once.
 
-    Args: as for `mac_attn.decode`, the pair of caches as `kv_views` answers it.
+    Args: as for `mac_attn.decode`, the pair of caches as `kv_views` answers it. Without `q_match`
+        the op turns `q` back itself, on the CPU and if the cache has `rotary`.
 
     Returns:
         (source, out, lse): what `match` answered, `out` or a new tensor, and [B, num_qo_heads]
@@ -245,6 +247,7 @@ def match_amend_complete(
         logits_soft_cap,
         reuse.workspace,
         reuse.error_flag,
+        *(_NO_ROTARY if q_match is not None or reuse.rotary is None else reuse.rotary.arguments),
     )
     if out is None:
         source, out, lse = _decode_reuse(*arguments)

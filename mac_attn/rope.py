@@ -48,6 +48,11 @@ class RotaryEmbedding:
         """R, the number of dimensions that turn."""
         return 2 * self.inv_freq.shape[0]
 
+    @property
+    def arguments(self) -> tuple[Tensor, bool, float]:
+        """The rotation as the ops take it."""
+        return self.inv_freq, self.interleaved, self.scale
+
     def to(self, device: torch.device | str) -> RotaryEmbedding:
         """The same rotation with its frequencies on another device."""
         return RotaryEmbedding(self.inv_freq.to(device), self.interleaved, self.scale)
@@ -154,9 +159,7 @@ def unrotate(q: Tensor, positions: Tensor, rotary: RotaryEmbedding) -> Tensor:
     """
     if isinstance(rotary, RotaryEmbedding) and _one_pass(q, positions):
         # The op checks its arguments; with cold caches that takes less time than in Python.
-        unrotated: Tensor = torch.ops.mac_attn.unrotate(
-            q, positions, rotary.inv_freq, rotary.interleaved, rotary.scale
-        )
+        unrotated: Tensor = torch.ops.mac_attn.unrotate(q, positions, *rotary.arguments)
         return unrotated
     _check(q, positions, rotary)
     cos, sin = rotary.cos_sin(positions)

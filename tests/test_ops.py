@@ -21,7 +21,7 @@ def make_step(device, dtype=torch.float32, n=100):
     return q, kv, table, seq_lens
 
 
-def make_reuse(device, dtype=torch.float32, **options):
+def make_reuse(device, dtype=torch.float32, rotary=None, **options):
     options = {"window": WINDOW, "band": BAND, "anchors": 4, "min_context": 1, **options}
     return mac_attn.ReuseCache(
         mac_attn.ReuseConfig(**options),
@@ -31,6 +31,7 @@ def make_reuse(device, dtype=torch.float32, **options):
         head_dim=HEAD_DIM,
         dtype=dtype,
         device=device,
+        rotary=rotary,
     )
 
 
@@ -70,7 +71,7 @@ def op_arguments(reuse, device):
     complete += (reuse.workspace, out, lse)
     decode = (*amend[:5], slots, q_match, None, *complete[8:18])
     decode += (reuse.threshold, True, False, BAND, 1, 2**31 - 1, scale, 0.0)
-    decode += (reuse.workspace, reuse.error_flag)
+    decode += (reuse.workspace, reuse.error_flag, None, False, 1.0)
     return {
         "match.default": match,
         "amend.default": amend,
@@ -120,6 +121,49 @@ def test_one_op_does_what_the_stages_do(device):
         for a, b in zip((*got, *snapshot(apart)), (*expected, *snapshot(whole)), strict=True):
             assert torch.equal(a, b)
     assert whole.stats().hit_rate == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_decode_turns_queries_back_itself(interleaved, dtype, device):
+    """With the cache's `rotary` a step is, to the bit, the one with `unrotate`'s queries."""
+    frequencies = 10000 ** -(torch.arange(HEAD_DIM // 4) / (HEAD_DIM // 4))
+    rotary = mac_attn.RotaryEmbedding(frequencies, interleaved, 1.5)
+    given, turned = make_reuse(device, dtype), make_reuse(device, dtype, rotary)
+    q, kv, table, seq_lens = make_step(device, dtype)
+    pre_rope = q
+    for i in range(4):
+        pre_rope = torch.randn_like(q) if i % 2 == 0 else pre_rope
+        lens = seq_lens + i
+        q = mac_attn.rotate(pre_rope, lens - 1, rotary.to(device))
+        q_match = mac_attn.unrotate(q, lens - 1, rotary.to(device))
+        step = dict(slots=slots_on(device), return_lse=True, out=torch.empty_like(q))
+        if i % 2:
+            del step["out"]
+        expected = mac_attn.decode(q, kv, table, lens, reuse=given, q_match=q_match, **step)
+        expected = [t.clone() for t in expected]
+        got = mac_attn.decode(q, kv, table, lens, reuse=turned, **step)
+        for a, b in zip((*got, *snapshot(turned)), (*expected, *snapshot(given)), strict=True):
+            assert torch.equal(a, b)
+    assert turned.stats().hit_rate == 0.5
+
+
+def test_the_op_takes_queries_or_a_rotation():
+    args = list(op_arguments(make_reuse("cpu"), torch.device("cpu"))["decode_reuse.default"])
+    op = torch.ops.mac_attn.decode_reuse
+    with pytest.raises(ValueError, match="both are given"):
+        op(*args[:-3], torch.ones(4), *args[-2:])
+    args[6] = None
+    with pytest.raises(ValueError, match="neither is given"):
+        op(*args)
+    args[-3] = torch.ones(4)
+    torch.library.opcheck(op.default, tuple(args))
+    args[-3] = torch.ones(HEAD_DIM)
+    with pytest.raises(ValueError, match="inv_freq has"):
+        op(*args)
+    args[4] = args[4].long()
+    with pytest.raises(TypeError, match="seq_lens"):
+        op(*args)
 
 
 def test_compiles_without_graph_breaks(device):
@@ -364,7 +408,13 @@ def test_padding_rows_may_hold_any_source(source, device):
     before = args["complete.default"][9][0].clone()  # the ring of the padding row's slot
     out, lse = args["complete.default"][-2:]
     torch.ops.mac_attn.complete(
-        states, state_lse, anchors, sources, args["complete.default"][4], seq_lens, *args["complete.default"][6:]
+        states,
+        state_lse,
+        anchors,
+        sources,
+        args["complete.default"][4],
+        seq_lens,
+        *args["complete.default"][6:],
     )
     assert (lse[1] == -math.inf).all() and lse[0].isfinite().all() and not out[1].any()
     assert torch.equal(args["complete.default"][9][0], before)

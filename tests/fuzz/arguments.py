@@ -96,9 +96,17 @@ class Call:
             "logits_soft_cap": lambda: self.draw.PickValueInList([0.0, 2.0]),
             "workspace": lambda: None,
             "error_flag": lambda: None,
+            "inv_freq": lambda: None,
+            "interleaved": lambda: self.draw.ConsumeBool(),
+            "rotary_scale": lambda: 1.0,
             "out": lambda: self.normal(B, H * G, D),
             "lse": lambda: self.normal(B, H * G, dtype=torch.float32),
         }
+
+    def frequencies(self) -> Tensor:
+        """Of a rotary embedding, sometimes of more dimensions than there are."""
+        pairs = self.draw.ConsumeIntInRange(0, self.head_dim // 2 + 1)
+        return self.normal(pairs, dtype=torch.float32)
 
     def spoil(self) -> None:
         """Replace one argument."""
@@ -114,6 +122,8 @@ class Call:
             self.args[name] = self.draw.PickValueInList(list(FLOATS))
         elif name == "request_ids":
             self.args[name] = self.ints(self.batch, low=-1, high=4, dtype=torch.int64)
+        elif name == "inv_freq":
+            self.args[name] = self.frequencies()
 
     def spoiled(self, value: Tensor) -> Tensor:
         """The tensor with other values, another shape, other strides or another dtype."""

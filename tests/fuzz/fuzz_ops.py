@@ -81,6 +81,12 @@ def exact_decode(call: Call) -> None:
     )
 
 
+def rotary_decode(call: Call) -> None:
+    """A step that turns its queries back itself."""
+    call.args |= {"q_match": None, "inv_freq": call.frequencies()}
+    one_op(call, "decode_reuse")
+
+
 def cache_methods(call: Call) -> None:
     """The methods of a ReuseCache with arbitrary slots and lengths."""
     pick = call.draw.ConsumeIntInRange
@@ -124,6 +130,7 @@ TARGETS: list[tuple[Callable[[Call], None], list[str]]] = [
     (whole_step, ALL),
     *((partial(one_op, name=name), names) for name, names in ARGUMENTS.items()),
     (exact_decode, ALL),
+    (rotary_decode, ARGUMENTS["decode_reuse"]),
     (cache_methods, []),
 ]
 
