@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -409,7 +411,20 @@ void complete(const CompleteParams&, const Persistent&, const at::Tensor&) {
 
 }  // namespace mac_attn
 
+// An op as a plain Python function. It calls through the dispatcher, as torch.ops does, but need not match what it
+// is given with a schema and box it first: half of what a call of so many arguments costs.
+template <typename Result, typename... Args>
+auto plain_function(const char* name, const char* overload, Result (*)(Args...)) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Result(Args...)>();
+  return torch::wrap_pybind_function_no_gil([op](Args... args) -> Result { return op.call(args...); });
+}
+
 PYBIND11_MODULE(_C, m) {
+  using namespace mac_attn;
   m.doc() = "Registers the mac_attn ops; build_info() tells how they were built.";
+  m.def("decode_exact", plain_function("mac_attn::decode_exact", "", decode_exact));
+  m.def("decode_exact_into", plain_function("mac_attn::decode_exact", "into", decode_exact_into));
+  m.def("decode_reuse", plain_function("mac_attn::decode_reuse", "", decode_reuse));
+  m.def("decode_reuse_into", plain_function("mac_attn::decode_reuse", "into", decode_reuse_into));
   m.def("build_info", &mac_attn::build_info, "Version, CUDA architectures, SIMD level, threads, compiler.");
 }

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mac_attn
 
@@ -164,6 +166,34 @@ def test_the_op_takes_queries_or_a_rotation():
     args[4] = args[4].long()
     with pytest.raises(TypeError, match="seq_lens"):
         op(*args)
+
+
+class Recorded(TorchDispatchMode):
+    """The ops that pass through the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_of_the_dispatcher_see_a_step(device):
+    """A step does not go by torch.ops, but it goes by the dispatcher all the same."""
+    reuse = make_reuse(device)
+    q, kv, table, seq_lens = make_step(device)
+    options = dict(reuse=reuse, slots=slots_on(device), q_match=q)
+    with Recorded() as recorded:
+        mac_attn.decode(q, kv, table, seq_lens)
+        mac_attn.decode(q, kv, table, seq_lens, **options, out=torch.empty_like(q))
+    assert "mac_attn.decode_exact.default" in recorded.names
+    assert "mac_attn.decode_reuse.into" in recorded.names
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty_like(q)
+        out = mac_attn.decode(fake, kv, table, seq_lens, **options)
+    assert isinstance(out, FakeTensor) and out.shape == q.shape and out.device == q.device
 
 
 def test_compiles_without_graph_breaks(device):
