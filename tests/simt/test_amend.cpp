@@ -156,6 +156,11 @@ void test_mixes(DType dtype) {
   spec.anchors = cuda::kMaxAnchors, test(spec, one_run());
   spec.ages = {10}, test(spec, one_run());
   spec.seq_lens = {90}, spec.group_size = cuda::kMaxGroup, spec.anchors = 0, test(spec, one_run());
+  // Bins of so many strips that they do not fit shared memory.
+  AmendSpec wide;
+  wide.dtype = dtype, wide.group_size = 1, wide.num_kv_heads = 1, wide.page_size = 64, wide.anchors = 5;
+  wide.seq_lens = {2 * cuda::Stage<64>::kBytes * cuda::kWarpTokens + wide.band + 3}, wide.heavy_tokens = 9;
+  test(wide, one_run());
   spec.page_size = 16, spec.group_size = 3;
   // Fewer candidates than anchors; a band longer than the context.
   spec.seq_lens = {40, 24, 26}, spec.anchors = 64, spec.sharpness = 1, test(spec, one_run());
