@@ -33,7 +33,7 @@ Case = tuple[int, int, int, torch.dtype, str, int]
 
 
 def run(case: Case, device: str) -> list[Tensor]:
-    """Outputs of exact decode and of some chained steps of reuse, on the CPU in float32."""
+    """Outputs of exact decode, some chained steps of reuse and `unrotate`, in float32 on the CPU."""
     head_dim, num_qo_heads, num_kv_heads, dtype, granularity, anchors = case
     generator = torch.Generator().manual_seed(0)
 
@@ -63,6 +63,8 @@ def run(case: Case, device: str) -> list[Tensor]:
     )
     slots = torch.tensor([2, 0, 4, 1], dtype=torch.int32, device=device)
     first = random(batch, num_qo_heads, head_dim)
+    frequencies = 10000.0 ** -(torch.arange(head_dim // 4, device=device) / (head_dim // 4))
+    rotary = mac_attn.RotaryEmbedding(frequencies, interleaved=granularity == "head")
     outs: list[Any] = []
     for step in range(STEPS):
         # Half of those that decide return to the first query at every other step, the others in
@@ -75,6 +77,7 @@ def run(case: Case, device: str) -> list[Tensor]:
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
         outs.append(mac_attn.decode(q, kv, table, seq_lens))
         outs.append(mac_attn.decode(q, kv, table, seq_lens, reuse=reuse, slots=slots, q_match=q))
+        outs.append(mac_attn.unrotate(q, seq_lens - 1, rotary))
     reuse.check()
     outs.append(torch.tensor([reuse.stats().query_head_hits]))
     return [out.float().cpu() for out in outs]

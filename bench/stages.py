@@ -2,8 +2,8 @@
 
     python bench/stages.py [--quick] [--json FILE]
 
-Every case is timed once with all heads missing and once with all hitting, beside the whole step and
-exact decode. A stage alone starts with cold caches, which within a step it does not, and it cannot
+Every case is timed once with all heads missing and once with all hitting, beside the whole step, the
+same without `q_match` (it is turned back from `q` first) and exact decode. A stage alone starts with cold caches, which within a step it does not, and it cannot
 overlap the one before: the sum of the stages exceeds the step. Columns: bench/README.md.
 """
 
@@ -25,7 +25,7 @@ from workload import Case, PlantedRing, Workload, hit_mask, reuse_config
 
 import mac_attn
 
-STAGES = ("match", "amend", "complete")
+COLUMNS = ("match", "amend", "complete", "step", "turned", "exact")
 # layout, context, batch
 CASES = {
     "cuda": [
@@ -87,6 +87,7 @@ def measure(
                 Step("amend", amend, put_back),
                 Step("complete", complete, put_back),
                 Step("step", step, put_back),
+                Step("turned", partial(step, turned=True), put_back),
                 Step("exact", work.exact),
             ]
         )
@@ -99,6 +100,7 @@ def measure(
             "amend": floor.kv_bytes + floor.anchor_bytes + floor.block_table_bytes,
             "complete": floor.state_read_bytes + floor.state_write_bytes,
             "step": floor.total_bytes,
+            "turned": floor.total_bytes,
             "exact": case.floor().total_bytes,
         }
         rows.append(
@@ -120,7 +122,7 @@ def print_row(row: dict[str, Any]) -> None:
     decides = row["granularity"] + (f", {row['anchors']} anchors" if row["anchors"] else "")
     times = "".join(
         f"{row['us'][name]['us']:11.1f} {row['us'][name]['us'] / row['floor_us'][name]:5.1f}"
-        for name in (*STAGES, "step", "exact")
+        for name in COLUMNS
     )
     print(
         f"{row['layout']:>5} {row['batch']:5} {row['context']:8}  {decides:17} "
@@ -168,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"microseconds, median of {rounds}, and how many times the floor\n")
     print(
         "heads batch  context  decides           all "
-        + "".join(f"{name:>11} floor" for name in (*STAGES, "step", "exact"))
+        + "".join(f"{name:>11} floor" for name in COLUMNS)
     )
     rows = []
     for layout, context, batch in shapes:

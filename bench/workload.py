@@ -84,7 +84,8 @@ class Workload:
     """Queries and a paged KV cache with shuffled pages, all random.
 
     Attributes:
-        q, q_match: [B, Hq, D]
+        q, q_match: [B, Hq, D], with the rotary embedding and before it.
+        rotary: that embedding.
         kv: [pages, 2, page_size, Hkv, D], the pair of K and V in dimension 1.
         block_table: [B, pages per request] int32
         seq_lens, slots: [B] int32
@@ -103,15 +104,18 @@ class Workload:
         self.seq_lens = torch.full((case.batch,), case.seq_len, dtype=torch.int32, device=device)
         self.slots = torch.arange(case.batch, dtype=torch.int32, device=device)
         heads = (case.batch, case.num_qo_heads, case.head_dim)
-        self.q = torch.randn(heads, device=device).to(case.dtype)
         self.q_match = torch.randn(heads, device=device).to(case.dtype)
+        pairs = torch.arange(case.head_dim // 2, device=device) / (case.head_dim // 2)
+        self.rotary = mac_attn.RotaryEmbedding(10000.0**-pairs)
+        self.q = mac_attn.rotate(self.q_match, self.seq_lens - 1, self.rotary)
 
     def exact(self) -> Tensor:
         out = mac_attn.decode(self.q, self.kv, self.block_table, self.seq_lens)
         assert isinstance(out, Tensor)
         return out
 
-    def mac(self, reuse: mac_attn.ReuseCache) -> Tensor:
+    def mac(self, reuse: mac_attn.ReuseCache, *, turned: bool = False) -> Tensor:
+        """A step with reuse; with `turned` it is not given the queries before their rotation."""
         out = mac_attn.decode(
             self.q,
             self.kv,
@@ -119,7 +123,7 @@ class Workload:
             self.seq_lens,
             reuse=reuse,
             slots=self.slots,
-            q_match=self.q_match,
+            q_match=None if turned else self.q_match,
         )
         assert isinstance(out, Tensor)
         return out
@@ -203,6 +207,7 @@ class PlantedRing:
             head_dim=case.head_dim,
             dtype=case.dtype,
             device=device,
+            rotary=work.rotary,
         )
         reuse, window = self.reuse, cfg.window
         position = case.seq_len - 1

@@ -5,7 +5,15 @@ import torch
 import mac_attn
 from mac_attn.info import info
 
-OPS = ["match", "amend", "complete", "complete_exact", "decode_reuse", "decode_exact"]
+OPS = [
+    "match",
+    "amend",
+    "complete",
+    "complete_exact",
+    "decode_reuse",
+    "decode_exact",
+    "unrotate",
+]
 
 build = info()
 if not build["cuda_arches"]:

@@ -17,7 +17,8 @@ LIMITS = {
     "sm_90": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 233472},
 }
 KERNEL = re.compile(
-    r"(?P<stage>match|amend|complete)_kernelI\w*?(?P<dtype>bf16|fp16)ELi(?P<dim>\d+)E(?:Li(?P<blocks>\d)E)?"
+    r"(?P<stage>match|amend|complete|unrotate)_kernelI\w*?(?P<dtype>bf16|fp16)E"
+    r"(?:Li(?P<dim>\d+)E)?(?:Li(?P<blocks>\d)E)?"
 )
 WARPS = 4  # of an amend CTA; kWarps in csrc/cuda/schedule.cuh
 WARP_TOKENS = 16  # kWarpTokens in csrc/cuda/kernels.h
@@ -30,7 +31,7 @@ class Kernel:
     arch: str
     stage: str
     dtype: str
-    head_dim: int
+    head_dim: int  # 0: any
     head_blocks: int | None
     registers: int = 0
     static_shared: int = 0  # with what the system reserves, on sm_90
@@ -41,7 +42,7 @@ class Kernel:
     @property
     def name(self) -> str:
         blocks = f", {8 * self.head_blocks} heads" if self.head_blocks else ""
-        return f"{self.stage} {self.dtype} {self.head_dim}{blocks}"
+        return f"{self.stage} {self.dtype} {self.head_dim or ''}{blocks}".rstrip()
 
     @property
     def threads(self) -> int:
@@ -101,7 +102,7 @@ def missing(kernels: list[Kernel]) -> list[str]:
         for dtype in ("bf16", "fp16")
         for head_dim in (64, 80, 96, 128, 256)
         for blocks in all_blocks
-    ]
+    ] + [("unrotate", dtype, 0, None) for dtype in ("bf16", "fp16")]
     there = {(k.arch, k.stage, k.dtype, k.head_dim, k.head_blocks) for k in kernels}
     return [
         f"{Kernel(arch, *names).name} ({arch}) is missing"
@@ -117,7 +118,7 @@ def _kernel(arch: str, symbol: str) -> Kernel | None:
         return None
     blocks = found["blocks"]
     return Kernel(
-        arch, found["stage"], found["dtype"], int(found["dim"]), int(blocks) if blocks else None
+        arch, found["stage"], found["dtype"], int(found["dim"] or 0), int(blocks) if blocks else None
     )
 
 

@@ -28,10 +28,7 @@ namespace cpu_backend {
 void match(const MatchParams& params);
 void amend(const AmendParams& params, const AmendLimits& limits);
 void complete(const CompleteParams& params);
-// The queries of a decode step without their rotary embedding: R(-p) q / scale for p = positions[b] - back.
-// `name` is what the caller calls `positions`.
-at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const char* name, int32_t back,
-                    const at::Tensor& inv_freq, bool interleaved, double scale);
+void unrotate(const UnrotateParams& params);
 }  // namespace cpu_backend
 
 // Launch on the device's current stream; values are checked by the kernels.
@@ -40,6 +37,11 @@ void match(const MatchParams& params, const Persistent& persistent, const at::Te
 void amend(const AmendParams& params, const AmendLimits& limits, const Persistent& persistent,
            const at::Tensor& on);
 void complete(const CompleteParams& params, const Persistent& persistent, const at::Tensor& on);
+void unrotate(const UnrotateParams& params, const at::Tensor& on);
 }  // namespace cuda_backend
+
+// See UnrotateParams; `name` is what the caller calls `positions`. Defined in unrotate.cpp.
+at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const char* name, int32_t back,
+                    const at::Tensor& inv_freq, bool interleaved, double scale);
 
 }  // namespace mac_attn

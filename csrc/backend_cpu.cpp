@@ -1,7 +1,10 @@
 // The CPU side of the ops: checks of values, and ATen's threads for the kernels.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
 #include "backend.h"
 #include "checks.h"
@@ -82,6 +85,37 @@ void complete(const CompleteParams& p) {
   cpu::CompleteWork work(p);
   constexpr int64_t kFewElements = 8192;
   run_team(cpu::kernels().complete, p, work, work.num_tasks * p.shape.head_dim <= kFewElements);
+}
+
+// On one thread: the queries are few.
+void unrotate(const UnrotateParams& p) {
+  const int64_t step = p.interleaved ? 2 : 1, second = p.interleaved ? 1 : p.pairs;
+  const int64_t heads = p.shape.num_qo_heads(), D = p.shape.head_dim;
+  std::vector<float> cos(p.pairs), sin(p.pairs);
+  const auto type = p.dtype == DType::kBFloat16  ? at::kBFloat16
+                    : p.dtype == DType::kFloat16 ? at::kHalf
+                                                 : at::kFloat;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "unrotate", [&] {
+    for (int64_t b = 0; b < p.shape.batch; ++b) {
+      const float position = static_cast<float>(int64_t{p.positions[b]} - p.back);
+      for (int64_t i = 0; i < p.pairs; ++i) {
+        const float angle = position * p.inv_freq[i];
+        cos[i] = std::cos(angle) * p.inverse_scale;
+        sin[i] = std::sin(angle) * p.inverse_scale;
+      }
+      for (int64_t h = 0; h < heads; ++h) {
+        const scalar_t* from =
+            static_cast<const scalar_t*>(p.query.data) + b * p.query.batch_stride + h * p.query.head_stride;
+        scalar_t* to = static_cast<scalar_t*>(p.out) + (b * heads + h) * D;
+        for (int64_t i = 0; i < p.pairs; ++i) {
+          const float x = static_cast<float>(from[i * step]), y = static_cast<float>(from[i * step + second]);
+          to[i * step] = static_cast<scalar_t>(x * cos[i] + y * sin[i]);
+          to[i * step + second] = static_cast<scalar_t>(y * cos[i] - x * sin[i]);
+        }
+        std::copy(from + 2 * p.pairs, from + D, to + 2 * p.pairs);
+      }
+    }
+  });
 }
 
 }  // namespace mac_attn::cpu_backend

@@ -15,9 +15,13 @@ namespace {
 
 using at::Tensor;
 
+void check_dtype(DType dtype) {
+  TORCH_CHECK_TYPE(dtype != DType::kFloat32, "q is float32, must be bfloat16 or float16 on CUDA");
+}
+
 void check_supported(const Shape& shape, DType dtype) {
   const int D = shape.head_dim;
-  TORCH_CHECK_TYPE(dtype != DType::kFloat32, "q is float32, must be bfloat16 or float16 on CUDA");
+  check_dtype(dtype);
   TORCH_CHECK_VALUE(D == 64 || D == 80 || D == 96 || D == 128 || D == 256, "q has head_dim ", D,
                     ", must be 64, 80, 96, 128 or 256 on CUDA");
   TORCH_CHECK_VALUE(shape.group_size <= cuda::kMaxGroup, "num_qo_heads / num_kv_heads is ", shape.group_size,
@@ -132,6 +136,15 @@ void complete(const CompleteParams& p, const Persistent& persistent, const Tenso
   const c10::cuda::CUDAGuard guard(on.device());
   const cuda::CompleteWorkspace w{p.source ? Workspace(p.shape, persistent, on).status : nullptr};
   C10_CUDA_CHECK(cuda::launch_complete(p, w, c10::cuda::getCurrentCUDAStream()));
+}
+
+void unrotate(const UnrotateParams& p, const Tensor& on) {
+  check_dtype(p.dtype);
+  TORCH_CHECK_VALUE(p.shape.num_qo_heads() <= cuda::kMaxUnrotateHeads, "num_qo_heads is ", p.shape.num_qo_heads(),
+                    ", must be at most ", cuda::kMaxUnrotateHeads, " on CUDA");
+  if (p.shape.batch == 0) return;
+  const c10::cuda::CUDAGuard guard(on.device());
+  C10_CUDA_CHECK(cuda::launch_unrotate(p, c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace mac_attn::cuda_backend

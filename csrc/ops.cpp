@@ -269,10 +269,8 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
     Tensor& out) {
   TORCH_CHECK_VALUE(given_q_match.has_value() != inv_freq.has_value(),
                     "q_match and inv_freq: ", inv_freq ? "both are" : "neither is", " given, must be one of them");
-  TORCH_CHECK_VALUE(given_q_match || q.is_cpu(), "q_match is None, must be given on CUDA");
   const Tensor q_match =
-      given_q_match ? *given_q_match
-                    : cpu_backend::unrotate(q, seq_lens, "seq_lens", 1, *inv_freq, interleaved, rotary_scale);
+      given_q_match ? *given_q_match : unrotate(q, seq_lens, "seq_lens", 1, *inv_freq, interleaved, rotary_scale);
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
   TORCH_CHECK_VALUE(ring_query.dim() == 5 && k_cache.dim() == 4 && k_cache.size(2) == ring_query.size(1),
@@ -404,6 +402,9 @@ void amend(const AmendParams&, const AmendLimits&, const Persistent&, const at::
   not_built();
 }
 void complete(const CompleteParams&, const Persistent&, const at::Tensor&) {
+  not_built();
+}
+void unrotate(const UnrotateParams&, const at::Tensor&) {
   not_built();
 }
 }  // namespace cuda_backend

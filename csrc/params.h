@@ -74,6 +74,21 @@ struct KVPages {
   int32_t page_size;
 };
 
+// Queries without their rotary embedding: R(-p) q / scale for p = positions[b] - back. KV heads do not matter here:
+// the shape has one for each query head.
+struct UnrotateParams {
+  Shape shape;
+  DType dtype;
+  HeadsView query;           // post-RoPE
+  const int32_t* positions;  // [B]
+  int32_t back;
+  const float* inv_freq;  // [pairs] radians per position
+  int32_t pairs;          // of dimensions that turn, the first 2 * pairs of D
+  bool interleaved;       // pairs are (2i, 2i + 1), else (i, i + pairs)
+  float inverse_scale;
+  void* out;  // out: [B, Hq, D] dtype
+};
+
 struct MatchParams {
   Shape shape;
   DType dtype;

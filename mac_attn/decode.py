@@ -98,10 +98,8 @@ def _decode(
     if reuse is None:
         return ops.decode_exact(*attention, sm_scale, logits_soft_cap, out)
 
-    if q_match is None and (q.device.type != "cpu" or reuse.rotary is None):
-        q_match = pre_rope_query(q, None, seq_lens - 1, reuse.rotary)
-    # match:    source = the recent query to reuse, or none, by `q_match` (on the CPU the op gets
-    #           it from `q`)
+    # match:    source = the recent query to reuse, or none, by `q_match`; without it the op turns
+    #           `q` back
     # amend:    attention of `q` to the tokens from E(source) on, or to all; the new entry's anchors
     # complete: out, lse = that and the reused state merged; the new entry goes into the ring
     source, out, lse = ops.match_amend_complete(

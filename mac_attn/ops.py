@@ -219,7 +219,7 @@ def match_amend_complete(
     """The three stages in one op: what a call costs besides is then paid once.
 
     Args: as for `mac_attn.decode`, the pair of caches as `kv_views` answers it. Without `q_match`
-        the op turns `q` back itself, on the CPU and if the cache has `rotary`.
+        the op turns `q` back itself, if the cache has `rotary`.
 
     Returns:
         (source, out, lse): what `match` answered, `out` or a new tensor, and [B, num_qo_heads]

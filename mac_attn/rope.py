@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _C
 from ._checks import FLOAT_DTYPES, INT_DTYPES, check_number, check_tensor, check_type
+
+# What csrc/unrotate.cpp takes on each kind of device.
+_ONE_PASS_DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": FLOAT_DTYPES}
+if _C.build_info()["cuda_arches"]:
+    _ONE_PASS_DTYPES["cuda"] = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +164,7 @@ def unrotate(q: Tensor, positions: Tensor, rotary: RotaryEmbedding) -> Tensor:
         ValueError, TypeError: a shape, dtype or device does not fit.
     """
     if isinstance(rotary, RotaryEmbedding) and _one_pass(q, positions):
-        # The op checks its arguments; with cold caches that takes less time than in Python.
+        # The op checks its arguments; on the CPU, with cold caches, that is faster than in Python.
         unrotated: Tensor = torch.ops.mac_attn.unrotate(q, positions, *rotary.arguments)
         return unrotated
     _check(q, positions, rotary)
@@ -167,13 +173,12 @@ def unrotate(q: Tensor, positions: Tensor, rotary: RotaryEmbedding) -> Tensor:
 
 
 def _one_pass(q: Tensor, positions: Tensor) -> bool:
-    """Whether csrc/unrotate_cpu.cpp serves: the queries of a decode step on the CPU."""
+    """Whether csrc/unrotate.cpp serves: the queries of a decode step."""
     return (
         isinstance(q, Tensor)
         and isinstance(positions, Tensor)
         and q.ndim == 3
-        and q.device.type == "cpu"
-        and q.dtype in FLOAT_DTYPES
+        and q.dtype in _ONE_PASS_DTYPES.get(q.device.type, ())
         and positions.dtype == torch.int32
         and positions.is_contiguous()
         and q.shape[-1] % 16 == 0

@@ -67,7 +67,7 @@ def test_stages(tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert [row["heads"] for row in rows] == ["miss", "hit"]
     for row in rows:
-        assert set(row["us"]) == set(row["floor_us"]) == {*stages.STAGES, "step", "exact"}
+        assert set(row["us"]) == set(row["floor_us"]) == {*stages.COLUMNS}
         assert all(timing["us"] > 0 for timing in row["us"].values())
 
 

@@ -55,22 +55,24 @@ def test_unrotate_is_the_inverse(dtype, interleaved, scale, device):
     torch.testing.assert_close(again, q, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
-# On the CPU one token per request goes through one C++ op, anything else through torch's. Both
-# compute in float32; sines of two libraries and another order of operations differ by some units
-# before rounding.
+# One token per request goes through one op of ours, anything else through torch's. Both compute in
+# float32; sines of two libraries and another order of operations differ by some units before
+# rounding.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_one_pass_and_torch_agree(dtype, interleaved):
-    rotary = RotaryEmbedding(inv_freq(48), interleaved, 1.3)
+def test_one_pass_and_torch_agree(dtype, interleaved, device):
+    rotary = RotaryEmbedding(inv_freq(48), interleaved, 1.3).to(device)
     q, positions = torch.randn(7, 4, 64).to(dtype), torch.randint(0, 131072, (7,)).int()
+    q, positions = q.to(device), positions.to(device)
     expected = unrotate(q[:, None], positions[:, None], rotary)[:, 0]
     atol = 4 * torch.finfo(torch.float32).eps + 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(unrotate(q, positions, rotary), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_one_pass_opcheck(interleaved):
-    arguments = (torch.randn(3, 4, 32), torch.tensor([5, 0, 9], dtype=torch.int32), inv_freq(16))
+def test_one_pass_opcheck(interleaved, device):
+    q, positions = torch.randn(3, 4, 32).bfloat16(), torch.tensor([5, 0, 9], dtype=torch.int32)
+    arguments = [t.to(device) for t in (q, positions, inv_freq(16))]
     torch.library.opcheck(torch.ops.mac_attn.unrotate.default, (*arguments, interleaved, 1.5))
 
 

@@ -14,6 +14,7 @@ constexpr int32_t kMaxWaves = 8;       // pieces for each CTA
 constexpr int32_t kWarpTokens = 16;    // tokens that a warp attends to at a time: a strip
 constexpr int32_t kMaxAnchors = 256;
 constexpr int32_t kMaxGroup = 128;
+constexpr int32_t kMaxUnrotateHeads = 32768;  // its CTAs for a request are the grid's y, at most 65,535
 constexpr int32_t kMaxCluster = 8;  // CTAs; more are not portable (CUDA Programming Guide, thread block clusters)
 
 // Bits of a request's status and of the sticky error flag; mac_attn/cache.py reads them.
@@ -128,6 +129,7 @@ inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_p
 // CTAs of the persistent amend grid on the current device.
 cudaError_t amend_ctas(int32_t head_dim, int32_t group_size, int32_t* ctas);
 
+cudaError_t launch_unrotate(const UnrotateParams& params, cudaStream_t stream);
 cudaError_t launch_match(const MatchParams& params, const MatchWorkspace& workspace, cudaStream_t stream);
 cudaError_t launch_amend(const AmendParams& params, const AmendWorkspace& workspace, int32_t ctas,
                          cudaStream_t stream);

@@ -2,6 +2,9 @@
 
 namespace mac_attn::simt {
 
+void launch_unrotate_bf16(const UnrotateParams& p, const Run& run) {
+  launch_unrotate_type<bf16>(p, run);
+}
 void launch_match_bf16(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run) {
   launch_match_type<bf16>(p, w, run);
 }

@@ -2,6 +2,9 @@
 
 namespace mac_attn::simt {
 
+void launch_unrotate_fp16(const UnrotateParams& p, const Run& run) {
+  launch_unrotate_type<fp16>(p, run);
+}
 void launch_match_fp16(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run) {
   launch_match_type<fp16>(p, w, run);
 }

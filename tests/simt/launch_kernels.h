@@ -7,6 +7,8 @@
 
 namespace mac_attn::simt {
 
+void launch_unrotate_bf16(const UnrotateParams& p, const Run& run);
+void launch_unrotate_fp16(const UnrotateParams& p, const Run& run);
 void launch_match_bf16(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run);
 void launch_match_fp16(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run);
 void launch_amend_bf16(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run);

@@ -8,6 +8,7 @@
 #include "complete.cuh"
 #include "launch_kernels.h"
 #include "match.cuh"
+#include "unrotate.cuh"
 
 namespace mac_attn::simt {
 
@@ -22,6 +23,12 @@ void with_head_dim(int head_dim, const Use& use) {
     case 256: return use(std::integral_constant<int, 256>());
     default: throw Failure("no such head_dim");
   }
+}
+
+template <typename T>
+void launch_unrotate_type(const UnrotateParams& p, const Run& run) {
+  const dim3 grid(p.shape.batch, cuda::unrotate_ctas(p));
+  launch({grid, cuda::kUnrotateThreads, 0, run.engine, run.seed}, cuda::unrotate_kernel<T>, p);
 }
 
 template <typename T>

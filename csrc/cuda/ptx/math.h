@@ -32,6 +32,13 @@ MAC_DEVICE float divide(float x, float y) {
   return __fdividef(x, y);
 }
 
+// Sine and cosine of pi * x within 2 ulp.
+MAC_DEVICE float2 sin_cos_pi(float x) {
+  float2 result;
+  sincospif(x, &result.x, &result.y);
+  return result;
+}
+
 // Two floats, rounded to nearest even, in one register.
 template <typename T>
 MAC_DEVICE uint32_t pack2(float low, float high) {
@@ -65,6 +72,10 @@ inline float lg2(float x) {
 }
 inline float divide(float x, float y) {
   return x / y;
+}
+inline float2 sin_cos_pi(float x) {
+  const double angle = 3.14159265358979323846 * x;
+  return {static_cast<float>(std::sin(angle)), static_cast<float>(std::cos(angle))};
 }
 
 template <typename T>

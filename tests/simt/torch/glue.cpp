@@ -30,6 +30,10 @@ cudaError_t amend_ctas(int32_t, int32_t, int32_t* ctas) {
   *ctas = 3;
   return 0;
 }
+cudaError_t launch_unrotate(const UnrotateParams& p, cudaStream_t) {
+  simt::launch_unrotate_bf16(p, next_run());
+  return 0;
+}
 cudaError_t launch_match(const MatchParams& p, const MatchWorkspace& w, cudaStream_t) {
   simt::launch_match_bf16(p, w, next_run());
   return 0;
@@ -72,6 +76,9 @@ void amend(const AmendParams& p, const AmendLimits& limits) {
 }
 void complete(const CompleteParams& p) {
   cuda_backend::complete(p, persistent(p.source), on_host());
+}
+void unrotate(const UnrotateParams& p) {
+  cuda_backend::unrotate(p, on_host());
 }
 
 }  // namespace cpu_backend

@@ -24,7 +24,7 @@ def load_as_c() -> ModuleType:
             str(path)
             for path in (
                 ROOT / "csrc" / "ops.cpp",
-                ROOT / "csrc" / "unrotate_cpu.cpp",
+                ROOT / "csrc" / "unrotate.cpp",
                 ROOT / "csrc" / "backend_cuda.cpp",
                 SIMT / "torch" / "glue.cpp",
                 SIMT / "launch_bf16.cpp",

@@ -1,0 +1,58 @@
+// Undoes a rotary embedding in one pass: R(-p) q / scale. mac_attn/rope.py has the same in torch ops for other
+// shapes; a decode step calls it once a layer, where a dozen of small ops cost more than the step saves.
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "backend.h"
+#include "checks.h"
+
+namespace mac_attn {
+
+at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const char* name, int32_t back,
+                    const at::Tensor& inv_freq, bool interleaved, double scale) {
+  check_query(q, "q");
+  check_array(positions, name, {q.size(0)}, at::kInt, q.device());
+  check_array(inv_freq, "inv_freq", {kAny}, at::kFloat, q.device());
+  TORCH_CHECK_VALUE(2 * inv_freq.size(0) <= q.size(2), "inv_freq has ", inv_freq.size(0),
+                    " frequencies, must have at most head_dim / 2 = ", q.size(2) / 2);
+  TORCH_CHECK_VALUE(scale > 0, "scale is ", scale, ", must be above 0");
+  at::Tensor out = at::empty_like(q, at::MemoryFormat::Contiguous);
+  UnrotateParams p{};
+  p.shape = make_shape(q, q.size(1));
+  p.dtype = dtype_of(q);
+  p.query = {q.const_data_ptr(), q.stride(0), q.stride(1)};
+  p.positions = positions.const_data_ptr<int32_t>();
+  p.back = back;
+  p.inv_freq = inv_freq.const_data_ptr<float>();
+  p.pairs = static_cast<int32_t>(inv_freq.size(0));
+  p.interleaved = interleaved;
+  p.inverse_scale = static_cast<float>(1 / scale);
+  p.out = out.data_ptr();
+  if (q.is_cpu()) {
+    cpu_backend::unrotate(p);
+  } else {
+    cuda_backend::unrotate(p, q);
+  }
+  return out;
+}
+
+namespace {
+
+at::Tensor unrotate_op(const at::Tensor& q, const at::Tensor& positions, const at::Tensor& inv_freq,
+                       bool interleaved, double scale) {
+  return unrotate(q, positions, "positions", 0, inv_freq, interleaved, scale);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(mac_attn, m) {
+  m.def("unrotate(Tensor q, Tensor positions, Tensor inv_freq, bool interleaved, float scale) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(mac_attn, CPU, m) {
+  m.impl("unrotate", unrotate_op);
+}
+TORCH_LIBRARY_IMPL(mac_attn, CUDA, m) {
+  m.impl("unrotate", unrotate_op);
+}
+
+}  // namespace mac_attn
