@@ -118,7 +118,11 @@ def _kernel(arch: str, symbol: str) -> Kernel | None:
         return None
     blocks = found["blocks"]
     return Kernel(
-        arch, found["stage"], found["dtype"], int(found["dim"] or 0), int(blocks) if blocks else None
+        arch,
+        found["stage"],
+        found["dtype"],
+        int(found["dim"] or 0),
+        int(blocks) if blocks else None,
     )
 
 
