@@ -33,7 +33,7 @@ Case = tuple[int, int, int, torch.dtype, str, int]
 
 
 def run(case: Case, device: str) -> list[Tensor]:
-    """Outputs of exact decode, some chained steps of reuse and `unrotate`, in float32 on the CPU."""
+    """Outputs of exact decode, chained steps of reuse and `unrotate`, on the CPU in float32."""
     head_dim, num_qo_heads, num_kv_heads, dtype, granularity, anchors = case
     generator = torch.Generator().manual_seed(0)
 

@@ -2,9 +2,10 @@
 
     python bench/stages.py [--quick] [--json FILE]
 
-Every case is timed once with all heads missing and once with all hitting, beside the whole step, the
-same without `q_match` (it is turned back from `q` first) and exact decode. A stage alone starts with cold caches, which within a step it does not, and it cannot
-overlap the one before: the sum of the stages exceeds the step. Columns: bench/README.md.
+Every case is timed once with all heads missing and once with all hitting, beside the whole step,
+the same without `q_match` (it is turned back from `q` first) and exact decode. A stage alone starts
+with cold caches, which within a step it does not, and it cannot overlap the one before: the sum of
+the stages exceeds the step. Columns: bench/README.md.
 """
 
 from __future__ import annotations
