@@ -97,14 +97,15 @@ inline void check_seq_lens(const Shape& shape, const Requests& requests, int64_t
   }
 }
 
-// Every slot in range, none twice; padding rows have none.
+// Every slot in range or kNoSlot, none twice; padding rows have none.
 inline void check_slots(const Shape& shape, const Requests& requests, int32_t num_slots) {
   std::vector<int32_t> row_of(num_slots, -1);
   for (int32_t b = 0; b < shape.batch; ++b) {
     if (requests.seq_lens[b] == 0) continue;
     const int32_t slot = requests.slots[b];
+    if (slot == kNoSlot) continue;
     TORCH_CHECK_VALUE(slot >= 0 && slot < num_slots, "slots[", b, "] is ", slot, ", must be from 0 to ",
-                      num_slots - 1);
+                      num_slots - 1, ", or -1 for none");
     TORCH_CHECK_VALUE(row_of[slot] < 0, "slots[", b, "] is ", slot, ", which slots[", row_of[slot],
                       "] has too; every request needs its own");
     row_of[slot] = b;
@@ -113,7 +114,7 @@ inline void check_slots(const Shape& shape, const Requests& requests, int32_t nu
   }
 }
 
-// Every source is kMiss or a position that match may answer.
+// Every source is kMiss or a position that match may answer; that of a request without a ring is kMiss.
 inline void check_source(const Shape& shape, const Requests& requests, const int32_t* source, int32_t window,
                          int32_t band, bool per_group) {
   for (int32_t b = 0; b < shape.batch; ++b) {
@@ -122,6 +123,8 @@ inline void check_source(const Shape& shape, const Requests& requests, const int
     const int32_t oldest = std::max(band, position - window);
     for (int32_t h = 0; h < shape.num_qo_heads(); ++h) {
       const int64_t row = static_cast<int64_t>(b) * shape.num_qo_heads() + h;
+      TORCH_CHECK_VALUE(source[row] == kMiss || has_ring(requests, b), "source[", b, ", ", h, "] is ", source[row],
+                        ", must be -1, as slots[", b, "] is -1");
       TORCH_CHECK_VALUE(source[row] == kMiss || (source[row] >= oldest && source[row] < position), "source[", b,
                         ", ", h, "] is ", source[row], ", must be -1 or from ", oldest, " to ", position - 1);
       TORCH_CHECK_VALUE(!per_group || source[row] == source[row - h % shape.group_size], "source[", b, ", ", h,

@@ -13,6 +13,7 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 constexpr int32_t kMiss = -1;      // in `source`: no entry is reused
 constexpr int32_t kNoAnchor = -1;  // in `anchors`: the place is not used
+constexpr int32_t kNoSlot = -1;    // in `slots`: the request has no ring
 
 struct Shape {
   int32_t batch;
@@ -60,9 +61,14 @@ enum Counter : int32_t {
 // The rows of the call: which request, how long, which slot.
 struct Requests {
   const int32_t* seq_lens;     // [B], 0 marks a padding row
-  const int32_t* slots;        // [B], null without reuse
+  const int32_t* slots;        // [B] or kNoSlot, null without reuse
   const int64_t* request_ids;  // [B] or null
 };
+
+// Whether a request has a ring, in a call with reuse; else it is attended to exactly, and nothing is stored.
+constexpr bool has_ring(const Requests& requests, int32_t request) {
+  return !requests.slots || requests.slots[request] != kNoSlot;
+}
 
 struct KVPages {
   const void* k;  // [num_pages, page_size, H, D], any strides but the last

@@ -81,7 +81,7 @@ class Audit:
 
         source: [B, Hq] int32, what `match` answered. `out` is only read.
         """
-        sampled = (seq_lens > 0) & ((seq_lens + slots) % self.every == 0)
+        sampled = (seq_lens > 0) & (slots >= 0) & ((seq_lens + slots) % self.every == 0)
         if out.device.type == "cpu" and not bool(sampled.any()):
             return
         lens = torch.where(sampled, seq_lens, 0)

@@ -47,7 +47,8 @@ def decode(
         seq_lens: [B] int32, tokens per request, the new one included. 0 marks a padding row, whose
             output is 0 (lse -inf) and whose slot is left alone.
         reuse: the layer's cache, or None.
-        slots: [B] int32, the ring slot of each request, all different. Needed with `reuse`.
+        slots: [B] int32, the ring slot of each request, all different, or -1: that request is
+            attended exactly, and nothing is stored for it. Needed with `reuse`.
         q_match: [B, num_qo_heads, head_dim], pre-RoPE queries in q's dtype. None computes them from
             `q` with the cache's `rotary`.
         request_ids: [B] int64, not negative, or None. A slot last used under another id counts as

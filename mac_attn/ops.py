@@ -59,7 +59,7 @@ def match(
         reuse: the layer's cache; it is only read.
         q_match: [B, num_qo_heads, head_dim] pre-RoPE queries, in the cache's dtype.
         seq_lens: [B] int32, tokens in the KV cache, the current one included; 0 is a padding row.
-        slots: [B] int32, the ring slot of each request.
+        slots: [B] int32, the ring slot of each request, or -1: it has none, and misses.
         request_ids: [B] int64 or None; a slot whose last call had another id counts as empty.
 
     Returns:

@@ -312,7 +312,7 @@ def decode(
         if n == 0:
             continue  # a padding row: the empty state, and its slot stays as it was
         k, v = gather_kv(kv_cache, block_table[b], n, kv_layout)
-        if reuse is None:
+        if reuse is None or (slots is not None and slots[b] == -1):
             everything = [torch.arange(n)] * k.shape[1]
             result.out[b], result.lse[b] = _states(q[b], k, v, everything, softmax)
             continue

@@ -102,7 +102,7 @@ def bad_values() -> dict[str, tuple[dict, str]]:
         ),
         "negative length": ({"seq_lens": ints(-1, 71)}, r"seq_lens\[0\] is -1"),
         "slot out of range": ({"slots": ints(2, 3)}, r"slots\[1\] is 3, must be from 0 to 2"),
-        "negative slot": ({"slots": ints(-1, 0)}, r"slots\[0\] is -1"),
+        "negative slot": ({"slots": ints(-2, 0)}, r"slots\[0\] is -2"),
         "slot twice": ({"slots": ints(1, 1)}, r"slots\[1\] is 1, which slots\[0\] has too"),
         "negative id": (
             {"request_ids": ints(5, -1, dtype=torch.int64)},

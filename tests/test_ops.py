@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from compare import out_tolerance, state_tolerance
 from op_steps import (
     BAND,
     BATCH,
@@ -85,6 +86,48 @@ def test_decode_turns_queries_back_itself(interleaved, dtype, device):
         for a, b in zip((*got, *snapshot(turned)), (*expected, *snapshot(given)), strict=True):
             assert torch.equal(a, b)
     assert turned.stats().hit_rate == 0.5
+
+
+@pytest.mark.parametrize("granularity, anchors", [("group", 8), ("head", 0)])
+def test_a_request_without_a_slot_is_exact_and_leaves_no_trace(granularity, anchors, device):
+    """Among others that miss and hit; those answer and are stored as if it were not there."""
+    dtype = torch.bfloat16
+    mixed, alone = (
+        make_reuse(device, dtype, granularity=granularity, anchors=anchors) for _ in range(2)
+    )
+    mixed.audit(every=1)
+    q, kv, table, seq_lens = make_step(device, dtype)
+    slots, other = slots_on(device).clone(), 1
+    slots[other] = -1
+    pre_rope = torch.randn_like(q)
+    for i in range(3):
+        lens = seq_lens + i
+        call = (q, kv, table, lens)
+        out, lse = mac_attn.decode(
+            *call, reuse=mixed, slots=slots, q_match=pre_rope, return_lse=True
+        )
+        exact = [t[other] for t in mac_attn.decode(*call, return_lse=True)]
+        out_tolerance(dtype, device).check(out[other], exact[0], "out")
+        state_tolerance(dtype, device).check(lse[other], exact[1], "lse")
+        rest = [b for b in range(len(q)) if b != other]
+        few = [t[rest].contiguous() for t in (q, pre_rope, table, lens, slots)]
+        expected = mac_attn.decode(few[0], kv, *few[2:4], reuse=alone, slots=few[4], q_match=few[1])
+        out_tolerance(dtype, device).check(out[rest], expected, "the others")
+    assert mixed.stats().hit_rate == alone.stats().hit_rate == pytest.approx(2 / 3)
+    assert mixed.audited().steps == 3 * len(rest)
+    for a, b in zip(snapshot(mixed), snapshot(alone), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+    mixed.check()
+
+
+def test_a_source_needs_a_slot():
+    reuse = make_reuse("cpu")
+    q, kv, table, seq_lens, _ = two_steps(reuse, "cpu")
+    slots = slots_on("cpu").clone()
+    slots[0] = -1
+    source = torch.full(q.shape[:2], 99, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"source\[0, 0\] is 99, must be -1, as slots\[0\] is -1"):
+        mac_attn.amend(q, kv, table, seq_lens, source=source, reuse=reuse, slots=slots)
 
 
 def test_the_op_takes_queries_or_a_rotation():

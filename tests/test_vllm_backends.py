@@ -194,8 +194,7 @@ def test_the_flash_impl_serves_a_mixed_step(monkeypatch: pytest.MonkeyPatch) -> 
     buffers.fill([Place(1, 5), None], lens)
     plan = cuda_plan.CudaPlan(
         2,
-        buffers.with_ring(table),
-        buffers.exact(table),
+        buffers.rows(table),
         cuda_plan.Prefill(slice(2, 5), "prefill"),
         [],
     )

@@ -88,8 +88,9 @@ def test_a_step_on_the_cpu(batch: tuple[Common, Tensor, Tensor]) -> None:
     engine = FakeEngine(ROWS, PLACES, seed=3)
     plan = cpu_plan.plan_step(engine, True, common, BLOCK, _build(seen))  # type: ignore[arg-type]
     output = torch.full_like(query, torch.nan)
-    for which, rows in plan.decode:
-        output[which] = attend.decode(impl, rows, query[which], kv_cache)
+    assert plan.decode is not None
+    assert plan.num_decodes == 3
+    attend.decode(impl, plan.decode, query[:3], kv_cache, output[:3])
     torch.testing.assert_close(output[:3], _expected(common, query, kv_cache))
     ring = impl.mac.ring
     assert ring.slot_end.tolist() == [30, 0, 9]
@@ -115,7 +116,7 @@ def test_a_step_on_the_cpu(batch: tuple[Common, Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("padding", [0, 2])
 def test_a_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor], padding: int) -> None:
-    """The two calls with lengths of 0 add up; what a graph was recorded with serves every step."""
+    """What a graph was recorded with serves every step."""
     _, query, kv_cache = batch
     lens = [9, 17, 30, *[0] * padding]
     common = common_metadata([1, 1, 1, *[0] * padding], lens)
@@ -130,14 +131,11 @@ def test_a_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor], padding: int) -> 
     expected = _expected(common, query, kv_cache)
 
     def run(step: cuda_plan.CudaPlan) -> Tensor:
-        assert step.with_ring is not None
-        assert step.exact is not None
+        assert step.decode is not None
         # A graph reads the block table where it was when recorded; vLLM writes it there.
         table = common.block_table_tensor[: step.num_decodes]
         q = query[: step.num_decodes]
-        with_ring = attend.decode(impl, replace(step.with_ring, block_table=table), q, kv_cache)
-        exact = attend.decode(impl, replace(step.exact, block_table=table), q, kv_cache)
-        return with_ring + exact
+        return attend.decode(impl, replace(step.decode, block_table=table), q, kv_cache)
 
     torch.testing.assert_close(run(plan), expected)
     replayed = run(recorded)
@@ -159,8 +157,8 @@ def test_a_mixed_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor]) -> None:
     assert part.query_start_loc.tolist() == [0, 5]
     assert torch.equal(part.block_table_tensor, common.block_table_tensor[3:])
     assert torch.equal(part.slot_mapping, common.slot_mapping[3:])
-    assert buffers.ring_lens[:3].tolist() == [9, 0, 30]
-    assert buffers.exact_lens[:3].tolist() == [0, 17, 0]
+    assert buffers.seq_lens[:3].tolist() == [9, 17, 30]
+    assert buffers.slots[:3].tolist() == [2, -1, 0]
     (seed,) = plan.seeds
     assert (seed.first, seed.last) == (5, 8)
 

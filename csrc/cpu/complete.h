@@ -21,7 +21,7 @@ void complete_head(const CompleteParams& p, int request, int head, float* carrie
   const int n = p.requests.seq_lens[request];
 
   float carried_lse = p.state_lse[row];
-  if (!p.source || n == 0) {
+  if (!p.source || n == 0 || !has_ring(p.requests, request)) {
     std::memcpy(carried, old, D * sizeof(float));
   } else {
     const int M = p.ring.window, position = n - 1, source = p.source[row];
@@ -55,7 +55,7 @@ void complete_head(const CompleteParams& p, int request, int head, float* carrie
 // What all heads of a request share: the tag, the anchors, the slot's history and the counters.
 inline void complete_request(const CompleteParams& p, int request) {
   const int n = p.requests.seq_lens[request], position = n - 1;
-  if (!p.source || n == 0) return;
+  if (!p.source || n == 0 || !has_ring(p.requests, request)) return;
   const int H = p.shape.num_kv_heads, G = p.shape.group_size, M = p.ring.window, S = p.ring.num_anchors;
   const int64_t slot = p.requests.slots[request];
   const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;

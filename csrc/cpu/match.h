@@ -68,6 +68,7 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
   const int position = p.requests.seq_lens[request] - 1;
   if (position < 0 || position + 1 < p.min_context) return;
   const int slot = p.requests.slots[request];
+  if (slot == kNoSlot) return;
   const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;
   if (p.ring.end[slot] != position || p.ring.request[slot] != id) return;  // history is broken
 

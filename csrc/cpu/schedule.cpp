@@ -73,7 +73,7 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
   for (int b = 0; b < B; ++b) {
     const int32_t n = p.requests.seq_lens[b];
     sort_heads(p, b, &kv_heads[b * H], &qo_heads[b * Hq], &starts[b * Hq]);
-    const int32_t old_end = p.source && n > 0 ? band_start(n - 1, p.band) : 0;
+    const int32_t old_end = reuses(p, b) && n > 0 ? band_start(n - 1, p.band) : 0;
     for (int h = 0; n > 0 && h < H; ++h) {
       work += n - starts[b * Hq + h * G];
       if (p.num_anchors == 0) continue;
@@ -124,7 +124,7 @@ void AmendWork::cut_request(const AmendParams& p, int request, int64_t target) {
   const int H = p.shape.num_kv_heads, G = p.shape.group_size;
   const int32_t n = p.requests.seq_lens[request];
   if (n == 0) return;
-  const int32_t old_end = p.source ? band_start(n - 1, p.band) : 0;
+  const int32_t old_end = reuses(p, request) ? band_start(n - 1, p.band) : 0;
   const int32_t* order = &kv_heads[request * H];
   const int32_t* first = &starts[static_cast<size_t>(request) * H * G];
 

@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(kThreads)
     const int group = row - p.shape.batch * Hq, request = group / H;
     if (!p.source || request >= p.shape.batch) return;
     if (p.requests.seq_lens[request] <= 0 || (w.status && w.status[request] != 0)) return;
+    if (!has_ring(p.requests, request)) return;
     if (group % H == 0 && lane == 31) complete_request(p, request);
     complete_kv_head(p, request, group % H, lane);
     return;
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
   const float fresh_lse = p.state_lse[fresh_row];
   const int n = p.requests.seq_lens[request];
   const bool bad = w.status && w.status[request] != 0;
-  const bool reuse = p.source && n > 0 && !bad;
+  const bool reuse = p.source && has_ring(p.requests, request) && n > 0 && !bad;
 
   if (reuse) {
     const int M = p.ring.window, position = n - 1, source = p.source[row];

@@ -50,6 +50,7 @@ MAC_DEVICE int match_age(unsigned long long key) {
 MAC_DEVICE int request_errors(const MatchParams& p, int request, int n, int slot) {
   if (n == 0) return 0;
   int errors = n < 0 ? kBadLength : 0;
+  if (slot == kNoSlot) return errors;
   if (slot < 0 || slot >= p.ring.num_slots) errors |= kBadSlot;
   for (int b = threadIdx.x; b < p.shape.batch; b += kMatchThreads) {
     if (b != request && p.requests.slots[b] == slot && p.requests.seq_lens[b] != 0) errors |= kBadSlot;

@@ -44,9 +44,10 @@ MAC_DEVICE int tiles_for(int tokens) {
 }
 
 MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w, int group) {
-  const int n = p.requests.seq_lens[w.num_kv_heads.divide(group)];
+  const int request = w.num_kv_heads.divide(group), n = p.requests.seq_lens[request];
+  const bool reuses = p.source && has_ring(p.requests, request);
   int start = 0;
-  if (p.source) {
+  if (reuses) {
     const int32_t* source = p.source + static_cast<int64_t>(group) * p.shape.group_size;
     int oldest = 0x7fffffff;  // kMiss is less than any
 #pragma unroll 4
@@ -55,7 +56,7 @@ MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w
   }
   // Padding, and a length that cannot be: one tile without tokens, so that its state is written.
   if (n <= 0 || n > w.max_tokens) return {0, 0, 0, 0, 0, 1};
-  const int old_end = p.source ? band_start(n - 1, p.band) : 0;
+  const int old_end = reuses ? band_start(n - 1, p.band) : 0;
   const int old_tiles = tiles_for(old_end - start), anchor_tiles = start > 0 ? tiles_for(p.num_anchors) : 0;
   return {n, start, old_end, old_tiles, anchor_tiles, old_tiles + anchor_tiles + tiles_for(n - old_end)};
 }

@@ -51,6 +51,7 @@ class Call:
         lens = self.ints(B, low=0, high=longest + 1)
         order = torch.randperm(N, generator=self.generator).int()
         slots = order[:B] if B <= N else self.ints(B, low=0, high=N)
+        slots[torch.rand(B, generator=self.generator) < 0.2] = -1  # requests without a ring
         begin, end = torch.zeros(N).int(), torch.zeros(N).int()
         position = torch.full((N, M), -1, dtype=torch.int32)
         for n, slot in zip(lens.tolist(), slots.tolist(), strict=True):

@@ -57,10 +57,12 @@ AmendCase::AmendCase(const AmendSpec& spec)
   for (int b = 0; b < batch; ++b) {
     const int position = seq_lens[b] - 1;
     if (position < 0) slots_[b] = kGarbage;
+    const auto& without = spec.without_ring;
+    if (std::find(without.begin(), without.end(), b) != without.end()) slots_[b] = kNoSlot;
     for (int h = 0; h < heads(); ++h) {
       if (h > 0 && (spec.per_head || h % G == 0)) ++next_age;
       const int age = spec.ages[next_age % spec.ages.size()];
-      const bool hits = age > 0 && age <= spec.window && position - age >= spec.band;
+      const bool hits = age > 0 && age <= spec.window && position - age >= spec.band && slots_[b] != kNoSlot;
       source_.push_back(hits ? position - age : kMiss);
     }
     ++next_age;
@@ -113,7 +115,7 @@ int AmendCase::start(int request, int kv_head) const {
   int first = std::max(spec_.seq_lens[request], 0);
   for (int g = 0; g < spec_.group_size; ++g) {
     const int source = source_[request * heads() + kv_head * spec_.group_size + g];
-    first = std::min(first, spec_.exact || source == kMiss ? 0 : reference::old_end(source, spec_.band));
+    first = std::min(first, exact(request) || source == kMiss ? 0 : reference::old_end(source, spec_.band));
   }
   return first;
 }
@@ -213,7 +215,7 @@ void AmendCase::check_request(int request) const {
     if (!anchors_.empty()) {
       const int32_t* chosen = &anchors_[(request * spec_.num_kv_heads + h) * spec_.anchors];
       tokens = used_anchors(chosen, spec_.anchors);
-      const int end = n > 0 ? reference::old_end(n - 1, spec_.band) : 0;
+      const int end = n > 0 && !exact(request) ? reference::old_end(n - 1, spec_.band) : 0;
       if (n > 0 && start(request, h) > 0) {
         CHECK(std::equal(chosen, chosen + spec_.anchors, &ring_anchors_[entry(request, h) * spec_.anchors]));
       } else if (end == 0) {
@@ -244,7 +246,7 @@ void AmendCase::check_head(int request, int head, const std::vector<int>& anchor
   const int h = head / spec_.group_size, source = source_[request * heads() + head];
   const reference::Vector query = query_.row(request, head);
   const reference::Rows &keys = keys_[request][h], &values = values_[request][h];
-  const reference::Spans spans = reference::spans(seq_lens[request], source, spec_.band, spec_.exact, anchors);
+  const reference::Spans spans = reference::spans(seq_lens[request], source, spec_.band, exact(request), anchors);
   std::vector<int> all_old = spans.old;
   all_old.insert(all_old.end(), anchors.begin(), anchors.end());
   const double u = 1.01 * unit_roundoff(spec_.dtype);

@@ -21,7 +21,8 @@ struct AmendSpec {
   double sharpness = 1;  // standard deviation of a logit
   int heavy_tokens = 0;  // of each KV head: tokens whose logit for one of the heads is far above the others
   int ctas = 3;
-  uint64_t seed = 1;  // of the data
+  std::vector<int> without_ring = {};  // requests that have no slot
+  uint64_t seed = 1;                   // of the data
 
   std::string name() const;
 };
@@ -48,6 +49,7 @@ class AmendCase {
   void check_head(int request, int head, const std::vector<int>& anchors) const;
   cuda::AmendWorkspace workspace();
   int heads() const { return spec_.num_kv_heads * spec_.group_size; }
+  bool exact(int request) const { return spec_.exact || slots_[request] == kNoSlot; }
   int64_t entry(int request, int kv_head) const;  // index in the ring's anchors, of the matched entry
 
   AmendSpec spec_;

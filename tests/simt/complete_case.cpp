@@ -53,6 +53,10 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
     ring.request[slots[b]] = !spec.request_ids ? -1 : b % 2 ? 5 : request_ids_.back();
     if (position < 0) slots[b] = kGarbage;
   }
+  for (const int b : spec.without_ring) {
+    slots[b] = kNoSlot;
+    std::fill_n(&source_[b * heads()], heads(), kMiss);
+  }
   for (int i = 0; i < batch * spec.num_kv_heads * spec.anchors; ++i) {
     anchors_.push_back(data_.below(4) ? data_.below(1000) : kNoAnchor);
   }
@@ -126,7 +130,7 @@ void CompleteCase::check_head(int request, int head, RingTensors& want) const {
     return;
   }
   reference::State carried = old;
-  if (!spec_.exact && position >= 0) {
+  if (!exact(request) && position >= 0) {
     int depth = 0;
     if (source_[row] != kMiss) {
       const int64_t from = ring.row(slots[request], head, source_[row]);
@@ -184,7 +188,7 @@ void CompleteCase::check() const {
   RingTensors want = before_;
   for (int b = 0; b < static_cast<int>(seq_lens.size()); ++b) {
     for (int h = 0; h < heads(); ++h) check_head(b, h, want);
-    if (!spec_.exact && seq_lens[b] > 0 && status[b] == 0) expect_request(b, want);
+    if (!exact(b) && seq_lens[b] > 0 && status[b] == 0) expect_request(b, want);
   }
   CHECK(unchanged_.holds());
   for (size_t i = 0; i < out_.size(); ++i) {

@@ -14,7 +14,8 @@ struct CompleteSpec {
   std::vector<int> ages = {0, 5};  // as in AmendSpec
   bool per_head = false;
   bool request_ids = true;
-  bool no_lse = false;  // the caller does not want it
+  bool no_lse = false;                 // the caller does not want it
+  std::vector<int> without_ring = {};  // requests that have no slot
   uint64_t seed = 1;
 
   std::string name() const;
@@ -33,6 +34,7 @@ class CompleteCase {
   std::vector<float> states, state_lse;  // [2, B, Hq, D], [2, B, Hq]
 
  private:
+  bool exact(int request) const { return spec_.exact || slots[request] == kNoSlot; }
   int heads() const { return spec_.num_kv_heads * spec_.group_size; }
   reference::State state(const std::vector<float>& out, const std::vector<float>& lse, int64_t row) const;
   bool near(const float* got, const reference::Vector& want, const char* what) const;

@@ -136,7 +136,8 @@ void MatchCase::check_decision(int request, int first_head, int num_heads) const
   bool searches = !errors[request] && seq_lens[request] > 0 && seq_lens[request] >= spec_.min_context;
   if (searches) {
     const int slot = slots[request];
-    searches = ring.end[slot] == position && ring.request[slot] == (spec_.request_ids ? request_ids_[request] : -1);
+    searches = slot != kNoSlot && ring.end[slot] == position &&
+               ring.request[slot] == (spec_.request_ids ? request_ids_[request] : -1);
   }
   if (!searches) {
     CHECK(answer == kMiss);

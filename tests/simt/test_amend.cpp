@@ -152,6 +152,9 @@ void test_mixes(DType dtype) {
     spec.seq_lens = {2300, 0, 700, 30, 40, 35, 1900}, spec.ages = {0, 0, 7, 0, 0, 9}, spec.num_kv_heads = 2;
     spec.ctas = ctas, spec.anchors = 4, spec.group_size = 2, ++spec.seed, test(spec, one_run());
   }
+  spec.without_ring = {0, 2, 3}, ++spec.seed, test(spec, one_run());
+  spec.anchors = 0, test(spec, one_run());
+  spec.without_ring = {};
   spec.seq_lens = {2300}, spec.ages = {0}, spec.num_kv_heads = 1;
   spec.anchors = cuda::kMaxAnchors, test(spec, one_run());
   spec.ages = {10}, test(spec, one_run());

@@ -45,6 +45,7 @@ void test_all(DType dtype) {
   spec.dtype = dtype;
   test(spec, all_runs());
   spec.num_kv_heads = 3, spec.ages = {spec.window}, spec.no_lse = true, test(spec, all_runs());
+  spec.without_ring = {0, 3}, test(spec, all_runs());
   spec.exact = true, test(spec, all_runs());
 }
 
@@ -54,7 +55,7 @@ void test_errors(DType dtype) {
     spec.dtype = dtype, spec.seed = 50 + i, spec.per_head = i % 2, spec.anchors = i % 2 ? 0 : 4;
     const CaseReport report(spec.name());
     CompleteCase complete(spec);
-    complete.status[0] = cuda::kBadSlot, complete.slots[0] = i < 2 ? kGarbage : i < 4 ? -1 : complete.slots[1];
+    complete.status[0] = cuda::kBadSlot, complete.slots[0] = i < 2 ? kGarbage : i < 4 ? -2 : complete.slots[1];
     complete.status[3] = cuda::kBadLength, complete.seq_lens[3] = i % 2 ? -7 : 1 << 30;
     complete.run(one_run()[0]);
     complete.check();

@@ -128,13 +128,14 @@ void test_errors(DType dtype) {
     };
     broken("slot too large", [](MatchCase& m) { m.slots[0] = m.ring.num_slots, m.errors[0] = cuda::kBadSlot; });
     broken("garbage slot", [](MatchCase& m) { m.slots[3] = kGarbage, m.errors[3] = cuda::kBadSlot; });
-    broken("negative slot", [](MatchCase& m) { m.slots[1] = -1, m.errors[1] = cuda::kBadSlot; });
+    broken("negative slot", [](MatchCase& m) { m.slots[1] = -2, m.errors[1] = cuda::kBadSlot; });
+    broken("no slot", [](MatchCase& m) { m.slots[1] = m.slots[3] = kNoSlot; });
     broken("one slot twice",
            [](MatchCase& m) { m.slots[1] = m.slots[3], m.errors[1] = m.errors[3] = cuda::kBadSlot; });
     broken("padding may name a slot", [](MatchCase& m) { m.slots[2] = m.slots[0]; });
     broken("negative length", [](MatchCase& m) { m.seq_lens[0] = -4, m.errors[0] = cuda::kBadLength; });
     broken("two errors", [](MatchCase& m) {
-      m.seq_lens[3] = -1, m.slots[3] = -1, m.errors[3] = cuda::kBadLength | cuda::kBadSlot;
+      m.seq_lens[3] = -1, m.slots[3] = -2, m.errors[3] = cuda::kBadLength | cuda::kBadSlot;
     });
   }
 }

@@ -38,7 +38,8 @@ class Rows:
 
     Attributes:
         block_table, seq_lens: theirs.
-        slots, request_ids: theirs, None for those that are attended exactly.
+        slots, request_ids: theirs, a slot of -1 for a row that is attended exactly; None if all
+            are.
     """
 
     block_table: Tensor

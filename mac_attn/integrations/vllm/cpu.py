@@ -105,11 +105,9 @@ class MacCpuImpl(CPUAttentionBackendImpl):
             scales = (output_scale, output_block_scale)
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             return output
-        for which, rows in plan.decode:
-            if isinstance(which, slice):
-                attend.decode(self, rows, query[which], kv_cache, output[which])
-            else:
-                output[which] = attend.decode(self, rows, query[which], kv_cache)
+        if plan.decode is not None:
+            rows = slice(plan.num_decodes)
+            attend.decode(self, plan.decode, query[rows], kv_cache, output[rows])
         if plan.prefill is not None:
             tokens = plan.prefill.tokens
             scratch = self._packed(plan.prefill, layer, kv_cache)

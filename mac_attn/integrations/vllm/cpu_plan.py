@@ -41,13 +41,14 @@ class CpuPlan:
     """The calls of a step.
 
     Attributes:
-        decode: rows that compute one token, those with slots and those without, each with their
-            numbers in the batch, [rows] int64, or a slice of it.
+        num_decodes: rows, from the first on, that compute one token.
+        decode: those rows, or None if there are none.
         prefill: all other rows.
         seeds: what is seeded after it.
     """
 
-    decode: list[tuple[Tensor | slice, Rows]]
+    num_decodes: int
+    decode: Rows | None
     prefill: Prefill | None
     seeds: list[Seed]
 
@@ -72,24 +73,22 @@ def plan_step(
     if num_decodes < common.num_reqs:
         prefill = _prefill(common, num_decodes, starts, block_size, build)
     return CpuPlan(
-        _decode_calls(common, places[:num_decodes]),
+        num_decodes,
+        _decode_rows(common, places[:num_decodes]),
         prefill,
         plan_seeds(engine, common, rows, places, starts),
     )
 
 
-def _decode_calls(common: Any, places: Sequence[Place | None]) -> list[tuple[Tensor | slice, Rows]]:
-    with_slot = [row for row, place in enumerate(places) if place is not None]
-    without = [row for row, place in enumerate(places) if place is None]
-    calls: list[tuple[Tensor | slice, Rows]] = []
-    for some in filter(None, (with_slot, without)):
-        which = slice(len(some)) if len(some) == len(places) else torch.tensor(some)
-        kept = [place for row in some if (place := places[row]) is not None]
-        slots = torch.tensor([place.slot for place in kept], dtype=torch.int32) if kept else None
-        ids = torch.tensor([place.number for place in kept]) if kept else None
-        rows = Rows(common.block_table_tensor[which], common.seq_lens[which], slots, ids)
-        calls.append((which, rows))
-    return calls
+def _decode_rows(common: Any, places: Sequence[Place | None]) -> Rows | None:
+    if not places:
+        return None
+    table, lens = common.block_table_tensor[: len(places)], common.seq_lens[: len(places)]
+    if not any(places):
+        return Rows(table, lens)
+    slots = [place.slot if place else -1 for place in places]
+    ids = [place.number if place else 0 for place in places]
+    return Rows(table, lens, torch.tensor(slots, dtype=torch.int32), torch.tensor(ids))
 
 
 def _prefill(

@@ -114,13 +114,9 @@ class MacFlashImpl(FlashAttentionImpl):
             scales = (output_scale, output_block_scale)
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             return output
-        q, out = query[: plan.num_decodes], output[: plan.num_decodes]
-        if plan.with_ring is not None:
-            attend.decode(self, plan.with_ring, q, kv_cache, out)
-            if plan.exact is not None:
-                out += attend.decode(self, plan.exact, q, kv_cache)
-        elif plan.exact is not None:
-            attend.decode(self, plan.exact, q, kv_cache, out)
+        if plan.decode is not None:
+            rows = slice(plan.num_decodes)
+            attend.decode(self, plan.decode, query[rows], kv_cache, output[rows])
         if plan.prefill is not None:
             tokens = plan.prefill.tokens
             new = (query[tokens], key[tokens], value[tokens])

@@ -1,9 +1,8 @@
 """What a step on a GPU consists of, prepared once for all layers.
 
 A step of decode alone may be the replay of a CUDA graph: the kernels were recorded for a number of
-rows and read slots, request ids and lengths from buffers that stay where they are. So every row
-takes part in both calls of `mac_attn.decode`, with rings and exact, with a length of 0 in the one
-that is not its own, where the answer is 0: the sum of both is the attention.
+rows and read slots, request ids and lengths from buffers that stay where they are; a row that has
+no ring has no slot there.
 """
 
 from __future__ import annotations
@@ -36,14 +35,13 @@ class CudaPlan:
 
     Attributes:
         num_decodes: rows, from the first on, that compute one token.
-        with_ring, exact: those rows in the two calls, None for one that no row needs.
+        decode: those rows, or None if there are none.
         prefill: all other rows.
         seeds: what is seeded after it.
     """
 
     num_decodes: int
-    with_ring: Rows | None
-    exact: Rows | None
+    decode: Rows | None
     prefill: Prefill | None
     seeds: list[Seed]
 
@@ -56,42 +54,35 @@ class Buffers:
         device: the GPU.
 
     Attributes:
-        slots: [max_rows] int32.
+        slots: [max_rows] int32, -1 without a ring.
         request_ids: [max_rows] int64.
-        ring_lens, exact_lens: [max_rows] int32, the row's seq_len in the one that is its own.
+        seq_lens: [max_rows] int32.
     """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self.slots = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.request_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self.ring_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self.exact_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
     def fill(self, places: Sequence[Place | None], seq_lens: Tensor) -> None:
         """Write the rows of a step; lengths stay on the device, and nothing waits for it."""
         rows = len(places)
         pinned = self.slots.device.type != "cpu"
         host = torch.tensor(
-            [(place.slot, place.number) if place else (0, -1) for place in places],
+            [(place.slot, place.number) if place else (-1, 0) for place in places],
             dtype=torch.int64,
             pin_memory=pinned,
         ).view(rows, 2)
         placed = host.to(self.slots.device, non_blocking=True)
         slots, numbers = placed.unbind(1)
-        has_ring = numbers >= 0
         self.slots[:rows].copy_(slots)
-        self.request_ids[:rows].copy_(numbers.clamp(min=0))
-        self.ring_lens[:rows].copy_(seq_lens.where(has_ring, 0))
-        self.exact_lens[:rows].copy_(seq_lens.where(~has_ring, 0))
+        self.request_ids[:rows].copy_(numbers)
+        self.seq_lens[:rows].copy_(seq_lens)
 
-    def with_ring(self, block_table: Tensor) -> Rows:
-        """The rows of a block table, for the call with rings."""
+    def rows(self, block_table: Tensor) -> Rows:
+        """The rows of a block table."""
         rows = len(block_table)
-        return Rows(block_table, self.ring_lens[:rows], self.slots[:rows], self.request_ids[:rows])
-
-    def exact(self, block_table: Tensor) -> Rows:
-        """The rows of a block table, for the exact call."""
-        return Rows(block_table, self.exact_lens[: len(block_table)])
+        return Rows(block_table, self.seq_lens[:rows], self.slots[:rows], self.request_ids[:rows])
 
 
 def plan_step(
@@ -113,23 +104,22 @@ def plan_step(
     is_prefill = starts[-1] > starts[num_decodes]  # else the rows that are left are padding
     last = num_decodes if is_prefill else common.num_reqs
     buffers.fill(places[:last], common.seq_lens[:last])
-    table = common.block_table_tensor[:num_decodes]
-    decodes = places[:num_decodes]
+    decode = buffers.rows(common.block_table_tensor[:num_decodes])
+    if not any(places[:num_decodes]):
+        decode = Rows(decode.block_table, decode.seq_lens)
     return CudaPlan(
         num_decodes,
-        buffers.with_ring(table) if any(decodes) else None,
-        buffers.exact(table) if not all(decodes) else None,
+        decode if num_decodes > 0 else None,
         _prefill(common, num_decodes, starts, build) if is_prefill else None,
         plan_seeds(engine, common, rows, places, starts),
     )
 
 
 def plan_capture(common: Any, buffers: Buffers) -> CudaPlan:
-    """The plan that a graph of `num_reqs` rows of decode is recorded with: both calls."""
+    """The plan that a graph of `num_reqs` rows of decode is recorded with."""
     rows = common.num_reqs
     buffers.fill([None] * rows, common.seq_lens[:rows])
-    table = common.block_table_tensor[:rows]
-    return CudaPlan(rows, buffers.with_ring(table), buffers.exact(table), None, [])
+    return CudaPlan(rows, buffers.rows(common.block_table_tensor[:rows]), None, [])
 
 
 def _prefill(common: Any, first: int, starts: list[int], build: Callable[[Any], Any]) -> Prefill:
