@@ -16,8 +16,8 @@ struct AmendLimits {
   int32_t num_slots;
 };
 
-// Device memory that outlives a call. `workspace` [slots * (2 Hq + 2 H + 1) + 1] int32 is the CUDA kernels' own,
-// zero at first. `error_flag` [1] int32 is sticky.
+// Device memory that outlives a call. `workspace` [max_batch_size * (2 Hq + 2 H + 1) + 1] int32 is the CUDA
+// kernels' own, zero at first. `error_flag` [1] int32 is sticky.
 struct Persistent {
   std::optional<at::Tensor> workspace;
   std::optional<at::Tensor> error_flag;

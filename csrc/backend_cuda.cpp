@@ -53,7 +53,7 @@ struct Workspace {
       memory = at::zeros({B * each + 1}, on.options().dtype(at::kInt));
     }
     const int64_t room = (memory.numel() - 1) / each;
-    TORCH_CHECK_VALUE(B <= room, "batch is ", B, ", must be at most the ", room, " slots of the ReuseCache");
+    TORCH_CHECK_VALUE(B <= room, "batch is ", B, ", must be at most max_batch_size of the ReuseCache, ", room);
     int32_t* first = memory.data_ptr<int32_t>();
     best = reinterpret_cast<unsigned long long*>(first);
     match_done = first + 2 * room * Hq;

@@ -31,7 +31,7 @@ ERRORS = {
     ERROR_SEQ_LENS: "seq_lens held a length outside [0, max_pages * page_size] (decode) or a "
     "negative one (truncate)",
     ERROR_BLOCK_TABLE: "block_table held a page id outside the KV cache among the pages in use",
-    ERROR_SLOTS: "slots held a number outside [0, num_slots), or one number twice",
+    ERROR_SLOTS: "slots held a number that is no slot, or one number twice",
 }
 
 Ints = int | Sequence[int] | Tensor
@@ -48,6 +48,8 @@ class ReuseCache:
         dtype: of the queries and the KV cache: float32, bfloat16 or float16.
         device: where everything lives.
         rotary: the model's rotary embedding; with it `decode` and `seed` need no `q_match`.
+        max_batch_size: rows of a call on a GPU, at least `num_slots`, which is the default. Only
+            padding and rows that have no slot can make them more.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -82,6 +84,7 @@ class ReuseCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         rotary: RotaryEmbedding | None = None,
+        max_batch_size: int | None = None,
     ) -> None:
         check_type("cfg", cfg, ReuseConfig)
         self.cfg = cfg
@@ -94,6 +97,9 @@ class ReuseCache:
             INT32_MAX if cfg.max_reuse_depth is None else cfg.max_reuse_depth,
         )
         self.num_slots = check_int("num_slots", num_slots, low=1)
+        if max_batch_size is None:
+            max_batch_size = num_slots
+        self.max_batch_size = check_int("max_batch_size", max_batch_size, low=num_slots)
         self.num_qo_heads = check_int("num_qo_heads", num_qo_heads, low=1)
         self.num_kv_heads = check_int("num_kv_heads", num_kv_heads, low=1)
         self.group_size = check_heads(num_qo_heads, num_kv_heads)
@@ -138,7 +144,7 @@ class ReuseCache:
             self.slot_request = full((self.num_slots,), NO_REQUEST, torch.int64)
             self.counters = full((self.num_slots, len(COUNTERS)), 0, torch.int64)
             # What the CUDA kernels keep between launches: csrc/backend_cuda.cpp.
-            numbers = self.num_slots * (2 * (self.num_qo_heads + self.num_kv_heads) + 1) + 1
+            numbers = self.max_batch_size * (2 * (self.num_qo_heads + self.num_kv_heads) + 1) + 1
             size_on_gpu = numbers if self.device.type != "cpu" else 0
             self.workspace = full((size_on_gpu,), 0, torch.int32)
         # The device works (error_flag lies there) and the arguments are valid: it is the size.

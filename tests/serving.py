@@ -103,7 +103,12 @@ class Server:
         num_qo_heads, num_kv_heads = heads
         shape = {"num_slots": num_slots, "num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads}
         self.cache = mac_attn.ReuseCache(
-            cfg, **shape, head_dim=head_dim, dtype=dtype, device=device
+            cfg,
+            **shape,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+            max_batch_size=num_slots + 2,  # see `decode`
         )
         self.reference = ReferenceReuse(cfg, **shape)
         self.k_pool, self.v_pool = pool(num_kv_heads, head_dim), pool(num_kv_heads, head_dim)

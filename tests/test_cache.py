@@ -78,7 +78,7 @@ def given(request, device):
 @pytest.mark.parametrize("anchors", [0, 3])
 def test_tensors(dtype, anchors, device):
     cfg = ReuseConfig(window=WINDOW, anchors=anchors, threshold=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    cache = ReuseCache(cfg, **OPTIONS | dict(dtype=dtype), device=device)
+    cache = ReuseCache(cfg, **OPTIONS | dict(dtype=dtype), device=device, max_batch_size=7)
     shapes = {
         "ring_query": ((5, 2, 8, 3, 16), dtype),
         "ring_out": ((5, 2, 8, 3, 16), torch.float32),
@@ -92,7 +92,7 @@ def test_tensors(dtype, anchors, device):
         "counters": ((5, 6), torch.int64),
         "threshold": ((6,), torch.float32),
         "error_flag": ((1,), torch.int32),
-        "workspace": ((0 if device.type == "cpu" else 5 * (2 * (6 + 2) + 1) + 1,), torch.int32),
+        "workspace": ((0 if device.type == "cpu" else 7 * (2 * (6 + 2) + 1) + 1,), torch.int32),
     }
     size = 0
     for name, (shape, kind) in shapes.items():
@@ -115,6 +115,7 @@ def test_tensors(dtype, anchors, device):
     [
         (ValueError, "num_slots is 0", dict(num_slots=0)),
         (TypeError, "num_slots is of type float", dict(num_slots=2.0)),
+        (ValueError, "max_batch_size is 4, must be .* 5", dict(max_batch_size=4)),
         (ValueError, "num_qo_heads is 6, must be a .* multiple .* = 4", dict(num_kv_heads=4)),
         (ValueError, "num_kv_heads is 0", dict(num_kv_heads=0)),
         (ValueError, "head_dim is 24, must be a multiple of 16", dict(head_dim=24)),

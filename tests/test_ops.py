@@ -120,6 +120,15 @@ def test_a_request_without_a_slot_is_exact_and_leaves_no_trace(granularity, anch
     mixed.check()
 
 
+def test_more_rows_than_there_is_room_for_are_refused(cuda):
+    reuse = make_reuse(cuda, torch.bfloat16)  # of 3 slots
+    q, kv, table, seq_lens = make_step(cuda, torch.bfloat16)
+    q, table, seq_lens = (torch.cat([t, t]) for t in (q, table, seq_lens))
+    slots = torch.full((4,), -1, dtype=torch.int32, device=cuda)
+    with pytest.raises(ValueError, match="batch is 4, must be at most max_batch_size .* 3"):
+        mac_attn.decode(q, kv, table, seq_lens, reuse=reuse, slots=slots, q_match=q)
+
+
 def test_a_source_needs_a_slot():
     reuse = make_reuse("cpu")
     q, kv, table, seq_lens, _ = two_steps(reuse, "cpu")

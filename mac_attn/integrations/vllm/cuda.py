@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from . import attend
 from .cuda_plan import Buffers, CudaPlan, plan_capture, plan_step
-from .engine import engine_of
+from .engine import engine_of, most_rows
 from .support import engine_reason
 
 
@@ -51,9 +51,7 @@ class MacFlashMetadataBuilder(FlashAttentionMetadataBuilder):
         if self.engine is not None:
             self.leads = self.engine.leads(layer_names)
             self.reorder_batch_threshold = 1  # rows that compute one token come first
-            captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-            max_rows = max(vllm_config.scheduler_config.max_num_seqs, captured)
-            self.buffers = Buffers(max_rows, device)
+            self.buffers = Buffers(most_rows(vllm_config), device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

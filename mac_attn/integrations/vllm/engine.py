@@ -163,6 +163,7 @@ class Engine:
             dtype=dtype,
             device=device,
             rotary=rotary,
+            max_batch_size=max(self.options.num_slots, most_rows(config)),
         )
         self.rings[name] = ring
         layer.impl.mac = Served(self, ring, rotated)
@@ -214,6 +215,12 @@ class Engine:
             size,
             "calibrated options" if self.options.calibration else one.cfg,
         )
+
+
+def most_rows(vllm_config: Any) -> int:
+    """Rows of a step of decode at most, padding for a CUDA graph included."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return int(max(vllm_config.scheduler_config.max_num_seqs, captured))
 
 
 def engine_of(vllm_config: Any, layer_names: list[str]) -> Engine | None:
