@@ -17,6 +17,7 @@
 #include "backend.h"
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "kv_cache.h"
 
 namespace mac_attn {
 
@@ -99,38 +100,17 @@ Tensor match(const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots,
   return source;
 }
 
-KVPages check_kv(const Shape& shape, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                 const Tensor& block_table) {
-  check_tensor(k_cache, "k_cache", {kAny, kAny, shape.num_kv_heads, shape.head_dim}, q.scalar_type(), q.device());
-  check_tensor(v_cache, "v_cache", k_cache.sizes(), q.scalar_type(), q.device());
-  check_tensor(block_table, "block_table", {shape.batch, kAny}, at::kInt, q.device());
-  KVPages kv{};
-  kv.page_size = check_int32(k_cache.size(1), "page_size", 1);
-  check_int32(k_cache.size(0), "num_pages", 0);
-  check_int32(block_table.size(1), "max_pages", 0);
-  kv.k = k_cache.const_data_ptr();
-  kv.v = v_cache.const_data_ptr();
-  kv.k_page_stride = k_cache.stride(0), kv.k_token_stride = k_cache.stride(1), kv.k_head_stride = k_cache.stride(2);
-  kv.v_page_stride = v_cache.stride(0), kv.v_token_stride = v_cache.stride(1), kv.v_head_stride = v_cache.stride(2);
-  kv.block_table = block_table.const_data_ptr<int32_t>();
-  kv.block_table_stride = block_table.stride(0);
-  return kv;
-}
-
-std::tuple<Tensor, Tensor, Tensor> amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                         const Tensor& block_table, const Tensor& seq_lens,
-                                         const OptionalTensor& source, const OptionalTensor& slots,
-                                         const OptionalTensor& ring_anchors, int64_t window, int64_t band,
-                                         double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
-                                         const OptionalTensor& error_flag) {
+std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const KVCache& cache, const Tensor& block_table,
+                                          const Tensor& seq_lens, const OptionalTensor& source,
+                                          const OptionalTensor& slots, const OptionalTensor& ring_anchors,
+                                          int64_t window, int64_t band, double sm_scale, double logits_soft_cap,
+                                          const Persistent& persistent) {
   check_query(q, "q");
-  TORCH_CHECK_VALUE(k_cache.dim() == 4, "k_cache has shape ", k_cache.sizes(),
-                    ", must be [num_pages, page_size, num_kv_heads, head_dim]");
   AmendParams p{};
-  p.shape = make_shape(q, k_cache.size(2));
+  p.shape = make_shape(q, cache.num_kv_heads());
   p.dtype = dtype_of(q);
   p.query = heads_view(q);
-  p.kv = check_kv(p.shape, q, k_cache, v_cache, block_table);
+  p.kv = cache.check(p.shape, q, block_table);
   p.requests = check_requests(p.shape, seq_lens, slots, std::nullopt, q.device());
   p.window = check_int32(window, "window", 1);
   p.band = check_int32(band, "band", 1);
@@ -159,13 +139,23 @@ std::tuple<Tensor, Tensor, Tensor> amend(const Tensor& q, const Tensor& k_cache,
   p.out = states.data_ptr<float>();
   p.lse = state_lse.data_ptr<float>();
   p.anchors = anchors.data_ptr<int32_t>();
-  const AmendLimits limits{k_cache.size(0), block_table.size(1), num_slots};
+  const AmendLimits limits{cache.num_pages(), block_table.size(1), num_slots};
   if (q.is_cpu()) {
     cpu_backend::amend(p, limits);
   } else {
-    cuda_backend::amend(p, limits, {workspace, error_flag}, q);
+    cuda_backend::amend(p, limits, persistent, q);
   }
   return {states, state_lse, anchors};
+}
+
+std::tuple<Tensor, Tensor, Tensor> amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                         const Tensor& block_table, const Tensor& seq_lens,
+                                         const OptionalTensor& source, const OptionalTensor& slots,
+                                         const OptionalTensor& ring_anchors, int64_t window, int64_t band,
+                                         double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
+                                         const OptionalTensor& error_flag) {
+  return attend(q, {k_cache, v_cache, false}, block_table, seq_lens, source, slots, ring_anchors, window, band,
+                sm_scale, logits_soft_cap, {workspace, error_flag});
 }
 
 // The states of amend and the tensors that receive their merger.
@@ -239,27 +229,27 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& ancho
 
 // A whole decode step in one op: what a caller pays for an op, above all when nothing of it lies in a cache, is
 // more than what a stage takes. So is what a tensor made in Python costs: the results are made here.
-Tensor decode_exact_into(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                         const Tensor& seq_lens, double sm_scale, double logits_soft_cap, Tensor& out) {
+Tensor decode_exact_into(const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd,
+                         const Tensor& block_table, const Tensor& seq_lens, double sm_scale, double logits_soft_cap,
+                         Tensor& out) {
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
-  const auto [states, state_lse, anchors] =
-      amend(q, k_cache, v_cache, block_table, seq_lens, std::nullopt, std::nullopt, std::nullopt, 1, 1, sm_scale,
-            logits_soft_cap, std::nullopt, std::nullopt);
+  const auto [states, state_lse, anchors] = attend(q, {k_cache, v_cache, hnd}, block_table, seq_lens, std::nullopt,
+                                                   std::nullopt, std::nullopt, 1, 1, sm_scale, logits_soft_cap, {});
   Tensor lse = at::empty({q.size(0), q.size(1)}, state_lse.options());
   complete_exact(states, state_lse, seq_lens, out, lse);
   return lse;
 }
 
-std::tuple<Tensor, Tensor> decode_exact(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                        const Tensor& block_table, const Tensor& seq_lens, double sm_scale,
-                                        double logits_soft_cap) {
+std::tuple<Tensor, Tensor> decode_exact(const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache,
+                                        bool hnd, const Tensor& block_table, const Tensor& seq_lens,
+                                        double sm_scale, double logits_soft_cap) {
   Tensor out = at::empty(q.sizes(), q.options());
-  Tensor lse = decode_exact_into(q, k_cache, v_cache, block_table, seq_lens, sm_scale, logits_soft_cap, out);
+  Tensor lse = decode_exact_into(q, k_cache, v_cache, hnd, block_table, seq_lens, sm_scale, logits_soft_cap, out);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor> decode_reuse_into(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+    const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const Tensor& block_table,
     const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& given_q_match,
     const OptionalTensor& request_ids, Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth,
     Tensor& ring_anchors, Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request,
@@ -273,16 +263,17 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
       given_q_match ? *given_q_match : unrotate(q, seq_lens, "seq_lens", 1, *inv_freq, interleaved, rotary_scale);
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
-  TORCH_CHECK_VALUE(ring_query.dim() == 5 && k_cache.dim() == 4 && k_cache.size(2) == ring_query.size(1),
-                    "k_cache has shape ", k_cache.sizes(),
-                    ", must be [num_pages, page_size, num_kv_heads, head_dim]",
-                    " with the num_kv_heads of the ring, ", ring_query.dim() == 5 ? ring_query.size(1) : 0);
+  const KVCache cache{k_cache, v_cache, hnd};
+  const int64_t num_kv_heads = cache.num_kv_heads();
+  TORCH_CHECK_VALUE(ring_query.dim() == 5 && num_kv_heads == ring_query.size(1), cache.name(), " has ",
+                    num_kv_heads, " KV heads, must have those of the ring, ",
+                    ring_query.dim() == 5 ? ring_query.size(1) : 0);
   const Tensor source =
       match(q_match, seq_lens, slots, request_ids, ring_query, ring_depth, ring_position, slot_begin, slot_end,
             slot_request, threshold, relative, per_head, band, min_context, max_reuse_depth, workspace, error_flag);
   const auto [states, state_lse, anchors] =
-      amend(q, k_cache, v_cache, block_table, seq_lens, source, slots, ring_anchors, ring_query.size(2), band,
-            sm_scale, logits_soft_cap, workspace, error_flag);
+      attend(q, cache, block_table, seq_lens, source, slots, ring_anchors, ring_query.size(2), band, sm_scale,
+             logits_soft_cap, {workspace, error_flag});
   Tensor lse = at::empty({q.size(0), q.size(1)}, state_lse.options());
   complete(states, state_lse, anchors, source, q_match, seq_lens, slots, request_ids, ring_query, ring_out,
            ring_lse, ring_depth, ring_anchors, ring_position, slot_begin, slot_end, slot_request, counters, band,
@@ -291,7 +282,7 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
 }
 
 std::tuple<Tensor, Tensor, Tensor> decode_reuse(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+    const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const Tensor& block_table,
     const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& q_match, const OptionalTensor& request_ids,
     Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth, Tensor& ring_anchors,
     Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request, Tensor& counters,
@@ -300,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_reuse(
     const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
   Tensor out = at::empty(q.sizes(), q.options());
   const auto [source, lse] =
-      decode_reuse_into(q, k_cache, v_cache, block_table, seq_lens, slots, q_match, request_ids, ring_query,
+      decode_reuse_into(q, k_cache, v_cache, hnd, block_table, seq_lens, slots, q_match, request_ids, ring_query,
                         ring_out, ring_lse, ring_depth, ring_anchors, ring_position, slot_begin, slot_end,
                         slot_request, counters, threshold, relative, per_head, band, min_context, max_reuse_depth,
                         sm_scale, logits_soft_cap, workspace, error_flag, inv_freq, interleaved, rotary_scale, out);
@@ -353,14 +344,14 @@ TORCH_LIBRARY(mac_attn, m) {
       "Tensor(d!) ring_depth, Tensor(e!) ring_anchors, Tensor(f!) ring_position, Tensor(g!) slot_begin, "
       "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, int band, "
       "Tensor? workspace, Tensor(k!) out, Tensor(l!) lse) -> ()");
-  // Each as a function, and `into` a tensor that the caller has.
+  // Each as a function, and `into` a tensor that the caller has. For the cache see KVCache.
   const std::string exact =
-      "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, float sm_scale, "
+      "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor block_table, Tensor seq_lens, float sm_scale, "
       "float logits_soft_cap";
   m.def(("decode_exact(" + exact + ") -> (Tensor out, Tensor lse)").c_str());
   m.def(("decode_exact.into(" + exact + ", Tensor(a!) out) -> Tensor lse").c_str());
   const std::string reuse =
-      "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor slots, "
+      "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor block_table, Tensor seq_lens, Tensor slots, "
       "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring_query, Tensor(b!) ring_out, Tensor(c!) ring_lse, "
       "Tensor(d!) ring_depth, Tensor(e!) ring_anchors, Tensor(f!) ring_position, Tensor(g!) slot_begin, "
       "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, Tensor threshold, bool relative, "

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import ops
 from ._checks import FLOAT_DTYPES, INT32_MAX, check_tensor, check_type
 from .cache import ReuseCache
-from .paging import KVCache, kv_pair, kv_views
+from .paging import KVCache, kv_arguments, kv_views
 from .rope import pre_rope_query
 
 
@@ -93,7 +93,7 @@ def _decode(
     kv_layout: str,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    attention = (q, *kv_pair(kv_cache, kv_layout), block_table, seq_lens)
+    attention = (q, *kv_arguments(kv_cache, kv_layout), block_table, seq_lens)
     if sm_scale is None:
         sm_scale = q.size(-1) ** -0.5
     if reuse is None:

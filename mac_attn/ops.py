@@ -205,7 +205,8 @@ def complete(
 def match_amend_complete(
     q: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
+    hnd: bool,
     block_table: Tensor,
     seq_lens: Tensor,
     slots: Tensor | None,
@@ -218,7 +219,7 @@ def match_amend_complete(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three stages in one op: what a call costs besides is then paid once.
 
-    Args: as for `mac_attn.decode`, the pair of caches as `kv_views` answers it. Without `q_match`
+    Args: as for `mac_attn.decode`, the cache as `kv_arguments` answers it. Without `q_match`
         the op turns `q` back itself, if the cache has `rotary`.
 
     Returns:
@@ -229,6 +230,7 @@ def match_amend_complete(
         q,
         k_cache,
         v_cache,
+        hnd,
         block_table,
         seq_lens,
         slots,
@@ -263,7 +265,8 @@ def match_amend_complete(
 def decode_exact(
     q: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
+    hnd: bool,
     block_table: Tensor,
     seq_lens: Tensor,
     sm_scale: float,
@@ -271,7 +274,7 @@ def decode_exact(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`amend` and `complete` without reuse in one op; returns (`out` or a new tensor, lse)."""
-    arguments = (q, k_cache, v_cache, block_table, seq_lens, sm_scale, logits_soft_cap)
+    arguments = (q, k_cache, v_cache, hnd, block_table, seq_lens, sm_scale, logits_soft_cap)
     decode, decode_into, _, _ = _COMPILED if torch.compiler.is_compiling() else _EAGER
     if out is None:
         out, lse = decode(*arguments)

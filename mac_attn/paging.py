@@ -49,13 +49,12 @@ def kv_views(kv_cache: KVCache, kv_layout: str = "NHD") -> tuple[Tensor, Tensor]
     return k, v
 
 
-def kv_pair(kv_cache: KVCache, kv_layout: str) -> tuple[Tensor, Tensor]:
-    """`kv_views` without its checks, for an op that checks the pair."""
-    k, v = kv_cache.unbind(1) if isinstance(kv_cache, Tensor) else kv_cache
-    if kv_layout == "NHD":
-        return k, v
-    check_choice("kv_layout", kv_layout, _LAYOUTS)
-    return k.transpose(1, 2), v.transpose(1, 2)
+def kv_arguments(kv_cache: KVCache, kv_layout: str) -> tuple[Tensor, Tensor | None, bool]:
+    """The cache as the decode ops take it, and check it: k, v or None, whether it is "HND"."""
+    k, v = (kv_cache, None) if isinstance(kv_cache, Tensor) else kv_cache
+    if kv_layout not in _LAYOUTS:
+        check_choice("kv_layout", kv_layout, _LAYOUTS)
+    return k, v, kv_layout == "HND"
 
 
 def from_flashinfer(

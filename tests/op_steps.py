@@ -68,15 +68,16 @@ def op_arguments(reuse, device):
     complete += (reuse.ring_query, reuse.ring_out, reuse.ring_lse, reuse.ring_depth)
     complete += (reuse.ring_anchors, reuse.ring_position, *ring, reuse.counters, BAND)
     complete += (reuse.workspace, out, lse)
-    decode = (*amend[:5], slots, q_match, None, *complete[8:18])
+    attention = (*amend[:3], False, *amend[3:5])
+    decode = (*attention, slots, q_match, None, *complete[8:18])
     decode += (reuse.threshold, True, False, BAND, 1, 2**31 - 1, scale, 0.0)
     decode += (reuse.workspace, reuse.error_flag, None, False, 1.0)
     return {
         "match.default": match,
         "amend.default": amend,
         "complete.default": complete,
-        "decode_exact.default": (*amend[:5], scale, 0.0),
-        "decode_exact.into": (*amend[:5], scale, 0.0, out),
+        "decode_exact.default": (*attention, scale, 0.0),
+        "decode_exact.into": (*attention, scale, 0.0, out),
         "decode_reuse.default": decode,
         "decode_reuse.into": (*decode, out),
         "complete_exact.default": (states, state_lse, seq_lens, out, lse),

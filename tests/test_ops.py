@@ -144,7 +144,7 @@ def test_the_op_takes_queries_or_a_rotation():
     op = torch.ops.mac_attn.decode_reuse
     with pytest.raises(ValueError, match="both are given"):
         op(*args[:-3], torch.ones(4), *args[-2:])
-    args[6] = None
+    args[7] = None
     with pytest.raises(ValueError, match="neither is given"):
         op(*args)
     args[-3] = torch.ones(4)
@@ -152,7 +152,7 @@ def test_the_op_takes_queries_or_a_rotation():
     args[-3] = torch.ones(HEAD_DIM)
     with pytest.raises(ValueError, match="inv_freq has"):
         op(*args)
-    args[4] = args[4].long()
+    args[5] = args[5].long()
     with pytest.raises(TypeError, match="seq_lens"):
         op(*args)
 

@@ -68,6 +68,7 @@ class Call:
             "q_match": lambda: self.normal(B, H * G, D),
             "k_cache": lambda: self.normal(*cache),
             "v_cache": lambda: self.normal(*cache),
+            "hnd": lambda: False,
             "block_table": lambda: self.ints(B, self.max_pages, low=0, high=self.num_pages),
             "seq_lens": lambda: lens,
             "slots": lambda: slots,

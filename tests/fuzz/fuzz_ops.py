@@ -81,6 +81,18 @@ def exact_decode(call: Call) -> None:
     )
 
 
+def other_layout(call: Call) -> None:
+    """A step on a cache in HND order, or K and V in one tensor, or both."""
+    k, v = call.args["k_cache"], call.args["v_cache"]
+    if k.ndim == v.ndim == 4 and call.draw.ConsumeBool():
+        k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+        call.args["hnd"] = True
+    if k.shape == v.shape and k.dtype == v.dtype and k.ndim > 0:
+        k, v = torch.stack((k, v), dim=1), None
+    call.args |= {"k_cache": k, "v_cache": v}
+    one_op(call, "decode_reuse")
+
+
 def rotary_decode(call: Call) -> None:
     """A step that turns its queries back itself."""
     call.args |= {"q_match": None, "inv_freq": call.frequencies()}
@@ -131,6 +143,7 @@ TARGETS: list[tuple[Callable[[Call], None], list[str]]] = [
     *((partial(one_op, name=name), names) for name, names in ARGUMENTS.items()),
     (exact_decode, ALL),
     (rotary_decode, ARGUMENTS["decode_reuse"]),
+    (other_layout, ARGUMENTS["decode_reuse"]),
     (cache_methods, []),
 ]
 

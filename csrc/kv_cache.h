@@ -1,0 +1,53 @@
+// A paged KV cache in the forms that callers have it in, brought to the strides that the kernels read by. Here and
+// not as views in Python: with cold caches those cost a tenth of a step (bench/README.md).
+#pragma once
+
+#include <optional>
+
+#include "checks.h"
+
+namespace mac_attn {
+
+struct KVCache {
+  const at::Tensor& k;  // without `v` both: the pair in dimension 1
+  const std::optional<at::Tensor>& v;
+  bool hnd;  // [.., num_kv_heads, page_size, head_dim], else [.., page_size, num_kv_heads, head_dim]
+
+  const char* name() const { return v ? "k_cache" : "kv_cache"; }
+  int64_t dims() const { return v ? 4 : 5; }
+  int64_t token_dim() const { return dims() - (hnd ? 2 : 3); }
+  int64_t head_dim() const { return dims() - (hnd ? 3 : 2); }
+
+  int64_t num_kv_heads() const {
+    TORCH_CHECK_VALUE(k.dim() == dims(), name(), " has shape ", k.sizes(), ", must be [num_pages, ", v ? "" : "2, ",
+                      hnd ? "num_kv_heads, page_size" : "page_size, num_kv_heads", ", head_dim]");
+    return k.size(head_dim());
+  }
+  int64_t num_pages() const { return k.size(0); }
+
+  KVPages check(const Shape& shape, const at::Tensor& q, const at::Tensor& block_table) const {
+    at::DimVector sizes(dims(), kAny);
+    sizes[head_dim()] = shape.num_kv_heads;
+    sizes[dims() - 1] = shape.head_dim;
+    if (!v) sizes[1] = 2;
+    check_tensor(k, name(), sizes, q.scalar_type(), q.device());
+    if (v) check_tensor(*v, "v_cache", k.sizes(), q.scalar_type(), q.device());
+    check_tensor(block_table, "block_table", {shape.batch, kAny}, at::kInt, q.device());
+    check_int32(num_pages(), "num_pages", 0);
+    check_int32(block_table.size(1), "max_pages", 0);
+    const at::Tensor& values = v ? *v : k;
+    KVPages kv{};
+    kv.page_size = check_int32(k.size(token_dim()), "page_size", 1);
+    kv.k = k.const_data_ptr();
+    kv.v = values.const_data_ptr();
+    if (!v && k.numel() > 0) kv.v = static_cast<const char*>(kv.k) + k.stride(1) * k.element_size();
+    kv.k_page_stride = k.stride(0), kv.v_page_stride = values.stride(0);
+    kv.k_token_stride = k.stride(token_dim()), kv.v_token_stride = values.stride(token_dim());
+    kv.k_head_stride = k.stride(head_dim()), kv.v_head_stride = values.stride(head_dim());
+    kv.block_table = block_table.const_data_ptr<int32_t>();
+    kv.block_table_stride = block_table.stride(0);
+    return kv;
+  }
+};
+
+}  // namespace mac_attn
