@@ -154,7 +154,8 @@ std::tuple<Tensor, Tensor, Tensor> amend(const Tensor& q, const Tensor& k_cache,
                                          const OptionalTensor& ring_anchors, int64_t window, int64_t band,
                                          double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
                                          const OptionalTensor& error_flag) {
-  return attend(q, {k_cache, v_cache, false}, block_table, seq_lens, source, slots, ring_anchors, window, band,
+  const OptionalTensor values = v_cache;
+  return attend(q, {k_cache, values, false}, block_table, seq_lens, source, slots, ring_anchors, window, band,
                 sm_scale, logits_soft_cap, {workspace, error_flag});
 }
 

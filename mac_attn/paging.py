@@ -51,9 +51,13 @@ def kv_views(kv_cache: KVCache, kv_layout: str = "NHD") -> tuple[Tensor, Tensor]
 
 def kv_arguments(kv_cache: KVCache, kv_layout: str) -> tuple[Tensor, Tensor | None, bool]:
     """The cache as the decode ops take it, and check it: k, v or None, whether it is "HND"."""
-    k, v = (kv_cache, None) if isinstance(kv_cache, Tensor) else kv_cache
     if kv_layout not in _LAYOUTS:
         check_choice("kv_layout", kv_layout, _LAYOUTS)
+    if isinstance(kv_cache, Tensor):
+        return kv_cache, None, kv_layout == "HND"
+    k, v = kv_cache
+    if v is None:  # of a pair; the ops would take `k` for both
+        check_tensor("v_cache", v)
     return k, v, kv_layout == "HND"
 
 

@@ -39,6 +39,7 @@ def bad_cases(device) -> dict[str, tuple[dict, type[Exception], str]]:
         "kv of another dtype": ({"kv_cache": kv.bfloat16()}, TypeError, "k_cache is"),
         "kv on another device": ({"kv_cache": kv.to("meta")}, ValueError, "k_cache is on"),
         "kv of another head count": ({"kv_cache": other_heads}, ValueError, "k_cache has shape"),
+        "kv a pair without v": ({"kv_cache": (kv, None)}, TypeError, "v_cache is None"),
         "kv layout": ({"kv_layout": "NDH"}, ValueError, "kv_layout is 'NDH'"),
         "kv in the other layout": ({"kv_layout": "HND"}, ValueError, "k_cache has shape"),
         "block_table int64": ({"block_table": table.long()}, TypeError, "block_table is"),
