@@ -2,10 +2,13 @@
 // kernels build and run on their own (CMakeLists.txt).
 //
 // Letters in the shape comments: B requests, Hq query heads, H KV heads, G = Hq / H query heads per
-// KV head, D head_dim, N ring slots, M window, S anchors. Strides count elements, the last one is 1.
+// KV head, D head_dim, M entries of a ring, S anchors. Strides count elements, the last one is 1.
 #pragma once
 
 #include <cstdint>
+
+#include "ring.h"
+#include "sample.h"
 
 namespace mac_attn {
 
@@ -28,34 +31,6 @@ struct HeadsView {
   const void* data;
   int64_t batch_stride;
   int64_t head_stride;
-};
-
-// The ring of recent queries with their carried states, and the history of each slot.
-struct Ring {
-  void* query;        // [N, H, M, G, D] dtype
-  float* out;         // [N, H, M, G, D]
-  float* lse;         // [N, H, M, G]
-  int32_t* depth;     // [N, H, M, G]
-  int32_t* anchors;   // [N, H, M, S]
-  int32_t* position;  // [N, M] tag: the position whose entry lies here, -1 when empty
-  int32_t* begin;     // [N] entries are valid for positions [begin, end)
-  int32_t* end;       // [N] seq_len of the slot's last call
-  int64_t* request;   // [N] -1 when none was given
-  int64_t* counters;  // [N, kNumCounters]
-  int32_t num_slots;
-  int32_t window;
-  int32_t num_anchors;
-};
-
-// Order of the columns of `counters`; mac_attn/cache.py reads them.
-enum Counter : int32_t {
-  kSteps,
-  kKvHeadSteps,
-  kKvHeadHits,
-  kQueryHeadHits,
-  kKvTokensRead,
-  kKvTokensFull,
-  kNumCounters
 };
 
 // The rows of the call: which request, how long, which slot.
@@ -95,6 +70,14 @@ struct UnrotateParams {
   void* out;  // out: [B, Hq, D] dtype
 };
 
+// What match answers, and the other stages go by.
+struct Matched {
+  int32_t* source;  // [B, Hq] position of the entry to reuse, or kMiss
+  int32_t* place;   // [B, Hq] where in the ring it lies, kMiss for a miss
+  int32_t* stored;  // [B, H] Ring::stored, or kNoHistory: the request does not go on where its slot ended
+};
+constexpr int32_t kNoHistory = -1;
+
 struct MatchParams {
   Shape shape;
   DType dtype;
@@ -104,10 +87,11 @@ struct MatchParams {
   const float* threshold;  // [Hq] theta (absolute) or rho (relative)
   bool relative;
   bool per_head;  // granularity "head"
+  int32_t window;
   int32_t band;
   int32_t min_context;
   int32_t max_reuse_depth;
-  int32_t* source;  // out: [B, Hq] position of the reused entry, or kMiss
+  Matched matched;  // out
 };
 
 struct AmendParams {
@@ -116,22 +100,26 @@ struct AmendParams {
   HeadsView query;  // post-RoPE
   KVPages kv;
   Requests requests;
-  const int32_t* source;        // [B, Hq], null: exact attention, everything is fresh
-  const int32_t* ring_anchors;  // [N, H, M, S], null when S = 0
-  int32_t window;
-  int32_t band;
+  Matched matched;  // source is null: exact attention, everything is fresh
+  Ring ring;        // looked at if S > 0
   int32_t num_anchors;
+  int32_t band;
+  int32_t layer;  // see sample_seed
   float sm_scale;
   float logits_soft_cap;  // 0: off
   float* out;             // out: [2, B, Hq, D], see `Span`
   float* lse;             // out: [2, B, Hq]
-  int32_t* anchors;       // out: [B, H, S] anchors of the new entry
+  float* log_ratio;       // out: [B, Hq] on a hit ln of sum a exp(s_p) / sum a exp(s_c) over the anchors; else 0
+  int32_t* anchors;       // out: [B, H, S] of a new entry, ascending, then kNoAnchor
+  float* anchor_weights;  // out: [B, H, S] a of each, then 0
+  int32_t* sampled;       // out: [B, H] on a miss the candidates there were, or kNotSampled; on a hit the anchors read
 };
 
-// The two states that amend yields for every head.
+// The two states that amend yields for every head. With p the current and c the matched position:
 enum Span : int32_t {
-  kOld,    // tokens [s, E(p)) without the anchors: joins the reused state, becomes the new entry
-  kFresh,  // the anchors and the band [E(p), n): only this step's output needs it
+  kOld,    // a miss: [0, E(p)), the new entry's state. A hit without anchors: [E(c), E(p)), joins the reused state.
+           // A hit with anchors: those, attended by the entry's query; they leave the reused state.
+  kFresh,  // a miss, and a hit without anchors: [E(p), n). A hit with anchors: those and [E(c), n).
   kNumSpans
 };
 
@@ -141,11 +129,16 @@ struct CompleteParams {
   Requests requests;
   const float* states;     // [2, B, Hq, D] from amend
   const float* state_lse;  // [2, B, Hq]
-  const int32_t* source;   // [B, Hq], null without reuse; so are the next two and `ring`
+  Matched matched;         // source is null without reuse; then what follows is not looked at
+  const float* log_ratio;  // [B, Hq] from amend, as are the next three
   const int32_t* anchors;  // [B, H, S]
-  HeadsView query;         // pre-RoPE, stored in the ring
+  const float* anchor_weights;
+  const int32_t* sampled;
+  HeadsView query;    // pre-RoPE, stored in the ring
+  HeadsView rotated;  // post-RoPE, stored if S > 0
   Ring ring;
   int32_t band;
+  int32_t max_reuse_depth;
   void* out;  // out: [B, Hq, D] dtype
   int64_t out_batch_stride;
   int64_t out_head_stride;

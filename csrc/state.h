@@ -36,4 +36,17 @@ MAC_HOST_DEVICE inline MergeWeights merge_weights(float lse1, float lse2) {
   return {w1 / sum, w2 / sum, high + std::log(sum)};
 }
 
+// What is left of an entry's state when the tokens attended anew leave it, moved to the new query:
+//     out = out_entry first + out_replaced second,   lse = ln(exp(lse_entry) - exp(lse_replaced)) + log_ratio.
+// Below this share of the entry's sum it would be rounding errors, and counts as empty.
+constexpr float kLeastRest = 1.f / 1024;
+
+MAC_HOST_DEVICE inline MergeWeights rest_weights(float entry, float replaced, float log_ratio) {
+  constexpr float kEmpty = -std::numeric_limits<float>::infinity();
+  if (entry == kEmpty) return {0.f, 0.f, kEmpty};
+  const float taken = std::exp(replaced - entry), share = 1.f - taken;
+  if (share < kLeastRest) return {0.f, 0.f, kEmpty};
+  return {1.f / share, -taken / share, entry + std::log(share) + log_ratio};
+}
+
 }  // namespace mac_attn
