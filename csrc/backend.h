@@ -13,7 +13,6 @@ namespace mac_attn {
 struct AmendLimits {
   int64_t num_pages;
   int64_t max_pages;
-  int32_t num_slots;
 };
 
 // Device memory that outlives a call. `workspace` [max_batch_size * (2 Hq + 2 H + 1) + 1] int32 is the CUDA

@@ -112,7 +112,7 @@ struct AmendParams {
   float* log_ratio;       // out: [B, Hq] on a hit ln of sum a exp(s_p) / sum a exp(s_c) over the anchors; else 0
   int32_t* anchors;       // out: [B, H, S] of a new entry, ascending, then kNoAnchor
   float* anchor_weights;  // out: [B, H, S] a of each, then 0
-  int32_t* sampled;       // out: [B, H] on a miss the candidates there were, or kNotSampled; on a hit the anchors read
+  int32_t* sampled;  // out: [B, H] on a miss the candidates there were, or kNotSampled; on a hit the anchors read
 };
 
 // The two states that amend yields for every head. With p the current and c the matched position:
@@ -142,7 +142,7 @@ struct CompleteParams {
   void* out;  // out: [B, Hq, D] dtype
   int64_t out_batch_stride;
   int64_t out_head_stride;
-  float* lse;  // out: [B, Hq] or null
+  float* lse;  // out: [B, Hq]
 };
 
 // First position that the entry of position `p` leaves out: E(p) = max(0, p + 1 - band).

@@ -10,7 +10,7 @@ from .audit import AuditReport
 from .cache import ReuseCache
 from .config import ReuseConfig
 from .decode import decode
-from .ops import Amended, amend, complete, match, merge_states
+from .ops import Amended, Matched, amend, complete, match, merge_states
 from .paging import dense_as_pages, from_flashinfer
 from .rope import RotaryEmbedding, rotate, unrotate
 from .seed import seed
@@ -20,6 +20,7 @@ from .stats import ReuseStats
 __all__ = [
     "Amended",
     "AuditReport",
+    "Matched",
     "ReuseCache",
     "ReuseConfig",
     "ReuseStats",
