@@ -152,8 +152,7 @@ class Slow:
 
     def step(self, p: int) -> tuple[list[int], Tensor]:
         """The two heads' sources and their logits `[2, n]`."""
-        keys = self.chain.kv.k[0, : p + 1, self.kv_head].double()
-        fresh = self.chain.q[p, 0, self.heads].double() @ keys.T / 4.0
+        fresh = self.fresh(p)
         logits, sources = fresh.clone(), [self.match(p, g) for g in range(2)]
         depth = [0 if c < 0 else self.depth[c][g] + 1 for g, c in enumerate(sources)]
         for g, c in enumerate(sources):
@@ -180,6 +179,11 @@ class Slow:
         self.logits[p], self.depth[p], self.samples[p] = logits, depth, sample or {}
         self.lse = logits.exp().sum(-1).log()
         return sources, logits
+
+    def fresh(self, p: int) -> Tensor:
+        """Logits of the query of position p over its context."""
+        keys = self.chain.kv.k[0, : p + 1, self.kv_head].double()
+        return self.chain.q[p, 0, self.heads].double() @ keys.T / 4.0
 
     @property
     def heads(self) -> slice:
@@ -279,8 +283,8 @@ def seed_chain(chain, begin, end, **options):
 def test_seed_without_anchors_equals_decoding_the_same_queries_exactly():
     cfg = small_config(threshold=0.0)
     seeded, decoded = (ReferenceChain(cfg, steps=60, batch=2) for _ in range(2))
-    seed_chain(seeded, 12, 60)
-    decoded.run(12, 60)
+    seed_chain(seeded, 28, 60)
+    decoded.run(28, 60)
     for slot in range(2):
         ours, theirs = seeded.reuse.slots[slot], decoded.reuse.slots[slot]
         assert (ours.end, ours.request) == (theirs.end, theirs.request) == (60, -1)
@@ -295,27 +299,35 @@ def test_seed_without_anchors_equals_decoding_the_same_queries_exactly():
                 close(entry.lse, twin.lse)
 
 
-def test_seed_draws_the_largest_keys_of_each_entry():
+def test_seed_draws_each_sample_by_the_step_before():
+    """The first by its own log-sum-exp; what they keep is steered as in decoding."""
     chain = ReferenceChain(small_config(anchors=4, entries=48, window=48), steps=64)
     seed_chain(chain, 10, 58)
     for head in range(2):
-        ring = chain.reuse.entries(0, head)
-        assert list(ring) == list(range(57, 15, -1))  # E(15) is 0
-        for c, entry in ring.items():
-            k = chain.kv.k[0, : c + 1, head].double()
-            logits = chain.q[c, 0, 2 * head : 2 * head + 2].double() @ k.T / 4.0
-            weight = logits.softmax(-1).amax(0)[: c + 1 - 16]
-            key = {i: w / hashed(c, head, 0, i) for i, w in enumerate(weight.tolist())}
-            order = sorted(key, key=lambda i: -key[i])
-            threshold = key[order[4]] if len(order) > 4 else 0.0
-            assert entry.anchors.tolist() == sorted(order[:4])
-            close(entry.weights, (threshold / weight[entry.anchors] - 1).clamp(min=0))
-            close(entry.rotated, chain.q[c, 0, 2 * head : 2 * head + 2])
-            if c == 57:
-                assert chain.reuse.slots[0].rings[head].tau == pytest.approx(threshold / 1.5)
-    before = chain.reuse.slots[0].rings[0].tau
+        slow = Slow(chain.reuse.cfg, chain, head)
+        slow.lse = slow.fresh(10).exp().sum(-1).log()
+        for c in range(10, 58):
+            logits = slow.fresh(c)
+            sample = slow.sample(c, logits)
+            slow.lse = logits.exp().sum(-1).log()
+            ring = chain.reuse.entries(0, head)
+            assert (c in ring) == (sample is not None)
+            if sample is not None:
+                assert ring[c].anchors.tolist() == sorted(sample)
+                close(
+                    ring[c].weights,
+                    torch.tensor([sample[i] for i in sorted(sample)], dtype=torch.float64),
+                )
+        assert chain.reuse.slots[0].rings[head].tau == pytest.approx(slow.tau)
     step = chain.step(58, q_match=make_q(9, 1, 4, 16))  # a miss, steered by that
-    assert step.heads[0][0].stored and chain.reuse.slots[0].rings[0].tau != before
+    assert step.heads[0][0].stored
+
+
+def test_seed_of_more_queries_than_entries_takes_every_kth():
+    chain = ReferenceChain(small_config(entries=10, window=60), steps=60)
+    seed_chain(chain, 15, 60)  # 45 queries: every fifth
+    assert list(chain.reuse.entries(0)) == list(range(59, 15, -5))
+    assert chain.reuse.slots[0].end == 60
 
 
 def test_seed_continues_an_unbroken_history():

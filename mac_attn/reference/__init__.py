@@ -12,11 +12,12 @@ stands for the old tokens `[0, E(c))`.
 
 from .calls import Step, decode, seed
 from .reuse import HeadStep, ReferenceReuse
-from .rings import Entry, Ring, Slot, rest_state
+from .rings import LEAST_REST, Entry, Ring, Slot, rest_state
 from .sample import Draw, Sample, draw_sample, first_tau, next_tau, uniforms
 from .states import attention_logits, attention_state, gather_kv, merge_states
 
 __all__ = [
+    "LEAST_REST",
     "Draw",
     "Entry",
     "HeadStep",

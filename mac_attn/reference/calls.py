@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .reuse import HeadStep, ReferenceReuse
-from .rings import Entry
-from .sample import Choose, clamp_tau, draw_sample, first_tau
-from .states import KVCache, attention_logits, attention_state, gather_kv
+from .sample import Choose, draw_sample, first_tau
+from .states import KVCache, attention_state, gather_kv
 
 
 @dataclass
@@ -96,40 +95,31 @@ def seed(
     kv_layout: str = "NHD",
     choose: Choose = draw_sample,
 ) -> None:
-    """Write the entries of the last T <= entries prompt queries, as `mac_attn.seed`.
+    """Write entries of the last T prompt queries, as `mac_attn.seed`.
 
-    q and q_match `[B, T, Hq, D]` of positions `n - T .. n - 1`; `choose` as in `decode`. An entry's
-    sample is weighed against its own log-sum-exp over `[0, c + 1)`: those with the S largest keys.
+    q and q_match `[B, T, Hq, D]` of positions `n - T .. n - 1`; `choose` as in `decode`. Every k-th
+    query, k = ceil(T / entries), is a miss in turn, the last one among them. The first is weighed
+    against its own log-sum-exp, and tau begins anew.
     """
     softmax = (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale, logits_soft_cap)
-    size, length = reuse.cfg.anchors, q.shape[1]
+    length = q.shape[1]
+    every = -(-length // reuse.cfg.entries)
     for b, n in enumerate(seq_lens.tolist()):
         if n == 0:
             continue
         slot = reuse.slots[int(slots[b])]
         reuse.resume(slot, n - length, -1 if request_ids is None else int(request_ids[b]))
         slot.end = n
-        keys, values = gather_kv(kv_cache, block_table[b], n, kv_layout)
+        k, v = gather_kv(kv_cache, block_table[b], n, kv_layout)
+        rotated, queries = (
+            x[b].cpu().double().unflatten(1, (reuse.num_kv_heads, -1)) for x in (q, q_match)
+        )
         for h, ring in enumerate(slot.rings):
-            heads, k, v = (
-                slice(h * reuse.group_size, (h + 1) * reuse.group_size),
-                keys[:, h],
-                values[:, h],
-            )
-            threshold = 0.0
-            for i, c in enumerate(range(n - length, n)):
-                query, rotated = (x[b, i, heads].cpu().double() for x in (q_match, q))
-                logits, old = attention_logits(rotated, k[: c + 1], *softmax), reuse.old_end(c)
-                ring.last_lse = logits.logsumexp(-1)
-                if old == 0:
-                    continue
-                state = attention_state(rotated, k[:old], v[:old], *softmax)
-                entry = Entry(c, query, rotated, *state, torch.zeros(len(query), dtype=torch.int64))
-                if size:
-                    draw = reuse.draw(logits[:, :old], ring.last_lse, 0.0, c, (b, h))
-                    sample = choose(draw)
-                    threshold = sample.threshold
-                    entry = replace(entry, anchors=sample.anchors, weights=sample.weights)
-                ring.store(entry)
-            if size:
-                ring.tau = clamp_tau((threshold or first_tau(size)) / 1.5, size)
+            ring.tau, ring.last_lse = first_tau(max(1, reuse.cfg.anchors)), None
+            for i in range((length - 1) % every, length, every):
+                pair = k[: n - length + i + 1, h], v[: n - length + i + 1, h]
+                if ring.last_lse is None:
+                    _, ring.last_lse = attention_state(rotated[i, h], *pair, *softmax)
+                reuse.step(
+                    ring, rotated[i, h], queries[i, h], *pair, softmax, (b, h), choose, miss=True
+                )

@@ -167,15 +167,16 @@ class ReferenceReuse:
         softmax: tuple[float, float],
         where: tuple[int, int],
         choose: Choose,
+        miss: bool = False,
     ) -> HeadStep:
         """Match, amend and complete the newest token of one request, for one KV head.
 
         q and the pre-RoPE query `[G, D]`, k and v `[n, D]`, softmax `(sm_scale, logits_soft_cap)`,
-        `where` the row of the batch and the KV head.
+        `where` the row of the batch and the KV head; with `miss` nothing is matched.
         """
         n = k.shape[0]
         p, old = n - 1, self.old_end(n - 1)
-        entries, scores = self.scores(ring, query, where[1], n)
+        entries, scores = self.scores(ring, query, where[1], 0 if miss else n)
         result = HeadStep(
             out=torch.empty_like(q),
             lse=q.new_empty(len(q)),

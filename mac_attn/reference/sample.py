@@ -74,9 +74,5 @@ def first_tau(anchors: int) -> float:
 
 def next_tau(tau: float, count: int, anchors: int) -> float:
     """tau after a miss with `count` candidates, so that the next one has about 1.5 S."""
-    return clamp_tau(tau * min(4.0, max(0.25, count / (1.5 * anchors))), anchors)
-
-
-def clamp_tau(tau: float, anchors: int) -> float:
-    """tau within its limits."""
-    return min(MOST_TAU, max(tau, 1 / (64 * anchors)))
+    steered = tau * min(4.0, max(0.25, count / (1.5 * anchors)))
+    return min(MOST_TAU, max(steered, 1 / (64 * anchors)))
