@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import mac_attn
-from mac_attn.slot_state import SLOT_TENSORS
 
 # Of a slot, what belongs to single entries: [N, H, M, ...].
 ENTRY_TENSORS = ("ring_query", "ring_out", "ring_lse", "ring_depth", "ring_anchors")
