@@ -213,7 +213,7 @@ inline void take_candidates(const AmendWork& work, int64_t group_index, int room
                             const float* weight) {
   const AmendGroup& group = work.groups[group_index];
   for (int t = 0; t < count; t += kLanes) {
-    const vf bound = uniforms(group.seed, token + t) * group.tau;
+    const vf bound = uniforms(group.seed, count_from(token + t)) * group.tau;
     uint32_t lanes = lanes_above(load(weight + t), bound);
     if (count - t < kLanes) lanes &= (1u << (count - t)) - 1;
     for (; lanes; lanes &= lanes - 1) {
