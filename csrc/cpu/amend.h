@@ -213,7 +213,7 @@ inline void take_candidates(const AmendWork& work, int64_t group_index, int room
                             const float* weight) {
   const AmendGroup& group = work.groups[group_index];
   for (int t = 0; t < count; t += kLanes) {
-    const vf bound = uniforms(group.seed, token + t) * group.tau;
+    const vf bound = uniforms(group.seed, count_from(token + t)) * group.tau;
     uint32_t lanes = lanes_above(load(weight + t), bound);
     if (count - t < kLanes) lanes &= (1u << (count - t)) - 1;
     for (; lanes; lanes &= lanes - 1) {
@@ -294,18 +294,21 @@ void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask
     std::copy(group.anchor_weights + first, group.anchor_weights + first + listed.block.count, listed.a);
     at += listed.block.count;
   };
-  Listed lists[2];
-  lists[1].kv_head = 0;
-  find_next(lists[0]);
-  fetch(head_rows<T>(p, lists[0].block, lists[0].kv_head), p.shape.head_dim);
-  for (int i = 0; lists[i].block.count > 0; i ^= 1) {
-    Listed &listed = lists[i], &following = lists[i ^ 1];
-    find_next(following);
-    Stream stream;
-    stream.add_listed<T>(p, following.block, following.kv_head);
+  // They lie anywhere, so what is waited for is memory's latency: whole blocks are asked for well ahead.
+  constexpr int kAhead = 3;
+  Listed lists[kAhead + 1];
+  const auto ask = [&](Listed& listed) {
+    find_next(listed);
+    if (listed.block.count > 0) fetch(head_rows<T>(p, listed.block, listed.kv_head), p.shape.head_dim);
+  };
+  for (int i = 0; i < kAhead; ++i) ask(lists[i]);
+  for (int i = 0; lists[i].block.count > 0; i = (i + 1) % (kAhead + 1)) {
+    ask(lists[(i + kAhead) % (kAhead + 1)]);
+    const Listed& listed = lists[i];
     const Rows<T> rows = head_rows<T>(p, listed.block, listed.kv_head);
-    attend<T>(p, work, task, now, listed.kv_head, G, 0, listed.a, rows, rows, stream);
-    attend<T>(p, work, task, then, listed.kv_head, G, 0, listed.a, rows, rows, stream);
+    Stream none;
+    attend<T>(p, work, task, now, listed.kv_head, G, 0, listed.a, rows, rows, none);
+    attend<T>(p, work, task, then, listed.kv_head, G, 0, listed.a, rows, rows, none);
   }
 }
 

@@ -46,23 +46,83 @@ MAC_INLINE void write_state(const AmendParams& p, Span span, int64_t row, const 
   p.lse[row] = total.sum == 0.f ? -std::numeric_limits<float>::infinity() : total.max + std::log(total.sum);
 }
 
+// How many of the values are at least `bound`; `count` is of whole vectors.
+MAC_INLINE int32_t count_at_least(const float* values, int32_t count, float bound) {
+  vi found{};
+  for (int32_t i = 0; i < count; i += kLanes) found += load(values + i) >= bound;
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum -= found[i];
+  return sum;
+}
+
+// The k-th largest of values that are not negative, of which there are at least k: bisection over their bits, which
+// are ordered as they are.
+inline float kth_largest(const float* values, int32_t count, int32_t k) {
+  uint32_t low = 0, high = 0x7f800001u;  // at least k are not below the first, fewer not below the second
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    float bound;
+    std::memcpy(&bound, &middle, sizeof bound);
+    (count_at_least(values, count, bound) >= k ? low : high) = middle;
+  }
+  float found;
+  std::memcpy(&found, &low, sizeof found);
+  return found;
+}
+
+// Cuts the candidates of one KV head to the S largest keys and brings them in order, with their a. Candidates and
+// keys have room for whole vectors; `words` has a bit for every old token. A token's place is the number of kept
+// ones before it. Returns how many stay.
+inline int32_t cut_sample(const AmendGroup& group, int32_t* tokens, const float* weights, int32_t count,
+                          int32_t num_anchors, int32_t old_end, float* keys, uint64_t* words, int32_t* anchors,
+                          float* a) {
+  const int32_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  for (int32_t i = 0; i < count; i += kLanes) {
+    vu token;
+    std::memcpy(&token, tokens + i, sizeof token);
+    store(keys + i, load(weights + i) / uniforms(group.seed, token));
+  }
+  for (int32_t i = count; i < padded; ++i) keys[i] = 0.f;
+  // Those with the very key that is cut go, too: which of equals comes first would be chance.
+  const bool cut = count > num_anchors;
+  const float tau = cut ? kth_largest(keys, padded, num_anchors + 1) : group.tau;
+  const int32_t num_words = old_end / 64 + 1;
+  std::fill(words, words + 2 * num_words, 0);
+  uint64_t* before = words + num_words;
+  for (int32_t i = 0; i < count; ++i) {
+    if (!cut || keys[i] > tau) words[tokens[i] / 64] |= uint64_t{1} << tokens[i] % 64;
+  }
+  for (int32_t i = 1; i < num_words; ++i) before[i] = before[i - 1] + __builtin_popcountll(words[i - 1]);
+  for (int32_t i = 0; i < count; ++i) {
+    if (cut && !(keys[i] > tau)) continue;
+    const int32_t word = tokens[i] / 64;
+    const uint64_t lower = words[word] & ((uint64_t{1} << tokens[i] % 64) - 1);
+    const int64_t place = static_cast<int64_t>(before[word]) + __builtin_popcountll(lower);
+    anchors[place] = tokens[i];
+    a[place] = std::max(0.f, tau / weights[i] - 1.f);
+  }
+  return static_cast<int32_t>(before[num_words - 1]) + __builtin_popcountll(words[num_words - 1]);
+}
+
 // The sample of a new entry, or none.
-MAC_INLINE void write_sample(const AmendParams& p, const AmendWork& work, int64_t group_index) {
+inline void write_sample(const AmendParams& p, const AmendWork& work, int64_t group_index, Scratch& scratch) {
   const AmendGroup& group = work.groups[group_index];
-  int32_t* anchors = p.anchors + group_index * p.num_anchors;
-  float* weights = p.anchor_weights + group_index * p.num_anchors;
-  std::fill(anchors, anchors + p.num_anchors, kNoAnchor);
-  std::fill(weights, weights + p.num_anchors, 0.f);
-  p.sampled[group_index] = group.hit ? group.num_anchors : kNotSampled;
-  if (group.candidates < 0) return;
-  const int32_t sampled = work.num_candidates[group_index].load(std::memory_order_relaxed);
+  const int32_t S = p.num_anchors, room = kCandidateRoom * S;
+  int32_t* anchors = p.anchors + group_index * S;
+  float* a = p.anchor_weights + group_index * S;
+  int32_t count = 0, sampled = group.hit ? group.num_anchors : kNotSampled;
+  if (group.candidates >= 0) {
+    sampled = work.num_candidates[group_index].load(std::memory_order_relaxed);
+    const int32_t old_end = band_start(p.requests.seq_lens[group_index / p.shape.num_kv_heads] - 1, p.band);
+    if (sampled <= room) {
+      count = cut_sample(group, work.candidate_tokens + group.candidates, work.candidate_weights + group.candidates,
+                         sampled, S, old_end, scratch.array<float>(0, room + kLanes),
+                         scratch.array<uint64_t>(1, old_end / 32 + 2), anchors, a);
+    }
+  }
   p.sampled[group_index] = sampled;
-  if (sampled > kCandidateRoom * p.num_anchors) return;
-  int32_t* tokens = work.candidate_tokens + group.candidates;
-  float* a = work.candidate_weights + group.candidates;
-  const int32_t count = cut_sample(tokens, a, sampled, p.num_anchors, group.tau, group.seed);
-  std::copy(tokens, tokens + count, anchors);
-  std::copy(a, a + count, weights);
+  std::fill(anchors + count, anchors + S, kNoAnchor);
+  std::fill(a + count, a + S, 0.f);
 }
 
 inline void finish_group(const AmendParams& p, const AmendWork& work, int64_t group_index, Scratch& scratch) {
@@ -84,5 +144,5 @@ inline void finish_group(const AmendParams& p, const AmendWork& work, int64_t gr
     if (p.matched.source)
       p.log_ratio[row] = !hit || log_light[kOld] == kNone ? 0.f : log_light[kFresh] - log_light[kOld];
   }
-  if (p.matched.source) write_sample(p, work, group_index);
+  if (p.matched.source) write_sample(p, work, group_index, scratch);
 }

@@ -86,10 +86,6 @@ struct AmendGroup {
 
 constexpr int32_t kAmendBlock = 32;  // tokens whose logits are in flight together
 
-// Sorts the candidates of one KV head by position, after those beyond the S largest keys have left, and makes a of
-// their weights. Returns how many stay.
-int32_t cut_sample(int32_t* tokens, float* weights, int32_t count, int32_t num_anchors, float tau, uint32_t seed);
-
 struct AmendWork {
   AmendWork(const AmendParams& params, int num_threads);
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <utility>
 
 #include "scratch.h"
 
@@ -14,6 +13,7 @@ namespace {
 // Work is counted in tokens times KV heads.
 constexpr int64_t kMinTask = 512;           // below, the work around a task costs more than the task
 constexpr int kTasksPerThread = 24;         // the last one that is drawn ends soon after the others
+constexpr int kWidestVector = 16;           // floats
 constexpr int32_t kStep = 2 * kAmendBlock;  // tokens; tasks begin at multiples of it
 
 // Fills the order of heads of one request: by first token, equal ones by number.
@@ -138,8 +138,9 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
   partial_max = kept.array<float>(1, num_partials * Hq);
   partial_sum = kept.array<float>(2, num_partials * Hq);
   partial_light = kept.array<float>(3, num_partials * Hq);
-  candidate_tokens = kept.array<int32_t>(4, num_drawing * room);
-  candidate_weights = kept.array<float>(5, num_drawing * room);
+  // Read in whole vectors.
+  candidate_tokens = kept.array<int32_t>(4, num_drawing * room + kWidestVector);
+  candidate_weights = kept.array<float>(5, num_drawing * room + kWidestVector);
 }
 
 // Tasks of some `target` work each. One has either old or recent tokens, or anchors.
@@ -189,28 +190,5 @@ void AmendWork::cut_request(const AmendParams& p, int request, int64_t target) {
 
 CompleteWork::CompleteWork(const CompleteParams& p)
     : num_tasks(static_cast<int64_t>(p.shape.batch) * p.shape.num_kv_heads) {}
-
-int32_t cut_sample(int32_t* tokens, float* weights, int32_t count, int32_t num_anchors, float tau, uint32_t seed) {
-  std::vector<std::pair<int32_t, float>> sample(count);
-  const auto key = [&](const std::pair<int32_t, float>& token) {
-    return token.second / uniform(seed, token.first);
-  };
-  for (int32_t i = 0; i < count; ++i) sample[i] = {tokens[i], weights[i]};
-  if (count > num_anchors) {
-    const auto larger = [&](const auto& a, const auto& b) { return key(a) > key(b); };
-    std::nth_element(sample.begin(), sample.begin() + num_anchors, sample.end(), larger);
-    tau = key(sample[num_anchors]);
-    sample.resize(num_anchors);
-    // One with the very key of the first that is cut goes, too: which of equals is first would be chance.
-    sample.erase(std::remove_if(sample.begin(), sample.end(), [&](const auto& a) { return !(key(a) > tau); }),
-                 sample.end());
-  }
-  std::sort(sample.begin(), sample.end());
-  for (size_t i = 0; i < sample.size(); ++i) {
-    tokens[i] = sample[i].first;
-    weights[i] = std::max(0.f, tau / sample[i].second - 1.f);
-  }
-  return static_cast<int32_t>(sample.size());
-}
 
 }  // namespace mac_attn::cpu

@@ -155,14 +155,18 @@ MAC_INLINE uint32_t lanes_above(vf a, vf b) {
 #endif
 }
 
-// `uniform` of as many tokens from `token` on, see sample.h.
-MAC_INLINE vf uniforms(uint32_t seed, int32_t token) {
-  vu x;
-  for (int i = 0; i < kLanes; ++i) x[i] = i;
-  x += seed + static_cast<uint32_t>(token);
+// `uniform` of tokens, see sample.h.
+MAC_INLINE vf uniforms(uint32_t seed, vu tokens) {
+  vu x = tokens + seed;
   x = (x ^ x >> 16) * 0x7feb352du;
   x = (x ^ x >> 15) * 0x846ca68bu;
   return __builtin_convertvector((vi)((x >> 8) + 1u), vf) * 0x1p-24f;
+}
+// The numbers from `first` on.
+MAC_INLINE vu count_from(int32_t first) {
+  vu numbers;
+  for (int i = 0; i < kLanes; ++i) numbers[i] = i;
+  return numbers + static_cast<uint32_t>(first);
 }
 
 // The sums of four vectors, to out[0..3].

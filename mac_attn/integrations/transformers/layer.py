@@ -239,5 +239,5 @@ class MacLayer(CacheLayerMixin):
         self.value_store[:, : self.length] = values[rows, : self.length]
         if reuse is not None and self.reuse is not None:
             index = torch.tensor(rows, device=self.device)
-            for new, old in zip(self.reuse._rings(), reuse._rings(), strict=True):
-                new.copy_(old.index_select(0, index))
+            self.reuse.ring.copy_(reuse.ring.index_select(0, index))
+            self.reuse.counters.zero_()
