@@ -189,3 +189,18 @@ def test_what_match_did_not_answer_is_refused():
         mac_attn.amend(q, kv, table, seq_lens, matched=good)
     for a, b in zip(snapshot(reuse), before, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [93, 2**31 - 1, -2, -(2**31)])
+def test_anchors_that_no_entry_can_have_are_refused(bad):
+    """As a slot may hold that was imported from who knows where; nothing is read there."""
+    reuse = make_reuse("cpu")
+    q, kv, table, seq_lens, q_match = two_steps(reuse, "cpu")
+    place = int(mac_attn.match(reuse, q_match, seq_lens, slots_on("cpu")).place[0, 0])
+    reuse.ring_anchors[2, 0, place, 1] = bad  # E(99) is 92
+    before = snapshot(reuse)
+    options = dict(reuse=reuse, slots=slots_on("cpu"), q_match=q_match)
+    with pytest.raises(ValueError, match=f"ring_anchors of slot 2, position 99 hold {bad}, must"):
+        mac_attn.decode(q, kv, table, seq_lens, **options)
+    for a, b in zip(snapshot(reuse), before, strict=True):
+        assert torch.equal(a, b)
