@@ -294,21 +294,23 @@ void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask
     std::copy(group.anchor_weights + first, group.anchor_weights + first + listed.block.count, listed.a);
     at += listed.block.count;
   };
-  // They lie anywhere, so what is waited for is memory's latency: whole blocks are asked for well ahead.
-  constexpr int kAhead = 3;
-  Listed lists[kAhead + 1];
-  const auto ask = [&](Listed& listed) {
-    find_next(listed);
-    if (listed.block.count > 0) fetch(head_rows<T>(p, listed.block, listed.kv_head), p.shape.head_dim);
-  };
-  for (int i = 0; i < kAhead; ++i) ask(lists[i]);
-  for (int i = 0; lists[i].block.count > 0; i = (i + 1) % (kAhead + 1)) {
-    ask(lists[(i + kAhead) % (kAhead + 1)]);
-    const Listed& listed = lists[i];
-    const Rows<T> rows = head_rows<T>(p, listed.block, listed.kv_head);
-    Stream none;
-    attend<T>(p, work, task, now, listed.kv_head, G, 0, listed.a, rows, rows, none);
-    attend<T>(p, work, task, then, listed.kv_head, G, 0, listed.a, rows, rows, none);
+  // They lie anywhere, so what is waited for is memory's latency: rows are asked for two blocks ahead, steadily, and
+  // brought nearer one block ahead.
+  Listed lists[3];
+  const auto rows_of = [&](const Listed& listed) { return head_rows<T>(p, listed.block, listed.kv_head); };
+  find_next(lists[0]);
+  find_next(lists[1]);
+  fetch(rows_of(lists[0]), p.shape.head_dim);
+  if (lists[1].block.count > 0) fetch(rows_of(lists[1]), p.shape.head_dim);
+  for (int i = 0; lists[i].block.count > 0; i = (i + 1) % 3) {
+    const Listed &listed = lists[i], &following = lists[(i + 1) % 3];
+    Listed& after = lists[(i + 2) % 3];
+    find_next(after);
+    Stream stream;
+    if (after.block.count > 0) stream.add_listed<T>(p, after.block, after.kv_head);
+    const Rows<T> rows = rows_of(listed), next = following.block.count > 0 ? rows_of(following) : rows;
+    attend<T>(p, work, task, now, listed.kv_head, G, 0, listed.a, rows, next, stream);
+    attend<T>(p, work, task, then, listed.kv_head, G, 0, listed.a, rows, next, stream);
   }
 }
 
