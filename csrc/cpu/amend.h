@@ -193,6 +193,42 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
   for (; d < D; d += kLanes) add_values<T, kHeads, 1>(rows, next, stream, logits, rescale, d, D, state.out);
 }
 
+// A task's candidates of one KV head: brought to the list that all tasks share a few at a time.
+struct Found {
+  static constexpr int kRoom = 64;
+  int count;
+  int32_t tokens[kRoom];
+  float weights[kRoom];
+};
+
+inline void hand_over(const AmendParams& p, const AmendWork& work, int64_t group_index, Found& found) {
+  const int64_t first = work.groups[group_index].candidates, room = int64_t{kCandidateRoom} * p.num_anchors;
+  const int32_t at = work.num_candidates[group_index].fetch_add(found.count, std::memory_order_relaxed);
+  const int64_t count = std::min<int64_t>(found.count, room - at);
+  for (int i = 0; i < count; ++i) {
+    work.candidate_tokens[first + at + i] = found.tokens[i];
+    work.candidate_weights[first + at + i] = found.weights[i];
+  }
+  found.count = 0;
+}
+
+// Takes down which of a block's tokens, the first of which is `token`, are candidates by their weights.
+inline void take_candidates(const AmendParams& p, const AmendWork& work, int64_t group_index, int token, int count,
+                            const float* weight, Found& found) {
+  const AmendGroup& group = work.groups[group_index];
+  if (found.count + kBlock > Found::kRoom) hand_over(p, work, group_index, found);
+  for (int t = 0; t < count; t += kLanes) {
+    const vf bound = uniforms(group.seed, count_from(token + t)) * group.tau;
+    uint32_t lanes = lanes_above(load(weight + t), bound);
+    if (count - t < kLanes) lanes &= (1u << (count - t)) - 1;
+    for (; lanes; lanes &= lanes - 1) {
+      const int i = t + __builtin_ctz(lanes);
+      found.tokens[found.count] = token + i;
+      found.weights[found.count++] = weight[i];
+    }
+  }
+}
+
 // One thread's part of a task: the states of all query heads, those of a KV head in the order of
 // `AmendWork::qo_heads`, so that the ones that attend to a token come first.
 template <typename T>
@@ -202,28 +238,11 @@ struct TaskState {
   float* max;                          // [Hq]
   float* sum;                          // [Hq]
   float* light;                        // [Hq]
+  Found* found;                        // [H]
 };
 
 MAC_INLINE int num_tiles(int group_size) {
   return (group_size + kTileHeads - 1) / kTileHeads;
-}
-
-// Takes down which of a block's tokens, the first of which is `token`, are candidates by their weights.
-inline void take_candidates(const AmendWork& work, int64_t group_index, int room, int token, int count,
-                            const float* weight) {
-  const AmendGroup& group = work.groups[group_index];
-  for (int t = 0; t < count; t += kLanes) {
-    const vf bound = uniforms(group.seed, count_from(token + t)) * group.tau;
-    uint32_t lanes = lanes_above(load(weight + t), bound);
-    if (count - t < kLanes) lanes &= (1u << (count - t)) - 1;
-    for (; lanes; lanes &= lanes - 1) {
-      const int32_t at = work.num_candidates[group_index].fetch_add(1, std::memory_order_relaxed);
-      if (at >= room) continue;
-      const int i = t + __builtin_ctz(lanes);
-      work.candidate_tokens[group.candidates + at] = token + i;
-      work.candidate_weights[group.candidates + at] = weight[i];
-    }
-  }
 }
 
 // The first `heads` query heads of a KV head attend to rows, the first of which is `token`, or to anchors of these
@@ -259,7 +278,7 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
 #endif
     }
   }
-  if (draws) take_candidates(work, group_index, kCandidateRoom * p.num_anchors, token, rows.count, weight);
+  if (draws) take_candidates(p, work, group_index, token, rows.count, weight, state.found[kv_head]);
 }
 
 template <typename T>
@@ -294,21 +313,23 @@ void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask
     std::copy(group.anchor_weights + first, group.anchor_weights + first + listed.block.count, listed.a);
     at += listed.block.count;
   };
-  // They lie anywhere, so what is waited for is memory's latency: whole blocks are asked for well ahead.
-  constexpr int kAhead = 3;
-  Listed lists[kAhead + 1];
-  const auto ask = [&](Listed& listed) {
-    find_next(listed);
-    if (listed.block.count > 0) fetch(head_rows<T>(p, listed.block, listed.kv_head), p.shape.head_dim);
-  };
-  for (int i = 0; i < kAhead; ++i) ask(lists[i]);
-  for (int i = 0; lists[i].block.count > 0; i = (i + 1) % (kAhead + 1)) {
-    ask(lists[(i + kAhead) % (kAhead + 1)]);
-    const Listed& listed = lists[i];
-    const Rows<T> rows = head_rows<T>(p, listed.block, listed.kv_head);
-    Stream none;
-    attend<T>(p, work, task, now, listed.kv_head, G, 0, listed.a, rows, rows, none);
-    attend<T>(p, work, task, then, listed.kv_head, G, 0, listed.a, rows, rows, none);
+  // They lie anywhere, so what is waited for is memory's latency: rows are asked for two blocks ahead, steadily,
+  // and brought nearer one block ahead.
+  Listed lists[3];
+  const auto rows_of = [&](const Listed& listed) { return head_rows<T>(p, listed.block, listed.kv_head); };
+  find_next(lists[0]);
+  find_next(lists[1]);
+  fetch(rows_of(lists[0]), p.shape.head_dim);
+  if (lists[1].block.count > 0) fetch(rows_of(lists[1]), p.shape.head_dim);
+  for (int i = 0; lists[i].block.count > 0; i = (i + 1) % 3) {
+    const Listed &listed = lists[i], &following = lists[(i + 1) % 3];
+    Listed& after = lists[(i + 2) % 3];
+    find_next(after);
+    Stream stream;
+    if (after.block.count > 0) stream.add_listed<T>(p, after.block, after.kv_head);
+    const Rows<T> rows = rows_of(listed), next = following.block.count > 0 ? rows_of(following) : rows;
+    attend<T>(p, work, task, now, listed.kv_head, G, 0, listed.a, rows, next, stream);
+    attend<T>(p, work, task, then, listed.kv_head, G, 0, listed.a, rows, next, stream);
   }
 }
 
@@ -384,10 +405,12 @@ TaskState<T> empty_state(const AmendParams& p, Scratch& scratch, int first) {
   const int64_t query_size = p.shape.num_kv_heads * num_tiles(p.shape.group_size) * query_tile_size<Q>(D);
   float* out = scratch.array<float>(first + 1, static_cast<int64_t>(Hq) * (D + 3));
   float* max = out + static_cast<int64_t>(Hq) * D;
-  const TaskState<T> state{scratch.array<Q>(first, query_size), out, max, max + Hq, max + 2 * Hq};
+  const TaskState<T> state{scratch.array<Q>(first, query_size),          out, max, max + Hq, max + 2 * Hq,
+                           scratch.array<Found>(6, p.shape.num_kv_heads)};
   std::memset(state.query, 0, query_size * sizeof(Q));
   std::fill(out, out + static_cast<int64_t>(Hq) * (D + 3), 0.f);
   std::fill(state.max, state.max + Hq, -std::numeric_limits<float>::infinity());
+  for (int h = 0; h < p.shape.num_kv_heads; ++h) state.found[h].count = 0;
   return state;
 }
 
@@ -416,6 +439,10 @@ void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, co
   if (task.tokens != Tokens::kAnchors) {
     attend_tokens<T>(p, work, task, following, fetched, state);
     write_partial(p, work, head_of, task.partial, state);
+    for (int h = 0; h < p.shape.num_kv_heads; ++h) {
+      const int64_t group_index = static_cast<int64_t>(task.request) * p.shape.num_kv_heads + h;
+      if (state.found[h].count > 0) hand_over(p, work, group_index, state.found[h]);
+    }
     return;
   }
   // With anchors a group decides as one, so that its heads are in their own order.
