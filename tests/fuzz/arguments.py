@@ -177,7 +177,8 @@ class Call:
 
     def other_values(self, value: Tensor) -> Tensor:
         value = whole = value.clone(memory_format=torch.contiguous_format)
-        if value.dtype == torch.uint8 and value.numel() % 4 == 0:  # rings: numbers of all types
+        if value.dtype == torch.uint8 and value.ndim and value.shape[-1] % 4 == 0:
+            # Rings hold numbers of all types.
             value = value.view(torch.float32 if self.draw.ConsumeBool() else torch.int32)
         for _ in range(self.draw.ConsumeIntInRange(1, 3)):
             if value.numel() == 0:
