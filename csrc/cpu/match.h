@@ -84,7 +84,7 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
   // The youngest entry has age 1; their positions fall with the age. E(c) > 0 needs c >= band.
   const int first_age = 1 + chunk * work.chunk;
   const int last_age = std::min({first_age + work.chunk - 1, M, stored});
-  const int oldest = std::max(position - p.window, p.band);
+  const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors);
   std::atomic<uint64_t>* best = &work.best[group * work.decisions_per_group];
 
   const auto place = [&](int age) { return place_of(stored, age, M); };
