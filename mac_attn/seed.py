@@ -124,7 +124,8 @@ def seed(
     stored = stored.clamp(min=0)
     # A sample is drawn by the log-sum-exp of the step before. That of the first is found first, in a
     # pass that stores nothing: one without history.
-    miss(chosen[0], torch.full_like(stored, -1))
+    if reuse.cfg.anchors:
+        miss(chosen[0], torch.full_like(stored, -1))
     for t in chosen:
         miss(t, stored)
         stored = reuse.ring_stored.index_select(0, rows)

@@ -37,7 +37,7 @@ def test_random_traffic_agrees_with_the_reference(capsys):
 
 
 @pytest.mark.parametrize(
-    "plant", ["drop_the_tag_check", "share_memory_on_fork", "truncate_off_by_one"]
+    "plant", ["drop_the_history_check", "share_memory_on_fork", "truncate_off_by_one"]
 )
 def test_a_planted_bug_is_found(plant):
     assert run(plant).startswith("found: ")
