@@ -160,6 +160,11 @@ class MacCache(Cache):
             self._shared.begin()
             self._follow_rotations()
         try:
+            if self.layers[layer_idx].length != self._shared.length:
+                raise Refusal(
+                    f"layer {layer_idx} was given keys and values twice in one forward, which a "
+                    "MacCache cannot tell from two tokens; use transformers' own cache"
+                )
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Refusal:
             self._shared.roll_back()
@@ -290,8 +295,8 @@ def _kinds(config: PretrainedConfig) -> list[Kind]:
         names = ["sliding_attention" if is_local else "full_attention"] * config.num_hidden_layers
     if unknown := set(names) - set(_KINDS):
         raise Refusal(
-            f"a MacCache is for layers that keep keys and values, {sorted(_KINDS)[:4]}; this model "
-            f"also has {sorted(unknown)}: use transformers' own cache"
+            f"the model has layers of type {sorted(unknown)}, which keep something else than keys and "
+            "values of every token, all that a MacCache can keep; use transformers' own cache"
         )
     kinds = [_KINDS[name] for name in names]
     # Layers that attend to the keys of an earlier one, in the words of Gemma 4 and of Gemma 3n.

@@ -91,8 +91,8 @@ def find_rotations(model: PreTrainedModel, cache: MacCache) -> dict[int, Rotatio
         # Half precision rounds a query and its rotation to 2^-8; another rotation is off by 1.
         if not errors[best] <= (1e-3 if query.dtype == torch.float32 else 0.05):
             reason = refused or (
-                f"its queries are turned by none of the {len(candidates) - 1} rotations that the "
-                f"model's rotary modules could stand for (nearest: off by {errors[best]:.0%})"
+                "its queries depend on the position, and not by a rotation that the model's rotary "
+                f"modules ({len(rotary_modules(model))} with `inv_freq`) stand for"
             )
             raise Refusal(f"layer {index} cannot reuse: {reason}. {_WAY_OUT}")
         found[index] = candidates[best]
@@ -153,7 +153,7 @@ def _same_everywhere(hidden: Any) -> Any:
     return state.to(hidden.device, hidden.dtype).expand_as(hidden).contiguous()
 
 
-def _candidates(model: nn.Module) -> tuple[list[Rotation | None], str | None]:
+def _candidates(model: PreTrainedModel) -> tuple[list[Rotation | None], str | None]:
     """Everything that the model's rotary modules could stand for, and why some of it cannot be."""
     candidates: list[Rotation | None] = [None]
     refused = None
@@ -166,6 +166,11 @@ def _candidates(model: nn.Module) -> tuple[list[Rotation | None], str | None]:
             continue
         seen = getattr(module, f"{prefix}inv_freq")
         candidates.append(Rotation(Link(module), prefix, interleaved, reverse, seen, embedding))
+    if dim := getattr(model.config, "rotary_dim", None):
+        # GPT-J and CodeGen have a table of sines instead, always of these frequencies.
+        inv_freq = 10000 ** (-torch.arange(0, dim, 2) / dim)
+        embedding = RotaryEmbedding(inv_freq, interleaved=True)
+        candidates.append(Rotation(Link(None), "", True, False, inv_freq, embedding))
     return candidates, refused
 
 
