@@ -51,9 +51,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         )
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "dory": {"sliding_window": 64},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {
@@ -71,14 +72,26 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "global_head_dim": 32,
     },
+    "gemma4_unified_text": {"global_head_dim": 32},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {
+        "attention_chunk_size": 16,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+    },
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "modernbert-decoder": {"sep_token_id": 2, "cls_token_id": 1},
+    "ministral3": {"sliding_window": None},
+    "mistral": {"sliding_window": None},
+    "mixtral": {"sliding_window": None},
+    "moshi": {"sliding_window": 16},
+    "phimoe": {"sliding_window": None},
     "qwen4_exp_text": {
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
@@ -86,6 +99,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
     },
+    "starcoder2": {"sliding_window": None},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
     "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
@@ -123,6 +137,8 @@ def tiny_config(name: str, **more: Any) -> Any:
     options = {key: value for key, value in _SIZES.items() if key in known}
     if "kv_lora_rank" in known:  # latent attention has as many KV heads as query heads
         options["num_key_value_heads"] = options["num_attention_heads"]
+    if "layer_types" not in known:  # a window would be that of every layer
+        options.pop("sliding_window", None)
     return kind(**options | _OPTIONS.get(name, {}) | more)
 
 

@@ -101,8 +101,8 @@ class MacCache(Cache):
         self._reuses = config is not None
         self._shared = Shared(max_length, batch_size, mode)
         layers = [
-            MacLayer(self._shared, index, *each)
-            for index, each in enumerate(zip(kinds, configs, rotaries, strict=True))
+            MacLayer(self._shared, index, kind, _window(text_config), *each)
+            for index, (kind, *each) in enumerate(zip(kinds, configs, rotaries, strict=True))
         ]
         for layer, stranger in zip(layers, strangers, strict=True):
             layer.stranger = stranger
@@ -290,13 +290,12 @@ def _kinds(config: PretrainedConfig) -> list[Kind]:
     """The kind of every layer."""
     names = getattr(config, "layer_types", None)
     if names is None:
-        local = ("sliding_window", "attention_chunk_size")
-        is_local = any(getattr(config, name, None) is not None for name in local)
-        names = ["sliding_attention" if is_local else "full_attention"] * config.num_hidden_layers
+        names = ["sliding_attention" if _window(config) else "full_attention"]
+        names *= config.num_hidden_layers
     if unknown := set(names) - set(_KINDS):
         raise Refusal(
-            f"the model has layers of type {sorted(unknown)}, which keep something else than keys and "
-            "values of every token, all that a MacCache can keep; use transformers' own cache"
+            f"the model has layers of type {sorted(unknown)}, which keep something else than keys "
+            "and values of every token, all that a MacCache can keep; use transformers' own cache"
         )
     kinds = [_KINDS[name] for name in names]
     # Layers that attend to the keys of an earlier one, in the words of Gemma 4 and of Gemma 3n.
@@ -308,3 +307,9 @@ def _kinds(config: PretrainedConfig) -> list[Kind]:
     if set(kinds) == {"none"}:
         raise Refusal("no layer of the model keeps keys and values: there is nothing to cache")
     return kinds
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    """Tokens that local layers see, or None."""
+    window: int | None = getattr(config, "sliding_window", None)
+    return window or getattr(config, "attention_chunk_size", None)

@@ -46,6 +46,7 @@ class MacLayer(CacheLayerMixin):
         shared: Shared,
         index: int,
         kind: Kind,
+        window: int | None,
         config: mac_attn.ReuseConfig | None,
         rotary: mac_attn.RotaryEmbedding | None,
     ) -> None:
@@ -53,12 +54,14 @@ class MacLayer(CacheLayerMixin):
         self.shared = shared
         self.index = index
         self.kind = kind
+        self.window = window  # of a local layer, where the config tells
         self.config = config
         self.rotary = rotary
         self.length = 0
         self.is_initialized = False
         self.reuse: mac_attn.ReuseCache | None = None
         self.stranger: str | None = None  # why the last keys were attended without mac_attn
+        self._is_local = False
         self._unclaimed = False
         self._versions: tuple[int, int] | None = None
 
@@ -225,7 +228,8 @@ class MacLayer(CacheLayerMixin):
         Raises:
             ValueError: for a mask, or for heads, that mac_attn does not do.
         """
-        if self.kind != "full":
+        if self.kind == "local":
+            self._check_local(attention_mask)
             return None
         if local:
             self.stranger = "they have a sliding window"
@@ -257,6 +261,21 @@ class MacLayer(CacheLayerMixin):
         if self.reuse is None:
             self.reuse = self._allocate_rings(query.shape[1])
         return "reuse"
+
+    def _check_local(self, mask: Tensor | None) -> None:
+        """ValueError if the mask of a local layer is not local.
+
+        Moshi leaves that to transformers' own cache, which forgets the keys outside the window.
+        """
+        if self.window is None or self.length <= self.window or self._is_local:
+            return
+        old = None if mask is None else mask[..., -1, : self.length - self.window]
+        if old is None or bool((old if old.dtype == torch.bool else old == 0).any()):
+            raise Refusal(
+                f"layer {self.index} has a window of {self.window} tokens, but its mask shows it "
+                "all of them, which needs a cache that forgets; use transformers' own"
+            )
+        self._is_local = True  # looked at once
 
     def _paging(self) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         layout = self.shared.layout
