@@ -90,10 +90,11 @@ def seed(
     ids = [NO_REQUEST] * batch if request_ids is None else request_ids.tolist()
     _check_values(reuse, length, lens, rows, None if request_ids is None else ids)
     _check_pages(k, block_table, lens)
-    for b, n in enumerate(lens):
-        if n > 0:
-            context = _Context(k, v, block_table[b].long(), sm_scale, logits_soft_cap)
-            _seed_request(reuse, rows[b], ids[b], n, q[b], q_match[b], context)
+    with torch.autocast(device.type, enabled=False):  # all of it is float32
+        for b, n in enumerate(lens):
+            if n > 0:
+                context = _Context(k, v, block_table[b].long(), sm_scale, logits_soft_cap)
+                _seed_request(reuse, rows[b], ids[b], n, q[b], q_match[b], context)
 
 
 @dataclass
