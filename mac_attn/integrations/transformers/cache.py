@@ -151,16 +151,17 @@ class MacCache(Cache):
                     f"the model's attention implementation is {implementation!r}, which would only "
                     "store in a MacCache; call model.set_attn_implementation('mac') first"
                 )
-        if layer_idx >= len(self.layers) or self.layers[layer_idx].kind == "none":
-            raise Refusal(
-                f"layer {layer_idx} has keys and values, but not in the model that the MacCache "
-                "was made for; make another MacCache"
-            )
-        if self.layers[layer_idx] is self._shared.layers[0]:
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer is self._shared.layers[0]:
             self._shared.begin()
             self._follow_rotations()
         try:
-            if self.layers[layer_idx].length != self._shared.length:
+            if layer is None or layer.kind == "none":
+                raise Refusal(
+                    f"layer {layer_idx} has keys and values, but not in the model that the "
+                    "MacCache was made for; make another MacCache"
+                )
+            if layer.length != self._shared.length:
                 raise Refusal(
                     f"layer {layer_idx} was given keys and values twice in one forward, which a "
                     "MacCache cannot tell from two tokens; use transformers' own cache"
@@ -172,16 +173,20 @@ class MacCache(Cache):
 
     def _follow_rotations(self) -> None:
         """Take over frequencies of the model that have changed, or ValueError: it is too late."""
-        for index, rotation in self._rotations.items():
-            if rotation is None or not rotation.follow():
-                continue
-            if self._shared.length:
-                raise Refusal(
-                    "the model's rotary frequencies have changed (model.to(dtype) rounds them) "
-                    "while this MacCache held tokens; call reset() and prefill again"
-                )
-            self.layers[index].rotary = rotation.embedding
-            self.layers[index].reuse = None
+        # Layers share their rotations.
+        rotations = {id(r): r for r in self._rotations.values() if r is not None}
+        changed = {key: r for key, r in rotations.items() if r.changed()}
+        if changed and self._shared.length:
+            raise Refusal(
+                "the model's rotary frequencies have changed (model.to(dtype) rounds them) "
+                "while this MacCache held tokens; call reset() and prefill again"
+            )
+        for rotation in changed.values():
+            rotation.follow()
+        for index, its in self._rotations.items():
+            if its is not None and id(its) in changed:
+                self.layers[index].rotary = its.embedding
+                self.layers[index].reuse = None
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
         """ValueError: convolutions, recurrences and indexers keep more than keys and values."""

@@ -60,17 +60,24 @@ class Rotation:
     seen: Tensor  # the module's inv_freq when `embedding` was made
     embedding: RotaryEmbedding
 
-    def follow(self) -> bool:
-        """Take over the module's frequencies if they have changed; whether they had."""
-        module = self.module()
-        if module is None:
-            return False
-        inv_freq = getattr(module, f"{self.prefix}inv_freq")
+    def changed(self) -> bool:
+        """Whether the module has other frequencies than `embedding`."""
+        inv_freq = self._inv_freq()
         if inv_freq is self.seen:
             return False
-        before, self.seen = self.embedding, inv_freq
-        self.embedding = _embedding(module, self.prefix, self.interleaved, self.reverse)
-        return not torch.equal(before.inv_freq, self.embedding.inv_freq.to(before.inv_freq.device))
+        if torch.equal(inv_freq.to(self.seen), self.seen):
+            self.seen = inv_freq
+            return False
+        return True
+
+    def follow(self) -> None:
+        """Take over the module's frequencies."""
+        self.seen = self._inv_freq()
+        self.embedding = _embedding(self.module(), self.prefix, self.interleaved, self.reverse)
+
+    def _inv_freq(self) -> Tensor:
+        module = self.module()
+        return self.seen if module is None else getattr(module, f"{self.prefix}inv_freq")
 
 
 def find_rotations(model: PreTrainedModel, cache: MacCache) -> dict[int, Rotation | None]:
