@@ -143,18 +143,9 @@ class MacCache(Cache):
             ValueError: the model's attention implementation is not "mac", the batch has another
                 size than the cache, or `max_length` is exceeded.
         """
-        model = self._model()
-        if model is not None:
-            implementation = model.config.get_text_config(decoder=True)._attn_implementation
-            if implementation != "mac":
-                raise Refusal(
-                    f"the model's attention implementation is {implementation!r}, which would only "
-                    "store in a MacCache; call model.set_attn_implementation('mac') first"
-                )
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if layer is self._shared.layers[0]:
-            self._shared.begin()
-            self._follow_rotations()
+            self._begin()
         try:
             if layer is None or layer.kind == "none":
                 raise Refusal(
@@ -170,6 +161,19 @@ class MacCache(Cache):
         except Refusal:
             self._shared.roll_back()
             raise
+
+    def _begin(self) -> None:
+        """A forward begins: ValueError if the model, or the cache, is not fit for it."""
+        model = self._model()
+        if model is not None:
+            implementation = model.config.get_text_config(decoder=True)._attn_implementation
+            if implementation != "mac":
+                raise Refusal(
+                    f"the model's attention implementation is {implementation!r}, which would only "
+                    "store in a MacCache; call model.set_attn_implementation('mac') first"
+                )
+        self._shared.begin()
+        self._follow_rotations()
 
     def _follow_rotations(self) -> None:
         """Take over frequencies of the model that have changed, or ValueError: it is too late."""
