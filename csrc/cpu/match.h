@@ -123,8 +123,9 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
     float distance[4], total[4] = {};
     squared_distances(query, rows, half, distance);
     for (float& part : distance) part *= kRoundingMargin;
-    fetched = any_below(distance, limit * theta[0]) ? static_cast<int64_t>(G) * D : half;
-    if (fetched == half) continue;
+    const bool near = any_below(distance, limit * theta[0]);
+    fetched = near ? static_cast<int64_t>(G) * D : half;
+    if (!near) continue;
     for (int g = 0; g < G && any_below(total, limit); ++g) {
       squared_distances(query + g * D, rows, D, distance);
       for (int i = 0; i < 4; ++i) {
