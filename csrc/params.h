@@ -150,6 +150,14 @@ constexpr int32_t band_start(int32_t p, int32_t band) {
   return p >= band ? p - band + 1 : 0;
 }
 
+// Oldest position whose entry the query of position `p` may reuse: within the window, with old tokens, and so young
+// that with anchors a hit reads no more than half of the tokens.
+constexpr int32_t oldest_candidate(int32_t p, int32_t window, int32_t band, int32_t anchors) {
+  const int32_t cheap = (p + 1) / 2 - band - sample_size(anchors, band_start(p, band));
+  const int32_t reach = anchors > 0 && cheap < window ? cheap : window;
+  return p - reach > band ? p - reach : band;
+}
+
 // Depth of an entry that reuses one of depth `depth`.
 constexpr int32_t next_depth(int32_t depth) {
   return depth < INT32_MAX ? depth + 1 : depth;

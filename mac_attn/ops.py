@@ -299,8 +299,10 @@ def check_query(name: str, query: Tensor | None, reuse: ReuseCache) -> None:
 def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two attention states over disjoint sets of tokens, exactly.
 
-    `lse = log(exp(lse1) + exp(lse2))`, `out = out1 exp(lse1 - lse) + out2 exp(lse2 - lse)`; an
-    empty state is (0, -inf) and may be either operand or both. Plain torch: any device.
+    `lse = log(exp(lse1) + exp(lse2))`, `out = out1 exp(lse1 - lse) + out2 exp(lse2 - lse)`; either
+    operand or both may be empty. A state is empty where its lse is -inf, or +inf as
+    FlashAttention 2 has it; its mean is not looked at, and may be NaN. Two empty states are
+    (0, -inf). Plain torch: any device.
 
     Args:
         out1, out2: [..., head_dim], softmax-weighted means of the values.
@@ -313,12 +315,15 @@ def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tupl
     check_tensor("out2", out2, shape=tuple(out1.shape))
     check_tensor("lse1", lse1, shape=tuple(out1.shape[:-1]))
     check_tensor("lse2", lse2, shape=tuple(out1.shape[:-1]))
+    lse1, lse2 = (lse.masked_fill(lse == math.inf, -math.inf) for lse in (lse1, lse2))
     lse = torch.logaddexp(lse1, lse2)
     # Two empty states: -inf - -inf would be NaN; their weights are 0.
-    base = torch.where(lse == -math.inf, torch.zeros_like(lse), lse)
-    weight1 = torch.exp(lse1 - base).unsqueeze(-1)
-    weight2 = torch.exp(lse2 - base).unsqueeze(-1)
-    out = out1 * weight1 + out2 * weight2
+    base = lse.masked_fill(lse == -math.inf, 0.0)
+    weighted = []
+    for mean, its_lse in ((out1, lse1), (out2, lse2)):
+        is_empty = (its_lse == -math.inf).unsqueeze(-1)  # and 0 * NaN would be NaN
+        weighted.append((mean * torch.exp(its_lse - base).unsqueeze(-1)).masked_fill(is_empty, 0))
+    out = weighted[0] + weighted[1]
     return out.to(torch.promote_types(out1.dtype, out2.dtype)), lse
 
 

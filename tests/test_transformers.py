@@ -253,7 +253,8 @@ def test_sliding_window_layers_are_left_to_sdpa(
         got = generate(model, ids, cache, attention_mask=mask)
     assert_same(got, generate(model, ids, attention_mask=mask))
     assert [r.getMessage() for r in caplog.records if r.name.startswith("mac_attn")] == [
-        "1 of 2 layers use sliding-window attention; they are left to SDPA"
+        "1 of 2 layers are left to SDPA, and save nothing: they have sliding-window or chunked "
+        "attention (layers 1)"
     ]
     stats = cache.layer_stats()
     assert stats[0] is not None

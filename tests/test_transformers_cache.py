@@ -83,8 +83,6 @@ def test_crop_forgets(device: torch.device, config: ReuseConfig | None) -> None:
     got = next_logits(model, cache, ids[:, 40:])
     expected = model(ids).logits[:, 40:].transpose(0, 1)
     torch.testing.assert_close(got, expected, **ROUNDING)
-    with pytest.raises(ValueError, match="tokens_to_remove is -61, must be at least -60"):
-        cache.crop(-61)
 
 
 def test_cropped_entries_are_not_reused(device: torch.device) -> None:
@@ -271,9 +269,9 @@ def test_an_interrupted_forward_is_noticed(
 
 def test_arguments_are_checked(device: torch.device) -> None:
     model = tiny_model(device)
-    with pytest.raises(ValueError, match="max_length is 0, must be at least 1"):
+    with pytest.raises(ValueError, match="max_length is 0, must be from 1"):
         MacCache(model, max_length=0)
-    with pytest.raises(ValueError, match="batch_size is 0, must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size is 0, must be from 1"):
         MacCache(model, max_length=8, batch_size=0)
     exact = MacCache(model, max_length=8, config=None)
     with pytest.raises(ValueError, match="mode is 'fast', must be one of"):
@@ -300,6 +298,6 @@ def test_rotary_embeddings_that_change_are_refused(device: torch.device) -> None
 
 def test_other_kinds_of_attention_are_refused(device: torch.device) -> None:
     model = tiny_model(device)
-    model.config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(ValueError, match=r"also has \['chunked_attention'\]"):
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match=r"layers of type \['linear_attention'\]"):
         MacCache(model, max_length=64)

@@ -95,14 +95,15 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
     start = std::min(start, source == kMiss ? 0 : band_start(source, p.band));
     least_depth = std::min(least_depth, carried.depth[g]);
   }
-  const bool drawn = S == 0 || (sampled >= 0 && sampled <= kCandidateRoom * S);
-  const bool stores = band_start(n - 1, p.band) > 0 && least_depth < p.max_reuse_depth && drawn;
+  const int old_end = band_start(n - 1, p.band), size = sample_size(S, old_end);
+  const bool drawn = S == 0 || (sampled >= 0 && sampled <= kCandidateRoom * size);
+  const bool stores = old_end > 0 && least_depth < p.max_reuse_depth && drawn;
   if (stores) store_entry<T>(p, request, kv_head, stored % M, carried);
   *p.ring.stored(slot, kv_head) = stores ? next_stored(stored, M) : stored;
   if (S > 0) {
     float& tau = *p.ring.tau(slot, kv_head);
-    if (p.matched.stored[group] == kNoHistory || !usable_tau(tau)) tau = first_tau(S);
-    if (hits == 0 && sampled >= 0) tau = next_tau(tau, sampled, S);
+    if (p.matched.stored[group] == kNoHistory || !usable_tau(tau)) tau = first_tau(size);
+    if (hits == 0 && sampled >= 0) tau = next_tau(tau, sampled, size);
   }
   std::copy(p.lse + group * G, p.lse + (group + 1) * G, p.ring.last_lse(slot, kv_head));
 

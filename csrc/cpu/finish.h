@@ -107,16 +107,17 @@ inline int32_t cut_sample(const AmendGroup& group, int32_t* tokens, const float*
 // The sample of a new entry, or none.
 inline void write_sample(const AmendParams& p, const AmendWork& work, int64_t group_index, Scratch& scratch) {
   const AmendGroup& group = work.groups[group_index];
-  const int32_t S = p.num_anchors, room = kCandidateRoom * S;
+  const int32_t S = p.num_anchors;
   int32_t* anchors = p.anchors + group_index * S;
   float* a = p.anchor_weights + group_index * S;
   int32_t count = 0, sampled = group.hit ? group.num_anchors : kNotSampled;
   if (group.candidates >= 0) {
     sampled = work.num_candidates[group_index].load(std::memory_order_relaxed);
     const int32_t old_end = band_start(p.requests.seq_lens[group_index / p.shape.num_kv_heads] - 1, p.band);
+    const int32_t size = sample_size(S, old_end), room = kCandidateRoom * size;
     if (sampled <= room) {
       count = cut_sample(group, work.candidate_tokens + group.candidates, work.candidate_weights + group.candidates,
-                         sampled, S, old_end, scratch.array<float>(0, room + kLanes),
+                         sampled, size, old_end, scratch.array<float>(0, room + kLanes),
                          scratch.array<uint64_t>(1, old_end / 32 + 2), anchors, a);
     }
   }

@@ -84,7 +84,7 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
   // The youngest entry has age 1; their positions fall with the age. E(c) > 0 needs c >= band.
   const int first_age = 1 + chunk * work.chunk;
   const int last_age = std::min({first_age + work.chunk - 1, M, stored});
-  const int oldest = std::max(position - p.window, p.band);
+  const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors);
   std::atomic<uint64_t>* best = &work.best[group * work.decisions_per_group];
 
   const auto place = [&](int age) { return place_of(stored, age, M); };
@@ -123,8 +123,9 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
     float distance[4], total[4] = {};
     squared_distances(query, rows, half, distance);
     for (float& part : distance) part *= kRoundingMargin;
-    fetched = any_below(distance, limit * theta[0]) ? static_cast<int64_t>(G) * D : half;
-    if (fetched == half) continue;
+    const bool near = any_below(distance, limit * theta[0]);
+    fetched = near ? static_cast<int64_t>(G) * D : half;
+    if (!near) continue;
     for (int g = 0; g < G && any_below(total, limit); ++g) {
       squared_distances(query + g * D, rows, D, distance);
       for (int i = 0; i < 4; ++i) {
