@@ -16,7 +16,7 @@ from torch import Tensor
 import mac_attn
 from mac_attn.reference import Draw, ReferenceReuse, Sample, draw_sample, next_tau
 
-ROOM = 4  # of candidates, in multiples of S
+ROOM = 4  # of candidates, in multiples of what a sample keeps
 
 
 def sample_tolerance(device: torch.device | str) -> float:
@@ -48,7 +48,7 @@ class Judge:
 
     def __call__(self, draw: Draw) -> Sample:
         """The backend's sample, if the keys allow it."""
-        slot, head, size = self.slots[draw.row], draw.kv_head, draw.anchors
+        slot, head, size = self.slots[draw.row], draw.kv_head, draw.size
         own, keys = draw_sample(draw), draw.keys.nan_to_num(nan=0.0)
         counts = [int((keys > draw.tau * (1 + x)).sum()) for x in (self.tolerance, -self.tolerance)]
         possible = set(range(counts[0], counts[1] + 1))

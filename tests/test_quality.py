@@ -54,7 +54,7 @@ def test_modes_are_parsed(tmp_path):
     path = tmp_path / "model.json"
     Calibration((ReuseConfig(), ReuseConfig(threshold=0.3)), 0.1, 0.1, 0.5).save(path)
     (calibrated,) = parsed([f"MAC:calibration={path}"])
-    assert [c.threshold for c in calibrated.config] == [0.1, 0.3]
+    assert [c.threshold for c in calibrated.config] == [ReuseConfig().threshold, 0.3]
     assert [c.min_context for c in calibrated.config] == [SMALL.min_context] * 2
     for wrong, message in (
         ("other", "mode is 'other'"),
