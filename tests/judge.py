@@ -59,8 +59,11 @@ class Judge:
         ring, room = self.reference.slots[slot].rings[head], self.cache.cfg.entries
         place = ring.stored % room
         stored = int(self.cache.ring_position[slot, head, place]) == draw.position
-        if self.steered and room > 1:  # a tag may be left from another history of the slot
+        # A tag may be left from another history of the slot.
+        if self.steered and room > 1:
             stored = stored and int(self.cache.ring_stored[slot, head]) != ring.stored
+        elif not self.steered and min(possible) > ROOM * size:
+            stored = False
         possible = {c for c in possible if (c <= ROOM * size) == stored}
         assert possible, f"{counts} candidates of {size} are {'' if stored else 'not '}stored"
         count = own.count if own.count in possible else min(possible)
