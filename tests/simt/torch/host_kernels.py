@@ -48,7 +48,7 @@ def load_as_c() -> ModuleType:
             "-DMAC_ATTN_WITH_CUDA",
             '-DMAC_ATTN_VERSION=\\"simt\\"',
             '-DMAC_ATTN_TORCH=\\"simt\\"',
-            '-DMAC_ATTN_CUDA_ARCHES=\\"8.0;9.0+PTX\\"',
+            '-DMAC_ATTN_CUDA_ARCHES=\\"9.0+PTX\\"',
         ],
         extra_ldflags=["-ldl", "-pthread"],
         build_directory=str(FOLDER),
