@@ -42,5 +42,8 @@ void unrotate(const UnrotateParams& params, const at::Tensor& on);
 // See UnrotateParams; `name` is what the caller calls `positions`. Defined in unrotate.cpp.
 at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const char* name, int32_t back,
                     const at::Tensor& inv_freq, bool interleaved, double scale);
+// The op of that name.
+at::Tensor unrotate_op(const at::Tensor& q, const at::Tensor& positions, const at::Tensor& inv_freq,
+                       bool interleaved, double scale);
 
 }  // namespace mac_attn
