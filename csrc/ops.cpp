@@ -388,12 +388,8 @@ void define(torch::Library& m) {
       "int layer, float sm_scale, float logits_soft_cap, Tensor(b!)? workspace, Tensor(c!)? error_flag, "
       "Tensor? inv_freq, bool interleaved, float rotary_scale";
   m.def(("decode_reuse(" + reuse + ") -> (Tensor source, Tensor out, Tensor lse)").c_str());
-<<<<<<< HEAD
   m.def(("decode_reuse.into(" + reuse + ", Tensor(d!) out) -> (Tensor source, Tensor lse)").c_str());
-=======
-  m.def(("decode_reuse.into(" + reuse + ", Tensor(m!) out) -> (Tensor source, Tensor lse)").c_str());
   m.def("unrotate(Tensor q, Tensor positions, Tensor inv_freq, bool interleaved, float scale) -> Tensor");
->>>>>>> w17b
 }
 
 void implement(torch::Library& m) {
