@@ -126,7 +126,7 @@ MAC_DEVICE MatchRequest match_request(const MatchParams& p, int request, int kv_
   return {request, kv_head, n, slot, readable, readable ? slot : 0};
 }
 
-// Place of the entry of an age, and the other way; the age of a place that holds none is below 1.
+// Place of the entry of an age, and the other way.
 MAC_DEVICE int place_of_age(int age, int stored, int entries) {
   const int place = stored - age;
   return place < entries ? place : place - entries;
@@ -203,7 +203,8 @@ struct RingSearch {
   }
   // Leaves the best key of every decision in `shared.best`.
   MAC_DEVICE void look(const float* query, MatchShared& shared) {
-    const int G = p.shape.group_size, lane = ptx::lane_id(), position = r.seq_len - 1;
+    const int G = p.shape.group_size, M = p.ring.layout.shape.entries;
+    const int lane = ptx::lane_id(), position = r.seq_len - 1;
     if (shared.errors) stored = kNoHistory, places = 0;
     const bool searches = stored > 0 && r.seq_len >= p.min_context;
     const int oldest = position - p.window > p.band ? position - p.window : p.band;  // E(c) > 0 needs c >= band
@@ -211,15 +212,15 @@ struct RingSearch {
     for (int first = first_place; searches && first < places; first += stride) {
       const Candidate c = next;
       if (first + stride < places) next = fetch(first + stride + lane / kLanes);
-      const int age = age_of_place(c.place, stored, p.ring.layout.shape.entries);
-      const T* rows = p.ring.query<T>(r.slot, r.kv_head, c.place);
       // With decisions per head every head has a depth of its own, looked at below.
-      bool alive = age > 0 && c.tag >= oldest && c.tag < position && (p.per_head || c.depth < p.max_reuse_depth);
+      bool alive =
+          c.place < places && c.tag >= oldest && c.tag < position && (p.per_head || c.depth < p.max_reuse_depth);
       RowPieces<T, kHeadDim> head[Layout::kHeadsAtOnce];
       head[0] = c.first_head;
       float total = 0.f;
 #pragma unroll 1
       for (int g = 0, end = 1; g < G && ptx::ballot(alive); g = end, end += Layout::kHeadsAtOnce) {
+        const T* rows = p.ring.query<T>(r.slot, r.kv_head, c.place);
 #pragma unroll
         for (int i = 0; i < Layout::kHeadsAtOnce; ++i) {
           if (g > 0) head[i].load(rows + (g + i) * kHeadDim, alive && g + i < G);
@@ -232,7 +233,7 @@ struct RingSearch {
             // NaN is no candidate.
             const int32_t* depth = p.ring.depth(r.slot, r.kv_head, c.place) + g + i;
             if (alive && lane % kLanes == 0 && score < 1.f && *depth < p.max_reuse_depth) {
-              ptx::atomic_max(&shared.best[g + i], match_key(score, age));
+              ptx::atomic_max(&shared.best[g + i], match_key(score, age_of_place(c.place, stored, M)));
             }
           } else {
             // Nor is a total beyond the best so far, which cannot win. The best may be changing, and the lanes of a
@@ -244,7 +245,7 @@ struct RingSearch {
         }
       }
       if (alive && !p.per_head && lane % kLanes == 0) {
-        ptx::atomic_max(&shared.best[0], match_key(total, age));
+        ptx::atomic_max(&shared.best[0], match_key(total, age_of_place(c.place, stored, M)));
       }
     }
   }

@@ -23,8 +23,8 @@ template <typename T, int kHeadDim, int kHeadBlocks, bool kReplaced = false>
 struct WarpState {
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr int kQueryRow = kHeadDim + 8;  // elements in shared memory; padded against bank conflicts
-  // There is no room for two blocks, nor for the query of a matched entry.
-  static constexpr bool kQueryInRegisters = kHeadBlocks == 1 && !kReplaced;
+  // There is no room for two blocks or the largest heads, nor for the query of a matched entry.
+  static constexpr bool kQueryInRegisters = kHeadBlocks == 1 && kHeadDim <= 128 && !kReplaced;
   uint32_t q[kQueryInRegisters ? kSteps : 1][2];
   float out[kHeadBlocks][kSteps][4];
   float max[kHeadBlocks][2];
@@ -85,19 +85,22 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
   // Two chains of MMAs hide their latency; two blocks of heads are two chains already.
   float sum[2][4] = {};
   const T* row = stage + (lane % 8 + lane / 8 % 2 * 8) * Stage<kHeadDim>::kRow;
+  // The upper lanes read the second block, of one block the step after.
   const T* query_row =
-      query + (lane % 8 + lane / 16 * 8) * WarpState<T, kHeadDim, kHeadBlocks>::kQueryRow + lane / 8 % 2 * 8;
+      query + (lane % 8 + (kHeadBlocks > 1 ? lane / 16 * 8 : 0)) * state.kQueryRow + lane / 8 % 2 * 8;
+  uint32_t q[4];
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    uint32_t k[4], q[4];
+    uint32_t k[4];
     ptx::ldmatrix_x4(k, row + Stage<kHeadDim>::place(lane, 2 * s + lane / 16));
     if constexpr (state.kQueryInRegisters) {
       q[0] = state.q[s][0], q[1] = state.q[s][1];
-    } else if constexpr (kHeadBlocks == 1) {
-      const T* column = query + lane / 4 * state.kQueryRow + s * 16 + lane % 4 * 2;
-      q[0] = ptx::load_4(column), q[1] = ptx::load_4(column + 8);
-    } else {
+    } else if (kHeadBlocks > 1) {
       ptx::ldmatrix_x4(q, query_row + s * 16);
+    } else if (s % 2 == 0) {
+      ptx::ldmatrix_x4(q, query_row + (s + (s + 1 < kSteps ? lane / 16 : 0)) * 16);
+    } else {
+      q[0] = q[2], q[1] = q[3];
     }
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
