@@ -45,10 +45,14 @@ void test_all(DType dtype) {
   spec.group_size = cuda::kMaxGroup, spec.anchors = 0, spec.per_head = true, test(spec, one_run());
   // A hit with anchors stores nothing, nor does an entry without old tokens.
   spec = {};
-  spec.dtype = dtype, spec.ages = {5}, spec.seq_lens = {150, 60}, CHECK(test(spec, one_run()) == 0);
-  spec.anchors = 0, spec.max_reuse_depth = 10, CHECK(test(spec, one_run()) == 4);
-  spec.seq_lens = {spec.band, 3}, CHECK(test(spec, one_run()) == 0);
-  spec.seq_lens = {spec.band + 1, 3}, CHECK(test(spec, one_run()) == 2);
+  spec.dtype = dtype, spec.ages = {5}, spec.seq_lens = {150, 60};
+  CHECK(test(spec, one_run()) == 0);
+  spec.anchors = 0, spec.max_reuse_depth = 10;
+  CHECK(test(spec, one_run()) == 4);
+  spec.seq_lens = {spec.band, 3};
+  CHECK(test(spec, one_run()) == 0);
+  spec.seq_lens = {spec.band + 1, 3};
+  CHECK(test(spec, one_run()) == 2);
 
   spec = {};
   spec.dtype = dtype, spec.entries = 1, test(spec, all_runs());  // the new entry's place is the matched one's
