@@ -119,8 +119,7 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
   using Stage = Stage<kHeadDim>;
   constexpr bool kReplaces = Replaced<T, kHeadDim, kHeadBlocks>::kFits;
   __shared__ int starts[8 * kHeadBlocks];
-  __shared__ float bar[8 * kHeadBlocks];
-  __shared__ Candidate gathered[kWarps][Sampler<kHeadBlocks>::kRoom];
+  __shared__ typename Sampler<kHeadBlocks>::Shared sampler_shared[kWarps];
   T* shared = static_cast<T*>(dynamic_shared());
   T* query = shared + kWarps * Stage::kCount * Stage::kElements;
   T* replaced_query = query + kQueryElements<kHeadDim, kHeadBlocks>;
@@ -149,20 +148,20 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
     if (ahead == piece.begin) {
       load_starts<kHeadBlocks>(p, piece, starts);
-      sampler.begin(p, piece, bar, gathered[warp]);
       const int first_head = piece.head_tile * kMaxTileHeads;
       const int64_t head = static_cast<int64_t>(piece.kv_head) * p.shape.group_size + first_head;
       state.load_query(
           static_cast<const T*>(p.query.data) + piece.request * p.query.batch_stride + head * p.query.head_stride,
           p.query.head_stride, p.shape.group_size - first_head, query);
-      if constexpr (kReplaces) {
-        if (piece.begin < piece.work.anchor_tiles) replaced.load_query(p, piece, replaced_query);
-      }
     }
     const int tile = ahead - Stage::kCount;
     if (tile < piece.begin) continue;
     const TileTokens tokens = tile_tokens(p, piece.work, tile);
     const int first = tokens.begin + warp * kWarpTokens;
+    if (tile == piece.begin) {  // while the first tiles are on their way
+      sampler.begin(p, piece, sampler_shared[warp]);
+      if (kReplaces && tokens.anchors) replaced.load_query(p, piece, replaced_query);
+    }
     float a[2];
     if (kReplaces && tokens.anchors) replaced.load_weights(p, piece, first, a);
     ptx::cp_async_wait<Stage::kCount - 1>();

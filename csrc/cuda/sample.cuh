@@ -30,21 +30,24 @@ MAC_DEVICE float sample_tau(const AmendParams& p, const Piece& piece) {
 template <int kHeadBlocks>
 struct Sampler {
   static constexpr int kRoom = 64, kMostOfStrip = kWarpTokens;
+  struct Shared {                // of the warp
+    float bar[8 * kHeadBlocks];  // log2 logit of each head at which w is tau
+    Candidate gathered[kRoom];
+  };
   bool draws;
   uint32_t seed;
   int count;
-  const float* bar;     // [8 kHeadBlocks] log2 logit of each head at which w is tau, in shared memory
-  Candidate* gathered;  // [kRoom] of the warp, in shared memory
+  Shared* shared;
 
-  // The block's barrier has to follow.
-  MAC_DEVICE void begin(const AmendParams& p, const Piece& piece, float* bar_room, Candidate* room) {
+  // A barrier of the warp has to follow.
+  MAC_DEVICE void begin(const AmendParams& p, const Piece& piece, Shared& room) {
     const float tau = piece.begin < piece.work.old_tiles ? sample_tau(p, piece) : 0.f;
-    draws = tau > 0.f, count = 0, bar = bar_room, gathered = room;
+    draws = tau > 0.f, count = 0, shared = &room;
     if (!draws) return;
     seed = sample_seed(piece.work.seq_len - 1, piece.kv_head, p.layer);
     const float* last_lse = p.ring.last_lse(p.requests.slots[piece.request], piece.kv_head);
-    const int g = threadIdx.x;
-    if (g < 8 * kHeadBlocks) bar_room[g] = g < p.shape.group_size ? last_lse[g] * kLog2E + ptx::lg2(tau) : INFINITY;
+    const int g = ptx::lane_id();
+    if (g < 8 * kHeadBlocks) room.bar[g] = g < p.shape.group_size ? last_lse[g] * kLog2E + ptx::lg2(tau) : INFINITY;
   }
   // Which token of a strip a lane answers for, with one other: they have half of its heads each.
   MAC_DEVICE static int token_of_lane() { return ptx::lane_id() / 4 + ptx::lane_id() % 2 * 8; }
@@ -53,7 +56,7 @@ struct Sampler {
     float high[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
-      const float* bars = bar + b * 8 + ptx::lane_id() % 4 * 2;
+      const float* bars = shared->bar + b * 8 + ptx::lane_id() % 4 * 2;
       for (int i = 0; i < 4; ++i) high[i / 2] = fmaxf(high[i / 2], x[b][i] - bars[i % 2]);
     }
     const bool odd = ptx::lane_id() % 2;
@@ -67,7 +70,8 @@ struct Sampler {
     lead = fmaxf(lead, ptx::shfl_xor(lead, 2));
     const bool taken = lane % 4 < 2 && lead > bound;
     const uint32_t votes = ptx::ballot(taken);
-    if (taken) gathered[count + ptx::count_bits(votes & ((1u << lane) - 1))] = {first + token_of_lane(), lead};
+    if (taken)
+      shared->gathered[count + ptx::count_bits(votes & ((1u << lane) - 1))] = {first + token_of_lane(), lead};
     count += ptx::count_bits(votes);
     if (count > kRoom - kMostOfStrip) hand_over(p, w, group);
   }
@@ -80,7 +84,7 @@ struct Sampler {
     ptx::sync_warp();  // all lanes' candidates are there
 #pragma unroll 1
     for (int i = lane; i < count && begin + i < room; i += 32) {
-      w.candidate[static_cast<int64_t>(group) * room + begin + i] = gathered[i];
+      w.candidate[static_cast<int64_t>(group) * room + begin + i] = shared->gathered[i];
     }
     ptx::sync_warp();
     count = 0;
