@@ -15,7 +15,7 @@ struct AmendLimits {
   int64_t max_pages;
 };
 
-// Device memory that outlives a call. `workspace` [max_batch_size * (2 Hq + 2 H + 1) + 1] int32 is the CUDA
+// Device memory that outlives a call. `workspace` [max_batch_size * (2 Hq + 3 H + 1) + 1] int32 is the CUDA
 // kernels' own, zero at first. `error_flag` [1] int32 is sticky.
 struct Persistent {
   std::optional<at::Tensor> workspace;

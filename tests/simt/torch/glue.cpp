@@ -74,10 +74,10 @@ void match(const MatchParams& p) {
   cuda_backend::match(p, persistent(true), on_host());
 }
 void amend(const AmendParams& p, const AmendLimits& limits) {
-  cuda_backend::amend(p, limits, persistent(p.source), on_host());
+  cuda_backend::amend(p, limits, persistent(p.matched.source), on_host());
 }
 void complete(const CompleteParams& p) {
-  cuda_backend::complete(p, persistent(p.source), on_host());
+  cuda_backend::complete(p, persistent(p.matched.source), on_host());
 }
 void unrotate(const UnrotateParams& p) {
   cuda_backend::unrotate(p, on_host());
