@@ -67,7 +67,8 @@ class Context:
         # Random queries first, so that match has a full ring to search, then the planted one.
         entries = reuse.cfg.entries
         reuse.ring_query.copy_(torch.randn(reuse.ring_query.shape).to(torch.bfloat16))
-        reuse.ring_position.copy_(torch.arange(entries, dtype=torch.int32) + self.length - 9 - entries)
+        first = self.length - 9 - entries
+        reuse.ring_position.copy_(torch.arange(first, first + entries, dtype=torch.int32))
         reuse.ring_stored.fill_(entries)
         reuse.slot_end[0] = self.length - 9
         for n in range(self.length - 8, self.length - 1):  # misses, until lists have their length

@@ -78,9 +78,7 @@ class Mode:
     def seed_key(self) -> Any:
         """Modes with equal keys have equal ring entries after the same prompt."""
         configs = self.config if isinstance(self.config, tuple) else (self.config,)
-        return tuple(
-            c and (c.entries, c.window, c.band, c.anchors, c.granularity) for c in configs
-        )
+        return tuple(c and (c.entries, c.window, c.band, c.anchors, c.granularity) for c in configs)
 
 
 def _changed(config: ReuseConfig, options: dict[str, str], min_context: int) -> ReuseConfig:

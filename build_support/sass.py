@@ -50,11 +50,11 @@ class Kernel:
 
     @property
     def dynamic_shared(self) -> int:
-        """Of amend: its stages and the query; of match, for 8 query heads (*_shared_bytes)."""
+        """Of amend: its stages and two queries; of match, for 8 query heads (*_shared_bytes)."""
         if self.stage == "amend":
             stages = 3 if self.head_dim < 128 else 2
             rows = WARPS * stages * 2 * WARP_TOKENS * -(-self.head_dim // 64) * 64
-            return (rows + 8 * (self.head_blocks or 1) * (self.head_dim + 8)) * 2
+            return (rows + 16 * (self.head_blocks or 1) * (self.head_dim + 8)) * 2
         return 1552 + 8 * self.head_dim * 4 if self.stage == "match" else 0
 
     @property

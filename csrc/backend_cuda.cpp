@@ -5,6 +5,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
+
 #include "backend.h"
 #include "checks.h"
 #include "cuda/kernels.h"
@@ -14,6 +16,22 @@ namespace mac_attn::cuda_backend {
 namespace {
 
 using at::Tensor;
+
+// C10_CUDA_CHECK, which of a GPU without code in this build only says that there is no kernel image.
+void check(cudaError_t error) {
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    cudaGetLastError();  // clears it
+    TORCH_CHECK(false, "GPU ", device, " has compute capability ", major, ".", minor,
+                ", but mac_attn was built for " MAC_ATTN_CUDA_ARCHES
+                " (+PTX: and any later one): build it with TORCH_CUDA_ARCH_LIST=",
+                major, ".", minor);
+  }
+  C10_CUDA_CHECK(error);
+}
 
 void check_dtype(DType dtype) {
   TORCH_CHECK_TYPE(dtype != DType::kFloat32, "q is float32, must be bfloat16 or float16 on CUDA");
@@ -37,15 +55,15 @@ void check_rows(const void* data, const char* name, std::initializer_list<int64_
 }
 
 // What the kernels keep between launches, for as many requests as there is room for: [best keys of the query heads,
-// two numbers each | counters of match and of amend for every KV head | amend's counter of pieces | status of every
-// request]. All but the last is zero between launches. A call without a ReuseCache has its own.
+// two numbers each | counters of match and two of amend for every KV head | amend's counter of pieces | status of
+// every request]. All but the last is zero between launches. A call without a ReuseCache has its own.
 struct Workspace {
   Tensor memory;
   unsigned long long* best;
-  int32_t *match_done, *amend_done, *drawn, *status;
+  int32_t *match_done, *amend_done, *sampled, *drawn, *status;
 
   Workspace(const Shape& shape, const Persistent& persistent, const Tensor& on) {
-    const int64_t B = shape.batch, Hq = shape.num_qo_heads(), H = shape.num_kv_heads, each = 2 * Hq + 2 * H + 1;
+    const int64_t B = shape.batch, Hq = shape.num_qo_heads(), H = shape.num_kv_heads, each = 2 * Hq + 3 * H + 1;
     if (persistent.workspace) {
       memory = *persistent.workspace;
       check_array(memory, "workspace", {kAny}, at::kInt, on.device());
@@ -58,7 +76,8 @@ struct Workspace {
     best = reinterpret_cast<unsigned long long*>(first);
     match_done = first + 2 * room * Hq;
     amend_done = match_done + room * H;
-    drawn = amend_done + room * H;
+    sampled = amend_done + room * H;
+    drawn = sampled + room * H;
     status = drawn + 1;
   }
 };
@@ -79,8 +98,8 @@ void match(const MatchParams& p, const Persistent& persistent, const Tensor& on)
   cuda::MatchWorkspace w{};
   w.best = workspace.best, w.done = workspace.match_done, w.status = workspace.status;
   w.error_flag = error_flag_of(persistent, on);
-  C10_CUDA_CHECK(cuda::match_splits(p, w));
-  C10_CUDA_CHECK(cuda::launch_match(p, w, c10::cuda::getCurrentCUDAStream()));
+  check(cuda::match_splits(p, w));
+  check(cuda::launch_match(p, w, c10::cuda::getCurrentCUDAStream()));
 }
 
 void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& persistent, const Tensor& on) {
@@ -88,54 +107,49 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
   TORCH_CHECK_VALUE(p.num_anchors <= cuda::kMaxAnchors, "anchors is ", p.num_anchors, ", must be at most ",
                     cuda::kMaxAnchors, " on CUDA");
-  TORCH_CHECK_VALUE(p.num_anchors == 0 || G <= cuda::kMaxTileHeads, "num_qo_heads / num_kv_heads is ", G,
-                    ", must be at most ", cuda::kMaxTileHeads, " with anchors on CUDA");
+  const int64_t most_heads = std::min<int64_t>(cuda::kMaxTileHeads, cuda::kMostReplaced / D * 8);
+  TORCH_CHECK_VALUE(p.num_anchors == 0 || G <= most_heads, "num_qo_heads / num_kv_heads is ", G,
+                    ", must be at most ", most_heads, " with anchors and head_dim ", D, " on CUDA");
   check_rows(p.query.data, "q", {p.query.batch_stride, p.query.head_stride});
   check_rows(p.kv.k, "k_cache", {p.kv.k_page_stride, p.kv.k_token_stride, p.kv.k_head_stride});
   check_rows(p.kv.v, "v_cache", {p.kv.v_page_stride, p.kv.v_token_stride, p.kv.v_head_stride});
   if (B == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
   int32_t ctas = 0;
-  C10_CUDA_CHECK(cuda::amend_ctas(p.shape.head_dim, p.shape.group_size, &ctas));
+  check(cuda::amend_ctas(p.shape.head_dim, p.shape.group_size, &ctas));
 
   const Workspace workspace(p.shape, persistent, on);
   cuda::AmendWorkspace w{};
   w.status = workspace.status;
   w.done = workspace.amend_done;
+  w.sampled = workspace.sampled;
   w.drawn = workspace.drawn;
   w.error_flag = error_flag_of(persistent, on);
   TORCH_CHECK_VALUE(cuda::describe(p, static_cast<int32_t>(limits.num_pages), limits.max_pages, ctas, w),
                     "k_cache or v_cache spans more than 64 GiB, must be at most that on CUDA");
-  const int64_t tiles = B * H * w.head_tiles * (w.max_tokens / (4 * cuda::kWarpTokens) + cuda::kMaxAnchors);
+  const int64_t tiles = B * H * w.head_tiles * ((w.max_tokens + p.num_anchors) / (4 * cuda::kWarpTokens) + 3);
   TORCH_CHECK_VALUE(tiles < INT32_MAX, "block_table has ", B, " rows of ", limits.max_pages, " pages of ",
                     p.kv.page_size, " tokens, must have fewer than 2^31 tiles of 64 in all KV heads");
   const auto floats = on.options().dtype(at::kFloat);
   const int64_t states = cuda::max_pieces(ctas, B * H * w.head_tiles) * kNumSpans * w.tile_heads;
-  Tensor partial = at::empty({states * (D + 2)}, floats);
+  Tensor partial = at::empty({states * (D + 4)}, floats);
   w.partial_out = partial.data_ptr<float>();
-  w.partial_max = w.partial_out + states * D;
-  w.partial_sum = w.partial_max + states;
-  Tensor strip_floats, strip_bytes;
+  w.partial_sums = w.partial_out + states * D;
+  Tensor candidates;
   if (p.num_anchors > 0) {
-    w.max_strips = cuda::max_strips(w.max_tokens);
-    const int64_t strips = B * H * w.max_strips, row = cuda::strip_row(static_cast<int32_t>(G)),
-                  weights = cuda::kWarpTokens * cuda::weight_row(static_cast<int32_t>(G));
-    strip_floats = at::empty({2 * strips * row}, floats);
-    strip_bytes = at::empty({strips * (weights * 2 + 1)}, on.options().dtype(at::kByte));
-    w.strip_logit = strip_floats.data_ptr<float>();
-    w.strip_max = w.strip_logit + strips * row;
-    w.token_weight = reinterpret_cast<uint16_t*>(strip_bytes.data_ptr<uint8_t>());
-    w.strip_bin = strip_bytes.data_ptr<uint8_t>() + strips * weights * 2;
+    const int64_t room = B * H * kCandidateRoom * p.num_anchors;
+    candidates = at::empty({room * static_cast<int64_t>(sizeof(cuda::Candidate) / sizeof(float))}, floats);
+    w.candidate = reinterpret_cast<cuda::Candidate*>(candidates.data_ptr<float>());
   }
-  C10_CUDA_CHECK(cuda::launch_amend(p, w, ctas, c10::cuda::getCurrentCUDAStream()));
+  check(cuda::launch_amend(p, w, ctas, c10::cuda::getCurrentCUDAStream()));
 }
 
 void complete(const CompleteParams& p, const Persistent& persistent, const Tensor& on) {
   check_supported(p.shape, p.dtype);
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
-  const cuda::CompleteWorkspace w{p.source ? Workspace(p.shape, persistent, on).status : nullptr};
-  C10_CUDA_CHECK(cuda::launch_complete(p, w, c10::cuda::getCurrentCUDAStream()));
+  const cuda::CompleteWorkspace w{p.matched.source ? Workspace(p.shape, persistent, on).status : nullptr};
+  check(cuda::launch_complete(p, w, c10::cuda::getCurrentCUDAStream()));
 }
 
 void unrotate(const UnrotateParams& p, const Tensor& on) {
@@ -144,7 +158,7 @@ void unrotate(const UnrotateParams& p, const Tensor& on) {
                     ", must be at most ", cuda::kMaxUnrotateHeads, " on CUDA");
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
-  C10_CUDA_CHECK(cuda::launch_unrotate(p, c10::cuda::getCurrentCUDAStream()));
+  check(cuda::launch_unrotate(p, c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace mac_attn::cuda_backend

@@ -2,6 +2,7 @@
 // params.h and knows no torch.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -327,6 +328,9 @@ pybind11::tuple describe_ring(int32_t num_kv_heads, int32_t group_size, int32_t 
   return pybind11::make_tuple(parts, l.slot_bytes);
 }
 
+// mac_attn/_extension.py looks for this in the file before it is opened.
+[[gnu::used]] const char kBuiltFor[] = "mac_attn built for torch " MAC_ATTN_TORCH "\n";
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = MAC_ATTN_VERSION;
@@ -353,9 +357,7 @@ pybind11::dict build_info() {
   return info;
 }
 
-}  // namespace
-
-TORCH_LIBRARY(mac_attn, m) {
+void define(torch::Library& m) {
   m.def(
       "match(Tensor q_match, Tensor seq_lens, Tensor slots, Tensor? request_ids, Tensor ring, int num_kv_heads, "
       "int entries, int anchors, Tensor threshold, bool relative, bool per_head, int window, int band, "
@@ -387,10 +389,10 @@ TORCH_LIBRARY(mac_attn, m) {
       "Tensor? inv_freq, bool interleaved, float rotary_scale";
   m.def(("decode_reuse(" + reuse + ") -> (Tensor source, Tensor out, Tensor lse)").c_str());
   m.def(("decode_reuse.into(" + reuse + ", Tensor(d!) out) -> (Tensor source, Tensor lse)").c_str());
+  m.def("unrotate(Tensor q, Tensor positions, Tensor inv_freq, bool interleaved, float scale) -> Tensor");
 }
 
-template <typename Library>
-void implement(Library& m) {
+void implement(torch::Library& m) {
   m.impl("match", match);
   m.impl("amend", amend);
   m.impl("complete_exact", complete_exact);
@@ -399,16 +401,37 @@ void implement(Library& m) {
   m.impl("decode_exact.into", decode_exact_into);
   m.impl("decode_reuse", decode_reuse);
   m.impl("decode_reuse.into", decode_reuse_into);
+  m.impl("unrotate", unrotate_op);
 }
 
-TORCH_LIBRARY_IMPL(mac_attn, CPU, m) {
-  implement(m);
+// The path of the file that holds this function.
+std::string own_path() {
+  Dl_info info{};
+  dladdr(reinterpret_cast<const void*>(&own_path), &info);
+  return info.dli_fname ? info.dli_fname : "mac_attn._C";
 }
-#ifdef MAC_ATTN_WITH_CUDA
-TORCH_LIBRARY_IMPL(mac_attn, CUDA, m) {
-  implement(m);
+
+// Once, when Python makes the module. TORCH_LIBRARY registers as the file is opened, where an error ends the
+// process: with a second copy of the extension that was one.
+void register_ops() {
+  static const std::string path = own_path();
+  static std::vector<torch::Library> libraries;
+  if (!libraries.empty()) return;
+  if (const auto other = c10::Dispatcher::singleton().findSchema({"mac_attn::decode_exact", ""})) {
+    throw pybind11::import_error("another copy of mac_attn is loaded in this process (" + other->debug() +
+                                 "), so " + path + " cannot be: keep one of them on sys.path");
+  }
+  const auto add = [](torch::Library::Kind kind, std::optional<c10::DispatchKey> key) -> torch::Library& {
+    return libraries.emplace_back(kind, "mac_attn", key, path.c_str(), 0);
+  };
+  define(add(torch::Library::DEF, std::nullopt));
+  implement(add(torch::Library::IMPL, c10::DispatchKey::CPU));
+  implement(add(torch::Library::IMPL, c10::DispatchKey::CUDA));
 }
-#else
+
+}  // namespace
+
+#ifndef MAC_ATTN_WITH_CUDA
 // So that a CUDA tensor meets a sentence, not a missing dispatch key.
 namespace cuda_backend {
 [[noreturn]] void not_built() {
@@ -441,6 +464,8 @@ auto plain_function(const char* name, const char* overload, Result (*)(Args...))
 
 PYBIND11_MODULE(_C, m) {
   using namespace mac_attn;
+  register_ops();
+  m.attr("library") = own_path();
   m.doc() = "Registers the mac_attn ops; build_info() tells how they were built.";
   m.def("decode_exact", plain_function("mac_attn::decode_exact", "", decode_exact));
   m.def("decode_exact_into", plain_function("mac_attn::decode_exact", "into", decode_exact_into));

@@ -5,6 +5,7 @@ log-sum-exp (arXiv:2604.00235). `ReuseCache` holds the recent queries of one lay
 its options.
 """
 
+from . import _extension  # noqa: F401  (first: it looks at what the others open)
 from ._version import __version__
 from .audit import AuditReport
 from .cache import ReuseCache

@@ -86,8 +86,9 @@ class ReuseConfig:
             )
         if self.max_reuse_depth != 1 and self.anchors > 0:
             raise ValueError(
-                f"anchors is {self.anchors}, must be 0 with max_reuse_depth={self.max_reuse_depth}: "
-                "anchors are drawn from exact attention, so only that can be reused"
+                f"anchors is {self.anchors}, must be 0 with "
+                f"max_reuse_depth={self.max_reuse_depth}: anchors are drawn from exact attention, "
+                "so only that can be reused"
             )
         # Plain numbers, so that configs compare, hash and do not change with a caller's tensor.
         object.__setattr__(self, "threshold", self._plain_threshold(self.threshold))

@@ -122,8 +122,8 @@ def seed(
     # Whether the slot ended where these tokens begin; -1, that it did not, is no number of entries.
     stored = ops.match(reuse, q_match[:, 0], length_at(0), slots, request_ids).stored
     stored = stored.clamp(min=0)
-    # A sample is drawn by the log-sum-exp of the step before. That of the first is found first, in a
-    # pass that stores nothing: one without history.
+    # A sample is drawn by the log-sum-exp of the step before. That of the first is found first, in
+    # a pass that stores nothing: one without history.
     if reuse.cfg.anchors:
         miss(chosen[0], torch.full_like(stored, -1))
     for t in chosen:

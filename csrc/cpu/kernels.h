@@ -129,7 +129,8 @@ struct Kernels {
 };
 
 // The best table this machine can run; the environment variable MAC_ATTN_SIMD (generic, avx2, avx512,
-// avx512_bf16) asks for a lesser one, so that all of them can be tested on one machine.
+// avx512_bf16) asks for a lesser one, so that all of them can be tested on one machine. Throws
+// std::invalid_argument if it has another value.
 const Kernels& kernels();
 
 namespace generic {

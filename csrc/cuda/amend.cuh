@@ -1,10 +1,13 @@
 // Amend on the GPU: split-KV decode attention over the tokens that reuse does not cover.
 //
-//   old   = state([s, E(p)) without the anchors)        fresh = state(anchors) (+) state([E(p), n))
+//   a miss:              old = state([0, E(p)), sampled meanwhile    fresh = state([E(p), n))
+//   a hit:               old = state([E(c), E(p)))                   fresh = state([E(p), n))
+//   a hit with anchors:  old = state of the entry's query(anchors)   fresh = state(anchors and [E(c), n))
 //
 // Grid: persistent, see schedule.cuh. Four warps a CTA; of each tile of 64 tokens every warp takes 16, with
 // a cp.async pipeline of its own straight from the pages (stage.cuh) and without a barrier of the block.
-// Traffic: the K and V rows of [s, n) and of the inherited anchors, once per 16 query heads; the partial states.
+// Traffic: the K and V rows of [s, n) and of the anchors, once per 16 query heads; the partial states; the
+// candidates.
 #pragma once
 
 #include "finish.cuh"
@@ -13,21 +16,30 @@
 
 namespace mac_attn::cuda {
 
-// The query lies behind the stages, [8 kHeadBlocks, D].
+// The query lies behind the stages, then that of the entry: [8 kHeadBlocks, D] each.
+template <int kHeadDim, int kHeadBlocks>
+constexpr int kQueryElements = 8 * kHeadBlocks * WarpState<bf16, kHeadDim, kHeadBlocks>::kQueryRow;
+
 template <int kHeadDim, int kHeadBlocks>
 constexpr int amend_shared_bytes() {
-  const int query = 8 * kHeadBlocks * WarpState<bf16, kHeadDim, kHeadBlocks>::kQueryRow * 2;
-  return kWarps * Stage<kHeadDim>::kCount * Stage<kHeadDim>::kBytes + query;
+  return kWarps * Stage<kHeadDim>::kCount * Stage<kHeadDim>::kBytes + 2 * 2 * kQueryElements<kHeadDim, kHeadBlocks>;
 }
+
+// Areas of shared memory, each of a stage's size.
+struct Scratch {
+  unsigned char* base;
+  int stride;  // bytes from one to the next
+  MAC_DEVICE void* area(int i) const { return base + i * stride; }
+};
 
 // Merges the four warps' states through the stages they have just read and writes the piece's partial
 // state. Every thread of the block comes here at the same tile.
-template <typename T, int kHeadDim, int kHeadBlocks>
-MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kHeadBlocks>& state,
+template <typename T, int kHeadDim, int kHeadBlocks, bool kReplaced>
+MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kHeadBlocks, kReplaced>& state,
                               const Scratch& scratch, int64_t partial) {
   constexpr int kRow = (kHeadDim + 31) / 32 * 32;  // floats
   constexpr int kHeads = 8 * kHeadBlocks;
-  __shared__ float warp_max[kWarps][kHeads], warp_sum[kWarps][kHeads];
+  __shared__ float4 warp_sums[kWarps][kHeads];
   // Columns are shuffled within 32, so that the four heads that a warp writes at a time lie in different banks.
   const auto place = [](int head, int column) { return head * kRow + (column ^ head / 2 % 4 * 8); };
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32, heads = w.tile_heads;
@@ -39,11 +51,10 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
       const int head = b * 8 + lane % 4 * 2 + i;
       for (int distance = 4; distance < 32; distance *= 2) {
         state.sum[b][i] += ptx::shfl_xor(state.sum[b][i], distance);
+        state.light[b][i] += ptx::shfl_xor(state.light[b][i], distance);
       }
-      if (lane < 4) {
-        warp_max[warp][head] = state.max[b][i];
-        warp_sum[warp][head] = state.sum[b][i];
-      }
+      const auto anchors = static_cast<float>(state.anchors);
+      if (lane < 4) warp_sums[warp][head] = {state.max[b][i], state.sum[b][i], state.light[b][i], anchors};
 #pragma unroll
       for (int s = 0; s < kHeadDim / 16; ++s) {
         mine[place(head, s * 16 + lane / 4)] = state.out[b][s][i];
@@ -55,33 +66,70 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
 #pragma unroll 1
   for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
     const int head = i / (kHeadDim / 4), d = i % (kHeadDim / 4) * 4;
-    float max = -INFINITY, sum = 0.f;
-    float4 out{0.f, 0.f, 0.f, 0.f};
-    for (int j = 0; j < kWarps; ++j) max = fmaxf(max, warp_max[j][head]);
+    float4 sums{-INFINITY, 0.f, 0.f, 0.f}, out{0.f, 0.f, 0.f, 0.f};
+    for (int j = 0; j < kWarps; ++j) sums.x = fmaxf(sums.x, warp_sums[j][head].x);
     for (int j = 0; j < kWarps; ++j) {
-      const float weight = ptx::ex2(warp_max[j][head] - finite_or_zero(max));
+      const float4 warp_sum = warp_sums[j][head];
+      const float weight = ptx::ex2(warp_sum.x - finite_or_zero(sums.x));
       const float4 part = ptx::load_float4(static_cast<float*>(scratch.area(j)) + place(head, d));
-      sum += warp_sum[j][head] * weight;
+      sums.y += warp_sum.y * weight, sums.z += warp_sum.z * weight, sums.w += warp_sum.w;
       out.x += part.x * weight, out.y += part.y * weight, out.z += part.z * weight, out.w += part.w * weight;
     }
     ptx::store_float4(w.partial_out + (partial * heads + head) * kHeadDim + d, out);
-    if (d == 0) {
-      w.partial_max[partial * heads + head] = max;
-      w.partial_sum[partial * heads + head] = sum;
-    }
+    if (d == 0) ptx::store_float4(w.partial_sums + (partial * heads + head) * 4, sums);
   }
   ptx::sync_block();  // the stages may be filled again
   state.clear();
 }
 
+// What the anchors' tiles need beside the state that all tiles go into: the matched entry's query attends to them
+// as well. With two blocks of the largest heads there are no registers left.
 template <typename T, int kHeadDim, int kHeadBlocks>
-MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const Piece& piece,
-                            WarpState<T, kHeadDim, kHeadBlocks>& state) {
+struct Replaced {
+  static constexpr bool kFits = kHeadDim * kHeadBlocks <= kMostReplaced;
+  WarpState<T, kHeadDim, kHeadBlocks, true> state;
+
+  MAC_DEVICE void load_query(const AmendParams& p, const Piece& piece, T* shared) {
+    const int64_t slot = p.requests.slots[piece.request];
+    state.load_query(p.ring.rotated<T>(slot, piece.kv_head, piece.work.place), kHeadDim, p.shape.group_size,
+                     shared);
+  }
+  // a of the lane's two tokens of a strip, from place `first` of the list on.
+  MAC_DEVICE static void load_weights(const AmendParams& p, const Piece& piece, int first, float (&a)[2]) {
+    const int64_t slot = p.requests.slots[piece.request];
+    const float* list = p.ring.anchor_weights(slot, piece.kv_head, piece.work.place);
+    for (int i = 0; i < 2; ++i) {
+      const int place = first + ptx::lane_id() / 4 + 8 * i;
+      a[i] = place < p.num_anchors ? list[place] : 0.f;
+    }
+  }
+  MAC_DEVICE void attend(const AmendParams& p, const int* starts, const T* stage, const T* query, int first_token,
+                         uint32_t valid, const float (&a)[2]) {
+    float x[kHeadBlocks][4];
+    warp_logits(p, state, starts, stage, query, first_token, valid, x);
+    raise_max(state, x);
+    add_light(state, x, a);
+    add_values(state, x, stage);
+    state.anchors += ptx::count_bits(valid & 0xffffu);
+  }
+};
+
+template <typename T, int kHeadDim, int kHeadBlocks>
+MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const Piece& piece) {
   using Stage = Stage<kHeadDim>;
+  constexpr bool kReplaces = Replaced<T, kHeadDim, kHeadBlocks>::kFits;
+  __shared__ int starts[8 * kHeadBlocks];
+  __shared__ typename Sampler<kHeadBlocks>::Shared sampler_shared[kWarps];
   T* shared = static_cast<T*>(dynamic_shared());
   T* query = shared + kWarps * Stage::kCount * Stage::kElements;
-  const int warp = threadIdx.x / 32;
+  T* replaced_query = query + kQueryElements<kHeadDim, kHeadBlocks>;
+  const int warp = threadIdx.x / 32, group = piece.kv_group(p), last_old = piece.work.tiles_of_old() - 1;
   T* stages = shared + warp * Stage::kCount * Stage::kElements;
+  Sampler<kHeadBlocks> sampler;
+  WarpState<T, kHeadDim, kHeadBlocks> state;
+  Replaced<T, kHeadDim, kHeadBlocks> replaced;
+  state.clear();
+  replaced.state.clear();
 
   // Round r looks up the rows of tile r, asks for tile r - 1 and computes tile r - kCount. There is one loop for
   // filling the pipeline and for using it.
@@ -98,40 +146,67 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
     ptx::cp_async_commit();
     if (ahead < piece.end) row = find_row(p, w, piece, ahead, warp);
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
-    if (ahead == piece.begin) state.load_query(p, piece, query);
+    if (ahead == piece.begin) {
+      load_starts<kHeadBlocks>(p, piece, starts);
+      const int first_head = piece.head_tile * kMaxTileHeads;
+      const int64_t head = static_cast<int64_t>(piece.kv_head) * p.shape.group_size + first_head;
+      state.load_query(
+          static_cast<const T*>(p.query.data) + piece.request * p.query.batch_stride + head * p.query.head_stride,
+          p.query.head_stride, p.shape.group_size - first_head, query);
+    }
     const int tile = ahead - Stage::kCount;
     if (tile < piece.begin) continue;
+    const TileTokens tokens = tile_tokens(p, piece.work, tile);
+    const int first = tokens.begin + warp * kWarpTokens;
+    if (tile == piece.begin) {  // while the first tiles are on their way
+      sampler.begin(p, piece, sampler_shared[warp]);
+      if (kReplaces && tokens.anchors) replaced.load_query(p, piece, replaced_query);
+    }
+    float a[2];
+    if (kReplaces && tokens.anchors) replaced.load_weights(p, piece, first, a);
     ptx::cp_async_wait<Stage::kCount - 1>();
     ptx::sync_warp();  // the stage is filled for all lanes
 
-    const TileTokens tokens = tile_tokens(p, piece.work, tile);
-    const int first = tokens.begin + warp * kWarpTokens;
     const T* stage = stages + slot * Stage::kElements;
     if (first < tokens.end) {
       float x[kHeadBlocks][4];
-      warp_logits<T, kHeadDim, kHeadBlocks>(p, state, stage, query, first,
-                                            static_cast<uint32_t>(valid >> (kWarpTokens * Stage::kCount)),
-                                            tokens.anchors, x);
-      raise_max<T, kHeadDim, kHeadBlocks>(state, x);
-      uint16_t* kept = nullptr;
-      if (p.num_anchors > 0 && !piece.work.hit() && piece.span(tile) == kOld) {
-        kept = keep_strip<T, kHeadDim, kHeadBlocks>(p, w, piece, state, x, first);
+      const auto there = static_cast<uint32_t>(valid >> (kWarpTokens * Stage::kCount));
+      const int first_token = tokens.anchors ? piece.work.start : first;  // where all heads attend to all of them
+      warp_logits(p, state, starts, stage, query, first_token, there, x);
+      raise_max(state, x);
+      const bool draws = sampler.draws && piece.span(tile) == kOld;
+      float lead = 0.f, bound = 0.f;
+      if (draws) {
+        lead = sampler.lead(x);
+        bound = ptx::lg2(uniform(sampler.seed, first + sampler.token_of_lane()));
       }
-      add_values<T, kHeadDim, kHeadBlocks>(state, x, stage, kept, p.shape.group_size);
+      add_values(state, x, stage);
+      if (draws && ptx::ballot(lead > bound)) sampler.take(p, w, group, first, lead, bound);
+      if constexpr (kReplaces) {
+        if (tokens.anchors) {
+          add_light(state, x, a);
+          replaced.attend(p, starts, stage, replaced_query, first_token, there, a);
+        }
+      }
     }
     ptx::sync_warp();  // all lanes have read the stage
 
     const bool at_end = tile + 1 == piece.end;
-    if (at_end || tile + 1 == piece.work.old_tiles) {
-      const Scratch scratch{reinterpret_cast<unsigned char*>(shared + slot * Stage::kElements),
-                            Stage::kCount * Stage::kBytes};
-      write_partial<T, kHeadDim, kHeadBlocks>(w, state, scratch,
-                                              int64_t{piece.number} * kNumSpans + piece.span(tile));
-      if (at_end) {
-        leave_kv_head<T, kHeadDim>(p, w, piece, {reinterpret_cast<unsigned char*>(shared), Stage::kBytes});
+    const Scratch scratch{reinterpret_cast<unsigned char*>(shared + slot * Stage::kElements),
+                          Stage::kCount * Stage::kBytes};
+    const int64_t partial = int64_t{piece.number} * kNumSpans;
+    if (tile == last_old || (at_end && tile < last_old)) {
+      if (sampler.draws) sampler.hand_over(p, w, group);
+      if constexpr (kReplaces) {
+        if (tokens.anchors) write_partial(w, replaced.state, scratch, partial + kOld);
       }
+      if (!tokens.anchors) write_partial(w, state, scratch, partial + kOld);
     }
-    if (at_end) break;
+    if (at_end) {
+      if (piece.span(tile) == kFresh) write_partial(w, state, scratch, partial + kFresh);
+      leave_kv_head<kHeadDim>(p, w, piece, shared);
+      break;
+    }
     slot = slot + 1 == Stage::kCount ? 0 : slot + 1;
   }
   ptx::cp_async_wait<0>();
@@ -179,12 +254,10 @@ constexpr int ctas_per_processor(int head_dim) {
 template <typename T, int kHeadDim, int kHeadBlocks>
 __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
     amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
-  if (p.source) prefetch_bands<T, kHeadDim>(p, w);
+  if (p.matched.source) prefetch_bands<T, kHeadDim>(p, w);
   ptx::grid_dependency_wait();  // match's answer
   const Share share = share_out(p, w);
   ptx::grid_dependency_launch();
-  WarpState<T, kHeadDim, kHeadBlocks> state;
-  state.clear();
   __shared__ int next;
   const int ctas = gridDim.x;
   int number = blockIdx.x;
@@ -193,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
     const Piece piece = find_piece(p, w, share, number);
     int drawn = 0;
     if (threadIdx.x == 0 && share.all_pieces > ctas) drawn = ptx::atomic_add(w.drawn, 1);
-    amend_piece<T, kHeadDim, kHeadBlocks>(p, w, piece, state);
+    amend_piece<T, kHeadDim, kHeadBlocks>(p, w, piece);
     if (share.all_pieces <= ctas) break;
     if (threadIdx.x == 0) {
       next = ctas + drawn;

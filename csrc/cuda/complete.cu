@@ -8,10 +8,10 @@ namespace {
 
 template <typename T>
 cudaError_t launch_type(const CompleteParams& p, const CompleteWorkspace& w, cudaStream_t stream) {
-  const int warps = p.shape.batch * (p.shape.num_qo_heads() + (p.source ? p.shape.num_kv_heads : 0));
-  const dim3 grid((warps + kWarps - 1) / kWarps);
+  const dim3 grid(p.shape.batch * p.shape.num_kv_heads);
   return with_head_dim(p.shape.head_dim, [&](auto dim) {
-    return launch(complete_kernel<T, decltype(dim)::value>, grid, kThreads, 0, stream, p, w);
+    return launch(complete_kernel<T, decltype(dim)::value>, grid, complete_threads(p.shape.group_size), 0, stream,
+                  p, w);
   });
 }
 

@@ -1,11 +1,13 @@
-// Complete on the GPU: merge the parts, write the output and the new ring entry.
+// Complete on the GPU: merge the parts, write the output and, if it may be reused, the new ring entry.
 //
-//   carried = reused (+) old        out = carried (+) fresh
-//   entry p = (q_match, carried, anchors, depth)
+//   carried = old on a miss; reused (+) old on a hit without anchors; with them what rest_weights leaves of reused
+//   out = carried (+) fresh        entry p = (q_match, q, carried, anchors, depth)
 //
-// Grid: one warp for each (request, query head), four a CTA, and with reuse one for each (request, KV head), for
-// what its heads share. Traffic: two states, one ring row read and one written, all small.
+// Grid: one CTA for each (request, KV head), whose warps take the query heads. Traffic: two states, one record of
+// the ring read and perhaps one entry written, all small.
 #pragma once
+
+#include <algorithm>
 
 #include "../state.h"
 #include "ptx/barrier.h"
@@ -16,161 +18,230 @@
 
 namespace mac_attn::cuda {
 
-// What the query heads of a KV head share: the anchors of its entry, and its part of the slot's counters.
-MAC_DEVICE void complete_kv_head(const CompleteParams& p, int request, int kv_head, int lane) {
-  const int H = p.shape.num_kv_heads, G = p.shape.group_size, M = p.ring.window, S = p.ring.num_anchors;
-  const int n = p.requests.seq_lens[request], position = n - 1;
-  const int64_t slot = p.requests.slots[request], group = static_cast<int64_t>(request) * H + kv_head;
-  int hits = 0, start = n, anchors = 0;
-#pragma unroll 1
-  for (int g = lane; g < G; g += 32) {
-    const int source = p.source[group * G + g];
-    const int s = source == kMiss ? 0 : band_start(source, p.band);
-    hits += source != kMiss;
-    start = s < start ? s : start;
-  }
-  int32_t* entry = p.ring.anchors + ((slot * H + kv_head) * M + position % M) * S;
-  constexpr int kAtOnce = 4;
-#pragma unroll 1
-  for (int first = lane; first < S; first += 32 * kAtOnce) {
-    int anchor[kAtOnce];
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      anchor[u] = first + 32 * u < S ? p.anchors[group * S + first + 32 * u] : kNoAnchor;
-    }
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      if (first + 32 * u < S) entry[first + 32 * u] = anchor[u];
-      anchors += anchor[u] != kNoAnchor;
-    }
-  }
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = ptx::shfl_xor(start, distance);
-    start = other < start ? other : start;
-    hits += ptx::shfl_xor(hits, distance);
-    anchors += ptx::shfl_xor(anchors, distance);
-  }
-  if (lane != 0) return;
-  int64_t* counters = p.ring.counters + slot * kNumCounters;
-  ptx::atomic_add(counters + kKvHeadSteps, 1);
-  ptx::atomic_add(counters + kKvHeadHits, hits == G);
-  ptx::atomic_add(counters + kQueryHeadHits, hits);
-  // With anchors a group decides as one, and a hit has read them besides [s, n).
-  ptx::atomic_add(counters + kKvTokensRead, n - start + (hits > 0 ? anchors : 0));
-  ptx::atomic_add(counters + kKvTokensFull, n);
+constexpr int kMaxCompleteWarps = 16;
+
+constexpr int complete_threads(int group_size) {
+  return 32 * std::min(std::max(group_size, kWarps), kMaxCompleteWarps);
 }
 
-// The slot's history and the entry's tag; one thread.
-MAC_DEVICE void complete_request(const CompleteParams& p, int request) {
-  const int n = p.requests.seq_lens[request], position = n - 1;
-  const int64_t slot = p.requests.slots[request];
-  const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;
-  if (p.ring.end[slot] != position || p.ring.request[slot] != id) p.ring.begin[slot] = position;
-  p.ring.end[slot] = n;
-  p.ring.request[slot] = id;
-  p.ring.position[slot * p.ring.window + position % p.ring.window] = position;
-  ptx::atomic_add(p.ring.counters + slot * kNumCounters + kSteps, 1);
+// What a KV head does, the same for all of its threads.
+struct CompleteWork {
+  int request, kv_head, seq_len, slot;
+  bool bad, reuses;     // reuses: the request has a ring and tokens, and no error
+  int stored, sampled;  // Matched::stored, amend's answer
+  int hits, start;      // heads that hit; the first token read
+  bool stores;          // the new entry may be reused
+  int place;            // of it; may be a matched one's
+
+  MAC_DEVICE int64_t row(const CompleteParams& p, int g) const {
+    return (static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head) * p.shape.group_size + g;
+  }
+  MAC_DEVICE int64_t group(const CompleteParams& p) const {
+    return static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
+  }
+};
+
+// What a query head is made of.
+template <int kHeadDim>
+struct CompleteHead {
+  static constexpr int D = kHeadDim, kLaneElements = (D + 31) / 32;
+  float carried[kLaneElements], fresh[kLaneElements], reused[kLaneElements];
+  float carried_lse, fresh_lse, reused_lse, log_ratio;
+  int place, depth;  // of the matched entry
+
+  MAC_DEVICE void load_states(const CompleteParams& p, int64_t row) {
+    const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads() + row;
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) {
+      const int d = ptx::lane_id() + 32 * i;
+      if (d < D) carried[i] = p.states[row * D + d], fresh[i] = p.states[fresh_row * D + d];
+    }
+    carried_lse = p.state_lse[row], fresh_lse = p.state_lse[fresh_row];
+    place = p.matched.source ? p.matched.place[row] : kMiss;
+    log_ratio = p.matched.source ? p.log_ratio[row] : 0.f;
+  }
+  MAC_DEVICE void load_entry(const CompleteParams& p, const CompleteWork& work, int g) {
+    if (!work.reuses || place == kMiss) return;
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) {
+      const int d = ptx::lane_id() + 32 * i;
+      if (d < D) reused[i] = p.ring.out(work.slot, work.kv_head, place)[g * D + d];
+    }
+    reused_lse = p.ring.lse(work.slot, work.kv_head, place)[g];
+    depth = p.ring.depth(work.slot, work.kv_head, place)[g];
+  }
+  // Makes of `carried` what the head carries on.
+  MAC_DEVICE void carry(const CompleteParams& p, const CompleteWork& work) {
+    const bool hit = work.reuses && place != kMiss;
+    depth = hit ? next_depth(depth) : 0;
+    if (!hit) return;
+    const MergeWeights weights = p.ring.layout.shape.anchors > 0 ? rest_weights(reused_lse, carried_lse, log_ratio)
+                                                                 : merge_weights(reused_lse, carried_lse);
+    carried_lse = weights.lse;
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) {
+      if (ptx::lane_id() + 32 * i < D) carried[i] = reused[i] * weights.first + carried[i] * weights.second;
+    }
+  }
+};
+
+// What a KV head does, from all of its heads; every warp for itself. `source` and `place`: of the lane's first
+// head.
+MAC_DEVICE void look_at_heads(const CompleteParams& p, CompleteWork& work, int source, int place) {
+  const int G = p.shape.group_size, M = p.ring.layout.shape.entries, S = p.ring.layout.shape.anchors;
+  work.start = work.seq_len;
+  bool shallow = false;
+#pragma unroll 1
+  for (int g = ptx::lane_id(); g < G; g += 32) {
+    if (g >= 32) source = p.matched.source[work.row(p, g)], place = p.matched.place[work.row(p, g)];
+    const bool hit = source != kMiss;
+    const int start = hit ? band_start(source, p.band) : 0;
+    const int depth = hit ? next_depth(p.ring.depth(work.slot, work.kv_head, place)[g]) : 0;
+    work.hits += hit;
+    work.start = start < work.start ? start : work.start;
+    shallow = shallow || depth < p.max_reuse_depth;
+  }
+  work.hits = static_cast<int>(ptx::reduce_add(work.hits));
+  work.start = static_cast<int>(~ptx::reduce_max(~static_cast<uint32_t>(work.start)));
+  const int old_end = band_start(work.seq_len - 1, p.band);
+  const bool drawn = S == 0 || (work.sampled >= 0 && work.sampled <= kCandidateRoom * sample_size(S, old_end));
+  work.stores = ptx::ballot(shallow) && old_end > 0 && drawn;
+  const int stored = work.stored < 0 ? 0 : work.stored;
+  work.place = stored < M ? stored : stored - M;
+}
+
+// What the query heads share, but for the entry's rows; one thread. Nobody else reads what it writes.
+MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& work) {
+  const int n = work.seq_len, G = p.shape.group_size, S = p.ring.layout.shape.anchors;
+  const int64_t slot = work.slot;
+  const int stored = work.stored < 0 ? 0 : work.stored;
+  *p.ring.stored(slot, work.kv_head) = work.stores ? next_stored(stored, p.ring.layout.shape.entries) : stored;
+  if (work.stores) *p.ring.position(slot, work.kv_head, work.place) = n - 1;
+  if (S > 0) {
+    const int size = sample_size(S, band_start(n - 1, p.band));
+    float* tau = p.ring.tau(slot, work.kv_head);
+    const float base = work.stored != kNoHistory && usable_tau(*tau) ? *tau : first_tau(size);
+    *tau = work.hits == 0 && work.sampled >= 0 ? next_tau(base, work.sampled, size) : base;
+  }
+  int64_t* counters = p.ring.counters(slot);
+  const int anchors = S > 0 && work.hits > 0 ? work.sampled : 0;
+  ptx::atomic_add(counters + kKvHeadSteps, 1);
+  ptx::atomic_add(counters + kKvHeadHits, work.hits == G);
+  ptx::atomic_add(counters + kQueryHeadHits, work.hits);
+  ptx::atomic_add(counters + kKvTokensRead, n - work.start + anchors);
+  ptx::atomic_add(counters + kKvTokensFull, n);
+  ptx::atomic_add(counters + kAnchorsRead, anchors);
+  ptx::atomic_add(counters + kEntriesStored, work.stores);
+  if (work.kv_head > 0) return;
+  *p.ring.end(slot) = n;
+  *p.ring.request(slot) = p.requests.request_ids ? p.requests.request_ids[work.request] : -1;
+  ptx::atomic_add(counters + kSteps, 1);
 }
 
 // Asks for what a head will read besides amend's states, while amend is still running. What this reads itself may
 // still be written by the launches before it: a wrong address is a prefetch in vain, within the ring all the same.
 template <typename T, int kHeadDim>
-MAC_DEVICE void prefetch_head(const CompleteParams& p, int request, int head, int lane) {
+MAC_DEVICE void prefetch_head(const CompleteParams& p, int request, int kv_head, int g, int lane) {
   constexpr int kLine = 128, kOutLines = (kHeadDim * 4 + kLine - 1) / kLine;
-  const T* query =
-      static_cast<const T*>(p.query.data) + request * p.query.batch_stride + head * p.query.head_stride;
+  const int G = p.shape.group_size;
+  const T* query = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
+                   (kv_head * G + g) * p.query.head_stride;
   if (lane * kLine < kHeadDim * 2) ptx::prefetch_l2(query + lane * kLine / 2);
-  const int source = p.source[request * p.shape.num_qo_heads() + head], slot = p.requests.slots[request];
-  if (source < 0 || slot < 0 || slot >= p.ring.num_slots) return;
-  const int H = p.shape.num_kv_heads, G = p.shape.group_size, M = p.ring.window;
-  const int64_t row = ((static_cast<int64_t>(slot) * H + head / G) * M + source % M) * G + head % G;
-  if (lane < kOutLines) ptx::prefetch_l2(p.ring.out + row * kHeadDim + lane * kLine / 4);
-  if (lane == 30) ptx::prefetch_l2(p.ring.lse + row);
-  if (lane == 31) ptx::prefetch_l2(p.ring.depth + row);
+  const int64_t group = static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
+  const int place = p.matched.place[group * G + g], slot = p.requests.slots[request];
+  if (place < 0 || place >= p.ring.layout.shape.entries || slot < 0 || slot >= p.ring.num_slots) return;
+  if (lane < kOutLines) ptx::prefetch_l2(p.ring.out(slot, kv_head, place) + g * kHeadDim + lane * kLine / 4);
+  if (lane == 30) ptx::prefetch_l2(p.ring.lse(slot, kv_head, place) + g);
+  if (lane == 31) ptx::prefetch_l2(p.ring.depth(slot, kv_head, place) + g);
+}
+
+// Writes a head of the new entry; one warp, all of whose lanes have read the matched one.
+template <typename T, int kHeadDim>
+MAC_DEVICE void store_head(const CompleteParams& p, const CompleteWork& work, int g,
+                           const CompleteHead<kHeadDim>& head) {
+  constexpr int D = kHeadDim;
+  const int lane = ptx::lane_id(), kv_head = work.kv_head, qo_head = kv_head * p.shape.group_size + g;
+  const auto copy = [&](const HeadsView& heads, T* to) {
+    const T* row =
+        static_cast<const T*>(heads.data) + work.request * heads.batch_stride + qo_head * heads.head_stride;
+#pragma unroll
+    for (int d = lane; d < D; d += 32) to[g * D + d] = row[d];
+  };
+  copy(p.query, p.ring.query<T>(work.slot, kv_head, work.place));
+  if (p.ring.layout.shape.anchors > 0) copy(p.rotated, p.ring.rotated<T>(work.slot, kv_head, work.place));
+#pragma unroll
+  for (int i = 0; i < head.kLaneElements; ++i) {
+    if (lane + 32 * i < D) p.ring.out(work.slot, kv_head, work.place)[g * D + lane + 32 * i] = head.carried[i];
+  }
+  if (lane != 0) return;
+  p.ring.lse(work.slot, kv_head, work.place)[g] = head.carried_lse;
+  p.ring.depth(work.slot, kv_head, work.place)[g] = head.depth;
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads)
-    complete_kernel(const __grid_constant__ CompleteParams p, const __grid_constant__ CompleteWorkspace w) {
-  constexpr int D = kHeadDim, kLaneElements = (D + 31) / 32;
+MAC_DEVICE void write_out(const CompleteParams& p, const CompleteWork& work, int g,
+                          const CompleteHead<kHeadDim>& head) {
   const int lane = ptx::lane_id();
-  const int G = p.shape.group_size, H = p.shape.num_kv_heads, Hq = H * G;
-  const int row = blockIdx.x * kWarps + threadIdx.x / 32;
+  const MergeWeights merge = merge_weights(head.carried_lse, head.fresh_lse);
+  T* out = static_cast<T*>(p.out) + work.request * p.out_batch_stride +
+           (work.kv_head * p.shape.group_size + g) * p.out_head_stride;
+#pragma unroll
+  for (int i = 0; i < head.kLaneElements; ++i) {
+    const float value = head.carried[i] * merge.first + head.fresh[i] * merge.second;
+    if (lane + 32 * i < kHeadDim) out[lane + 32 * i] = ptx::from_float<T>(work.bad ? NAN : value);
+  }
+  if (lane != 0) return;
+  p.lse[work.row(p, g)] = work.bad ? NAN : merge.lse;
+  if (work.reuses) p.ring.last_lse(work.slot, work.kv_head)[g] = merge.lse;
+}
+
+// At batch 1 this is a chain of waits for memory, so everything is asked for as early as its address is known.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(32 * kMaxCompleteWarps, 1)
+    complete_kernel(const __grid_constant__ CompleteParams p, const __grid_constant__ CompleteWorkspace w) {
+  const int G = p.shape.group_size, H = p.shape.num_kv_heads, lane = ptx::lane_id();
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  CompleteWork work{};
+  work.request = blockIdx.x / H, work.kv_head = blockIdx.x % H;
   ptx::grid_dependency_launch();
-  if (p.source && row < p.shape.batch * Hq) prefetch_head<T, kHeadDim>(p, row / Hq, row % Hq, lane);
+#pragma unroll 1
+  for (int g = warp; p.matched.source && g < G; g += warps) {
+    prefetch_head<T, kHeadDim>(p, work.request, work.kv_head, g, lane);
+  }
   ptx::grid_dependency_wait();
-  if (row >= p.shape.batch * Hq) {
-    const int group = row - p.shape.batch * Hq, request = group / H;
-    if (!p.source || request >= p.shape.batch) return;
-    if (p.requests.seq_lens[request] <= 0 || (w.status && w.status[request] != 0)) return;
-    if (!has_ring(p.requests, request)) return;
-    if (group % H == 0 && lane == 31) complete_request(p, request);
-    complete_kv_head(p, request, group % H, lane);
-    return;
+  CompleteHead<kHeadDim> head;
+  if (warp < G) head.load_states(p, work.row(p, warp));
+  const int64_t group = work.group(p);
+  int source = kMiss, place = kMiss;  // of the head that the lane looks at
+  if (p.matched.source) {
+    if (lane < G) source = p.matched.source[work.row(p, lane)], place = p.matched.place[work.row(p, lane)];
+    work.stored = p.matched.stored[group], work.sampled = p.sampled[group];
   }
-  const int request = row / Hq, head = row % Hq;
-  const int64_t old_row = row, fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
-
-  // Everything is asked for before anything is used or written.
-  float carried[kLaneElements], fresh[kLaneElements];
-  T query[kLaneElements];
-  const T* query_row =
-      static_cast<const T*>(p.query.data) + request * p.query.batch_stride + head * p.query.head_stride;
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) {
-    const int d = lane + 32 * i;
-    if (d >= D) continue;
-    carried[i] = p.states[old_row * D + d];
-    fresh[i] = p.states[fresh_row * D + d];
-    if (p.source) query[i] = query_row[d];
+  work.seq_len = p.requests.seq_lens[work.request],
+  work.slot = p.requests.slots ? p.requests.slots[work.request] : 0;
+  work.bad = w.status && w.status[work.request] != 0;
+  work.reuses = p.matched.source && has_ring(p.requests, work.request) && work.seq_len > 0 && !work.bad;
+  if (warp < G) head.load_entry(p, work, warp);
+  if (work.reuses) {
+    look_at_heads(p, work, source, place);
+    ptx::sync_block();  // all warps have read the depths, some of which may be the new entry's
   }
-  float carried_lse = p.state_lse[row];
-  const float fresh_lse = p.state_lse[fresh_row];
-  const int n = p.requests.seq_lens[request];
-  const bool bad = w.status && w.status[request] != 0;
-  const bool reuse = p.source && has_ring(p.requests, request) && n > 0 && !bad;
-
-  if (reuse) {
-    const int M = p.ring.window, position = n - 1, source = p.source[row];
-    const int64_t ring_row = (static_cast<int64_t>(p.requests.slots[request]) * H + head / G) * M;
-    const int64_t to = (ring_row + position % M) * G + head % G;
-    int depth = 0;
-    if (source != kMiss) {
-      const int64_t from = (ring_row + source % M) * G + head % G;  // may be `to`
-      float reused[kLaneElements];
-#pragma unroll
-      for (int i = 0; i < kLaneElements; ++i) {
-        if (lane + 32 * i < D) reused[i] = p.ring.out[from * D + lane + 32 * i];
-      }
-      depth = next_depth(p.ring.depth[from]);
-      const MergeWeights carry = merge_weights(p.ring.lse[from], carried_lse);
-      carried_lse = carry.lse;
-#pragma unroll
-      for (int i = 0; i < kLaneElements; ++i) {
-        if (lane + 32 * i < D) carried[i] = reused[i] * carry.first + carried[i] * carry.second;
-      }
-    }
-    ptx::sync_warp();  // all lanes have read the entry
-#pragma unroll
-    for (int i = 0; i < kLaneElements; ++i) {
-      const int d = lane + 32 * i;
-      if (d >= D) continue;
-      p.ring.out[to * D + d] = carried[i];
-      static_cast<T*>(p.ring.query)[to * D + d] = query[i];
-    }
-    if (lane == 0) {
-      p.ring.lse[to] = carried_lse;
-      p.ring.depth[to] = depth;
-    }
+#pragma unroll 1
+  for (int g = warp; g < G; g += warps) {
+    if (g != warp) head.load_states(p, work.row(p, g)), head.load_entry(p, work, g);
+    head.carry(p, work);
+    write_out<T, kHeadDim>(p, work, g, head);
+    ptx::sync_warp();
+    if (work.stores) store_head<T, kHeadDim>(p, work, g, head);
   }
-  const MergeWeights merge = merge_weights(carried_lse, fresh_lse);
-  T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) {
-    const float value = carried[i] * merge.first + fresh[i] * merge.second;
-    if (lane + 32 * i < D) out[lane + 32 * i] = ptx::from_float<T>(bad ? NAN : value);
+  if (!work.reuses) return;
+  if (threadIdx.x == blockDim.x - 1) complete_history(p, work);
+  const int S = p.ring.layout.shape.anchors;
+#pragma unroll 4
+  for (int i = threadIdx.x; work.stores && i < S; i += blockDim.x) {
+    p.ring.anchors(work.slot, work.kv_head, work.place)[i] = p.anchors[group * S + i];
+    p.ring.anchor_weights(work.slot, work.kv_head, work.place)[i] = p.anchor_weights[group * S + i];
   }
-  if (lane == 0 && p.lse) p.lse[row] = bad ? NAN : merge.lse;
 }
 
 }  // namespace mac_attn::cuda

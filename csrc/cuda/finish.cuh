@@ -1,19 +1,24 @@
 // The end of amend for one KV head: the last CTA that leaves it merges the partial states of all its pieces
-// and, on a miss, chooses the anchors of the new entry (anchors.cuh).
+// and, on a miss, brings the sample into its form (sample.cuh).
 //
 // A thread merges four elements of a head at a time, with several partial states in flight. Traffic: the partial
 // states once, from the L2 cache that they have just been written to.
 #pragma once
 
-#include "anchors.cuh"
+#include "sample.cuh"
+#include "stage.cuh"
 
 namespace mac_attn::cuda {
 
+struct PieceRange {
+  int begin, end;
+};
+
 // Which pieces have a partial state of which span, of the pass over one head tile. Some piece may have both.
 MAC_DEVICE void find_pieces(const Piece& piece, int head_tile, PieceRange (&pieces)[kNumSpans]) {
-  const int first = piece.first + head_tile * piece.splits, old_tiles = piece.work.old_tiles;
-  pieces[kOld] = {first, first + divide_up(old_tiles, piece.most)};
-  pieces[kFresh] = {first + old_tiles / piece.most, first + piece.splits};
+  const int first = piece.first + head_tile * piece.splits;
+  pieces[kOld] = {first, first + divide_up(piece.work.tiles_of_old(), piece.most)};
+  pieces[kFresh] = {first + piece.work.old_tiles / piece.most, first + piece.splits};
 }
 
 // Where a head's part of a partial state lies.
@@ -23,7 +28,8 @@ MAC_DEVICE int partial_of(const AmendWorkspace& w, int piece, int span, int head
 
 // What a thread merges: four elements of a head's sums of weight * value, of both spans.
 struct Merged {
-  float max[kNumSpans], sum[kNumSpans];
+  float max[kNumSpans], sum[kNumSpans], light[kNumSpans];  // light: of a * weight
+  float anchors;
   float4 out[kNumSpans];
 };
 
@@ -34,37 +40,38 @@ MAC_DEVICE Merged merge_partials(const AmendWorkspace& w, int head, int column,
   constexpr int kAtOnce = kHeadDim <= 128 ? 8 : 4;  // registers are short with the greatest
   const int num_old = pieces[kOld].end - pieces[kOld].begin;
   const int all = num_old + pieces[kFresh].end - pieces[kFresh].begin;
-  Merged merged{{-INFINITY, -INFINITY}, {}, {}};
+  Merged merged{{-INFINITY, -INFINITY}, {}, {}, 0.f, {}};
 #pragma unroll 1
   for (int first = 0; first < all; first += kAtOnce) {
-    float max[kAtOnce], sum[kAtOnce];
-    float4 out[kAtOnce];
+    float4 sums[kAtOnce], out[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int j = first + i, fresh = j >= num_old;
-      max[i] = -INFINITY, sum[i] = 0.f, out[i] = {0.f, 0.f, 0.f, 0.f};
+      sums[i] = {-INFINITY, 0.f, 0.f, 0.f}, out[i] = {0.f, 0.f, 0.f, 0.f};
       if (j >= all) continue;
       const int piece = j + (fresh ? pieces[kFresh].begin - num_old : pieces[kOld].begin);
       const int place = partial_of(w, piece, fresh, head);
-      max[i] = w.partial_max[place], sum[i] = w.partial_sum[place];
+      sums[i] = ptx::load_float4(w.partial_sums + int64_t{4} * place);
       out[i] = ptx::load_float4(w.partial_out + static_cast<int64_t>(place) * kHeadDim + column);
     }
     float high[kNumSpans] = {merged.max[kOld], merged.max[kFresh]};
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int fresh = first + i >= num_old;
-      high[kOld] = fmaxf(high[kOld], fresh ? -INFINITY : max[i]);
-      high[kFresh] = fmaxf(high[kFresh], fresh ? max[i] : -INFINITY);
+      high[kOld] = fmaxf(high[kOld], fresh ? -INFINITY : sums[i].x);
+      high[kFresh] = fmaxf(high[kFresh], fresh ? sums[i].x : -INFINITY);
+      merged.anchors += sums[i].w;
     }
 #pragma unroll
     for (int span = 0; span < kNumSpans; ++span) {
       const float base = finite_or_zero(high[span]), keep = ptx::ex2(merged.max[span] - base);
       float4& to = merged.out[span];
-      merged.sum[span] *= keep, to.x *= keep, to.y *= keep, to.z *= keep, to.w *= keep;
+      merged.sum[span] *= keep, merged.light[span] *= keep;
+      to.x *= keep, to.y *= keep, to.z *= keep, to.w *= keep;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const float weight = (first + i >= num_old) == (span == kFresh) ? ptx::ex2(max[i] - base) : 0.f;
-        merged.sum[span] += sum[i] * weight;
+        const float weight = (first + i >= num_old) == (span == kFresh) ? ptx::ex2(sums[i].x - base) : 0.f;
+        merged.sum[span] += sums[i].y * weight, merged.light[span] += sums[i].z * weight;
         to.x += out[i].x * weight, to.y += out[i].y * weight, to.z += out[i].z * weight, to.w += out[i].w * weight;
       }
       merged.max[span] = high[span];
@@ -73,41 +80,49 @@ MAC_DEVICE Merged merge_partials(const AmendWorkspace& w, int head, int column,
   return merged;
 }
 
-// Merges the partial states of a KV head and chooses its anchors. The states of a request that cannot be served
-// are NaN.
-template <typename T, int kHeadDim>
-MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, const Piece& piece,
-                               const Scratch& scratch, AnchorChoice& choice) {
+// Merges the partial states of a KV head and writes its sample. The states of a request that cannot be served are
+// NaN.
+template <int kHeadDim>
+MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, void* scratch,
+                               PieceRange (&pieces)[kNumSpans]) {
   const int G = p.shape.group_size, n = p.requests.seq_lens[piece.request], group = piece.kv_group(p);
   // The first thread may be marking the request below already, as may the CTAs of other KV heads.
   const int given = ptx::load_volatile(w.status + piece.request),
             status = given | (n < 0 || n > w.max_tokens ? kBadLength : 0);
   const int64_t spans = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads();
-  const KvHeadWork& work = piece.work;
-  const bool chooses = p.num_anchors > 0 && !work.hit() && work.old_end > 0;
 #pragma unroll 1
   for (int tile = 0; tile < w.head_tiles; ++tile) {
     if (tile > 0) {
       ptx::sync_block();  // all have read the last pass's
-      if (threadIdx.x == 0) find_pieces(piece, tile, choice.pieces);
+      if (threadIdx.x == 0) find_pieces(piece, tile, pieces);
       ptx::sync_block();
     }
     const int first = tile * kMaxTileHeads, heads = G - first < w.tile_heads ? G - first : w.tile_heads;
 #pragma unroll 1
     for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
       const int column = i % (kHeadDim / 4) * 4, head = i / (kHeadDim / 4), g = first + head;
-      const Merged merged = merge_partials<kHeadDim>(w, head, column, choice.pieces);
+      const Merged merged = merge_partials<kHeadDim>(w, head, column, pieces);
+      const int64_t qo_row = static_cast<int64_t>(group) * G + g;
 #pragma unroll
       for (int span = 0; span < kNumSpans; ++span) {
         const float sum = merged.sum[span];
         const float4 out = merged.out[span];
         const float scale = status ? NAN : sum == 0.f ? 0.f : ptx::divide(1.f, sum);
-        const int64_t row = span * spans + static_cast<int64_t>(group) * G + g;
+        const int64_t row = span * spans + qo_row;
         ptx::store_float4(p.out + row * kHeadDim + column,
                           {out.x * scale, out.y * scale, out.z * scale, out.w * scale});
         if (column > 0) continue;
         p.lse[row] = status ? NAN : log2_total(merged.max[span], sum) * kLn2;
-        choice.max[span][head] = merged.max[span], choice.sum[span][head] = sum;
+      }
+      if (column > 0 || !p.matched.source) continue;
+      // Without a token that stands for others nothing is known of those.
+      const bool known = !status && merged.light[kOld] != 0.f;
+      const float now = log2_total(merged.max[kFresh], merged.light[kFresh]);
+      const float then = log2_total(merged.max[kOld], merged.light[kOld]);
+      p.log_ratio[qo_row] = known ? (now - then) * kLn2 : 0.f;
+      if (g == 0) {
+        const bool attends = piece.work.anchor_tiles > 0 && !status;
+        p.sampled[group] = attends ? static_cast<int>(merged.anchors) : kNotSampled;
       }
     }
   }
@@ -118,23 +133,15 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
       if (w.error_flag) ptx::atomic_or(w.error_flag, status);
     }
   }
-  if (p.num_anchors == 0 || (work.hit() && !status)) return;
-  int count = 0;
-  if (chooses && !status) {
-    ptx::sync_block();
-    count = choose_anchors<T>(p, w, group, (work.old_end + kWarpTokens - 1) / kWarpTokens, scratch, choice);
-    take_out_anchors<T, kHeadDim>(p, w, piece.request, piece.kv_head, count, work.old_end, scratch, choice);
-  }
-  int32_t* anchors = p.anchors + static_cast<int64_t>(group) * p.num_anchors;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < p.num_anchors; i += kThreads) anchors[i] = i < count ? choice.token[i] : kNoAnchor;
+  if (p.num_anchors > 0) write_sample(p, w, piece, !status, *static_cast<SampleScratch*>(scratch));
 }
 
 // A CTA has written the partial states of its piece; if it is the last one of all, it finishes the KV head.
-template <typename T, int kHeadDim>
-MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, const Piece& piece,
-                              const Scratch& scratch) {
-  __shared__ AnchorChoice choice;
+// `scratch`: all of the stages.
+template <int kHeadDim>
+MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, void* scratch) {
+  static_assert(sizeof(SampleScratch) <= kWarps * Stage<kHeadDim>::kCount * Stage<kHeadDim>::kBytes, "it fits");
+  __shared__ PieceRange pieces[kNumSpans];
   __shared__ int is_last;
   // write_partial ended with a barrier: everybody's part is done, and the release below covers it.
   if (threadIdx.x == 0) {
@@ -144,11 +151,11 @@ MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, con
     if (is_last) *done = 0;  // as the next call wants to find it
   }
   // Another warp, meanwhile.
-  if (threadIdx.x == 32) find_pieces(piece, 0, choice.pieces);
+  if (threadIdx.x == 32) find_pieces(piece, 0, pieces);
   ptx::sync_block();
   if (!is_last) return;
-  finish_kv_head<T, kHeadDim>(p, w, piece, scratch, choice);
-  ptx::sync_block();  // `is_last`, `choice` and the scratch memory are free again
+  finish_kv_head<kHeadDim>(p, w, piece, scratch, pieces);
+  ptx::sync_block();  // the shared memory is free again
 }
 
 }  // namespace mac_attn::cuda

@@ -9,10 +9,11 @@
 
 namespace mac_attn::cuda {
 
-constexpr int32_t kMaxTileHeads = 16;  // query heads that one pass over the tokens serves
-constexpr int32_t kMaxWaves = 8;       // pieces for each CTA
-constexpr int32_t kWarpTokens = 16;    // tokens that a warp attends to at a time: a strip
-constexpr int32_t kMaxAnchors = 256;
+constexpr int32_t kMaxTileHeads = 16;   // query heads that one pass over the tokens serves
+constexpr int32_t kMostReplaced = 256;  // head_dim times blocks of eight heads that anchors are possible with
+constexpr int32_t kMaxWaves = 8;        // pieces for each CTA
+constexpr int32_t kWarpTokens = 16;     // tokens that a warp attends to at a time: a strip
+constexpr int32_t kMaxAnchors = 2048;
 constexpr int32_t kMaxGroup = 128;
 constexpr int32_t kMaxUnrotateHeads = 32768;  // its CTAs for a request are the grid's y, at most 65,535
 constexpr int32_t kMaxCluster = 8;  // CTAs; more are not portable (CUDA Programming Guide, thread block clusters)
@@ -46,21 +47,22 @@ struct MatchWorkspace {
   int32_t cluster;           // CTAs of a cluster: `splits`, or 1
 };
 
-// Device memory of one amend call. `done` and `drawn` are zero before the launch and after it.
+// A token whose key exceeds tau.
+struct alignas(8) Candidate {
+  int32_t token;
+  float lead;  // log2 of its weight by tau
+};
+
+// Device memory of one amend call. `done`, `sampled` and `drawn` are zero before the launch and after it.
 struct AmendWorkspace {
   int32_t* done;        // [B, H] pieces whose partial states are there
+  int32_t* sampled;     // [B, H] candidates, those without room too
   int32_t* drawn;       // [1] pieces that CTAs have drawn
   int32_t* status;      // [B] Error bits
   int32_t* error_flag;  // [1] sticky, or null
   float* partial_out;   // [max_pieces, kNumSpans, tile_heads, D] sum of weight * value
-  float* partial_max;   // [.., kNumSpans, tile_heads] log2
-  float* partial_sum;   // [.., kNumSpans, tile_heads]
-  // Of the old tokens of a miss, for choosing anchors. Of a strip whose tokens are all light only the logit is set.
-  float* strip_logit;      // [B, H, max_strips, strip_row(G)] the largest, log2; -inf of a light strip
-  float* strip_max;        // [B, H, max_strips, strip_row(G)] what its weights are relative to, log2
-  uint16_t* token_weight;  // [B, H, max_strips, 8, weight_row(G) / 2, 2, 2] T; see weight_place
-  uint8_t* strip_bin;      // [B, H, max_strips] weight of the heaviest token, roughly
-  int32_t max_strips;      // a multiple of 16
+  float* partial_sums;  // [.., kNumSpans, tile_heads, 4] max (log2), sums of weight and of a * weight, anchors read
+  Candidate* candidate;  // [B, H, kCandidateRoom * S] in no order; null if S = 0
   int32_t num_pages;
   uint32_t k_page_units, k_token_units;  // strides in 16 bytes
   uint32_t v_page_units, v_token_units;
@@ -70,28 +72,6 @@ struct AmendWorkspace {
   int32_t tile_heads;  // min(G, kMaxTileHeads)
   int32_t head_tiles;  // passes per KV head: ceil(G / kMaxTileHeads)
 };
-
-// Heads of a strip, padded to reads of 16 bytes.
-constexpr int32_t strip_row(int32_t group_size) {
-  return (group_size + 3) / 4 * 4;
-}
-
-// Weights of a token, padded to pairs.
-constexpr int32_t weight_row(int32_t group_size) {
-  return (group_size + 1) / 2 * 2;
-}
-
-// Where the weights that heads `head` (even) and `head` + 1 give to a token of a strip lie, as they are in the
-// sums. A lane has those of two tokens that are eight apart: they lie side by side.
-constexpr int32_t weight_place(int32_t group_size, int32_t token, int32_t head) {
-  return token % 8 * 2 * weight_row(group_size) + head * 2 + token / 8 * 2;
-}
-
-// Strips of a request's tokens, padded: their bins are read 16 at a time.
-constexpr int32_t max_strips(int64_t max_tokens) {
-  constexpr int64_t kTokensOfBins = 16 * kWarpTokens;
-  return static_cast<int32_t>((max_tokens + kTokensOfBins - 1) / kTokensOfBins * 16);
-}
 
 struct CompleteWorkspace {
   const int32_t* status;  // [B] Error bits of match and amend, null in exact mode

@@ -35,7 +35,7 @@ cudaError_t match_splits(const MatchParams& p, MatchWorkspace& w) {
   };
   if (cudaError_t error = with_head_dim(p.shape.head_dim, candidates)) return error;
   const int groups = p.shape.batch * p.shape.num_kv_heads;
-  const int most = (p.ring.window + each - 1) / each;
+  const int most = (p.ring.layout.shape.entries + each - 1) / each;
   int wanted = processors * kBlocksAtATime / groups;
   if (wanted == 1) wanted = kFewBlocks;
   w.splits = std::max(1, std::min({wanted, most, kMaxSplits}));

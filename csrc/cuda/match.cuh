@@ -1,7 +1,7 @@
-// Match on the GPU: for every decision, the stored query with the smallest score.
+// Match on the GPU: for every decision, the ring entry whose query has the smallest score.
 //
 //   d2_h(c) = |q_h - ring_query_h(c)|^2,   score(c) = mean over the group of d2_h / theta_h
-//   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the newest.
+//   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the youngest.
 //
 // Grid: `splits` CTAs of eight warps for each (request, KV head), which share the candidates out. Where they are a
 // cluster (sm_90) they meet in the first one's shared memory, elsewhere in global memory: the first or last one to
@@ -35,7 +35,8 @@ struct MatchLayout {
 };
 
 // A candidate as one number, the greater the better and never 0: the bits of its total (they are ordered like a
-// number that is not negative) and its age, so that the newest wins a tie.
+// number that is not negative) and its age, so that the youngest wins a tie. The youngest entry has age 1, 0 is
+// none.
 MAC_DEVICE unsigned long long match_key(float total, int age) {
   return ~(static_cast<unsigned long long>(float_bits(total)) << 32 | static_cast<uint32_t>(age));
 }
@@ -125,6 +126,16 @@ MAC_DEVICE MatchRequest match_request(const MatchParams& p, int request, int kv_
   return {request, kv_head, n, slot, readable, readable ? slot : 0};
 }
 
+// Place of the entry of an age, and the other way.
+MAC_DEVICE int place_of_age(int age, int stored, int entries) {
+  const int place = stored - age;
+  return place < entries ? place : place - entries;
+}
+MAC_DEVICE int age_of_place(int place, int stored, int entries) {
+  const int age = stored - place;
+  return age <= entries ? age : age - entries;
+}
+
 // Brings a query head and its scale to shared memory; one warp.
 template <typename T, int kHeadDim>
 MAC_DEVICE void prepare_head(const MatchParams& p, const MatchRequest& r, int g, float* query,
@@ -150,7 +161,7 @@ MAC_DEVICE void prepare_head(const MatchParams& p, const MatchRequest& r, int g,
   shared.scale[g] = can_hit ? 1.f / theta : NAN;
 }
 
-// One CTA's search of the ring, by its first kMatchWarps warps.
+// One CTA's search of the ring.
 template <typename T, int kHeadDim>
 struct RingSearch {
   using Layout = MatchLayout<kHeadDim>;
@@ -158,65 +169,61 @@ struct RingSearch {
 
   // Tag, depth and first head of a candidate that may turn out to be none.
   struct Candidate {
-    int64_t row;
-    int age, tag, depth;
+    int place, tag, depth;
     RowPieces<T, kHeadDim> first_head;
   };
   const MatchParams& p;
-  int position, last_age, first_age, stride;
-  bool readable;
-  int begin, end;       // of the slot's history
-  int64_t id, last_id;  // of the request, and of the slot's last one
-  int64_t tags, rows;   // of the slot, and of its KV head
+  const MatchRequest& r;
+  int first_place, stride, places;  // the warp's; places that may hold a candidate
+  int stored;                       // Matched::stored
   Candidate next;
 
-  // Asks for the first rows and for the slot's history: neither waits for the other. Candidates have p - M <= c <
-  // p, so their ages are 1..M. E(c) > 0 needs c >= band.
-  MAC_DEVICE RingSearch(const MatchParams& p, const MatchRequest& r, int split, int splits) : p(p) {
-    const int M = p.ring.window;
-    position = r.seq_len - 1;
-    last_age = !r.readable ? 0 : position - p.band < M ? position - p.band : M;
-    first_age = 1 + split * Layout::kPerBlock + static_cast<int>(threadIdx.x / 32) * Layout::kPerWarp;
+  // Asks for the first rows and for the slot's history: neither waits for the other.
+  MAC_DEVICE RingSearch(const MatchParams& p, const MatchRequest& r, int split, int splits) : p(p), r(r) {
+    const int M = p.ring.layout.shape.entries;
+    first_place = split * Layout::kPerBlock + static_cast<int>(threadIdx.x / 32) * Layout::kPerWarp;
     stride = splits * Layout::kPerBlock;
-    tags = static_cast<int64_t>(r.slot) * M;
-    rows = (static_cast<int64_t>(r.slot) * p.shape.num_kv_heads + r.kv_head) * M;
-    next = fetch(first_age + ptx::lane_id() / kLanes);
-    readable = r.readable, id = p.requests.request_ids ? p.requests.request_ids[r.request] : -1;
-    begin = p.ring.begin[r.slot], end = p.ring.end[r.slot], last_id = p.ring.request[r.slot];
+    places = r.readable ? M : 0;
+    next = fetch(first_place + ptx::lane_id() / kLanes);
+    const int64_t id = p.requests.request_ids ? p.requests.request_ids[r.request] : -1;
+    stored = *p.ring.stored(r.slot, r.kv_head);
+    const bool unbroken = r.readable && *p.ring.end(r.slot) == r.seq_len - 1 && *p.ring.request(r.slot) == id;
+    if (!unbroken || stored < 0 || stored >= 2 * M) stored = kNoHistory;
+    places = stored < places ? stored : places;
   }
-  MAC_DEVICE Candidate fetch(int age) const {
-    const int index = age <= last_age ? (position - age) % p.ring.window : 0;
+  MAC_DEVICE Candidate fetch(int place) const {
+    const bool there = place < places;
     Candidate c;
-    c.age = age;
-    c.row = (rows + index) * p.shape.group_size;
-    c.first_head.load(static_cast<const T*>(p.ring.query) + c.row * kHeadDim, age <= last_age);
-    c.tag = p.ring.position[tags + index];
-    c.depth = p.ring.depth[c.row];
+    c.place = there ? place : 0;
+    c.first_head.load(p.ring.query<T>(r.slot, r.kv_head, c.place), there);
+    c.tag = *p.ring.position(r.slot, r.kv_head, c.place);
+    c.depth = *p.ring.depth(r.slot, r.kv_head, c.place);
+    if (!there) c.tag = -1;
     return c;
   }
   // Leaves the best key of every decision in `shared.best`.
   MAC_DEVICE void look(const float* query, MatchShared& shared) {
-    const int G = p.shape.group_size, lane = ptx::lane_id();
-    const T* ring = static_cast<const T*>(p.ring.query);
-    const bool unbroken = readable && end == position && last_id == id;
-    const bool searches = !shared.errors && unbroken && position + 1 >= p.min_context;
-    const int oldest = begin > p.band ? begin : p.band;
+    const int G = p.shape.group_size, M = p.ring.layout.shape.entries;
+    const int lane = ptx::lane_id(), position = r.seq_len - 1;
+    if (shared.errors) stored = kNoHistory, places = 0;
+    const bool searches = stored > 0 && r.seq_len >= p.min_context;
+    const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors);
 #pragma unroll 1
-    for (int first = first_age; searches && first <= last_age; first += stride) {
+    for (int first = first_place; searches && first < places; first += stride) {
       const Candidate c = next;
-      if (first + stride <= last_age) next = fetch(c.age + stride);
-      const int candidate = position - c.age;
+      if (first + stride < places) next = fetch(first + stride + lane / kLanes);
       // With decisions per head every head has a depth of its own, looked at below.
-      bool alive = c.age <= last_age && candidate >= oldest && c.tag == candidate &&
-                   (p.per_head || c.depth < p.max_reuse_depth);
+      bool alive =
+          c.place < places && c.tag >= oldest && c.tag < position && (p.per_head || c.depth < p.max_reuse_depth);
       RowPieces<T, kHeadDim> head[Layout::kHeadsAtOnce];
       head[0] = c.first_head;
       float total = 0.f;
 #pragma unroll 1
       for (int g = 0, end = 1; g < G && ptx::ballot(alive); g = end, end += Layout::kHeadsAtOnce) {
+        const T* rows = p.ring.query<T>(r.slot, r.kv_head, c.place);
 #pragma unroll
         for (int i = 0; i < Layout::kHeadsAtOnce; ++i) {
-          if (g > 0) head[i].load(ring + (c.row + g + i) * kHeadDim, alive && g + i < G);
+          if (g > 0) head[i].load(rows + (g + i) * kHeadDim, alive && g + i < G);
         }
 #pragma unroll
         for (int i = 0; i < Layout::kHeadsAtOnce; ++i) {
@@ -224,8 +231,9 @@ struct RingSearch {
           const float score = head[i].distance(query + (g + i) * kHeadDim) * shared.scale[g + i];
           if (p.per_head) {
             // NaN is no candidate.
-            if (alive && lane % kLanes == 0 && score < 1.f && p.ring.depth[c.row + g + i] < p.max_reuse_depth) {
-              ptx::atomic_max(&shared.best[g + i], match_key(score, c.age));
+            const int32_t* depth = p.ring.depth(r.slot, r.kv_head, c.place) + g + i;
+            if (alive && lane % kLanes == 0 && score < 1.f && *depth < p.max_reuse_depth) {
+              ptx::atomic_max(&shared.best[g + i], match_key(score, age_of_place(c.place, stored, M)));
             }
           } else {
             // Nor is a total beyond the best so far, which cannot win. The best may be changing, and the lanes of a
@@ -237,7 +245,7 @@ struct RingSearch {
         }
       }
       if (alive && !p.per_head && lane % kLanes == 0) {
-        ptx::atomic_max(&shared.best[0], match_key(total, c.age));
+        ptx::atomic_max(&shared.best[0], match_key(total, age_of_place(c.place, stored, M)));
       }
     }
   }
@@ -324,7 +332,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
   search.look(query, shared);
   ptx::sync_block();
 
-  const int decisions = p.per_head ? G : 1;
+  const int decisions = p.per_head ? G : 1, M = p.ring.layout.shape.entries;
   if (in_cluster) {
     ptx::cluster_wait();
     if (!meet_in_cluster(decisions, shared)) return;
@@ -334,8 +342,12 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
 #pragma unroll 1
   for (int g = threadIdx.x; g < G; g += kMatchThreads) {
     const int age = match_age(shared.best[p.per_head ? g : 0]);
-    p.source[static_cast<int64_t>(group) * G + g] = age == 0 ? kMiss : r.seq_len - 1 - age;
+    const int place = age == 0 ? kMiss : place_of_age(age, search.stored, M);
+    const int64_t row = static_cast<int64_t>(group) * G + g;
+    p.matched.place[row] = place;
+    p.matched.source[row] = age == 0 ? kMiss : *p.ring.position(r.slot, r.kv_head, place);
   }
+  if (threadIdx.x == 0) p.matched.stored[group] = search.stored;
 }
 
 }  // namespace mac_attn::cuda

@@ -1,10 +1,11 @@
 // How the work of one amend launch is shared out: one persistent grid for every mix of hits and misses.
 //
 // The tokens of a KV head (once per 16 query heads that share it: a pass) are cut into tiles of 64: first those of
-// the old span [s, E(p)), then the inherited anchors, then the band [E(p), n). A pass is cut into equal pieces of
-// at most so many tiles that every CTA gets some, and no more than kMaxSplits; a piece leaves one partial state per
-// span. The CTAs begin with the piece of their own number and then draw one after another, as they do not get equal
-// shares of the memory's bandwidth. The lengths are read on the device, so a captured graph adapts to every step.
+// the old span [s, E(p)), then the band [E(p), n); with anchors a hit has those first, then [s, n). A pass is cut
+// into equal pieces of at most so many tiles that every CTA gets some, and no more than kMaxSplits; a piece leaves
+// one partial state per span. The CTAs begin with the piece of their own number and then draw one after another, as
+// they do not get equal shares of the memory's bandwidth. The lengths are read on the device, so a captured graph
+// adapts to every step.
 #pragma once
 
 #include "../params.h"
@@ -31,12 +32,17 @@ MAC_DEVICE int amend_start(const AmendParams& p, int source) {
   return source == kMiss ? 0 : band_start(source, p.band);
 }
 
-// What one KV head of one request has to attend to.
+// What one KV head of one request has to attend to. A hit with anchors has no old tiles: those and the rest are one
+// span, and of the entry's state only the anchors are kOld.
 struct KvHeadWork {
-  int seq_len, start, old_end;
+  int seq_len, start, old_end, place;  // place: of the matched entry, looked at where there are anchors
   int old_tiles, anchor_tiles, tiles;
 
   MAC_DEVICE bool hit() const { return start > 0; }
+  // Of a hit's list, at most.
+  MAC_DEVICE int most_anchors(const AmendParams& p) const { return sample_size(p.num_anchors, start); }
+  // The tiles that leave a partial state of kOld.
+  MAC_DEVICE int tiles_of_old() const { return old_tiles + anchor_tiles; }
 };
 
 MAC_DEVICE int tiles_for(int tokens) {
@@ -45,20 +51,23 @@ MAC_DEVICE int tiles_for(int tokens) {
 
 MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w, int group) {
   const int request = w.num_kv_heads.divide(group), n = p.requests.seq_lens[request];
-  const bool reuses = p.source && has_ring(p.requests, request);
-  int start = 0;
+  const bool reuses = p.matched.source && has_ring(p.requests, request);
+  int start = 0, place = kMiss;
   if (reuses) {
-    const int32_t* source = p.source + static_cast<int64_t>(group) * p.shape.group_size;
+    const int64_t row = static_cast<int64_t>(group) * p.shape.group_size;
+    const int32_t* source = p.matched.source + row;
+    if (p.num_anchors > 0) place = p.matched.place[row];
     int oldest = 0x7fffffff;  // kMiss is less than any
 #pragma unroll 4
     for (int g = 0; g < p.shape.group_size; ++g) oldest = source[g] < oldest ? source[g] : oldest;
     start = amend_start(p, oldest);
   }
   // Padding, and a length that cannot be: one tile without tokens, so that its state is written.
-  if (n <= 0 || n > w.max_tokens) return {0, 0, 0, 0, 0, 1};
-  const int old_end = reuses ? band_start(n - 1, p.band) : 0;
-  const int old_tiles = tiles_for(old_end - start), anchor_tiles = start > 0 ? tiles_for(p.num_anchors) : 0;
-  return {n, start, old_end, old_tiles, anchor_tiles, old_tiles + anchor_tiles + tiles_for(n - old_end)};
+  if (n <= 0 || n > w.max_tokens) return {0, 0, 0, kMiss, 0, 0, 1};
+  const int anchor_tiles = start > 0 ? tiles_for(sample_size(p.num_anchors, start)) : 0;
+  const int old_end = !reuses ? 0 : anchor_tiles > 0 ? start : band_start(n - 1, p.band);
+  const int old_tiles = tiles_for(old_end - start);
+  return {n, start, old_end, place, old_tiles, anchor_tiles, old_tiles + anchor_tiles + tiles_for(n - old_end)};
 }
 
 // A piece of one pass: tiles [begin, end).
@@ -73,7 +82,7 @@ struct Piece {
   MAC_DEVICE Span span(int tile) const { return tile < work.old_tiles ? kOld : kFresh; }
 };
 
-// The tokens of a tile: positions [begin, end), or places in the list of inherited anchors.
+// The tokens of a tile: positions [begin, end), or places in the list of the entry's anchors.
 struct TileTokens {
   int begin, end;
   bool anchors;
@@ -82,17 +91,9 @@ struct TileTokens {
 MAC_DEVICE TileTokens tile_tokens(const AmendParams& p, const KvHeadWork& work, int tile) {
   if (tile < work.old_tiles) return {work.start + tile * kTileTokens, work.old_end, false};
   tile -= work.old_tiles;
-  if (tile < work.anchor_tiles) return {tile * kTileTokens, p.num_anchors, true};
+  if (tile < work.anchor_tiles) return {tile * kTileTokens, work.most_anchors(p), true};
   tile -= work.anchor_tiles;
   return {work.old_end + tile * kTileTokens, work.seq_len, false};
-}
-
-// The anchors of the matched entry of a KV head that hits.
-MAC_DEVICE const int32_t* inherited_anchors(const AmendParams& p, const Piece& piece) {
-  const int64_t slot = p.requests.slots[piece.request];
-  const int source = piece.work.start + p.band - 1;  // whose band_start that is; with anchors there is but one
-  return p.ring_anchors +
-         ((slot * p.shape.num_kv_heads + piece.kv_head) * p.window + source % p.window) * p.num_anchors;
 }
 
 // Sum over the threads of the block before this one, and over all. The caller keeps `warp_sum` free.

@@ -39,13 +39,10 @@ MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Pie
   Row row{0, 0, place < tokens.end};
   int token = place;
   if (tokens.anchors) {
-    // Who reads the inherited anchors hands them on.
-    const int32_t* list = inherited_anchors(p, piece);
-    int32_t* handed_on = p.anchors + static_cast<int64_t>(piece.kv_group(p)) * p.num_anchors;
-    token = kNoAnchor;
+    const int32_t* list = p.ring.anchors(p.requests.slots[piece.request], piece.kv_head, piece.work.place);
     if (row.valid) token = list[place];
-    if (row.valid && ptx::lane_id() < kWarpTokens && piece.head_tile == 0) handed_on[place] = token;
-    row.valid = token != kNoAnchor;
+    // Neither a place without an anchor nor a token that the entry does not stand for.
+    row.valid = row.valid && token >= 0 && token < piece.work.start;
   }
   if (row.valid) {
     const int page_index = w.page_size.divide(token);

@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         where = torch.cuda.get_device_name(device)
     heading = f"{name}, {str(dtype).removeprefix('torch.')}, {where}"
     settings = (
-        f"{config.entries} entries, window {config.window}, band {config.band}, anchors {config.anchors}, "
+        f"{config.entries} entries, window {config.window}, band {config.band}, "
+        f"anchors {config.anchors}, "
         f"threshold {config.threshold} ({config.threshold_mode})"
     )
     choice = Choice(_stop_tokens(model, tokenizer), options.repetition_penalty)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <set>
 
 namespace mac_attn::simt {
@@ -9,20 +10,12 @@ namespace mac_attn::simt {
 namespace {
 
 constexpr int32_t kStickyBit = 1 << 20;  // of an error long ago
+constexpr int kEntries = 3;
 
 std::string list(const std::vector<int>& values) {
   std::string text;
   for (const int value : values) text += (text.empty() ? "" : ",") + std::to_string(value);
   return text;
-}
-
-// The places of a list of anchors that are used.
-std::vector<int> used_anchors(const int32_t* list, int count) {
-  std::vector<int> tokens;
-  for (int i = 0; i < count; ++i) {
-    if (list[i] != kNoAnchor) tokens.push_back(list[i]);
-  }
-  return tokens;
 }
 
 }  // namespace
@@ -31,26 +24,32 @@ std::string AmendSpec::name() const {
   return std::string("amend ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") +
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
          " D=" + std::to_string(head_dim) + " page=" + std::to_string(page_size) + (hnd ? " HND" : " NHD") +
-         " n=" + list(seq_lens) +
-         (exact ? " exact" : " M=" + std::to_string(window) + " W=" + std::to_string(band)) +
+         " n=" + list(seq_lens) + (exact ? " exact" : " W=" + std::to_string(band)) +
          " S=" + std::to_string(anchors) + " ages=" + list(ages) + (per_head ? " per head" : "") +
-         " cap=" + std::to_string(soft_cap) + " sharp=" + std::to_string(sharpness) +
-         " heavy=" + std::to_string(heavy_tokens) + " ctas=" + std::to_string(ctas) +
-         " seed=" + std::to_string(seed);
+         " candidates=" + std::to_string(candidates) + " cap=" + std::to_string(soft_cap) +
+         " sharp=" + std::to_string(sharpness) + " heavy=" + std::to_string(heavy_tokens) +
+         " ctas=" + std::to_string(ctas) + " seed=" + std::to_string(seed);
 }
 
 AmendCase::AmendCase(const AmendSpec& spec)
     : seq_lens(spec.seq_lens.begin(), spec.seq_lens.end()),
       status(spec.seq_lens.size()),
       errors(spec.seq_lens.size()),
+      stored(spec.seq_lens.size() * spec.num_kv_heads, 1),
+      ring([&] {
+        Data data(spec.seed + 1000);
+        const int batch = static_cast<int>(spec.seq_lens.size());
+        return RingTensors(spec.dtype, {batch, spec.num_kv_heads, spec.group_size, spec.head_dim}, batch + 2,
+                           kEntries, spec.anchors, data);
+      }()),
+      layer(spec.layer),
       spec_(spec),
       data_(spec.seed),
       softmax_{static_cast<float>(1 / std::sqrt(spec.head_dim)), static_cast<float>(spec.soft_cap)},
       query_(spec.dtype, static_cast<int>(spec.seq_lens.size()), heads(), spec.head_dim, spec.sharpness, data_),
-      pages_(spec.dtype, spec.seq_lens, spec.num_kv_heads, spec.head_dim, spec.page_size, spec.hnd, data_),
-      num_slots_(static_cast<int>(spec.seq_lens.size()) + 2) {
+      pages_(spec.dtype, spec.seq_lens, spec.num_kv_heads, spec.head_dim, spec.page_size, spec.hnd, data_) {
   const int batch = static_cast<int>(spec.seq_lens.size()), H = spec.num_kv_heads, G = spec.group_size;
-  for (int i = 0; i < num_slots_; ++i) slots_.push_back(i);
+  for (int i = 0; i < ring.num_slots; ++i) slots_.push_back(i);
   data_.shuffle(slots_);
   slots_.resize(batch);
   size_t next_age = 0;
@@ -59,32 +58,44 @@ AmendCase::AmendCase(const AmendSpec& spec)
     if (position < 0) slots_[b] = kGarbage;
     const auto& without = spec.without_ring;
     if (std::find(without.begin(), without.end(), b) != without.end()) slots_[b] = kNoSlot;
+    if (slots_[b] == kGarbage || slots_[b] == kNoSlot) std::fill_n(&stored[b * H], H, kNoHistory);
     for (int h = 0; h < heads(); ++h) {
-      if (h > 0 && (spec.per_head || h % G == 0)) ++next_age;
+      const bool decides = h == 0 || spec.per_head || h % G == 0;
+      if (h > 0 && decides) ++next_age;
       const int age = spec.ages[next_age % spec.ages.size()];
-      const bool hits = age > 0 && age <= spec.window && position - age >= spec.band && slots_[b] != kNoSlot;
+      const bool hits = age > 0 && position - age >= spec.band && slots_[b] != kNoSlot;
       source_.push_back(hits ? position - age : kMiss);
+      place_.push_back(!hits ? kMiss : decides ? data_.below(kEntries) : place_.back());
     }
     ++next_age;
   }
-  ring_anchors_.assign(size_t{1} * num_slots_ * H * spec.window * spec.anchors, kGarbage);
   keys_.resize(batch), values_.resize(batch);
   for (int b = 0; b < batch; ++b) {
     const int n = seq_lens[b];
     for (int h = 0; h < H; ++h) {
       const int first = start(b, h);
       std::vector<int> tokens;
-      for (int token = 0; token < first; ++token) tokens.push_back(token);
-      data_.shuffle(tokens);
-      if (first > 0 && spec.anchors > 0) {
-        int32_t* anchors = &ring_anchors_[entry(b, h) * spec.anchors];
+      if (hits(b, h) && spec.anchors > 0) {
+        const Ring r = ring.view();
+        const int place = place_[(b * H + h) * G];
+        int32_t* anchors = r.anchors(slots_[b], h, place);
+        float* a = r.anchor_weights(slots_[b], h, place);
+        std::vector<int> all;
+        for (int token = 0; token < first; ++token) all.push_back(token);
+        data_.shuffle(all);
+        const int most = std::min(spec.anchors, first);
+        all.resize(spec.full_lists || data_.below(3) ? most : data_.below(most + 1));
+        std::sort(all.begin(), all.end());
         for (int i = 0; i < spec.anchors; ++i) {
-          const bool used = i < static_cast<int>(tokens.size()) && !(spec.anchor_holes && data_.below(5) == 0);
-          anchors[i] = used ? tokens[i] : kNoAnchor;
+          const bool used = i < static_cast<int>(all.size());
+          anchors[i] = used ? all[i] : kNoAnchor;
+          a[i] = used && data_.below(3) ? 3 * std::abs(static_cast<float>(data_.normal())) : 0.f;
         }
-        tokens = used_anchors(anchors, spec.anchors);
-      } else {
-        tokens.clear();
+        tokens = all;
+        uint16_t* rotated = r.rotated<uint16_t>(slots_[b], h, place);
+        for (int i = 0; i < G * spec.head_dim; ++i) {
+          rotated[i] = encode(spec.dtype, spec.sharpness * data_.normal());
+        }
       }
       for (int token = first; token < n; ++token) tokens.push_back(token);
 
@@ -107,8 +118,33 @@ AmendCase::AmendCase(const AmendSpec& spec)
         pages_.set(b, token, h, k[token], v[token]);
       }
       keys_[b].push_back(std::move(k)), values_[b].push_back(std::move(v));
+      if (spec.anchors > 0 && !hits(b, h) && old_end(b) > 0) prepare_miss(b, h);
     }
   }
+}
+
+// Sets what the slot knows such that there are about as many candidates as there are to be.
+void AmendCase::prepare_miss(int request, int kv_head) {
+  const int end = old_end(request), G = spec_.group_size;
+  const Ring r = ring.view();
+  float* last_lse = r.last_lse(slots_[request], kv_head);
+  for (int g = 0; g < G; ++g) last_lse[g] = static_cast<float>(3 + 0.3 * data_.normal());
+  reference::Vector keys = weights(request, kv_head);
+  const reference::Vector u = uniforms(request, kv_head);
+  for (int i = 0; i < end; ++i) keys[i] /= u[i];
+  std::sort(keys.begin(), keys.end(), std::greater<>());
+  const int count = std::min(static_cast<int>(spec_.candidates * spec_.anchors), end);
+  const double upper = count > 0 ? keys[count - 1] : 4 * keys[0], lower = count < end ? keys[count] : upper / 4;
+  const double tau = std::exp(2 * data_.normal() - 3);
+  const double shift = std::log(std::sqrt(upper * lower) / tau);
+  *r.tau(slots_[request], kv_head) = static_cast<float>(tau);
+  for (int g = 0; g < G; ++g) last_lse[g] += static_cast<float>(shift);
+}
+
+void AmendCase::set_key(int request, int token, int kv_head, double value) {
+  reference::Vector& key = keys_[request][kv_head][token];
+  std::fill(key.begin(), key.end(), value);
+  pages_.set(request, token, kv_head, key, values_[request][kv_head][token]);
 }
 
 int AmendCase::start(int request, int kv_head) const {
@@ -120,9 +156,68 @@ int AmendCase::start(int request, int kv_head) const {
   return first;
 }
 
-int64_t AmendCase::entry(int request, int kv_head) const {
-  const int source = source_[request * heads() + kv_head * spec_.group_size];
-  return (int64_t{slots_[request]} * spec_.num_kv_heads + kv_head) * spec_.window + source % spec_.window;
+int AmendCase::old_end(int request) const {
+  const int n = seq_lens[request];
+  return n > 0 && !exact(request) ? reference::old_end(n - 1, spec_.band) : 0;
+}
+
+reference::Rows AmendCase::queries(int request, int kv_head) const {
+  reference::Rows rows;
+  for (int g = 0; g < spec_.group_size; ++g) rows.push_back(query_.row(request, kv_head * spec_.group_size + g));
+  return rows;
+}
+
+reference::Vector AmendCase::entry_query(int request, int head) const {
+  const int G = spec_.group_size, D = spec_.head_dim;
+  const uint16_t* rows = ring.view().rotated<uint16_t>(slots_[request], head / G, place_[request * heads() + head]);
+  reference::Vector row;
+  for (int d = 0; d < D; ++d) row.push_back(decode(spec_.dtype, rows[head % G * D + d]));
+  return row;
+}
+
+reference::Sample AmendCase::entry_sample(int request, int kv_head) const {
+  const int place = place_[request * heads() + kv_head * spec_.group_size];
+  const int32_t* anchors = ring.view().anchors(slots_[request], kv_head, place);
+  const float* a = ring.view().anchor_weights(slots_[request], kv_head, place);
+  reference::Sample sample{};
+  for (int i = 0; i < spec_.anchors; ++i) {
+    if (anchors[i] < 0 || anchors[i] >= start(request, kv_head)) continue;
+    sample.tokens.push_back(anchors[i]), sample.a.push_back(a[i]);
+  }
+  return sample;
+}
+
+reference::Sample AmendCase::sample(int request, int kv_head) const {
+  const int64_t first = int64_t{group(request, kv_head)} * spec_.anchors;
+  reference::Sample sample{};
+  sample.candidates = sampled_[group(request, kv_head)];
+  for (int i = 0; i < spec_.anchors && anchors_[first + i] != kNoAnchor; ++i) {
+    sample.tokens.push_back(anchors_[first + i]), sample.a.push_back(anchor_weights_[first + i]);
+  }
+  return sample;
+}
+
+double AmendCase::tau(int request, int kv_head) const {
+  if (spec_.anchors == 0 || old_end(request) == 0 || hits(request, kv_head)) return 0;
+  if (stored[group(request, kv_head)] == kNoHistory) return 0;
+  const float tau = *ring.view().tau(slots_[request], kv_head);
+  const float* last_lse = ring.view().last_lse(slots_[request], kv_head);
+  const bool known = std::all_of(last_lse, last_lse + spec_.group_size, [](float x) { return std::isfinite(x); });
+  return known && tau > 0 && tau <= 64 ? tau : 0;
+}
+
+reference::Vector AmendCase::weights(int request, int kv_head) const {
+  const float* last_lse = ring.view().last_lse(slots_[request], kv_head);
+  return reference::sample_weights(queries(request, kv_head), keys_[request][kv_head], old_end(request),
+                                   {last_lse, last_lse + spec_.group_size}, softmax_);
+}
+
+reference::Vector AmendCase::uniforms(int request, int kv_head) const {
+  reference::Vector u;
+  for (int token = 0; token < old_end(request); ++token) {
+    u.push_back(reference::uniform(seq_lens[request] - 1, kv_head, layer, token));
+  }
+  return u;
 }
 
 AmendParams AmendCase::params() {
@@ -132,66 +227,68 @@ AmendParams AmendCase::params() {
   p.query = query_.view();
   p.kv = pages_.view();
   p.requests = {seq_lens.data(), spec_.exact ? nullptr : slots_.data(), nullptr};
-  p.source = spec_.exact ? nullptr : source_.data();
-  p.ring_anchors = spec_.exact || spec_.anchors == 0 ? nullptr : ring_anchors_.data();
-  p.window = spec_.window, p.band = spec_.band, p.num_anchors = spec_.exact ? 0 : spec_.anchors;
+  p.band = spec_.band, p.layer = layer;
   p.sm_scale = static_cast<float>(softmax_.scale);
   p.logits_soft_cap = static_cast<float>(softmax_.soft_cap);
-  p.out = out_.data(), p.lse = lse_.data(), p.anchors = anchors_.data();
+  p.out = out_.data(), p.lse = lse_.data();
+  if (spec_.exact) return p;
+  p.matched = {source_.data(), place_.data(), stored.data()};
+  p.num_anchors = spec_.anchors;
+  if (spec_.anchors > 0) p.ring = ring.view();
+  p.log_ratio = log_ratio_.data(), p.sampled = sampled_.data();
+  p.anchors = anchors_.data(), p.anchor_weights = anchor_weights_.data();
   return p;
 }
 
 cuda::AmendWorkspace AmendCase::workspace() {
-  const int batch = static_cast<int>(seq_lens.size()), G = spec_.group_size;
   cuda::AmendWorkspace w{};
   CHECK(cuda::describe(params(), pages_.num_pages(), pages_.max_pages(), spec_.ctas, w));
-  const size_t groups = size_t{1} * batch * spec_.num_kv_heads;
+  const size_t groups = seq_lens.size() * spec_.num_kv_heads;
   const size_t states = cuda::max_pieces(spec_.ctas, groups * w.head_tiles) * kNumSpans * w.tile_heads;
-  done_.assign(groups, 0);
+  done_.assign(groups, 0), counts_.assign(groups, 0);
   drawn_.assign(1, 0);
   error_flag_.assign(1, kStickyBit);
   partial_out_.assign(states * spec_.head_dim, NAN);
-  partial_max_.assign(states, NAN);
-  partial_sum_.assign(states, NAN);
-  if (spec_.anchors > 0) {
-    w.max_strips = cuda::max_strips(w.max_tokens);
-    const size_t strips = groups * w.max_strips;
-    strip_logit_.assign(strips * cuda::strip_row(G), NAN);
-    strip_max_.assign(strips * cuda::strip_row(G), NAN);
-    token_weight_.assign(strips * cuda::kWarpTokens * cuda::weight_row(G), 0x7fff);  // NaN
-    strip_bin_.assign(strips, 77);
-  }
-  w.done = done_.data(), w.drawn = drawn_.data(), w.status = status.data(), w.error_flag = error_flag_.data();
-  w.partial_out = partial_out_.data(), w.partial_max = partial_max_.data(), w.partial_sum = partial_sum_.data();
-  w.strip_logit = strip_logit_.data(), w.strip_max = strip_max_.data(), w.strip_bin = strip_bin_.data();
-  w.token_weight = token_weight_.data();
+  partial_sums_.assign(states * 4, NAN);
+  candidate_.assign(groups * kCandidateRoom * params().num_anchors, {kGarbage, NAN});
+  w.done = done_.data(), w.sampled = counts_.data(), w.drawn = drawn_.data();
+  w.status = status.data(), w.error_flag = error_flag_.data();
+  w.partial_out = partial_out_.data(), w.partial_sums = partial_sums_.data();
+  w.candidate = candidate_.data();
   return w;
 }
 
 void AmendCase::run(const Run& run) {
-  const size_t rows = kNumSpans * seq_lens.size() * heads();
-  out_.assign(rows * spec_.head_dim, 12345.f);
-  lse_.assign(rows, 12345.f);
-  anchors_.assign(spec_.exact ? 0 : seq_lens.size() * spec_.num_kv_heads * spec_.anchors, kGarbage);
+  const size_t groups = seq_lens.size() * spec_.num_kv_heads, rows = seq_lens.size() * heads();
+  out_.assign(kNumSpans * rows * spec_.head_dim, 12345.f);
+  lse_.assign(kNumSpans * rows, 12345.f);
+  log_ratio_.assign(rows, 12345.f);
+  anchors_.assign(groups * spec_.anchors, kGarbage);
+  anchor_weights_.assign(groups * spec_.anchors, 12345.f);
+  sampled_.assign(groups, kGarbage);
   unchanged_ = {};
   unchanged_.note(query_.bits()), unchanged_.note(pages_.k_bits()), unchanged_.note(pages_.v_bits());
   unchanged_.note(pages_.table()), unchanged_.note(seq_lens), unchanged_.note(slots_), unchanged_.note(source_);
-  unchanged_.note(ring_anchors_);
+  unchanged_.note(place_), unchanged_.note(stored), unchanged_.note(ring.bytes);
   int32_t found = kStickyBit;
   for (size_t b = 0; b < errors.size(); ++b) found |= errors[b] & ~status[b];
   expected_flag_ = found;
   const cuda::AmendWorkspace w = workspace();
   (spec_.dtype == DType::kBFloat16 ? launch_amend_bf16 : launch_amend_fp16)(params(), w, spec_.ctas, run);
+  if (first_anchors_.empty()) first_anchors_ = anchors_, first_weights_ = anchor_weights_;
 }
 
 void AmendCase::check() const {
   CHECK(unchanged_.holds());
   CHECK(error_flag_[0] == expected_flag_);
   CHECK(std::count(done_.begin(), done_.end(), 0) == static_cast<int64_t>(done_.size()));
+  CHECK(std::count(counts_.begin(), counts_.end(), 0) == static_cast<int64_t>(counts_.size()));
   CHECK(drawn_[0] == 0);
+  CHECK(anchors_ == first_anchors_ && anchor_weights_ == first_weights_);
   for (int b = 0; b < static_cast<int>(seq_lens.size()); ++b) {
     CHECK(status[b] == errors[b]);
     errors[b] ? check_nan(b) : check_request(b);
+    for (int h = 0; h < spec_.num_kv_heads && !spec_.exact; ++h) check_sample(b, h);
   }
 }
 
@@ -203,83 +300,89 @@ void AmendCase::check_nan(int request) const {
       CHECK(std::all_of(&out_[row * D], &out_[row * D] + D, [](float x) { return std::isnan(x); }));
     }
   }
-  if (anchors_.empty()) return;
-  const int count = spec_.num_kv_heads * spec_.anchors;
-  CHECK(std::count(&anchors_[request * count], &anchors_[request * count] + count, kNoAnchor) == count);
+}
+
+void AmendCase::check_sample(int request, int kv_head) const {
+  const int S = spec_.anchors;
+  const reference::Sample got = sample(request, kv_head);
+  const int64_t first = int64_t{group(request, kv_head)} * S;
+  for (int i = static_cast<int>(got.tokens.size()); i < S; ++i) {
+    CHECK(anchors_[first + i] == kNoAnchor && anchor_weights_[first + i] == 0.f);
+  }
+  if (errors[request] || tau(request, kv_head) == 0) {
+    const bool attends = S > 0 && !errors[request] && hits(request, kv_head);
+    CHECK(got.tokens.empty());
+    CHECK(got.candidates ==
+          (attends ? static_cast<int>(entry_sample(request, kv_head).tokens.size()) : kNotSampled));
+    return;
+  }
+  const std::string complaint = reference::judge_sample(got, weights(request, kv_head), uniforms(request, kv_head),
+                                                        tau(request, kv_head), S, kSampleSlack);
+  if (!complaint.empty())
+    std::printf("sample of request %d, KV head %d: %s\n", request, kv_head, complaint.c_str());
+  CHECK(complaint.empty());
+}
+
+double AmendCase::expected_log_ratio(int request, int head) const {
+  const int h = head / spec_.group_size;
+  if (spec_.anchors == 0 || !hits(request, h)) return 0;
+  return reference::log_ratio(query_.row(request, head), entry_query(request, head), keys_[request][h],
+                              entry_sample(request, h), softmax_);
 }
 
 void AmendCase::check_request(int request) const {
-  const int n = seq_lens[request], G = spec_.group_size;
-  for (int h = 0; h < spec_.num_kv_heads; ++h) {
-    std::vector<int> tokens;
-    if (!anchors_.empty()) {
-      const int32_t* chosen = &anchors_[(request * spec_.num_kv_heads + h) * spec_.anchors];
-      tokens = used_anchors(chosen, spec_.anchors);
-      const int end = n > 0 && !exact(request) ? reference::old_end(n - 1, spec_.band) : 0;
-      if (n > 0 && start(request, h) > 0) {
-        CHECK(std::equal(chosen, chosen + spec_.anchors, &ring_anchors_[entry(request, h) * spec_.anchors]));
-      } else if (end == 0) {
-        CHECK(tokens.empty());
-      } else {
-        reference::Rows queries;
-        for (int g = 0; g < G; ++g) queries.push_back(query_.row(request, h * G + g));
-        // Strips with a token within 12 log2 of the largest so far count; they and the tokens are ordered by bins
-        // of 1/8 log2 that end 32 log2 below 1, the tokens by weights rounded to 8 bits.
-        const reference::ChoiceRules rules{end, spec_.anchors, -11.9, 0.26, -31.8};
-        const std::string complaint =
-            reference::judge_choice(tokens, queries, keys_[request][h], n, softmax_, rules);
-        if (!complaint.empty()) std::printf("anchors of KV head %d: %s\n", h, complaint.c_str());
-        CHECK(complaint.empty());
-        if (!complaint.empty()) continue;
-      }
-    }
-    for (int g = 0; g < G; ++g) check_head(request, h * G + g, tokens);
+  for (int head = 0; head < heads(); ++head) {
+    check_head(request, head);
+    if (spec_.exact) continue;
+    const double got = log_ratio(request, head), want = expected_log_ratio(request, head);
+    CHECK(got == want || std::abs(got - want) <= kSampleSlack);
+  }
+}
+
+void AmendCase::check_head(int request, int head) const {
+  const int h = head / spec_.group_size, source = source_[request * heads() + head], n = seq_lens[request];
+  const reference::Rows &keys = keys_[request][h], &values = values_[request][h];
+  const bool reuses = !exact(request) && source != kMiss;
+  const int first = reuses ? reference::old_end(source, spec_.band) : 0;
+  reference::Vector old_query = query_.row(request, head);
+  std::vector<int> old, fresh;
+  int end = old_end(request);
+  if (reuses && spec_.anchors > 0) {
+    old = fresh = entry_sample(request, h).tokens;
+    old_query = entry_query(request, head), end = first;
+  }
+  for (int token = first; token < n; ++token) (token < end ? old : fresh).push_back(token);
+  const reference::State want[kNumSpans] = {
+      reference::attend(old_query, keys, values, old, softmax_),
+      reference::attend(query_.row(request, head), keys, values, fresh, softmax_)};
+  for (const Span span : {kOld, kFresh}) {
+    // NaN in one state may show in both: they end up in one sum.
+    if (std::isnan(want[1 - span].lse)) continue;
+    check_state(request, head, span, want[span]);
   }
 }
 
 // The weights are rounded to the dtype before they meet the values, in numerator and denominator alike, so what
 // State::spread says holds with the dtype's unit roundoff. Everything else is fp32, on sums of a few hundred terms.
-// Where anchors leave the old state by subtraction, fp32's rounding of the whole weighs as much more as the whole
-// is heavier than what is left. An fp16 weight is off by up to 2^-25 of the largest one, however small it is
-// itself: nothing in the sum of all, but the part that is taken out of it may have only small ones.
-void AmendCase::check_head(int request, int head, const std::vector<int>& anchors) const {
-  const int h = head / spec_.group_size, source = source_[request * heads() + head];
-  const reference::Vector query = query_.row(request, head);
-  const reference::Rows &keys = keys_[request][h], &values = values_[request][h];
-  const reference::Spans spans = reference::spans(seq_lens[request], source, spec_.band, exact(request), anchors);
-  std::vector<int> all_old = spans.old;
-  all_old.insert(all_old.end(), anchors.begin(), anchors.end());
-  const double u = 1.01 * unit_roundoff(spec_.dtype);
-  for (int span = 0; span < kNumSpans; ++span) {
-    const reference::State want =
-        reference::attend(query, keys, values, span == kOld ? spans.old : spans.fresh, softmax_);
-    const size_t row = (span * seq_lens.size() + request) * heads() + head;
-    const float* out = &out_[row * spec_.head_dim];
-    if (want.lse == -INFINITY) {
-      CHECK(lse_[row] == -INFINITY);
-      CHECK(std::all_of(out, out + spec_.head_dim, [](float x) { return x == 0; }));
-      continue;
-    }
-    double slack = 5e-5;
-    if (!anchors.empty() && source == kMiss) {
-      const reference::State whole = reference::attend(query, keys, values, all_old, softmax_);
-      const double whole_by_rest = std::exp(whole.lse - want.lse);
-      if (span == kOld && whole_by_rest > 1e6) continue;  // may count as empty
-      if (span == kOld) slack += 2e-6 * whole_by_rest;
-      const size_t small = span == kOld ? spans.old.size() : anchors.size();
-      if (spec_.dtype == DType::kFloat16) slack += 5 * std::ldexp(whole_by_rest, -25) * static_cast<double>(small);
-    }
-    double worst = std::abs(lse_[row] - want.lse) / (u + slack);
-    for (int d = 0; d < spec_.head_dim; ++d) {
-      const double error = std::abs(out[d] - want.out[d]) / (u * want.spread[d] + slack);
-      if (!(error <= worst)) worst = error;  // NaN too
-    }
-    if (!(worst <= 1)) {
-      std::printf("request %d head %d %s: error %.3g times the tolerance; lse %.7g, should be %.7g\n", request,
-                  head, span == kOld ? "old" : "fresh", worst, lse_[row], want.lse);
-    }
-    CHECK(worst <= 1);
+void AmendCase::check_state(int request, int head, Span span, const reference::State& want) const {
+  const size_t row = (span * seq_lens.size() + request) * heads() + head;
+  const float* out = &out_[row * spec_.head_dim];
+  if (want.lse == -INFINITY || std::isnan(want.lse)) {
+    CHECK(std::isnan(want.lse) ? std::isnan(lse_[row]) : lse_[row] == -INFINITY);
+    CHECK(std::all_of(out, out + spec_.head_dim, [&](float x) { return std::isnan(want.lse) ? x != x : x == 0; }));
+    return;
   }
+  const double u = 1.01 * unit_roundoff(spec_.dtype), slack = 5e-5;
+  double worst = std::abs(lse_[row] - want.lse) / (u + slack);
+  for (int d = 0; d < spec_.head_dim; ++d) {
+    const double error = std::abs(out[d] - want.out[d]) / (u * want.spread[d] + slack);
+    if (!(error <= worst)) worst = error;  // NaN too
+  }
+  if (!(worst <= 1)) {
+    std::printf("request %d head %d %s: error %.3g times the tolerance; lse %.7g, should be %.7g\n", request, head,
+                span == kOld ? "old" : "fresh", worst, lse_[row], want.lse);
+  }
+  CHECK(worst <= 1);
 }
 
 }  // namespace mac_attn::simt

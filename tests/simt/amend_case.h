@@ -11,16 +11,18 @@ struct AmendSpec {
   std::vector<int> seq_lens = {150, 37};
   bool hnd = false;
   bool exact = false;  // without reuse
-  int window = 40, band = 24, anchors = 0;
+  int band = 24, anchors = 0;
   // For (request, KV head) after another, or (request, query head), over and over: the age of the entry that is
   // reused, 0 for a miss. A hit that this request cannot have is a miss.
   std::vector<int> ages = {0};
   bool per_head = false;
-  bool anchor_holes = true;  // some places of an inherited list of anchors are not used
+  bool full_lists = false;  // else a matched entry may have fewer anchors than there is room for
+  double candidates = 1.4;  // about so many of a miss, in multiples of `anchors`
   double soft_cap = 0;
   double sharpness = 1;  // standard deviation of a logit
   int heavy_tokens = 0;  // of each KV head: tokens whose logit for one of the heads is far above the others
   int ctas = 3;
+  int layer = 7;
   std::vector<int> without_ring = {};  // requests that have no slot
   uint64_t seed = 1;                   // of the data
 
@@ -38,33 +40,54 @@ class AmendCase {
   // For tests that break something, before run().
   Pages& pages() { return pages_; }
   std::vector<int32_t> seq_lens, status;
-  std::vector<int32_t> errors;                // [B] Error bits that amend has to find, or finds in `status`
+  std::vector<int32_t> errors;  // [B] Error bits that amend has to find, or finds in `status`
+  std::vector<int32_t> stored;  // [B, H]
+  RingTensors ring;
+  int layer;
+  void set_key(int request, int token, int kv_head, double value);  // all of its elements
+  int slot(int request) const { return slots_[request]; }
   int start(int request, int kv_head) const;  // first token that is read, other than anchors
   AmendParams params();
-  const std::vector<int32_t>& anchors() const { return anchors_; }
+
+  // For tests that look closer. The sample is the answer of a miss; `tau` 0 is none.
+  reference::Sample sample(int request, int kv_head) const;
+  double tau(int request, int kv_head) const;
+  reference::Vector weights(int request, int kv_head) const;  // of a miss, by old token
+  reference::Vector uniforms(int request, int kv_head) const;
+  double log_ratio(int request, int head) const { return log_ratio_[request * heads() + head]; }
+  double expected_log_ratio(int request, int head) const;
+  static constexpr double kSampleSlack = 2e-4;  // of weights, relatively; of a log_ratio
 
  private:
   void check_request(int request) const;
   void check_nan(int request) const;
-  void check_head(int request, int head, const std::vector<int>& anchors) const;
+  void check_head(int request, int head) const;
+  void check_state(int request, int head, Span span, const reference::State& want) const;
+  void check_sample(int request, int kv_head) const;
+  void prepare_miss(int request, int kv_head);
   cuda::AmendWorkspace workspace();
   int heads() const { return spec_.num_kv_heads * spec_.group_size; }
   bool exact(int request) const { return spec_.exact || slots_[request] == kNoSlot; }
-  int64_t entry(int request, int kv_head) const;  // index in the ring's anchors, of the matched entry
+  bool hits(int request, int kv_head) const { return !exact(request) && start(request, kv_head) > 0; }
+  int group(int request, int kv_head) const { return request * spec_.num_kv_heads + kv_head; }
+  int old_end(int request) const;  // E(p), 0 without a ring
+  reference::Rows queries(int request, int kv_head) const;
+  reference::Vector entry_query(int request, int head) const;
+  reference::Sample entry_sample(int request, int kv_head) const;  // the matched entry's
 
   AmendSpec spec_;
   Data data_;
   reference::Softmax softmax_;
   HeadsTensor query_;
   Pages pages_;
-  int num_slots_;
-  std::vector<int32_t> slots_, source_, ring_anchors_;
+  std::vector<int32_t> slots_, source_, place_;
   std::vector<std::vector<reference::Rows>> keys_, values_;  // by request and KV head
-  std::vector<float> out_, lse_;
-  std::vector<int32_t> anchors_, done_, drawn_, error_flag_;
-  std::vector<uint8_t> strip_bin_;
-  std::vector<uint16_t> token_weight_;
-  std::vector<float> partial_out_, partial_max_, partial_sum_, strip_logit_, strip_max_;
+  std::vector<float> out_, lse_, log_ratio_, anchor_weights_;
+  std::vector<int32_t> anchors_, sampled_, done_, drawn_, counts_, error_flag_;
+  std::vector<float> partial_out_, partial_sums_;
+  std::vector<cuda::Candidate> candidate_;
+  std::vector<float> first_weights_;  // of the first run; the others must be the same
+  std::vector<int32_t> first_anchors_;
   int32_t expected_flag_ = 0;
   Unchanged unchanged_;
 };

@@ -9,13 +9,18 @@ namespace {
 
 constexpr uint16_t kGap = 0x1234;  // between the rows of `out`
 
+bool close(double got, double want) {
+  return got == want || std::abs(got - want) <= 3e-5;
+}
+
 }  // namespace
 
 std::string CompleteSpec::name() const {
   return std::string("complete ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") +
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
          " D=" + std::to_string(head_dim) + " S=" + std::to_string(anchors) + (exact ? " exact" : "") +
-         (per_head ? " per head" : "") + " seed=" + std::to_string(seed);
+         (per_head ? " per head" : "") + " depth=" + std::to_string(max_reuse_depth) +
+         " seed=" + std::to_string(seed);
 }
 
 CompleteCase::CompleteCase(const CompleteSpec& spec)
@@ -25,53 +30,67 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
         Data data(spec.seed + 1000);
         const Shape shape{static_cast<int32_t>(spec.seq_lens.size()), spec.num_kv_heads, spec.group_size,
                           spec.head_dim};
-        return RingTensors(spec.dtype, shape, shape.batch + 2, spec.window, spec.anchors, data);
+        return RingTensors(spec.dtype, shape, shape.batch + 2, spec.entries, spec.anchors, data);
       }()),
       spec_(spec),
       data_(spec.seed),
       query_(spec.dtype, static_cast<int>(spec.seq_lens.size()), heads(), spec.head_dim, 1, data_),
+      rotated_(spec.dtype, static_cast<int>(spec.seq_lens.size()), heads(), spec.head_dim, 1, data_),
       head_stride_(spec.head_dim + 3),
       batch_stride_(heads() * head_stride_ + 5),
       before_(ring) {
-  const int batch = static_cast<int>(seq_lens.size());
+  const int batch = static_cast<int>(seq_lens.size()), H = spec.num_kv_heads, G = spec.group_size;
+  const int D = spec.head_dim, S = spec.anchors, M = spec.entries;
   for (int i = 0; i < ring.num_slots; ++i) slots.push_back(i);
   data_.shuffle(slots);
   slots.resize(batch);
+  const int64_t rows = int64_t{batch} * heads();
+  for (int64_t row = 0; row < kNumSpans * rows; ++row) {
+    const bool empty = seq_lens[row / heads() % batch] == 0 || data_.below(4) == 0;
+    state_lse.push_back(empty ? -INFINITY
+                              : static_cast<float>(data_.below(8) ? 3 * data_.normal() : 60 * data_.normal()));
+    for (int d = 0; d < D; ++d) states.push_back(empty ? 0.f : static_cast<float>(data_.normal()));
+  }
+  const Ring r = ring.view();
   size_t next_age = 0;
   for (int b = 0; b < batch; ++b) {
     const int position = seq_lens[b] - 1;
+    request_ids_.push_back(100 + b);
+    const auto& without = spec.without_ring;
+    const bool has_ring = std::find(without.begin(), without.end(), b) == without.end();
     for (int h = 0; h < heads(); ++h) {
-      if (h > 0 && (spec.per_head || h % spec.group_size == 0)) ++next_age;
-      const int age = spec.ages[next_age % spec.ages.size()];
-      const bool hits = age > 0 && age <= spec.window && position - age >= spec.band;
+      const bool decides = h == 0 || spec.per_head || h % G == 0;
+      if (h > 0 && decides) ++next_age;
+      const int age = spec.ages[next_age % spec.ages.size()], kv_head = h / G, g = h % G;
+      const bool hits = has_ring && age > 0 && position - age >= spec.band;
       source_.push_back(hits ? position - age : kMiss);
+      place_.push_back(!hits ? kMiss : decides ? data_.below(M) : place_.back());
+      log_ratio_.push_back(!hits || S == 0 ? 0.f : static_cast<float>(data_.normal()));
+      if (!hits || S == 0) continue;
+      // What is read again is a part of the entry's state, now and then nearly all of it or nothing.
+      const int kind = data_.below(8), place = place_.back();
+      float& entry_lse = r.lse(slots[b], kv_head, place)[g];
+      if (kind == 0) entry_lse = -INFINITY;
+      const double share = kind == 1 ? 1e-4 : 0.1 + 0.08 * data_.below(10);
+      state_lse[b * heads() + h] =
+          kind < 3 && kind != 1 ? -INFINITY : static_cast<float>(entry_lse + std::log1p(-share));
+      if (kind == 3) log_ratio_.back() = -INFINITY;
+      r.depth(slots[b], kv_head, place)[g] = 0;
     }
     ++next_age;
-    request_ids_.push_back(100 + b);
-    // Requests go on where they were, in another slot's place, or as another request.
-    if (position >= 0 && b % 3 < 2) ring.end[slots[b]] = position;
-    ring.request[slots[b]] = !spec.request_ids ? -1 : b % 2 ? 5 : request_ids_.back();
+    for (int h = 0; h < H; ++h) {
+      const int hits = source_[b * heads() + h * G] != kMiss;
+      stored_.push_back(hits ? 1 + data_.below(2 * M - 1) : data_.below(3) ? data_.below(2 * M) : kNoHistory);
+      const int sampled[] = {kNotSampled, 0, 1, S, 4 * S, 4 * S + 1};
+      sampled_.push_back(S == 0 ? kNotSampled : hits ? data_.below(S + 1) : sampled[data_.below(6)]);
+      if (data_.below(5) == 0) *r.tau(slots[b], h) = data_.below(2) ? NAN : 0.f;
+    }
     if (position < 0) slots[b] = kGarbage;
+    if (!has_ring) slots[b] = kNoSlot;
   }
-  for (const int b : spec.without_ring) {
-    slots[b] = kNoSlot;
-    std::fill_n(&source_[b * heads()], heads(), kMiss);
-  }
-  for (int i = 0; i < batch * spec.num_kv_heads * spec.anchors; ++i) {
+  for (int i = 0; i < batch * H * S; ++i) {
     anchors_.push_back(data_.below(4) ? data_.below(1000) : kNoAnchor);
-  }
-  const int64_t rows = int64_t{kNumSpans} * batch * heads();
-  for (int64_t row = 0; row < rows; ++row) {
-    const bool padding = seq_lens[row / heads() % batch] == 0;
-    const bool empty = padding || data_.below(4) == 0;
-    state_lse.push_back(empty ? -INFINITY
-                              : static_cast<float>(data_.below(8) ? 3 * data_.normal() : 60 * data_.normal()));
-    for (int d = 0; d < spec.head_dim; ++d) states.push_back(empty ? 0.f : static_cast<float>(data_.normal()));
-  }
-  // An entry all of whose tokens are anchors.
-  for (size_t row = 0; row < ring.lse.size(); row += 5) {
-    ring.lse[row] = -INFINITY;
-    std::fill_n(&ring.out[row * spec.head_dim], spec.head_dim, 0.f);
+    anchor_weights_.push_back(static_cast<float>(data_.normal()));
   }
 }
 
@@ -83,8 +102,10 @@ void CompleteCase::run(const Run& run) {
   out_.assign((batch - 1) * batch_stride_ + (heads() - 1) * head_stride_ + spec_.head_dim, kGap);
   lse_.assign(batch * heads(), 12345.f);
   unchanged_ = {};
-  unchanged_.note(query_.bits()), unchanged_.note(states), unchanged_.note(state_lse), unchanged_.note(source_);
-  unchanged_.note(anchors_), unchanged_.note(seq_lens), unchanged_.note(slots), unchanged_.note(request_ids_);
+  unchanged_.note(query_.bits()), unchanged_.note(rotated_.bits()), unchanged_.note(states);
+  unchanged_.note(state_lse), unchanged_.note(source_), unchanged_.note(place_), unchanged_.note(stored_);
+  unchanged_.note(anchors_), unchanged_.note(anchor_weights_), unchanged_.note(sampled_);
+  unchanged_.note(log_ratio_), unchanged_.note(seq_lens), unchanged_.note(slots), unchanged_.note(request_ids_);
   unchanged_.note(status);
   CompleteParams p{};
   p.shape = ring.shape, p.dtype = spec_.dtype;
@@ -92,26 +113,40 @@ void CompleteCase::run(const Run& run) {
                 spec_.exact || !spec_.request_ids ? nullptr : request_ids_.data()};
   p.states = states.data(), p.state_lse = state_lse.data();
   if (!spec_.exact) {
-    p.source = source_.data(), p.anchors = anchors_.data();
+    p.matched = {source_.data(), place_.data(), stored_.data()};
+    p.log_ratio = log_ratio_.data(), p.anchors = anchors_.data(), p.anchor_weights = anchor_weights_.data();
+    p.sampled = sampled_.data();
     p.query = query_.view(), p.ring = ring.view();
+    if (spec_.anchors > 0) p.rotated = rotated_.view();
+    p.max_reuse_depth = spec_.anchors > 0 ? 1 : spec_.max_reuse_depth;
   }
   p.band = spec_.band;
   p.out = out_.data(), p.out_batch_stride = batch_stride_, p.out_head_stride = head_stride_;
-  p.lse = spec_.no_lse ? nullptr : lse_.data();
+  p.lse = lse_.data();
   const cuda::CompleteWorkspace w{spec_.exact ? nullptr : status.data()};
   (spec_.dtype == DType::kBFloat16 ? launch_complete_bf16 : launch_complete_fp16)(p, w, run);
 }
 
-reference::State CompleteCase::state(const std::vector<float>& out, const std::vector<float>& lse,
-                                     int64_t row) const {
-  const float* first = &out[row * spec_.head_dim];
-  return {{first, first + spec_.head_dim}, lse[row], {}};
+int64_t CompleteCase::entries_stored() const {
+  int64_t count = 0;
+  for (int slot = 0; slot < ring.num_slots; ++slot) {
+    count += ring.view().counters(slot)[kEntriesStored] - before_.view().counters(slot)[kEntriesStored];
+  }
+  return count;
+}
+
+reference::State CompleteCase::state(Span span, int request, int head) const {
+  const int64_t row = (int64_t{span} * static_cast<int64_t>(seq_lens.size()) + request) * heads() + head;
+  const float* first = &states[row * spec_.head_dim];
+  return {{first, first + spec_.head_dim}, state_lse[row], {}};
 }
 
 // fp32: the weights' exponents are differences of numbers up to some 100, so right to 1e-5, and values are near 1.
 bool CompleteCase::near(const float* got, const reference::Vector& want, const char* what) const {
+  double largest = 1;  // what is left of an entry's state may be a difference of larger numbers
+  for (const double x : want) largest = std::max(largest, std::abs(x));
   for (size_t d = 0; d < want.size(); ++d) {
-    if (!(std::abs(got[d] - want[d]) <= 3e-5)) {
+    if (!(std::abs(got[d] - want[d]) <= 3e-5 * largest)) {
       std::printf("%s, element %d: %.7g, should be %.7g\n", what, static_cast<int>(d), got[d], want[d]);
       return false;
     }
@@ -119,92 +154,123 @@ bool CompleteCase::near(const float* got, const reference::Vector& want, const c
   return true;
 }
 
-void CompleteCase::check_head(int request, int head, RingTensors& want) const {
-  const int64_t row = int64_t{request} * heads() + head, spans = static_cast<int64_t>(seq_lens.size()) * heads();
-  const int D = spec_.head_dim, position = seq_lens[request] - 1;
+CompleteCase::Carried CompleteCase::carried(int request, int head) const {
+  const reference::State old = state(kOld, request, head);
+  const int64_t row = int64_t{request} * heads() + head;
+  const int G = spec_.group_size, place = exact(request) ? kMiss : place_[row];
+  if (place == kMiss || status[request] != 0) return {old, 0};
+  const Ring r = before_.view();
+  const float* first = r.out(slots[request], head / G, place) + head % G * spec_.head_dim;
+  const reference::State entry{
+      {first, first + spec_.head_dim}, r.lse(slots[request], head / G, place)[head % G], {}};
+  const int depth = r.depth(slots[request], head / G, place)[head % G] + 1;
+  return {spec_.anchors > 0 ? reference::rest(entry, old, log_ratio_[row]) : reference::merge(entry, old), depth};
+}
+
+void CompleteCase::check_head(int request, int head, const reference::State& carried) const {
+  const int64_t row = int64_t{request} * heads() + head;
   const uint16_t* out = &out_[request * batch_stride_ + head * head_stride_];
-  const reference::State old = state(states, state_lse, row), fresh = state(states, state_lse, spans + row);
-  if ((!spec_.exact && status[request] != 0) || std::isnan(old.lse) || std::isnan(fresh.lse)) {
-    CHECK(spec_.no_lse || std::isnan(lse_[row]));
-    for (int d = 0; d < D; ++d) CHECK(std::isnan(decode(spec_.dtype, out[d])));
+  const reference::State fresh = state(kFresh, request, head);
+  if ((!spec_.exact && status[request] != 0) || std::isnan(carried.lse) || std::isnan(fresh.lse)) {
+    CHECK(std::isnan(lse_[row]));
+    for (int d = 0; d < spec_.head_dim; ++d) CHECK(std::isnan(decode(spec_.dtype, out[d])));
     return;
   }
-  reference::State carried = old;
-  if (!exact(request) && position >= 0) {
-    int depth = 0;
-    if (source_[row] != kMiss) {
-      const int64_t from = ring.row(slots[request], head, source_[row]);
-      carried = reference::merge(state(before_.out, before_.lse, from), old);
-      depth = before_.depth[from] + 1;
-    }
-    const int64_t to = ring.row(slots[request], head, position);
-    CHECK(ring.lse[to] == static_cast<float>(carried.lse) || std::abs(ring.lse[to] - carried.lse) <= 2e-5);
-    CHECK(near(&ring.out[to * D], carried.out, "carried"));
-    const reference::Vector query = query_.row(request, head);
-    for (int d = 0; d < D; ++d) want.query[to * D + d] = encode(spec_.dtype, query[d]);
-    want.depth[to] = depth;
-    // Compared just now; all else of the ring is compared bit by bit.
-    want.lse[to] = ring.lse[to];
-    std::copy_n(&ring.out[to * D], D, &want.out[to * D]);
-  }
   const reference::State whole = reference::merge(carried, fresh);
-  CHECK(spec_.no_lse || lse_[row] == static_cast<float>(whole.lse) || std::abs(lse_[row] - whole.lse) <= 2e-5);
-  for (int d = 0; d < D; ++d) {
+  CHECK(close(lse_[row], whole.lse));
+  double largest = 1;
+  for (const double x : carried.out) largest = std::max(largest, std::abs(x));
+  for (int d = 0; d < spec_.head_dim; ++d) {
     const double error = std::abs(decode(spec_.dtype, out[d]) - whole.out[d]);
-    CHECK(error <= unit_roundoff(spec_.dtype) * std::abs(whole.out[d]) + 3e-5);
+    CHECK(error <= unit_roundoff(spec_.dtype) * std::abs(whole.out[d]) + 3e-5 * largest);
   }
 }
 
-// What the request adds to its slot beside the states.
-void CompleteCase::expect_request(int request, RingTensors& want) const {
-  const int n = seq_lens[request], position = n - 1, slot = slots[request], H = spec_.num_kv_heads;
-  const int G = spec_.group_size, S = spec_.anchors;
-  int64_t* counters = &want.counters[slot * kNumCounters];
-  ++counters[kSteps];
-  counters[kKvHeadSteps] += H;
-  counters[kKvTokensFull] += int64_t{n} * H;
-  for (int h = 0; h < H; ++h) {
-    int hits = 0, first = n;
-    for (int g = 0; g < G; ++g) {
-      const int source = source_[request * heads() + h * G + g];
-      hits += source != kMiss;
-      first = std::min(first, source == kMiss ? 0 : reference::old_end(source, spec_.band));
+// Floats are compared here and taken over, so that all of the ring can be compared bit by bit.
+void CompleteCase::expect_entry(int request, int kv_head, const std::vector<Carried>& carried,
+                                RingTensors& want) const {
+  const int G = spec_.group_size, D = spec_.head_dim, S = spec_.anchors, slot = slots[request];
+  const int place = std::max(stored_[group(request, kv_head)], 0) % spec_.entries;
+  const Ring to = want.view(), got = ring.view();
+  *to.position(slot, kv_head, place) = seq_lens[request] - 1;
+  for (int g = 0; g < G; ++g) {
+    const int head = kv_head * G + g;
+    const float lse = got.lse(slot, kv_head, place)[g], *out = got.out(slot, kv_head, place) + g * D;
+    CHECK(close(lse, carried[head].state.lse));
+    CHECK(near(out, carried[head].state.out, "carried"));
+    to.lse(slot, kv_head, place)[g] = lse;
+    std::copy_n(out, D, to.out(slot, kv_head, place) + g * D);
+    to.depth(slot, kv_head, place)[g] = carried[head].depth;
+    const reference::Vector query = query_.row(request, head), rotated = rotated_.row(request, head);
+    for (int d = 0; d < D; ++d) {
+      to.query<uint16_t>(slot, kv_head, place)[g * D + d] = encode(spec_.dtype, query[d]);
+      if (S > 0) to.rotated<uint16_t>(slot, kv_head, place)[g * D + d] = encode(spec_.dtype, rotated[d]);
     }
-    counters[kQueryHeadHits] += hits;
-    counters[kKvHeadHits] += hits == G;
-    counters[kKvTokensRead] += n - first;
-    const int32_t* anchors = anchors_.data() + (request * H + h) * S;
-    if (hits > 0) counters[kKvTokensRead] += S - std::count(anchors, anchors + S, kNoAnchor);
-    std::copy_n(anchors, S, want.anchors.begin() + want.anchor_row(slot, h, position));
   }
-  const int64_t id = spec_.request_ids ? request_ids_[request] : -1;
-  if (want.end[slot] != position || want.request[slot] != id) want.begin[slot] = position;
-  want.end[slot] = n;
-  want.request[slot] = id;
-  want.position[slot * spec_.window + position % spec_.window] = position;
+  std::copy_n(anchors_.data() + int64_t{group(request, kv_head)} * S, S, to.anchors(slot, kv_head, place));
+  std::copy_n(anchor_weights_.data() + int64_t{group(request, kv_head)} * S, S,
+              to.anchor_weights(slot, kv_head, place));
+}
+
+// What a KV head of a request adds to its slot.
+void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carried>& carried,
+                                RingTensors& want) const {
+  const int n = seq_lens[request], slot = slots[request], G = spec_.group_size, S = spec_.anchors;
+  const int number = group(request, kv_head), sampled = sampled_[number];
+  const Ring to = want.view(), got = ring.view();
+  int hits = 0, first = n;
+  bool shallow = false;
+  for (int head = kv_head * G; head < (kv_head + 1) * G; ++head) {
+    const int source = source_[request * heads() + head];
+    hits += source != kMiss;
+    first = std::min(first, source == kMiss ? 0 : reference::old_end(source, spec_.band));
+    shallow = shallow || carried[head].depth < (S > 0 ? 1 : spec_.max_reuse_depth);
+    float& last_lse = to.last_lse(slot, kv_head)[head % G];
+    last_lse = lse_[request * heads() + head];  // compared by check_head
+  }
+  const bool stores =
+      reference::old_end(n - 1, spec_.band) > 0 && shallow && (S == 0 || (sampled >= 0 && sampled <= 4 * S));
+  if (stores) expect_entry(request, kv_head, carried, want);
+  const int stored = std::max(stored_[number], 0), next = stored + stores;
+  *to.stored(slot, kv_head) = next < 2 * spec_.entries ? next : next - spec_.entries;
+  if (S > 0) {
+    const float tau = *to.tau(slot, kv_head), now = *got.tau(slot, kv_head);
+    double expected = stored_[number] != kNoHistory && tau > 0 && tau <= 64 ? tau : 1. / S;
+    if (hits == 0 && sampled >= 0) {
+      expected *= std::min(4.0, std::max(0.25, sampled / (1.5 * S)));
+      expected = std::min(64.0, std::max(1. / 64 / S, expected));
+    }
+    CHECK(std::abs(now - expected) <= 1e-6 * expected);
+    *to.tau(slot, kv_head) = now;
+  }
+  const int anchors = S > 0 && hits > 0 ? sampled : 0;
+  int64_t* counters = to.counters(slot);
+  counters[kKvHeadSteps] += 1, counters[kKvHeadHits] += hits == G, counters[kQueryHeadHits] += hits;
+  counters[kKvTokensRead] += n - first + anchors, counters[kKvTokensFull] += n;
+  counters[kAnchorsRead] += anchors, counters[kEntriesStored] += stores;
+  if (kv_head > 0) return;
+  counters[kSteps] += 1;
+  *to.end(slot) = n;
+  *to.request(slot) = spec_.request_ids ? request_ids_[request] : -1;
 }
 
 void CompleteCase::check() const {
   RingTensors want = before_;
   for (int b = 0; b < static_cast<int>(seq_lens.size()); ++b) {
-    for (int h = 0; h < heads(); ++h) check_head(b, h, want);
-    if (!exact(b) && seq_lens[b] > 0 && status[b] == 0) expect_request(b, want);
+    std::vector<Carried> all;
+    for (int h = 0; h < heads(); ++h) {
+      all.push_back(carried(b, h));
+      check_head(b, h, all.back().state);
+    }
+    if (exact(b) || seq_lens[b] <= 0 || status[b] != 0) continue;
+    for (int h = 0; h < spec_.num_kv_heads; ++h) expect_group(b, h, all, want);
   }
   CHECK(unchanged_.holds());
   for (size_t i = 0; i < out_.size(); ++i) {
     const int64_t in_request = static_cast<int64_t>(i) % batch_stride_;
     if (in_request >= heads() * head_stride_ || in_request % head_stride_ >= spec_.head_dim) CHECK(out_[i] == kGap);
   }
-  CHECK(ring.query == want.query);
-  CHECK(ring.out == want.out);
-  CHECK(ring.lse == want.lse);
-  CHECK(ring.depth == want.depth);
-  CHECK(ring.anchors == want.anchors);
-  CHECK(ring.position == want.position);
-  CHECK(ring.begin == want.begin);
-  CHECK(ring.end == want.end);
-  CHECK(ring.request == want.request);
-  CHECK(ring.counters == want.counters);
+  CHECK(ring.bytes == want.bytes);
 }
 
 }  // namespace mac_attn::simt

@@ -10,11 +10,11 @@ struct CompleteSpec {
   int num_kv_heads = 2, group_size = 3, head_dim = 64;
   std::vector<int> seq_lens = {150, 37, 0, 61};
   bool exact = false;
-  int window = 20, band = 24, anchors = 4;
+  int entries = 4, band = 24, anchors = 4;
+  int max_reuse_depth = 4;         // without anchors; with them it is 1
   std::vector<int> ages = {0, 5};  // as in AmendSpec
   bool per_head = false;
   bool request_ids = true;
-  bool no_lse = false;                 // the caller does not want it
   std::vector<int> without_ring = {};  // requests that have no slot
   uint64_t seed = 1;
 
@@ -27,6 +27,7 @@ class CompleteCase {
 
   void run(const Run& run = {Engine::kFibers, 1});
   void check() const;
+  int64_t entries_stored() const;  // by the last run
 
   // For tests that break something, before run(). A request with a status answers NaN and leaves the ring alone.
   std::vector<int32_t> seq_lens, slots, status;
@@ -34,17 +35,25 @@ class CompleteCase {
   std::vector<float> states, state_lse;  // [2, B, Hq, D], [2, B, Hq]
 
  private:
+  struct Carried {
+    reference::State state;
+    int depth;
+  };
   bool exact(int request) const { return spec_.exact || slots[request] == kNoSlot; }
   int heads() const { return spec_.num_kv_heads * spec_.group_size; }
-  reference::State state(const std::vector<float>& out, const std::vector<float>& lse, int64_t row) const;
+  int group(int request, int kv_head) const { return request * spec_.num_kv_heads + kv_head; }
+  reference::State state(Span span, int request, int head) const;
+  Carried carried(int request, int head) const;  // from the ring before the run
   bool near(const float* got, const reference::Vector& want, const char* what) const;
-  void check_head(int request, int head, RingTensors& want) const;
-  void expect_request(int request, RingTensors& want) const;
+  void check_head(int request, int head, const reference::State& carried) const;
+  void expect_entry(int request, int kv_head, const std::vector<Carried>& carried, RingTensors& want) const;
+  void expect_group(int request, int kv_head, const std::vector<Carried>& carried, RingTensors& want) const;
 
   CompleteSpec spec_;
   Data data_;
-  HeadsTensor query_;
-  std::vector<int32_t> source_, anchors_;
+  HeadsTensor query_, rotated_;
+  std::vector<int32_t> source_, place_, stored_, anchors_, sampled_;
+  std::vector<float> log_ratio_, anchor_weights_;
   std::vector<int64_t> request_ids_;
   std::vector<uint16_t> out_;
   std::vector<float> lse_;

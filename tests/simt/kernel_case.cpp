@@ -119,31 +119,37 @@ void Pages::set(int request, int token, int kv_head, const reference::Vector& k,
   }
 }
 
-RingTensors::RingTensors(DType dtype, const Shape& shape, int num_slots, int window, int num_anchors, Data& data)
-    : shape(shape), num_slots(num_slots), window(window), num_anchors(num_anchors) {
-  const int64_t places = int64_t{num_slots} * window, rows = places * shape.num_qo_heads();
-  for (int64_t i = 0; i < rows * shape.head_dim; ++i) {
-    query.push_back(encode(dtype, data.normal()));
-    out.push_back(static_cast<float>(data.normal()));
+RingTensors::RingTensors(DType dtype, const Shape& shape, int num_slots, int entries, int num_anchors, Data& data)
+    : shape(shape),
+      layout(ring_layout({shape.num_kv_heads, shape.group_size, shape.head_dim, entries, num_anchors, 2})),
+      num_slots(num_slots),
+      bytes(num_slots * layout.slot_bytes, 0x5a) {
+  const Ring ring = view();
+  const int G = shape.group_size, row = G * shape.head_dim;
+  const auto normal = [&](float scale) { return scale * static_cast<float>(data.normal()); };
+  for (int slot = 0; slot < num_slots; ++slot) {
+    *ring.end(slot) = data.below(1000), *ring.request(slot) = data.below(1000);
+    for (int i = 0; i < kNumCounters; ++i) ring.counters(slot)[i] = data.below(1000);
+    for (int h = 0; h < shape.num_kv_heads; ++h) {
+      *ring.stored(slot, h) = data.below(2 * entries);
+      *ring.tau(slot, h) = 0.01f + std::abs(normal(0.1f));
+      for (int g = 0; g < G; ++g) ring.last_lse(slot, h)[g] = normal(3);
+      for (int place = 0; place < entries; ++place) {
+        *ring.position(slot, h, place) = data.below(1000);
+        for (int g = 0; g < G; ++g) {
+          ring.depth(slot, h, place)[g] = data.below(5), ring.lse(slot, h, place)[g] = normal(3);
+        }
+        for (int i = 0; i < row; ++i) {
+          ring.query<uint16_t>(slot, h, place)[i] = encode(dtype, data.normal());
+          ring.out(slot, h, place)[i] = normal(1);
+          if (num_anchors > 0) ring.rotated<uint16_t>(slot, h, place)[i] = encode(dtype, data.normal());
+        }
+        for (int i = 0; i < num_anchors; ++i) {
+          ring.anchors(slot, h, place)[i] = kGarbage, ring.anchor_weights(slot, h, place)[i] = normal(1);
+        }
+      }
+    }
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    lse.push_back(static_cast<float>(3 * data.normal()));
-    depth.push_back(data.below(5));
-  }
-  for (int64_t i = 0; i < places * shape.num_kv_heads * num_anchors; ++i) anchors.push_back(data.below(1000));
-  for (int64_t i = 0; i < places; ++i) position.push_back(data.below(1000));
-  for (int i = 0; i < num_slots; ++i) {
-    begin.push_back(data.below(1000));
-    end.push_back(data.below(1000));
-    request.push_back(data.below(1000));
-  }
-  for (int i = 0; i < num_slots * kNumCounters; ++i) counters.push_back(data.below(1000));
-}
-
-Ring RingTensors::view() {
-  return {query.data(),    out.data(),   lse.data(), depth.data(),   anchors.data(),
-          position.data(), begin.data(), end.data(), request.data(), counters.data(),
-          num_slots,       window,       num_anchors};
 }
 
 std::string name_of(const Run& run) {

@@ -84,25 +84,21 @@ class Pages {
   std::vector<int32_t> block_table_;
 };
 
-// A ring with entries in every place, all of them random, as match and complete find it.
+// Rings with numbers in every field, all of them random, as the kernels find them.
 struct RingTensors {
-  RingTensors(DType dtype, const Shape& shape, int num_slots, int window, int num_anchors, Data& data);
-  Ring view();
-  // Index of a query head's place for a position in lse and depth; times head_dim in query and out.
-  int64_t row(int slot, int head, int position) const {
-    const int G = shape.group_size;
-    return ((int64_t{slot} * shape.num_kv_heads + head / G) * window + position % window) * G + head % G;
-  }
-  int64_t anchor_row(int slot, int kv_head, int position) const {
-    return ((int64_t{slot} * shape.num_kv_heads + kv_head) * window + position % window) * num_anchors;
+  RingTensors(DType dtype, const Shape& shape, int num_slots, int entries, int num_anchors, Data& data);
+  Ring view() { return {bytes.data(), layout, num_slots}; }
+  Ring view() const { return {const_cast<char*>(bytes.data()), layout, num_slots}; }  // to look at
+  // Where the entry lies that was stored `ago` entries before the last one.
+  int place(int slot, int kv_head, int ago) const {
+    const int M = layout.shape.entries;
+    return (*view().stored(slot, kv_head) - 1 - ago + 2 * M) % M;
   }
 
   Shape shape;
-  int num_slots, window, num_anchors;
-  std::vector<uint16_t> query;
-  std::vector<float> out, lse;
-  std::vector<int32_t> depth, anchors, position, begin, end;
-  std::vector<int64_t> request, counters;
+  RingLayout layout;
+  int num_slots;
+  std::vector<char> bytes;
 };
 
 // Notes what the kernel must leave as it is, by value.

@@ -59,9 +59,8 @@ void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, int 
 template <typename T>
 void launch_complete_type(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run) {
   with_head_dim(p.shape.head_dim, [&](auto head_dim) {
-    const int warps = p.shape.batch * (p.shape.num_qo_heads() + (p.source ? p.shape.num_kv_heads : 0));
-    const int ctas = (warps + cuda::kWarps - 1) / cuda::kWarps;
-    launch({static_cast<unsigned>(ctas), cuda::kThreads, 0, run.engine, run.seed},
+    const int ctas = p.shape.batch * p.shape.num_kv_heads, threads = cuda::complete_threads(p.shape.group_size);
+    launch({static_cast<unsigned>(ctas), static_cast<unsigned>(threads), 0, run.engine, run.seed},
            cuda::complete_kernel<T, head_dim>, p, w);
   });
 }

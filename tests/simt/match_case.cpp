@@ -14,9 +14,9 @@ constexpr int32_t kStickyBit = 1 << 20;
 std::string MatchSpec::name() const {
   return std::string("match ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") +
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
-         " D=" + std::to_string(head_dim) + " M=" + std::to_string(window) + " W=" + std::to_string(band) +
-         (per_head ? " per head" : "") + (relative ? " relative " : " absolute ") + std::to_string(rho) +
-         " depth=" + std::to_string(max_reuse_depth) + (twins ? " twins" : "") +
+         " D=" + std::to_string(head_dim) + " M=" + std::to_string(entries) + " window=" + std::to_string(window) +
+         " W=" + std::to_string(band) + (per_head ? " per head" : "") + (relative ? " relative " : " absolute ") +
+         std::to_string(rho) + " depth=" + std::to_string(max_reuse_depth) + (twins ? " twins" : "") +
          " splits=" + std::to_string(splits) + " seed=" + std::to_string(seed);
 }
 
@@ -27,7 +27,7 @@ MatchCase::MatchCase(const MatchSpec& spec)
         Data data(spec.seed + 1000);
         const Shape shape{static_cast<int32_t>(spec.seq_lens.size()), spec.num_kv_heads, spec.group_size,
                           spec.head_dim};
-        return RingTensors(spec.dtype, shape, shape.batch + 2, spec.window, 0, data);
+        return RingTensors(spec.dtype, shape, shape.batch + 2, spec.entries, 0, data);
       }()),
       spec_(spec),
       data_(spec.seed),
@@ -40,57 +40,55 @@ MatchCase::MatchCase(const MatchSpec& spec)
     const double rho = spec.rho * (1 + 0.3 * (h % 3));
     thresholds.push_back(static_cast<float>(spec.relative ? rho : rho * spec.head_dim));
   }
+  const Ring r = ring.view();
+  const int G = spec.group_size, M = spec.entries;
   for (int b = 0; b < batch; ++b) {
     const int position = seq_lens[b] - 1, slot = slots[b];
     request_ids_.push_back(100 + b);
-    ring.end[slot] = position;
-    ring.request[slot] = spec.request_ids ? request_ids_[b] : -1;
-    ring.begin[slot] = b % 2 ? std::max(0, position - spec.window / 2) : 0;
-    for (int c = std::max(0, position - spec.window); c < position; ++c) {
-      ring.position[slot * spec.window + c % spec.window] = c;
-      const int kind = data_.below(1000);
-      const bool hole = kind < 1000 * spec.holes;
-      if (hole) ring.position[slot * spec.window + c % spec.window] = data_.below(2) ? -1 : c - spec.window;
-      const bool trap = hole || c < ring.begin[slot] || c < spec.band;
-      if (trap || kind > 1000 * (1 - spec.near)) set_entry(b, c, trap ? 0 : data_.below(10) / 20.);
-    }
-    if (spec.twins) {  // of equal entries, the newest is to be taken
-      const int count = std::min(position, spec.window);
-      for (int i = 1; i + 7 <= count; i += 2) {
-        for (int h = 0; h < heads(); ++h) {
-          std::copy_n(&ring.query[ring.row(slot, h, position - i) * spec.head_dim], spec.head_dim,
-                      &ring.query[ring.row(slot, h, position - i - 7) * spec.head_dim]);
-        }
+    *r.end(slot) = position;
+    *r.request(slot) = spec.request_ids ? request_ids_[b] : -1;
+    for (int h = 0; h < spec.num_kv_heads; ++h) {
+      *r.stored(slot, h) = data_.below(3) ? M + data_.below(M) : 1 + data_.below(M);
+      for (int ago = 0, c = position; ago < M; ++ago) {
+        c -= 1 + data_.below(spec.gap);
+        const int place = ring.place(slot, h, ago), kind = data_.below(1000);
+        const bool hole = kind < 1000 * spec.holes;
+        *r.position(slot, h, place) = std::max(c, -1);
+        if (hole) *r.position(slot, h, place) = data_.below(2) ? -1 : position + data_.below(3);
+        const bool trap = hole || c < position - spec.window || c < spec.band || ago >= *r.stored(slot, h);
+        if (trap || kind > 1000 * (1 - spec.near)) set_entry(b, h, place, trap ? 0 : data_.below(10) / 20.);
+      }
+      for (int ago = 1; spec.twins && ago + 7 < M; ago += 2) {  // of equal entries, the youngest is to be taken
+        std::copy_n(r.query<uint16_t>(slot, h, ring.place(slot, h, ago)), G * spec.head_dim,
+                    r.query<uint16_t>(slot, h, ring.place(slot, h, ago + 7)));
       }
     }
     if (position < 0) slots[b] = kGarbage;
   }
 }
 
-void MatchCase::set_entry(int request, int position, double noise) {
-  for (int h = 0; h < heads(); ++h) {
-    const reference::Vector query = query_.row(request, h);
-    const int64_t first = ring.row(slots[request], h, position) * spec_.head_dim;
+void MatchCase::set_entry(int request, int kv_head, int place, double noise) {
+  const int G = spec_.group_size, D = spec_.head_dim;
+  uint16_t* row = ring.view().query<uint16_t>(slots[request], kv_head, place);
+  for (int g = 0; g < G; ++g) {
+    const reference::Vector query = query_.row(request, kv_head * G + g);
     // With decisions per head, each has another one that is near.
     const double own = spec_.per_head ? noise * data_.below(3) : noise;
-    for (int d = 0; d < spec_.head_dim; ++d) {
-      ring.query[first + d] = encode(spec_.dtype, query[d] + own * data_.normal());
-    }
+    for (int d = 0; d < D; ++d) row[g * D + d] = encode(spec_.dtype, query[d] + own * data_.normal());
   }
 }
 
 void MatchCase::run(const Run& run) {
   const size_t batch = seq_lens.size();
-  source_.assign(batch * heads(), 12345);
+  source_.assign(batch * heads(), 12345), place_.assign(batch * heads(), 12345);
+  stored_.assign(batch * spec_.num_kv_heads, 12345);
   status_.assign(batch, 12345);
   best_.assign(batch * heads(), 0);
   done_.assign(batch * spec_.num_kv_heads, 0);
   error_flag_.assign(1, kStickyBit);
   unchanged_ = {};
   unchanged_.note(query_.bits()), unchanged_.note(thresholds), unchanged_.note(seq_lens), unchanged_.note(slots);
-  unchanged_.note(request_ids_), unchanged_.note(ring.query), unchanged_.note(ring.out), unchanged_.note(ring.lse);
-  unchanged_.note(ring.depth), unchanged_.note(ring.position), unchanged_.note(ring.begin);
-  unchanged_.note(ring.end), unchanged_.note(ring.request), unchanged_.note(ring.counters);
+  unchanged_.note(request_ids_), unchanged_.note(ring.bytes);
   MatchParams p{};
   p.shape = ring.shape, p.dtype = spec_.dtype;
   p.query = query_.view();
@@ -98,8 +96,9 @@ void MatchCase::run(const Run& run) {
   p.ring = ring.view();
   p.threshold = thresholds.data();
   p.relative = spec_.relative, p.per_head = spec_.per_head;
-  p.band = spec_.band, p.min_context = spec_.min_context, p.max_reuse_depth = spec_.max_reuse_depth;
-  p.source = source_.data();
+  p.window = spec_.window, p.band = spec_.band, p.min_context = spec_.min_context,
+  p.max_reuse_depth = spec_.max_reuse_depth;
+  p.matched = {source_.data(), place_.data(), stored_.data()};
   // As on sm_90, or for every other seed as on sm_80.
   const int cluster = run.seed % 2 == 1 && spec_.splits <= cuda::kMaxCluster ? spec_.splits : 1;
   const cuda::MatchWorkspace w{best_.data(),       done_.data(), status_.data(),
@@ -111,35 +110,46 @@ int MatchCase::count_hits() const {
   return static_cast<int>(source_.size() - std::count(source_.begin(), source_.end(), kMiss));
 }
 
-reference::Vector MatchCase::stored(int request, int position, int head) const {
+int MatchCase::stored(int request, int kv_head) const {
+  const int slot = slots[request], n = seq_lens[request];
+  if (errors[request] || n <= 0 || slot == kNoSlot) return kNoHistory;
+  const Ring r = ring.view();
+  if (*r.end(slot) != n - 1 || *r.request(slot) != (spec_.request_ids ? request_ids_[request] : -1)) {
+    return kNoHistory;
+  }
+  const int stored = *r.stored(slot, kv_head);
+  return stored >= 0 && stored < 2 * spec_.entries ? stored : kNoHistory;
+}
+
+reference::Vector MatchCase::query_of(int request, int head, int place) const {
+  const int G = spec_.group_size, D = spec_.head_dim;
+  const uint16_t* rows = ring.view().query<uint16_t>(slots[request], head / G, place);
   reference::Vector row;
-  const int64_t first = ring.row(slots[request], head, position) * spec_.head_dim;
-  for (int d = 0; d < spec_.head_dim; ++d) row.push_back(decode(spec_.dtype, ring.query[first + d]));
+  for (int d = 0; d < D; ++d) row.push_back(decode(spec_.dtype, rows[head % G * D + d]));
   return row;
 }
 
-bool MatchCase::is_candidate(int request, int position, int head) const {
-  const int current = seq_lens[request] - 1, slot = slots[request];
-  if (position < std::max(0, current - spec_.window) || position >= current) return false;
-  return reference::old_end(position, spec_.band) > 0 && position >= ring.begin[slot] &&
-         ring.position[slot * spec_.window + position % spec_.window] == position &&
-         ring.depth[ring.row(slot, head, position)] < spec_.max_reuse_depth;
+bool MatchCase::is_candidate(int request, int head, int place) const {
+  const Ring r = ring.view();
+  const int current = seq_lens[request] - 1, slot = slots[request], G = spec_.group_size;
+  const int position = *r.position(slot, head / G, place);
+  return position >= 0 && position >= current - spec_.window && position < current &&
+         reference::old_end(position, spec_.band) > 0 &&
+         r.depth(slot, head / G, place)[head % G] < spec_.max_reuse_depth;
 }
 
 // One decision of one or several heads. Scores are fp32 sums of up to G * D terms that are not negative, each right
 // to some 2^-22, so that candidates whose scores differ by less than 1e-5 may change places; equal rows may not.
 void MatchCase::check_decision(int request, int first_head, int num_heads) const {
   constexpr double kSlack = 1e-5;
-  const int32_t* answers = &source_[request * heads() + first_head];
-  const int answer = answers[0], position = seq_lens[request] - 1;
-  CHECK(std::count(answers, answers + num_heads, answer) == num_heads);
-  bool searches = !errors[request] && seq_lens[request] > 0 && seq_lens[request] >= spec_.min_context;
-  if (searches) {
-    const int slot = slots[request];
-    searches = slot != kNoSlot && ring.end[slot] == position &&
-               ring.request[slot] == (spec_.request_ids ? request_ids_[request] : -1);
-  }
-  if (!searches) {
+  const int64_t row = request * heads() + first_head;
+  const int kv_head = first_head / spec_.group_size, slot = slots[request], answer = place_[row];
+  CHECK(std::count(&place_[row], &place_[row] + num_heads, answer) == num_heads);
+  const int history = stored(request, kv_head);
+  CHECK(stored_[request * spec_.num_kv_heads + kv_head] == history);
+  const int source = answer == kMiss ? kMiss : *ring.view().position(slot, kv_head, answer);
+  CHECK(std::count(&source_[row], &source_[row] + num_heads, source) == num_heads);
+  if (history == kNoHistory || seq_lens[request] < spec_.min_context) {
     CHECK(answer == kMiss);
     return;
   }
@@ -148,29 +158,25 @@ void MatchCase::check_decision(int request, int first_head, int num_heads) const
     const reference::Vector query = query_.row(request, h);
     queries.push_back({query, reference::match_theta(query, thresholds[h], spec_.relative)});
   }
-  double best = INFINITY, found = NAN;
-  for (int c = std::max(0, position - spec_.window); c < position; ++c) {
-    if (!is_candidate(request, c, first_head)) continue;
+  const auto rows_of = [&](int place) {
     reference::Rows rows;
-    for (int h = first_head; h < first_head + num_heads; ++h) rows.push_back(stored(request, c, h));
-    const double score = reference::match_score(queries, rows);
+    for (int h = first_head; h < first_head + num_heads; ++h) rows.push_back(query_of(request, h, place));
+    return rows;
+  };
+  double best = INFINITY, found = NAN;
+  for (int ago = 0; ago < std::min(history, spec_.entries); ++ago) {
+    const int place = ring.place(slot, kv_head, ago);
+    if (!is_candidate(request, first_head, place)) continue;
+    const double score = reference::match_score(queries, rows_of(place));
     if (score < best) best = score;  // NaN is not
-    if (c == answer) found = score;
+    if (place == answer) found = score;
+    if (answer != kMiss && std::isnan(found)) CHECK(rows_of(place) != rows_of(answer));  // the youngest wins
   }
   if (answer == kMiss) {
     CHECK(!(best < 1 - kSlack));
     return;
   }
-  CHECK(is_candidate(request, answer, first_head));
   CHECK(found < 1 + kSlack && found <= best * (1 + kSlack) + 1e-12);
-  for (int c = answer + 1; c < position; ++c) {
-    if (!is_candidate(request, c, first_head)) continue;
-    bool equal = true;
-    for (int h = first_head; h < first_head + num_heads; ++h) {
-      equal = equal && stored(request, c, h) == stored(request, answer, h);
-    }
-    CHECK(!equal);
-  }
 }
 
 void MatchCase::check() const {

@@ -9,12 +9,13 @@ struct MatchSpec {
   DType dtype = DType::kBFloat16;
   int num_kv_heads = 2, group_size = 3, head_dim = 64;
   std::vector<int> seq_lens = {90, 60, 0, 41};
-  int window = 40, band = 16, min_context = 1, max_reuse_depth = 1 << 30;
+  int entries = 40, window = 60, band = 16, min_context = 1, max_reuse_depth = 1 << 30;
   bool per_head = false, relative = true;
   bool request_ids = true;
   double rho = 0.2;    // the threshold, as a share of a query's expected square
   double near = 0.15;  // share of the entries that lie near the query
   double holes = 0.1;  // share of the entries that are none: they hold the very query, as a trap
+  int gap = 2;         // largest distance between the positions of two entries
   bool twins = false;  // entries come in equal pairs
   int splits = 1;
   uint64_t seed = 1;
@@ -35,19 +36,20 @@ class MatchCase {
   RingTensors ring;
   std::vector<float> thresholds;
   HeadsTensor& query() { return query_; }
-  void set_entry(int request, int position, double noise);  // the request's query and some noise
+  void set_entry(int request, int kv_head, int place, double noise);  // the request's query and some noise
 
  private:
   int heads() const { return spec_.num_kv_heads * spec_.group_size; }
   void check_decision(int request, int first_head, int num_heads) const;
-  bool is_candidate(int request, int position, int head) const;
-  reference::Vector stored(int request, int position, int head) const;
+  int stored(int request, int kv_head) const;  // the answer, from the slot's history
+  bool is_candidate(int request, int head, int place) const;
+  reference::Vector query_of(int request, int head, int place) const;
 
   MatchSpec spec_;
   Data data_;
   HeadsTensor query_;
   std::vector<int64_t> request_ids_;
-  std::vector<int32_t> source_, status_, done_, error_flag_;
+  std::vector<int32_t> source_, place_, stored_, status_, done_, error_flag_;
   std::vector<unsigned long long> best_;
   Unchanged unchanged_;
 };

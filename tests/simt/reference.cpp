@@ -1,6 +1,7 @@
 #include "reference.h"
 
 #include <algorithm>
+#include <functional>
 #include <set>
 
 namespace mac_attn::reference {
@@ -61,68 +62,97 @@ State merge(const State& a, const State& b) {
   return state;
 }
 
-Spans spans(int n, int source, int band, bool exact, const std::vector<int>& anchors) {
-  const int end = exact ? 0 : old_end(n - 1, band);
-  const int start = exact || source < 0 ? 0 : old_end(source, band);
-  Spans result;
-  for (int token = start; token < end; ++token) {
-    if (std::find(anchors.begin(), anchors.end(), token) == anchors.end()) result.old.push_back(token);
+double uniform(int position, int kv_head, int layer, int token) {
+  constexpr uint64_t kBits32 = 0xffffffff;
+  const auto scramble = [](uint64_t x) {
+    x = ((x ^ x >> 16) * 0x7feb352d) & kBits32;
+    return ((x ^ x >> 15) * 0x846ca68b) & kBits32;
+  };
+  uint64_t seed = 0;
+  for (const int part : {position, kv_head, layer}) {
+    const uint64_t x = scramble((seed + part) & kBits32);
+    seed = x ^ x >> 16;
   }
-  result.fresh = anchors;
-  for (int token = end; token < n; ++token) result.fresh.push_back(token);
-  return result;
+  return std::ldexp(static_cast<double>((scramble((seed + token) & kBits32) >> 8) + 1), -24);
 }
 
-std::string judge_choice(const std::vector<int>& anchors, const Rows& queries, const Rows& keys, int n,
-                         const Softmax& softmax, const ChoiceRules& rules) {
-  std::set<int> taken;
-  for (const int token : anchors) {
-    if (token < 0 || token >= rules.end) return "token " + std::to_string(token) + " is not old";
-    if (!taken.insert(token).second) return "token " + std::to_string(token) + " twice";
-  }
-  if (!std::is_sorted(anchors.begin(), anchors.end())) return "not ascending";
-  // By head and token: the logit, in log2, less the head's log-sum-exp and less its maximum.
-  Rows weights, leads;
-  for (const Vector& query : queries) {
-    Vector x;
-    double lse = -INFINITY;
-    for (int token = 0; token < n; ++token) {
-      x.push_back(logit(query, keys[token], softmax));
-      lse = log_add(lse, x.back());
-    }
-    const double max = *std::max_element(x.begin(), x.begin() + rules.end);
-    weights.push_back({}), leads.push_back({});
-    for (int token = 0; token < rules.end; ++token) {
-      weights.back().push_back((x[token] - lse) / std::log(2.0));
-      leads.back().push_back((x[token] - max) / std::log(2.0));
+Vector sample_weights(const Rows& queries, const Rows& keys, int end, const Vector& last_lse,
+                      const Softmax& softmax) {
+  Vector weights(end, 0.0);
+  for (int token = 0; token < end; ++token) {
+    for (size_t g = 0; g < queries.size(); ++g) {
+      const double weight = std::exp(logit(queries[g], keys[token], softmax) - last_lse[g]);
+      if (weight > weights[token]) weights[token] = weight;
     }
   }
-  const auto weight_of = [&](int token) {
-    double weight = -INFINITY;
-    for (const Vector& head : weights) weight = std::max(weight, head[token]);
-    return weight;
-  };
-  double lightest = INFINITY;
-  for (const int token : anchors) lightest = std::min(lightest, weight_of(token));
-  const double bar = std::max(lightest + rules.slack_log2, rules.floor_log2);
+  return weights;
+}
 
-  int worthy = 0;  // tokens that cannot be too light
-  for (int token = 0; token < rules.end; ++token) {
-    double lead = -INFINITY;
-    for (const Vector& head : leads) lead = std::max(lead, head[token]);
-    if (!(lead > rules.least_log2)) continue;
-    ++worthy;
-    const bool all_used = static_cast<int>(anchors.size()) == rules.count;
-    if (taken.count(token) == 0 && all_used && weight_of(token) > bar) {
-      return "token " + std::to_string(token) + " is heavier (2^" + std::to_string(weight_of(token)) +
-             ") than the lightest chosen (2^" + std::to_string(lightest) + ")";
+std::string judge_sample(const Sample& sample, const Vector& weights, const Vector& uniforms, double tau, int count,
+                         double slack) {
+  constexpr int kRoom = 4;
+  Vector keys;
+  for (size_t i = 0; i < weights.size(); ++i) keys.push_back(weights[i] / uniforms[i]);
+  const auto above = [&](double bar) {
+    return static_cast<int>(std::count_if(keys.begin(), keys.end(), [&](double key) { return key > bar; }));
+  };
+  const int certain = above(tau * (1 + slack)), possible = above(tau * (1 - slack));
+  if (sample.candidates < certain || sample.candidates > possible) {
+    return std::to_string(sample.candidates) + " candidates, must be " + std::to_string(certain) + " to " +
+           std::to_string(possible);
+  }
+  if (sample.candidates > kRoom * count) return sample.tokens.empty() ? "" : "a sample without room for it";
+  double cut = tau;
+  if (sample.candidates > count) {
+    Vector sorted = keys;
+    std::sort(sorted.begin(), sorted.end(), std::greater<>());
+    cut = sorted[count];
+  }
+  if (static_cast<int>(sample.tokens.size()) != std::min(sample.candidates, count)) {
+    return std::to_string(sample.tokens.size()) + " of " + std::to_string(sample.candidates) + " candidates kept";
+  }
+  std::set<int> taken;
+  for (size_t i = 0; i < sample.tokens.size(); ++i) {
+    const int token = sample.tokens[i];
+    const std::string name = "token " + std::to_string(token);
+    if (token < 0 || token >= static_cast<int>(weights.size())) return name + " is not old";
+    if (!taken.empty() && token <= *taken.rbegin()) return name + " is not above the one before";
+    taken.insert(token);
+    if (!(keys[token] > cut * (1 - slack))) return name + " has too small a key";
+    const double a = std::max(0.0, cut / weights[token] - 1);
+    if (!(std::abs(sample.a[i] - a) <= 2 * slack * (1 + a))) {
+      return name + " has a " + std::to_string(sample.a[i]) + ", must be " + std::to_string(a);
     }
   }
-  const int chosen = static_cast<int>(anchors.size());
-  if (chosen > rules.count || chosen < std::min(rules.count, worthy)) {
-    return std::to_string(chosen) + " anchors of " + std::to_string(worthy) + " worthy tokens";
+  for (size_t i = 0; i < keys.size(); ++i) {
+    if (keys[i] > cut * (1 + slack) && taken.count(static_cast<int>(i)) == 0) {
+      return "token " + std::to_string(i) + " is missing";
+    }
   }
   return "";
+}
+
+double log_ratio(const Vector& now, const Vector& then, const Rows& keys, const Sample& sample,
+                 const Softmax& softmax) {
+  double sum_now = -INFINITY, sum_then = -INFINITY;
+  for (size_t i = 0; i < sample.tokens.size(); ++i) {
+    const Vector& key = keys[sample.tokens[i]];
+    sum_now = log_add(sum_now, std::log(sample.a[i]) + logit(now, key, softmax));
+    sum_then = log_add(sum_then, std::log(sample.a[i]) + logit(then, key, softmax));
+  }
+  return sum_then == -INFINITY ? 0 : sum_now - sum_then;
+}
+
+State rest(const State& entry, const State& replaced, double log_ratio) {
+  State state;
+  state.out.assign(entry.out.size(), 0.0);
+  const double share = entry.lse == -INFINITY ? 0 : 1 - std::exp(replaced.lse - entry.lse);
+  if (share < 1. / 1024) return state;
+  for (size_t d = 0; d < entry.out.size(); ++d) {
+    state.out[d] = (entry.out[d] - (1 - share) * replaced.out[d]) / share;
+  }
+  state.lse = entry.lse + std::log(share) + log_ratio;
+  return state;
 }
 
 double match_theta(const Vector& query, double threshold, bool relative) {

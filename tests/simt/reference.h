@@ -37,26 +37,34 @@ State attend(const Vector& query, const Rows& keys, const Rows& values, const st
 // State of the union of two disjoint sets of tokens.
 State merge(const State& a, const State& b);
 
-// What a query head of position n - 1 attends to afresh.
-struct Spans {
-  std::vector<int> old;    // [s, E(p)) without the anchors
-  std::vector<int> fresh;  // the anchors and [E(p), n)
-};
-// `source` is the position of the reused entry, or -1. Without reuse (`exact`) everything is fresh.
-Spans spans(int n, int source, int band, bool exact, const std::vector<int>& anchors);
+// u of a token, as the hash of the entry's position, the KV head and the layer has it.
+double uniform(int position, int kv_head, int layer, int token);
 
-// What the choice of anchors on a miss has to fulfil.
-struct ChoiceRules {
-  int end;            // tokens [0, end) may be chosen
-  int count;          // at most so many are
-  double least_log2;  // weights this much below a head's largest logit must not count, lighter ones may not
-  double slack_log2;  // how far the order of two weights may be wrong
-  double floor_log2;  // weights below this, as softmax, are all alike
+// The weights by which a miss samples the tokens [0, end): by how much the group's logits exceed `last_lse`, the
+// most of any head. NaN is none.
+Vector sample_weights(const Rows& queries, const Rows& keys, int end, const Vector& last_lse,
+                      const Softmax& softmax);
+
+// A sample: how many candidates there were, the tokens that were kept and their a.
+struct Sample {
+  int candidates;
+  std::vector<int> tokens;
+  Vector a;
 };
 
-// Says what is wrong with the anchors that a KV head chose; empty if nothing is. queries: of the group.
-std::string judge_choice(const std::vector<int>& anchors, const Rows& queries, const Rows& keys, int n,
-                         const Softmax& softmax, const ChoiceRules& rules);
+// Says what is wrong with a sample of at most `count` tokens; empty if nothing is. Weights are known within a
+// relative error `slack`.
+std::string judge_sample(const Sample& sample, const Vector& weights, const Vector& uniforms, double tau, int count,
+                         double slack);
+
+// ln of how the sum over the sample's tokens of a exp(logit) changes from one query to another; 0 where there is
+// none.
+double log_ratio(const Vector& now, const Vector& then, const Rows& keys, const Sample& sample,
+                 const Softmax& softmax);
+
+// What is left of an entry's state over [0, E(c)) without the tokens that `replaced` stands for, moved by
+// `log_ratio`.
+State rest(const State& entry, const State& replaced, double log_ratio);
 
 // One candidate of a match decision over one or several heads.
 struct MatchHead {

@@ -1,9 +1,12 @@
-// amend_kernel: test_simt_amend shapes|mixes|errors|schedules DTYPE
+// amend_kernel: test_simt_amend shapes|mixes|errors|samples|schedules DTYPE
 //
 // shapes     every instantiation and the awkward lengths, one or two schedules each
 // mixes      hits, misses, anchors, soft cap, granularities, grids
 // errors     what a request with bad lengths, pages or slots does to itself and not to others
+// samples    how a sample is drawn, cut and refused; that the comparison finds faults; the estimate it gives
 // schedules  small cases under many schedules of the fibers, and on threads
+#include <algorithm>
+#include <cmath>
 #include <set>
 
 #include "amend_case.h"
@@ -82,7 +85,8 @@ void test_shapes(DType dtype) {
         spec.num_kv_heads = 1 + i / 3 % 2;
         spec.seq_lens = {70 + i % 40, 0, 1 + i % 3};
         spec.ages = {i % 3 == 0 ? 5 : 0, 12};
-        spec.anchors = group_size <= cuda::kMaxTileHeads ? 4 : 0;
+        spec.anchors = group_size <= std::min(cuda::kMaxTileHeads, cuda::kMostReplaced / head_dim * 8) ? 4 : 0;
+        spec.candidates = 0.5 + i % 5;
         spec.exact = i % 7 == 4;
         spec.ctas = 1 + i % 4;
         spec.seed = i++;
@@ -107,8 +111,8 @@ void test_shapes(DType dtype) {
 
 void test_mixes(DType dtype) {
   AmendSpec spec;
-  spec.dtype = dtype, spec.page_size = 7, spec.seq_lens = {210, 90, 0, 150}, spec.window = 70;
-  const std::vector<int> all_ages[] = {{0}, {1}, {spec.window}, {0, 3}, {20, 0, 66, 1, 0}};
+  spec.dtype = dtype, spec.page_size = 7, spec.seq_lens = {210, 90, 0, 150};
+  const std::vector<int> all_ages[] = {{0}, {1}, {70}, {0, 3}, {20, 0, 66, 1, 0}};
   for (const std::vector<int>& ages : all_ages) {
     spec.ages = ages;
     for (const int anchors : {0, 16, 64}) {
@@ -130,7 +134,7 @@ void test_mixes(DType dtype) {
   }
   // Large logits: the maximum moves often, and most of the weight is in the anchors.
   spec = {};
-  spec.dtype = dtype, spec.seq_lens = {300}, spec.heavy_tokens = 12, spec.window = 64;
+  spec.dtype = dtype, spec.seq_lens = {300}, spec.heavy_tokens = 12, spec.ages = {0, 20};
   for (const double sharpness : {0.1, 2.0, 4.0}) {
     for (const int group_size : {1, 16}) {
       spec.sharpness = sharpness, spec.group_size = group_size, spec.anchors = 8;
@@ -139,8 +143,9 @@ void test_mixes(DType dtype) {
       spec.soft_cap = 0;
     }
   }
-  // More candidates than the block has threads; all of one weight, so that the first ones are to be taken.
+  // More candidates than the block has threads; all of one weight.
   spec.seq_lens = {2300}, spec.group_size = 2, spec.num_kv_heads = 1, spec.page_size = 64, spec.anchors = 50;
+  spec.ages = {0};
   for (const double sharpness : {0.0, 1.0}) {
     for (const int ctas : {1, 9}) {
       spec.heavy_tokens = sharpness > 0 ? 10 : 0, spec.sharpness = sharpness, spec.ctas = ctas,
@@ -157,15 +162,11 @@ void test_mixes(DType dtype) {
   spec.without_ring = {};
   spec.seq_lens = {2300}, spec.ages = {0}, spec.num_kv_heads = 1;
   spec.anchors = cuda::kMaxAnchors, test(spec, one_run());
+  spec.candidates = 2.2, test(spec, one_run());
   spec.ages = {10}, test(spec, one_run());
   spec.seq_lens = {90}, spec.group_size = cuda::kMaxGroup, spec.anchors = 0, test(spec, one_run());
-  // Bins of so many strips that they do not fit shared memory.
-  AmendSpec wide;
-  wide.dtype = dtype, wide.group_size = 1, wide.num_kv_heads = 1, wide.page_size = 64, wide.anchors = 5;
-  wide.seq_lens = {2 * cuda::Stage<64>::kBytes * cuda::kWarpTokens + wide.band + 3}, wide.heavy_tokens = 9;
-  test(wide, one_run());
   spec.page_size = 16, spec.group_size = 3;
-  // Fewer candidates than anchors; a band longer than the context.
+  // Fewer old tokens than anchors; a band longer than the context.
   spec.seq_lens = {40, 24, 26}, spec.anchors = 64, spec.sharpness = 1, test(spec, one_run());
   spec.band = 100, test(spec, one_run());
 }
@@ -207,6 +208,133 @@ void test_errors(DType dtype) {
   unread.check();
 }
 
+// What the slot knows decides whether a sample is drawn.
+void test_refusals(DType dtype) {
+  AmendSpec spec;
+  spec.dtype = dtype, spec.seq_lens = {150, 90}, spec.anchors = 8;
+  const auto changed = [&](const char* what, bool draws, auto change) {
+    const CaseReport report(what);
+    AmendCase amend(spec);
+    const int slot = amend.slot(0);
+    change(amend, *amend.ring.view().tau(slot, 1), amend.ring.view().last_lse(slot, 1));
+    amend.run(one_run()[0]);
+    amend.check();
+    CHECK((amend.tau(0, 1) > 0) == draws && (amend.sample(0, 1).candidates != kNotSampled) == draws);
+    CHECK(amend.tau(0, 0) > 0 && amend.tau(1, 1) > 0);
+  };
+  changed("nothing", true, [](AmendCase&, float&, float*) {});
+  changed("no history", false, [](AmendCase& a, float&, float*) { a.stored[1] = kNoHistory; });
+  changed("no entry yet", true, [](AmendCase& a, float&, float*) { a.stored[1] = 0; });
+  for (const float tau : {NAN, 0.f, -1.f, 64.5f, INFINITY}) {
+    changed("tau that cannot be gone by", false, [&](AmendCase&, float& to, float*) { to = tau; });
+  }
+  for (const float lse : {NAN, INFINITY, -INFINITY}) {
+    changed("no log-sum-exp", false, [&](AmendCase&, float&, float* last_lse) { last_lse[2] = lse; });
+  }
+  changed("weights that overflow", true, [](AmendCase&, float&, float* last_lse) {
+    for (int g = 0; g < 3; ++g) last_lse[g] = -30000;
+  });
+  changed("no weight at all", true, [](AmendCase&, float&, float* last_lse) {
+    for (int g = 0; g < 3; ++g) last_lse[g] = 30000;
+  });
+  changed("all the weight in one token", true,
+          [](AmendCase&, float& tau, float* last_lse) { tau = 64, last_lse[0] = -1; });
+  changed("NaN in a key", true, [](AmendCase& a, float&, float*) { a.set_key(0, 40, 1, NAN); });
+}
+
+// The comparison has to find faults: those of a right answer that is changed as a wrong kernel would have it.
+void test_faults(DType dtype) {
+  AmendSpec spec;
+  spec.dtype = dtype, spec.seq_lens = {600, 600}, spec.anchors = 30, spec.num_kv_heads = 1, spec.ages = {0, 9};
+  for (const double candidates : {0.7, 2.5}) {
+    spec.candidates = candidates;
+    const CaseReport report(spec.name());
+    AmendCase amend(spec);
+    amend.run(one_run()[0]);
+    amend.check();
+    const reference::Sample right = amend.sample(0, 0);
+    const reference::Vector weights = amend.weights(0, 0), uniforms = amend.uniforms(0, 0);
+    const double tau = amend.tau(0, 0), slack = AmendCase::kSampleSlack;
+    const auto found = [&](const char* what, const reference::Sample& sample) {
+      const CaseReport report(what);
+      CHECK(!reference::judge_sample(sample, weights, uniforms, tau, spec.anchors, slack).empty());
+    };
+    reference::Sample wrong = right;
+    for (double& a : wrong.a) a = a > 0 ? a + 1 : a;  // 1 / pi
+    found("weights off by the inclusion probability", wrong);
+    wrong = right;
+    for (size_t i = 0; i < wrong.a.size(); ++i) wrong.a[i] = std::max(0.0, tau / weights[wrong.tokens[i]] - 1);
+    if (candidates > 1) found("tau not raised by a cut", wrong);
+    wrong = right, wrong.tokens.pop_back(), wrong.a.pop_back();
+    found("a token too few", wrong);
+    // What the kernel would draw if all tokens had the first one's hash.
+    wrong = {0, {}, {}};
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (!(weights[i] > tau * uniforms[0])) continue;
+      if (++wrong.candidates > spec.anchors) continue;
+      wrong.tokens.push_back(static_cast<int>(i)), wrong.a.push_back(std::max(0.0, tau / weights[i] - 1));
+    }
+    found("one hash for all tokens", wrong);
+    for (int g = 0; g < spec.group_size; ++g) {
+      const double other = amend.log_ratio(1, (g + 1) % spec.group_size);
+      CHECK(std::abs(other - amend.expected_log_ratio(1, g)) > AmendCase::kSampleSlack);
+    }
+  }
+}
+
+// Over many hashes, which change with the layer: a token is taken as often as its weight by tau says, and the sums
+// that the samples stand for are those over all old tokens.
+void test_estimate(DType dtype) {
+  constexpr int kHashes = 300;
+  AmendSpec spec;
+  spec.dtype = dtype, spec.seq_lens = {110}, spec.num_kv_heads = 1, spec.group_size = 2, spec.anchors = 40;
+  spec.candidates = 0.5;
+  const CaseReport report(spec.name());
+  AmendCase amend(spec);
+  const reference::Vector weights = amend.weights(0, 0);
+  const double tau = amend.tau(0, 0);
+  double exact = 0, mean = 0, square = 0;
+  std::vector<int> taken(weights.size());
+  for (const double weight : weights) exact += weight;
+  for (amend.layer = 0; amend.layer < kHashes; ++amend.layer) {
+    amend.run(one_run()[0]);
+    const reference::Sample sample = amend.sample(0, 0);
+    CHECK(sample.candidates <= spec.anchors);
+    double sum = 0;
+    for (size_t i = 0; i < sample.tokens.size(); ++i) {
+      sum += (1 + sample.a[i]) * weights[sample.tokens[i]], ++taken[sample.tokens[i]];
+    }
+    mean += sum / kHashes, square += sum * sum / kHashes;
+  }
+  CHECK(std::abs(mean - exact) < 3 * std::sqrt((square - mean * mean) / kHashes));
+  double deviation = 0;  // sum of squares of as many about normal numbers
+  int light = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const double pi = std::min(1.0, weights[i] / tau), expected = kHashes * pi;
+    if (pi == 1) CHECK(taken[i] == kHashes);
+    if (pi == 1) continue;
+    deviation += std::pow(taken[i] - expected, 2) / (expected * (1 - pi)), ++light;
+  }
+  CHECK(light > 50 && std::abs(deviation - light) < 4 * std::sqrt(2. * light));
+}
+
+void test_samples(DType dtype) {
+  AmendSpec spec;
+  spec.dtype = dtype, spec.seq_lens = {500, 90}, spec.anchors = 16, spec.page_size = 64;
+  for (const double candidates : {0.0, 0.6, 1.0, 1.1, 3.9, 4.0, 4.1, 6.0, 100.0}) {
+    for (const int ctas : {1, 5}) {
+      spec.candidates = candidates, spec.ctas = ctas, spec.heavy_tokens = ctas, ++spec.seed;
+      test(spec, {one_run()[0], one_run()[0]});
+    }
+  }
+  spec.anchors = 1, spec.candidates = 3, test(spec, one_run());
+  spec.sharpness = 0, spec.anchors = 20, spec.heavy_tokens = 0;  // all of one weight
+  for (const double candidates : {0.5, 2.0}) spec.candidates = candidates, test(spec, one_run());
+  test_refusals(dtype);
+  test_faults(dtype);
+  if (dtype == DType::kBFloat16) test_estimate(dtype);
+}
+
 void test_schedules(DType dtype) {
   AmendSpec spec;
   spec.dtype = dtype, spec.seq_lens = {140, 0, 70, 25}, spec.page_size = 7, spec.ages = {0, 6, 20, 0};
@@ -231,6 +359,7 @@ int main(int argc, char** argv) {
   if (part == "shapes") simt::test_shapes(dtype);
   if (part == "mixes") simt::test_mixes(dtype);
   if (part == "errors") simt::test_errors(dtype);
+  if (part == "samples") simt::test_samples(dtype);
   if (part == "schedules") simt::test_schedules(dtype);
   return simt::test_result(("amend " + part).c_str());
 }

@@ -4,7 +4,8 @@
 namespace mac_attn::simt {
 namespace {
 
-void test(const CompleteSpec& spec, const std::vector<Run>& runs) {
+// Returns the entries that were stored.
+int64_t test(const CompleteSpec& spec, const std::vector<Run>& runs) {
   const CaseReport report(spec.name());
   CompleteCase complete(spec);
   for (const Run& run : runs) {
@@ -12,6 +13,7 @@ void test(const CompleteSpec& spec, const std::vector<Run>& runs) {
     complete.run(run);
     complete.check();
   }
+  return complete.entries_stored();
 }
 
 std::vector<Run> one_run() {
@@ -22,14 +24,13 @@ std::vector<Run> one_run() {
 void test_all(DType dtype) {
   CompleteSpec spec;
   spec.dtype = dtype;
-  spec.window = 5;  // a ring is filled element by element
-  const std::vector<int> all_ages[] = {{0}, {1}, {spec.window}, {0, 3, spec.window}};
+  const std::vector<int> all_ages[] = {{0}, {1}, {30}, {0, 3, 30}};
   for (const int head_dim : {64, 80, 96, 128, 256}) {
     for (const int group_size : {1, 3, 5, 8, 16, 32}) {
       for (const std::vector<int>& ages : all_ages) {
         spec.head_dim = head_dim, spec.group_size = group_size, spec.ages = ages;
         spec.request_ids = spec.seed % 3 != 0, spec.exact = spec.seed % 5 == 0;
-        spec.no_lse = spec.seed % 4 == 1;
+        spec.max_reuse_depth = 1 + static_cast<int>(spec.seed % 6);
         spec.num_kv_heads = 1 + static_cast<int>(spec.seed % 3);
         ++spec.seed;
         spec.per_head = spec.seed / 4 % 2, spec.anchors = !spec.per_head && spec.seed % 2 ? 4 : 0;
@@ -37,14 +38,29 @@ void test_all(DType dtype) {
       }
     }
   }
-  // More KV heads than a warp has lanes, as one warp sees to all of a request's.
+  // More heads than a warp has lanes; many KV heads; more anchors than threads.
   spec = {};
   spec.dtype = dtype, spec.num_kv_heads = 40, spec.group_size = 2, spec.anchors = 16, test(spec, one_run());
+  spec.num_kv_heads = 1, spec.anchors = 200, test(spec, one_run());
+  spec.group_size = cuda::kMaxGroup, spec.anchors = 0, spec.per_head = true, test(spec, one_run());
+  // A hit with anchors stores nothing, nor does an entry without old tokens.
+  spec = {};
+  spec.dtype = dtype, spec.ages = {5}, spec.seq_lens = {150, 60};
+  CHECK(test(spec, one_run()) == 0);
+  spec.anchors = 0, spec.max_reuse_depth = 10;
+  CHECK(test(spec, one_run()) == 4);
+  spec.seq_lens = {spec.band, 3};
+  CHECK(test(spec, one_run()) == 0);
+  spec.seq_lens = {spec.band + 1, 3};
+  CHECK(test(spec, one_run()) == 2);
 
   spec = {};
-  spec.dtype = dtype;
+  spec.dtype = dtype, spec.entries = 1, test(spec, all_runs());  // the new entry's place is the matched one's
+  spec.anchors = 0, test(spec, all_runs());
+  spec.per_head = true, spec.group_size = 6, spec.ages = {0, 5, 7}, spec.max_reuse_depth = 2,
   test(spec, all_runs());
-  spec.num_kv_heads = 3, spec.ages = {spec.window}, spec.no_lse = true, test(spec, all_runs());
+  spec = {};
+  spec.dtype = dtype, spec.num_kv_heads = 3, spec.ages = {30}, test(spec, all_runs());
   spec.without_ring = {0, 3}, test(spec, all_runs());
   spec.exact = true, test(spec, all_runs());
 }

@@ -57,13 +57,15 @@ void test_mixes(DType dtype) {
       }
     }
   }
-  // A window of many rounds for each warp, one that is not full, and none at all.
-  for (const int window : {200, 1, 7}) {
-    spec.window = window, spec.seq_lens = {400, 120, 18, 17, 16, 1, 2}, spec.group_size = 2, spec.near = 0.02;
+  // Entries of many rounds for each warp, a single one; a window that ends before them.
+  for (const int entries : {200, 1, 7}) {
+    spec.entries = entries, spec.seq_lens = {400, 120, 18, 17, 16, 1, 2}, spec.group_size = 2, spec.near = 0.02;
     spec.num_kv_heads = 1;
     for (const bool per_head : {false, true}) {
-      for (const int splits : {1, 3})
-        spec.per_head = per_head, spec.splits = splits, ++spec.seed, test(spec, one_run());
+      for (const int splits : {1, 3}) {
+        spec.per_head = per_head, spec.splits = splits, spec.gap = splits, spec.window = splits == 1 ? 30 : 1000;
+        ++spec.seed, test(spec, one_run());
+      }
     }
   }
   // More CTAs than candidates.
@@ -104,11 +106,21 @@ void test_numbers(DType dtype) {
       changed("a threshold of 0", [](MatchCase& m) { m.thresholds[2] = 0; });
       changed("a threshold below 0", [](MatchCase& m) { m.thresholds[1] = -1; });
       changed("a threshold of NaN", [](MatchCase& m) { m.thresholds[3] = NAN; });
-      changed("entries with NaN and infinity", [](MatchCase& m) {
-        for (size_t i = 7; i < m.ring.query.size(); i += 1500) m.ring.query[i] = i % 4 ? 0x7fff : 0xff80;
+      const int spec_entries = spec.entries;
+      changed("entries with NaN and infinity", [&](MatchCase& m) {
+        for (int place = 0; place < spec_entries; place += 5) {
+          uint16_t* row = m.ring.view().query<uint16_t>(m.slots[0], place % 2, place);
+          row[7] = place % 4 ? 0x7fff : 0xff80;
+        }
       });
-      changed("another request's slot", [](MatchCase& m) { ++m.ring.request[m.slots[0]]; });
-      changed("a broken history", [](MatchCase& m) { --m.ring.end[m.slots[1]], ++m.ring.end[m.slots[3]]; });
+      changed("another request's slot", [](MatchCase& m) { ++*m.ring.view().request(m.slots[0]); });
+      changed("a broken history",
+              [](MatchCase& m) { --*m.ring.view().end(m.slots[1]), ++*m.ring.view().end(m.slots[3]); });
+      changed("a count out of range", [](MatchCase& m) {
+        *m.ring.view().stored(m.slots[0], 0) = 2 * m.ring.layout.shape.entries;
+        *m.ring.view().stored(m.slots[0], 1) = 0;
+        *m.ring.view().stored(m.slots[1], 1) = -5;
+      });
     }
   }
 }

@@ -2,7 +2,7 @@
 //
 //   stage=match|amend  dtype=bf16|fp16  batch=  num_kv_heads=  group_size=  head_dim=  page_size=  seq_len=
 //   age=       0: every head misses; else every head reuses the entry of position seq_len - 1 - age
-//   anchors=  window=  band=  ctas=
+//   anchors=  entries=  band=  ctas=
 //
 // The answer is checked against the reference as well; the exit status tells.
 #include <algorithm>
@@ -36,7 +36,7 @@ class Arguments {
   std::map<std::string, std::string> values_ = {
       {"stage", "amend"},  {"dtype", "bf16"},   {"batch", "1"},      {"num_kv_heads", "2"}, {"group_size", "4"},
       {"head_dim", "128"}, {"page_size", "16"}, {"seq_len", "1024"}, {"age", "0"},          {"anchors", "0"},
-      {"window", "64"},    {"band", "64"},      {"ctas", "8"}};
+      {"entries", "64"},   {"band", "64"},      {"ctas", "8"}};
 };
 
 template <typename Spec>
@@ -45,20 +45,22 @@ Spec spec_of(const Arguments& arguments) {
   spec.dtype = arguments.text("dtype") == "fp16" ? DType::kFloat16 : DType::kBFloat16;
   spec.num_kv_heads = arguments.number("num_kv_heads"), spec.group_size = arguments.number("group_size");
   spec.head_dim = arguments.number("head_dim");
-  spec.window = arguments.number("window"), spec.band = arguments.number("band");
+  spec.band = arguments.number("band");
   spec.seq_lens.assign(arguments.number("batch"), arguments.number("seq_len"));
   return spec;
 }
 
 void run_match(const Arguments& arguments) {
   MatchSpec spec = spec_of<MatchSpec>(arguments);
-  spec.near = spec.holes = 0;
+  spec.near = spec.holes = 0, spec.gap = 1, spec.entries = spec.window = arguments.number("entries");
   const int batch = arguments.number("batch"), age = arguments.number("age");
   spec.splits = std::max(1, arguments.number("ctas") / (batch * spec.num_kv_heads));
   MatchCase match(spec);
   for (int b = 0; b < batch; ++b) {
-    match.ring.begin[match.slots[b]] = 0;
-    if (age > 0) match.set_entry(b, spec.seq_lens[b] - 1 - age, 0);
+    for (int h = 0; h < spec.num_kv_heads; ++h) {
+      *match.ring.view().stored(match.slots[b], h) = spec.entries;  // all places are taken
+      if (age > 0) match.set_entry(b, h, match.ring.place(match.slots[b], h, age - 1), 0);
+    }
   }
   reset_counters();
   match.run();
@@ -70,7 +72,7 @@ void run_amend(const Arguments& arguments) {
   AmendSpec spec = spec_of<AmendSpec>(arguments);
   spec.page_size = arguments.number("page_size"), spec.anchors = arguments.number("anchors");
   spec.ages = {arguments.number("age")}, spec.ctas = arguments.number("ctas");
-  spec.anchor_holes = false;
+  spec.full_lists = true;
   AmendCase amend(spec);
   CHECK((amend.start(0, 0) > 0) == (spec.ages[0] > 0));
   reset_counters();

@@ -39,6 +39,9 @@ MAC_DEVICE uint32_t reduce_max(uint32_t value) {
 MAC_DEVICE uint32_t reduce_add(uint32_t value) {
   return __reduce_add_sync(0xffffffffu, value);
 }
+MAC_DEVICE int count_bits(uint32_t bits) {
+  return __popc(bits);
+}
 MAC_DEVICE void sync_warp() {
   __syncwarp();
 }
@@ -94,6 +97,9 @@ inline uint32_t reduce_max(uint32_t value) {
 }
 inline uint32_t reduce_add(uint32_t value) {
   return simt::collective<reduce_add_of_warp>("reduce_add", value);
+}
+inline int count_bits(uint32_t bits) {
+  return __builtin_popcount(bits);
 }
 inline void sync_warp() {
   simt::sync_warp();

@@ -142,6 +142,7 @@ class MacLayer(CacheLayerMixin):
             dtype=self.dtype,
             device=self.device,
             rotary=self.rotary,
+            layer=self.index,
         )
 
     def update(

@@ -22,7 +22,7 @@ from .metrics import WorkerCounters
 from .options import Options
 from .rotary import is_rotated, rotary_of
 from .slots import Place, Row, SlotTable
-from .support import engine_reason, layer_reason, shares_kv
+from .support import backend_reason, engine_reason, layer_reason, shares_kv
 
 # A child of vLLM's logger, so that its lines are formatted and shown as vLLM's are.
 logger = logging.getLogger("vllm.mac_attn")
@@ -124,6 +124,9 @@ class Engine:
         parents = _parents(self.runner.get_model())
         shared = shares_kv(layers)
         for name, layer in layers.items():
+            if not hasattr(layer.impl, "mac"):
+                left[backend_reason(layer)] += 1
+                continue
             if name in shared:
                 left["layers that share their KV cache"] += 1
                 continue
@@ -136,8 +139,8 @@ class Engine:
         if self.rings:
             self._share_counters()
             self._say(len(layers))
-        elif not left:
-            self._warn("off: the model has no layer of vLLM's backends CPU_ATTN and FLASH_ATTN")
+        else:
+            self._warn("off: no layer is served")
 
     def _warn(self, text: str, *values: object) -> None:
         if self._speaks:
@@ -231,13 +234,9 @@ def engine_of(vllm_config: Any, layer_names: list[str]) -> Engine | None:
 
 
 def _attention_layers(vllm_config: Any) -> dict[str, Any]:
-    """The layers with an impl of this package, by name."""
+    """The attention layers by name, whatever their backend."""
     layers = vllm_config.compilation_config.static_forward_context
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if isinstance(layer, Attention) and hasattr(layer.impl, "mac")
-    }
+    return {name: layer for name, layer in layers.items() if isinstance(layer, Attention)}
 
 
 def _parents(model: nn.Module) -> dict[int, nn.Module]:
