@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from cases import PagedKV, one_thread
-from judge import Judge, adopt, sample_tolerance
+from judge import Judge, adopt, sample_tolerance, seed_with_taus
 from torch import Tensor
 
 import mac_attn
@@ -218,9 +218,10 @@ class Twins:
 
     def seed(self, *call: Any, **rows: Any) -> None:
         """Seed both; arguments as for `mac_attn.seed`."""
-        mac_attn.seed(self.cache, *call, **rows)
+        taus = seed_with_taus(self.cache, *call, **rows)
         slots = rows["slots"].tolist()
-        judge = Judge(self.cache, self.reference, slots, self.sampling, steered=False)
+        # Weights go by log-sum-exps that are not taken over from the backend between the steps.
+        judge = Judge(self.cache, self.reference, slots, self.sampling + self.state.absolute, taus)
         with one_thread():
             reference.seed(self.reference, *call, **rows, choose=judge)
         adopt(self.cache, self.reference, slots, self.state)

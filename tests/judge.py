@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,8 +31,8 @@ def sample_tolerance(device: torch.device | str) -> float:
 class Judge:
     """`choose` of the reference for a call that the backend has made already.
 
-    `slots` are those of the call's rows. Without `steered` (seed) the backend's tau is not that
-    after the judged step, and is not looked at.
+    `slots` are those of the call's rows. For `seed`, which makes many steps in a call, `taus` are
+    the backend's `[N, H]` after each, see `seed_with_taus`.
     """
 
     def __init__(
@@ -40,11 +41,10 @@ class Judge:
         reference: ReferenceReuse,
         slots: list[int],
         tolerance: float,
-        *,
-        steered: bool = True,
+        taus: dict[tuple[int, int], Tensor] | None = None,
     ) -> None:
         self.cache, self.reference, self.slots = cache, reference, slots
-        self.tolerance, self.steered = tolerance, steered
+        self.tolerance, self.taus = tolerance, taus
 
     def __call__(self, draw: Draw) -> Sample:
         """The backend's sample, if the keys allow it."""
@@ -52,18 +52,18 @@ class Judge:
         own, keys = draw_sample(draw), draw.keys.nan_to_num(nan=0.0)
         counts = [int((keys > draw.tau * (1 + x)).sum()) for x in (self.tolerance, -self.tolerance)]
         possible = set(range(counts[0], counts[1] + 1))
-        if self.steered:
-            tau = float(self.cache.ring_tau[slot, head])
-            possible = {c for c in possible if near(next_tau(draw.tau, c, size), tau)}
-            assert possible, f"tau went from {draw.tau} to {tau} by {counts} candidates"
+        taus = self.cache.ring_tau if self.taus is None else self.taus[draw.row, draw.position]
+        tau = float(taus[slot, head])
+        possible = {c for c in possible if near(next_tau(draw.tau, c, size), tau)}
+        assert possible, f"tau went from {draw.tau} to {tau} by {counts} candidates"
         ring, room = self.reference.slots[slot].rings[head], self.cache.cfg.entries
         place = ring.stored % room
         stored = int(self.cache.ring_position[slot, head, place]) == draw.position
         # A tag may be left from another history of the slot.
-        if self.steered and room > 1:
+        if self.taus is not None:
+            stored = stored and min(possible) <= ROOM * size
+        elif room > 1:
             stored = stored and int(self.cache.ring_stored[slot, head]) != ring.stored
-        elif not self.steered and min(possible) > ROOM * size:
-            stored = False
         possible = {c for c in possible if (c <= ROOM * size) == stored}
         assert possible, f"{counts} candidates of {size} are {'' if stored else 'not '}stored"
         count = own.count if own.count in possible else min(possible)
@@ -94,7 +94,34 @@ class Judge:
 
 
 def near(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6)
+    """Whether two values of tau are the same but for the roundings of some ten steps."""
+    return math.isclose(a, b, rel_tol=3e-6)
+
+
+def seed_with_taus(
+    cache: mac_attn.ReuseCache, *call: Any, **rows: Any
+) -> dict[tuple[int, int], Tensor]:
+    """Seed a cache; answers its tau `[N, H]` after the step of each (row, position)."""
+    steps: list[Tensor] = []
+    complete = mac_attn.ops.complete
+
+    def recorded(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        result = complete(*args, **options)
+        steps.append(cache.ring_tau.clone())
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mac_attn.ops, "complete", recorded)
+        mac_attn.seed(cache, *call, **rows)
+    length, lens = call[0].shape[1], call[3].tolist()
+    every = -(-length // cache.cfg.entries)
+    chosen = range((length - 1) % every, length, every)
+    taus = steps[-len(chosen) :]
+    return {
+        (b, n - length + t): tau
+        for b, n in enumerate(lens)
+        for t, tau in zip(chosen, taus, strict=True)
+    }
 
 
 def adopt(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from cases import GARBAGE_PAGES, one_thread
 from compare import added_counters, check_ring, out_tolerance, state_tolerance
-from judge import Judge, adopt, sample_tolerance
+from judge import Judge, adopt, sample_tolerance, seed_with_taus
 from poison import poisoned_rerun
 from torch import Tensor
 
@@ -297,9 +297,11 @@ class Server:
         n = len(request)
         call = (q, (self.k, self.v), self.table([request]), self.ints([n]))
         rows = {**self.rows([request]), "q_match": q_match}
-        mac_attn.seed(self.cache, *call, **rows)
+        taus = seed_with_taus(self.cache, *call, **rows)
         if request.checked:
-            judge = Judge(self.cache, self.reference, [request.slot], self.sampling, steered=False)
+            # Log-sum-exps between the steps are not taken over from the backend.
+            tolerance = self.sampling + self.state_tolerance.absolute
+            judge = Judge(self.cache, self.reference, [request.slot], tolerance, taus)
             with one_thread():
                 reference.seed(self.reference, *call, **rows, choose=judge)
             adopt(self.cache, self.reference, [request.slot], self.state_tolerance)

@@ -11,6 +11,7 @@ from estimator import Problem, backend_draws, check, reference_draws
 
 from mac_attn.reference import Draw, draw_sample, first_tau, next_tau, uniforms
 
+ROUNDING = {torch.float32: 3e-5, torch.bfloat16: 2e-2}  # of outputs
 # S, and the candidates that tau lets through on average: fewer, as many, more than there is room.
 REGIMES = {"threshold": (48, 24.0), "either": (24, 24.0), "priority": (24, 48.0)}
 
@@ -25,8 +26,7 @@ def test_the_reference_estimates_without_bias(regime):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_estimate_without_bias(regime, dtype, device):
     problem = Problem(*REGIMES[regime], device, dtype)
-    rounding = 3e-5 if dtype == torch.float32 else 2e-2
-    check(problem, backend_draws(problem), rounding)
+    check(problem, backend_draws(problem), ROUNDING[dtype])
 
 
 def test_hash_in_plain_integers():

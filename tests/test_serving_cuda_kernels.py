@@ -1,4 +1,4 @@
-"""The model-based test on the CUDA kernels: their own sources, compiled as C++, run on the host."""
+"""Tests on the CUDA kernels: their own sources, compiled as C++, run on the host."""
 
 from __future__ import annotations
 
@@ -61,3 +61,8 @@ except RuntimeError as error:
         "GPU 0 has compute capability 7.5, but mac_attn was built for 9.0+PTX (+PTX: and any"
         " later one): build it with TORCH_CUDA_ARCH_LIST=7.5"
     )
+
+
+@pytest.mark.parametrize("regime", ["threshold", "either", "priority"])
+def test_samples_estimate_without_bias(regime):
+    assert run("estimate", regime) == f"{regime}: unbiased"

@@ -1,7 +1,8 @@
 """The model-based test of tests/test_serving_model.py with the CUDA kernels instead of the CPU's.
 
 A process of its own: the extension is exchanged before mac_attn is imported. With the name of one
-of the planted bugs the test must fail, and this script succeeds if it does.
+of the planted bugs the test must fail, and this script succeeds if it does. With `estimate` and a
+regime of tests/test_sampling.py it is that file's test of the estimator.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ TESTS = Path(__file__).resolve().parents[2]
 EXAMPLES = 20  # a step takes some ten times as long as on the CPU
 
 
+def estimate(regime: str) -> int:
+    """Over 1,000 hashes the sample's sums are unbiased."""
+    from estimator import Problem, backend_draws, check
+    from test_sampling import REGIMES, ROUNDING
+
+    problem = Problem(*REGIMES[regime], torch.device("cpu"), torch.bfloat16)
+    check(problem, backend_draws(problem), ROUNDING[torch.bfloat16])
+    print(f"{regime}: unbiased")
+    return 0
+
+
 def main() -> int:
     module = load_as_c()
     sys.path.insert(0, str(TESTS))
@@ -26,6 +38,8 @@ def main() -> int:
     import mac_attn
 
     assert mac_attn.ops._C is module and "host execution" in module.build_info()["simd"]
+    if sys.argv[1:2] == ["estimate"]:
+        return estimate(sys.argv[2])
 
     class OnCudaKernels(model.ServingMachine):
         options = dict(head_dim=64, dtype=torch.bfloat16, kernels="cuda")
