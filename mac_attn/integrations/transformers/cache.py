@@ -215,7 +215,10 @@ class MacCache(Cache):
         if not stats:
             raise Refusal("no statistics: the MacCache has no `config` or was never used")
         per_slot = torch.stack([layer.per_slot for layer in stats]).sum(0)
-        return mac_attn.ReuseStats(per_slot, stats[0].num_qo_heads, stats[0].num_kv_heads)
+        # Every layer has made the same steps, but not all need have the same heads.
+        heads = zip(*((layer.num_qo_heads, layer.num_kv_heads) for layer in stats), strict=True)
+        mean = [sum(counts) / len(stats) for counts in heads]
+        return mac_attn.ReuseStats(per_slot, *mean)  # type: ignore[arg-type] # need not be whole
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns in use, left padding included."""
