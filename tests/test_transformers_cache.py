@@ -57,6 +57,7 @@ def test_batch_changes_size(device: torch.device) -> None:
     cache = MacCache(model, max_length=64, config=ALWAYS)
     model(ids, attention_mask=mask, past_key_values=cache)
     cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([True, True, True, True]))
     cache.batch_select_indices(torch.tensor([2, 1, -1]))
     expected = MacCache(model, max_length=64, config=ALWAYS)
     model(ids[rows], attention_mask=mask[rows], past_key_values=expected)

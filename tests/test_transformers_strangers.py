@@ -258,12 +258,23 @@ def test_an_unknown_rotation_is_refused_and_can_be_given() -> None:
     torch.testing.assert_close(got, run(model, ids, transformers.DynamicCache()), **ROUNDING)
 
 
+def test_a_wrong_rotation_is_refused() -> None:
+    model = mac_model("glm")
+    half = RotaryEmbedding.from_transformers(model)
+    interleaved = RotaryEmbedding.from_transformers(model, interleaved=True)
+    for given in (half, [None, interleaved]):
+        with pytest.raises(ValueError, match="rotary: layer 0 .* in neighbouring dimensions"):
+            MacCache(model, max_length=64, rotary=given)
+    MacCache(model, max_length=64, rotary=interleaved)
+
+
 def test_a_model_that_does_not_run_alone_says_so() -> None:
     model = tiny_model(CPU)
     model.model.embed_tokens.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=r"16 tokens.*raised ZeroDivisionError(.|\n)*`rotary`"):
         MacCache(model, max_length=64)
     MacCache(model, max_length=64, config=None)
+    MacCache(model, max_length=64, rotary=RotaryEmbedding.from_transformers(model))
 
 
 def test_the_probe_leaves_no_trace() -> None:

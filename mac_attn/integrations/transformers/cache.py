@@ -14,7 +14,7 @@ import mac_attn
 from mac_attn._checks import check_int, check_type
 
 from .layer import Kind, MacLayer
-from .rotation import PROBE_TOKENS, Link, Rotation, find_rotations
+from .rotation import PROBE_TOKENS, Link, Rotation, check_rotations, find_rotations
 from .shared import Mode, Shared
 from .support import Refusal, check_model
 
@@ -42,7 +42,7 @@ class MacCache(Cache):
 
     Args:
         model: the model, or a wrapper of it, with attention implementation "mac". With a `config`
-            and no `rotary` it is run once, on 16 tokens, to see how each layer rotates queries.
+            it is run once, on 16 tokens, to see how each layer rotates queries.
         max_length: tokens per request that the cache can hold, padding included.
         batch_size: requests per batch (times beams or returned sequences). None takes it from the
             first forward, and anew after `reset()`.
@@ -95,8 +95,11 @@ class MacCache(Cache):
         self._model = Link(model)
         self._rotations: dict[int, Rotation | None] = {}
         strangers: list[str | None] = [None] * len(kinds)
-        if config is not None and rotary is None:
+        if config is not None:
             probe = MacCache(model, max_length=PROBE_TOKENS, config=None)
+        if config is not None and rotary is not None:
+            check_rotations(model, probe, rotaries)
+        elif config is not None:
             self._rotations = find_rotations(model, probe)
             strangers = [layer.stranger for layer in probe.layers]
             # What the probe did not see is never decoded here; see Shared.warn_of_strangers.
@@ -266,8 +269,7 @@ class MacCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the requests `indices`, in that order."""
-        batch = list(range(self._batch()))
-        self._select_rows([batch[i] for i in indices.tolist()])
+        self._select_rows(torch.arange(self._batch())[indices.cpu()].tolist())
 
     def _batch(self) -> int:
         """Requests in the cache; 0 before its first use."""
