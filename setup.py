@@ -3,7 +3,7 @@
 Environment:
     MAC_ATTN_CUDA=0|1       leave the CUDA kernels out, or insist on them
     CUDA_HOME               the toolkit to build with
-    TORCH_CUDA_ARCH_LIST    the GPUs to build for, default 8.0;9.0a
+    TORCH_CUDA_ARCH_LIST    the GPUs to build for, default 8.0;9.0+PTX
     MAC_ATTN_SANITIZE=LIST  e.g. address,undefined: an instrumented build for tests
     MAX_JOBS                compilers at a time
 """
@@ -13,18 +13,24 @@ import runpy
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # pip does not, and build_support lies here
 
 from build_support.toolkit import (  # noqa: E402
     DEFAULT_ARCHES,
+    BuildError,
+    check_setuptools,
     find_toolkit,
     runtime_folder,
     use_cuda,
 )
 
+try:
+    check_setuptools(setuptools.__version__)
+except BuildError as error:
+    raise SystemExit(f"mac_attn: {error}") from error
 try:
     import torch
 except ModuleNotFoundError as error:
@@ -34,8 +40,15 @@ except ModuleNotFoundError as error:
     ) from error
 
 cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
-toolkit = find_toolkit() if os.environ.get("MAC_ATTN_CUDA") != "0" else None
-cuda = use_cuda(torch.version.cuda, bool(cuda_sources), toolkit)
+library_dirs = []
+try:
+    wanted = os.environ.get("MAC_ATTN_CUDA") != "0"
+    toolkit = find_toolkit(torch.version.cuda) if wanted else None
+    cuda = use_cuda(torch.version.cuda, bool(cuda_sources), toolkit)
+    if cuda:
+        library_dirs = [str(runtime_folder(toolkit, ROOT / "build" / "cuda-lib"))]
+except BuildError as error:
+    raise SystemExit(f"mac_attn: {error}") from error
 if cuda:
     os.environ["CUDA_HOME"] = str(toolkit)  # before torch's module looks for one itself
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHES)
@@ -43,7 +56,7 @@ if cuda:
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 version = runpy.run_path(str(ROOT / "mac_attn" / "_version.py"))["__version__"]
-macros = [("MAC_ATTN_VERSION", f'"{version}"')]
+macros = [("MAC_ATTN_VERSION", f'"{version}"'), ("MAC_ATTN_TORCH", f'"{torch.__version__}"')]
 # The SIMD kernels choose their instructions file by file and at run time: no -march here.
 # torch's headers have unused parameters by the hundred.
 cxx = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fopenmp"]
@@ -56,9 +69,7 @@ if sanitizers := os.environ.get("MAC_ATTN_SANITIZE"):
 
 sources = [*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
 flags = {"cxx": cxx}
-library_dirs = []
 if cuda:
-    library_dirs = [str(runtime_folder(toolkit, ROOT / "build" / "cuda-lib"))]
     sources += cuda_sources
     macros += [
         ("MAC_ATTN_WITH_CUDA", "1"),
@@ -68,7 +79,7 @@ if cuda:
 else:
     sources = [path for path in sources if path.name != "backend_cuda.cpp"]
 
-setup(
+setuptools.setup(
     ext_modules=[
         (CUDAExtension if cuda else CppExtension)(
             "mac_attn._C",
@@ -82,4 +93,6 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
+    # A library newer than its sources may still be another torch's. Ninja knows what to compile.
+    options={"build_ext": {"force": True}},
 )

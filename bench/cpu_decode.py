@@ -64,16 +64,17 @@ class Context:
             head_dim=HEAD_DIM,
             dtype=torch.bfloat16,
         )
-        # Random queries first, so that match has a full window to search, then the planted one.
-        window = reuse.cfg.window
+        # Random queries first, so that match has a full ring to search, then the planted one.
+        entries = reuse.cfg.entries
         reuse.ring_query.copy_(torch.randn(reuse.ring_query.shape).to(torch.bfloat16))
-        reuse.ring_lse.zero_()
-        reuse.ring_out.copy_(torch.randn(reuse.ring_out.shape))
-        positions = torch.arange(self.length - 2 - window, self.length - 2, dtype=torch.int32)
-        reuse.ring_position[0, positions.long() % window] = positions
-        reuse.slot_begin[0] = self.length - 2 - window
-        reuse.slot_end[0] = self.length - 2
-        self._decode(reuse, self.length - 1)  # a miss: a real entry with anchors of its own
+        first = self.length - 9 - entries
+        reuse.ring_position.copy_(torch.arange(first, first + entries, dtype=torch.int32))
+        reuse.ring_stored.fill_(entries)
+        reuse.slot_end[0] = self.length - 9
+        for n in range(self.length - 8, self.length - 1):  # misses, until lists have their length
+            self._decode(reuse, n)
+            reuse.ring_position[reuse.ring_position >= n - 1] = 0
+        self._decode(reuse, self.length - 1)  # a miss whose entry stays
         return reuse
 
     def _decode(self, reuse: mac_attn.ReuseCache | None, n: int) -> Tensor:
@@ -114,9 +115,10 @@ class Context:
         """K, V and ring queries that an all-hit step has to read."""
         reuse = self.ring
         stats = reuse.stats()
-        steps = stats.steps - 1  # all but the planted miss
+        steps = stats.steps - 8  # all but the planted misses
         assert stats.query_head_hits == steps * NUM_QO_HEADS, "a timed step was not a hit"
-        tokens = (stats.kv_tokens_read - NUM_KV_HEADS * (self.length - 1)) / steps
+        misses = sum(range(self.length - 8, self.length)) * NUM_KV_HEADS
+        tokens = (stats.kv_tokens_read - misses) / steps
         return int(tokens * 2 * HEAD_DIM * 2) + reuse.ring_query.nbytes
 
 

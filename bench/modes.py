@@ -78,7 +78,7 @@ class Mode:
     def seed_key(self) -> Any:
         """Modes with equal keys have equal ring entries after the same prompt."""
         configs = self.config if isinstance(self.config, tuple) else (self.config,)
-        return tuple(c and (c.window, c.band, c.anchors, c.granularity) for c in configs)
+        return tuple(c and (c.entries, c.window, c.band, c.anchors, c.granularity) for c in configs)
 
 
 def _changed(config: ReuseConfig, options: dict[str, str], min_context: int) -> ReuseConfig:
@@ -103,7 +103,7 @@ class Prefill:
     after the other, or ask for a copy. Attribute `logits`: `[B, vocab]` float32, after the prompts.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, room: int, window: int = 512) -> None:
+    def __init__(self, model: PreTrainedModel, ids: Tensor, room: int, window: int = 2048) -> None:
         """`room` is how many tokens may follow the prompts; `window` the largest of a mode."""
         self.model, self.window = model, window
         self.batch, self.length = ids.shape
@@ -155,8 +155,7 @@ class Prefill:
         cache = self._on_store(mode.config, copy)
         for new, old in zip(cache.layers, self._seeded[1].layers, strict=True):
             assert new.reuse is not None and old.reuse is not None
-            for ring, seeded_ring in zip(new.reuse._rings(), old.reuse._rings(), strict=True):
-                ring.copy_(seeded_ring)
+            new.reuse.ring.copy_(old.reuse.ring)
         return cache
 
     def _on_store(self, config: ReuseConfig | Sequence[ReuseConfig] | None, copy: bool) -> MacCache:

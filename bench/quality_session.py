@@ -146,7 +146,7 @@ def _rows(options: argparse.Namespace, length: int, copies: int = 1) -> int:
     """Prompts whose caches, rings (twice) and activations fit into `--gib`."""
     from transformers import AutoConfig
 
-    from mac_attn import ReuseConfig
+    from mac_attn import _C, ReuseConfig
     from mac_attn.demo.model import folder
 
     config = AutoConfig.from_pretrained(folder(options.model), local_files_only=True)
@@ -154,7 +154,9 @@ def _rows(options: argparse.Namespace, length: int, copies: int = 1) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     size = getattr(torch, options.dtype).itemsize
     kv = length * layers * 2 * config.num_key_value_heads * head_dim * size
-    ring = layers * ReuseConfig().window * heads * (head_dim * (size + 4) + 8 + 256)
+    kv_heads, default = config.num_key_value_heads, ReuseConfig()
+    sizes = (kv_heads, heads // kv_heads, head_dim, default.entries, default.anchors, size)
+    ring = layers * _C.ring_layout(*sizes)[1]
     prefill = length * (6 * config.hidden_size + 3 * config.intermediate_size) * size
     return max(1, int(options.gib * 2**30 / (copies * kv + max(prefill, 2 * ring))))
 

@@ -33,7 +33,7 @@ TARGET = 0.3  # of (step, KV head) pairs read in full, where MAC and the paper's
 
 OURS = ReuseConfig()
 HEADS = replace(OURS, anchors=0, granularity="head", max_reuse_depth=None)
-RELATIVE = (0.05, 0.1, 0.15, 0.2, 0.3)
+RELATIVE = (0.1, 0.2, 0.3, 0.4, 0.5)
 ABSOLUTE = (0.3, 0.45, 0.55, 0.65, 0.75)
 # Curves of the sweep: options without the threshold, and the thresholds to try.
 CURVES: dict[str, tuple[ReuseConfig, tuple[float, ...]]] = {
@@ -41,13 +41,14 @@ CURVES: dict[str, tuple[ReuseConfig, tuple[float, ...]]] = {
     "paper": (ReuseConfig.paper(), ABSOLUTE),
     "head, relative": (HEADS, RELATIVE),
     "anchors 0": (replace(OURS, anchors=0), RELATIVE),
-    "anchors 16": (replace(OURS, anchors=16), RELATIVE),
-    "anchors 128": (replace(OURS, anchors=128), RELATIVE),
+    "anchors 256": (replace(OURS, anchors=256), RELATIVE),
+    "entries 64": (replace(OURS, entries=64), RELATIVE),
+    "entries 256": (replace(OURS, entries=256), RELATIVE),
     "band 128": (replace(OURS, band=128), RELATIVE),
     "band 512": (replace(OURS, band=512), RELATIVE),
-    "window 128": (replace(OURS, window=128), RELATIVE),
-    "depth 2": (replace(OURS, max_reuse_depth=2), RELATIVE),
-    "any depth": (replace(OURS, max_reuse_depth=None), RELATIVE),
+    "window 512": (replace(OURS, window=512), RELATIVE),
+    "depth 2": (replace(OURS, anchors=0, max_reuse_depth=2), RELATIVE),
+    "any depth": (replace(OURS, anchors=0, max_reuse_depth=None), RELATIVE),
 }
 QUICK = ("MAC", "paper")
 

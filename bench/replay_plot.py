@@ -20,7 +20,7 @@ from matplotlib.axes import Axes  # noqa: E402
 OURS = {"MAC": "C0", "paper": "C1", "head, relative": "C5", "anchors 0": "C9"}
 OTHERS = {"streaming": "C2", "quest": "C3", "h2o": "C4", "random": "C7", "oracle": "k"}
 LABELS = {
-    "MAC": "MAC (group, 64 anchors)",
+    "MAC": "MAC (group, anchors)",
     "paper": "paper (per head, absolute, no anchors)",
     "head, relative": "per head, relative, no anchors",
     "anchors 0": "group, no anchors",

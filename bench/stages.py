@@ -62,14 +62,14 @@ def measure(
         put_back()
         ring.check_match(work, ring.on_device(mask))
         match = partial(mac_attn.match, reuse, work.q_match, work.seq_lens, work.slots)
-        source = match()
+        matched = match()
         amend = partial(
             mac_attn.amend,
             work.q,
             work.kv,
             work.block_table,
             work.seq_lens,
-            source=source,
+            matched=matched,
             reuse=reuse,
             slots=work.slots,
         )
@@ -78,7 +78,8 @@ def measure(
             amend(),
             work.seq_lens,
             reuse=reuse,
-            source=source,
+            matched=matched,
+            q=work.q,
             q_match=work.q_match,
             slots=work.slots,
         )

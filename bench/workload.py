@@ -147,10 +147,12 @@ class Workload:
 def reuse_config(granularity: str, anchors: int) -> mac_attn.ReuseConfig:
     """The paper's setting with decisions per head (it has no anchors), ours with group decisions.
 
-    Window 512 and band 256 in both, as in the authors' sweep.
+    Band 256 in both, as in the authors' sweep; 512 entries without anchors, as there.
     """
     if granularity == "head":
         return mac_attn.ReuseConfig.paper()
+    if anchors == 0:
+        return mac_attn.ReuseConfig(anchors=0, entries=512)
     return mac_attn.ReuseConfig(anchors=anchors)
 
 
@@ -186,16 +188,16 @@ def hit_mask(case: Case, granularity: str, rate: float, spread: str) -> Tensor:
 class PlantedRing:
     """A full ring for every request of a workload, and what puts it back after a step.
 
-    A step overwrites the entry of age M (it has the new one's place) and moves the slots' history
-    on. `put_back` undoes both and plants the hits of a mask, in a few small copies that do not wait
-    for the device. The counters are left to run: `reuse.stats()` covers every step.
+    A miss overwrites the oldest entry, and a step moves the slots' history on. `put_back` undoes
+    both and plants the hits of a mask, in a few small copies that do not wait for the device. The
+    counters are left to run: `reuse.stats()` covers every step; so is what sampling is steered by.
     """
 
     def __init__(self, work: Workload, cfg: mac_attn.ReuseConfig, age: int) -> None:
         case, device = work.case, work.device
-        if not 1 <= age <= cfg.window:
-            raise ValueError(f"age is {age}, must be from 1 to the window, {cfg.window}")
-        if case.context < max(cfg.window + cfg.band, cfg.min_context):
+        if not 1 <= age <= cfg.entries:
+            raise ValueError(f"age is {age}, must be from 1 to the entries, {cfg.entries}")
+        if case.context < max(cfg.entries + cfg.band, cfg.min_context):
             raise ValueError(f"context is {case.context}, must be longer for a full ring of hits")
         self.case = case
         self.age = age
@@ -209,34 +211,31 @@ class PlantedRing:
             device=device,
             rotary=work.rotary,
         )
-        reuse, window = self.reuse, cfg.window
+        reuse, entries = self.reuse, cfg.entries
         position = case.seq_len - 1
+        # Logits of random queries are normal: their log-sum-exp is ln n + 1/2.
+        lse = math.log(case.context) + 0.5
         reuse.ring_query.normal_()
         reuse.ring_out.normal_()
-        reuse.ring_lse.fill_(math.log(case.context))
+        reuse.ring_lse.fill_(lse)
         if cfg.anchors:
-            oldest = position - window + 1 - cfg.band  # E(c) of the oldest entry
+            oldest = position - entries + 1 - cfg.band  # E(c) of the oldest entry
             positions = torch.randint(0, oldest, reuse.ring_anchors.shape, device=device)
             reuse.ring_anchors.copy_(positions.sort(-1).values)
-        entries = torch.arange(position - window, position, dtype=torch.int32, device=device)
-        reuse.ring_position[:, entries.long() % window] = entries
-        reuse.slot_begin.fill_(position - window)
-        reuse.slot_end.fill_(position)
+            reuse.ring_anchor_weights.fill_(case.context / cfg.anchors)
+            reuse.ring_rotated.normal_()
+            reuse.ring_last_lse.fill_(lse)
+            reuse.ring_tau.fill_(1 / cfg.anchors)
+        # One entry for each of the last positions, the oldest at place 0, where the next one goes.
+        reuse.ring_position.copy_(torch.arange(position - entries, position, dtype=torch.int32))
 
         self._position = position
-        self._new = position % window
-        self._planted = (position - age) % window
+        self._planted = entries - age
         group = (case.batch, case.num_kv_heads, case.group_size, case.head_dim)
         self._query = work.q_match.view(group)
         self._random = reuse.ring_query[:, :, self._planted].clone()
-        rings = (
-            reuse.ring_query,
-            reuse.ring_out,
-            reuse.ring_lse,
-            reuse.ring_depth,
-            reuse.ring_anchors,
-        )
-        self._saved = [(ring, ring[:, :, self._new].clone()) for ring in rings if ring.numel()]
+        self._oldest = reuse.ring_query[:, :, 0].clone()
+        self.put_back(self.on_device(torch.zeros(case.batch, case.num_qo_heads, dtype=torch.bool)))
 
     def on_device(self, hits: Tensor) -> Tensor:
         """A mask [B, Hq] in the form that `put_back` takes: [B, Hkv, G, 1] on the device."""
@@ -246,16 +245,15 @@ class PlantedRing:
 
     def put_back(self, hits: Tensor) -> None:
         reuse = self.reuse
-        for ring, saved in self._saved:
-            ring[:, :, self._new].copy_(saved)
+        reuse.ring_query[:, :, 0].copy_(self._oldest)
         reuse.ring_query[:, :, self._planted].copy_(torch.where(hits, self._query, self._random))
-        reuse.ring_position[:, self._new].fill_(self._position - reuse.cfg.window)
-        reuse.slot_begin.fill_(self._position - reuse.cfg.window)
+        reuse.ring_position[:, :, 0].fill_(self._position - reuse.cfg.entries)
+        reuse.ring_stored.fill_(reuse.cfg.entries)
         reuse.slot_end.fill_(self._position)
 
     def check_match(self, work: Workload, hits: Tensor) -> None:
         """After `put_back(hits)`: match finds just the planted entries. Raises SystemExit."""
-        source = mac_attn.match(self.reuse, work.q_match, work.seq_lens, work.slots)
+        source = mac_attn.match(self.reuse, work.q_match, work.seq_lens, work.slots).source
         expected = torch.where(hits.view(source.shape), self._position - self.age, -1)
         if not torch.equal(source, expected.to(source.dtype)):
             wrong = int((source != expected).sum())

@@ -1,50 +1,99 @@
-"""Where the CUDA toolkit lies, and whether to build with it."""
+"""What the build needs: setuptools, a CUDA toolkit, and whether to build with that."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-DEFAULT_ARCHES = "8.0;9.0a"
+# sm_80 runs on 8.6 and 8.9 too; GPUs after sm_90 compile its PTX when they load it.
+DEFAULT_ARCHES = "8.0;9.0+PTX"
+WITHOUT = "MAC_ATTN_CUDA=0 builds without CUDA"
+OLDEST_SETUPTOOLS = 77  # that knows pyproject.toml's `license = "Apache-2.0"`
 
 
 class BuildError(RuntimeError):
     """The build was asked for something that this machine cannot do."""
 
 
-def is_toolkit(home: Path) -> bool:
-    """A folder with a compiler and the headers; a wrapper script's folder is none."""
-    return (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file()
+def check_setuptools(version: str) -> None:
+    """Raises BuildError for a setuptools that would call pyproject.toml invalid."""
+    if int(version.partition(".")[0]) < OLDEST_SETUPTOOLS:
+        raise BuildError(
+            f"setuptools is {version}, must be {OLDEST_SETUPTOOLS} or later:"
+            f' pip install "setuptools>={OLDEST_SETUPTOOLS}"'
+        )
+
+
+def version_of(home: Path) -> str | None:
+    """The CUDA version that a toolkit's compiler says, such as "13.0"; None if it is no toolkit.
+
+    A toolkit is a folder with a compiler and the headers; a wrapper script's folder is none.
+    """
+    nvcc = home / "bin" / "nvcc"
+    if not (nvcc.is_file() and (home / "include" / "cuda_runtime.h").is_file()):
+        return None
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    found = re.search(r"release (\d+\.\d+)", said.stdout)
+    return found[1] if found else None
 
 
 def find_toolkit(
-    environ: Mapping[str, str] = os.environ, site_packages: Path | None = None
+    torch_cuda: str | None,
+    environ: Mapping[str, str] = os.environ,
+    site_packages: Path | None = None,
+    usual: Path = Path("/usr/local"),
 ) -> Path | None:
-    """The toolkit by CUDA_HOME, then by the `nvcc` on PATH, then by the wheels from PyPI.
+    """The toolkit to build with, None if there is none.
+
+    It is CUDA_HOME if that is set. Otherwise, of the `nvcc` on PATH, the wheels from PyPI and
+    `usual`/cuda*, the first of the version that torch is built with, or else of the same major
+    version, which is enough for torch.
+
+    Args:
+        torch_cuda: `torch.version.cuda`; None takes a toolkit of any version.
 
     Raises BuildError if CUDA_HOME is set but holds no toolkit: a typing error must not quietly
-    give a build with another one.
+    give a build with another one. And if CUDA_HOME, PATH or the wheels have one, but none of the
+    major version.
     """
-    if home := environ.get("CUDA_HOME"):
-        if not is_toolkit(Path(home)):
-            raise BuildError(
-                f"CUDA_HOME is {home}, must be a folder with bin/nvcc and include/cuda_runtime.h"
-            )
-        return Path(home)
-    if nvcc := shutil.which("nvcc", path=environ.get("PATH", "")):
-        home = Path(nvcc).resolve().parent.parent
-        if is_toolkit(home):
-            return home
+    given, nvcc = environ.get("CUDA_HOME"), shutil.which("nvcc", path=environ.get("PATH", ""))
     site_packages = site_packages or Path(sysconfig.get_paths()["purelib"])
-    # nvidia-cuda-nvcc and its companions for CUDA 13 share a folder; those for 12 have one each.
-    for home in sorted(site_packages.glob("nvidia/cu[0-9]*"), reverse=True):
-        if is_toolkit(home):
-            return home
-    home = site_packages / "nvidia" / "cuda_nvcc"
-    return home if is_toolkit(home) else None
+    if given:
+        asked, others = [Path(given)], []
+    else:
+        asked = [Path(nvcc).resolve().parent.parent] if nvcc else []
+        # Of wheels, nvidia-cuda-nvcc and its companions for 13 share a folder, those for 12 do not.
+        asked += sorted(site_packages.glob("nvidia/cu[0-9]*"), reverse=True)
+        asked += [site_packages / "nvidia" / "cuda_nvcc"]
+        others = [usual / "cuda", *sorted(usual.glob("cuda-[0-9]*"), reverse=True)]
+    versions = {home: version for home in asked if (version := version_of(home))}
+    if given and not versions:
+        raise BuildError(
+            f"CUDA_HOME is {given}, must be a folder with include/cuda_runtime.h and a bin/nvcc"
+            f" that runs; {WITHOUT}"
+        )
+    if torch_cuda is None:
+        return next(iter(versions), None)
+    everything = versions | {home: version for home in others if (version := version_of(home))}
+    for same in (torch_cuda, torch_cuda.partition(".")[0]):
+        for home, version in everything.items():
+            if f"{version}.".startswith(f"{same}."):
+                return home
+    if not versions:
+        return None
+    found = ", ".join(f"{home} has {version}" for home, version in versions.items())
+    raise BuildError(
+        f"torch is built with CUDA {torch_cuda}, but {'CUDA_HOME ' * bool(given)}{found}: set"
+        f" CUDA_HOME to a toolkit of CUDA {torch_cuda}; {WITHOUT}"
+    )
 
 
 def runtime_folder(home: Path, scratch: Path) -> Path:
@@ -82,7 +131,9 @@ def use_cuda(
     if torch_cuda is None:
         missing.append("the installed torch is a CPU build")
     if toolkit is None:
-        missing.append("no CUDA toolkit by CUDA_HOME, nvcc on PATH or the nvidia-cuda-nvcc wheel")
+        missing.append(
+            "no CUDA toolkit by CUDA_HOME, nvcc on PATH, the nvidia-cuda-nvcc wheel or /usr/local"
+        )
     if not has_sources:
         missing.append("there are no sources in csrc/cuda")
     if wish == "1" and missing:

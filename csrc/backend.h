@@ -13,7 +13,6 @@ namespace mac_attn {
 struct AmendLimits {
   int64_t num_pages;
   int64_t max_pages;
-  int32_t num_slots;
 };
 
 // Device memory that outlives a call. `workspace` [max_batch_size * (2 Hq + 3 H + 1) + 1] int32 is the CUDA
@@ -43,5 +42,8 @@ void unrotate(const UnrotateParams& params, const at::Tensor& on);
 // See UnrotateParams; `name` is what the caller calls `positions`. Defined in unrotate.cpp.
 at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const char* name, int32_t back,
                     const at::Tensor& inv_freq, bool interleaved, double scale);
+// The op of that name.
+at::Tensor unrotate_op(const at::Tensor& q, const at::Tensor& positions, const at::Tensor& inv_freq,
+                       bool interleaved, double scale);
 
 }  // namespace mac_attn

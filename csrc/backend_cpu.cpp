@@ -23,10 +23,12 @@ void run_team(Kernel kernel, const Params& params, Work& work, bool alone) {
 }
 
 // What amend is going to read: the tokens of every request, the anchors of every matched entry.
-void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_pages, int32_t num_slots) {
+void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_pages) {
   check_seq_lens(p.shape, p.requests, std::min(max_pages * p.kv.page_size, kMaxTokens));
-  if (p.source) check_source(p.shape, p.requests, p.source, p.window, p.band, p.num_anchors > 0);
-  if (p.num_anchors > 0) check_slots(p.shape, p.requests, num_slots);
+  if (p.matched.source) {
+    check_slots(p.shape, p.requests, p.ring.num_slots);
+    check_matched(p.shape, p.requests, p.matched, p.ring, p.band);
+  }
   for (int32_t b = 0; b < p.shape.batch; ++b) {
     const int32_t n = p.requests.seq_lens[b];
     if (n == 0) continue;
@@ -36,17 +38,15 @@ void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_page
     }
     check_pages(p.kv, num_pages, b, first, n - 1);
     for (int32_t h = 0; p.num_anchors > 0 && h < p.shape.num_kv_heads; ++h) {
-      const int32_t source = p.source[(static_cast<int64_t>(b) * p.shape.num_kv_heads + h) * p.shape.group_size];
+      const int64_t row = (static_cast<int64_t>(b) * p.shape.num_kv_heads + h) * p.shape.group_size;
+      const int32_t source = p.matched.source[row];
       if (source == kMiss) continue;
-      const int64_t entry =
-          (static_cast<int64_t>(p.requests.slots[b]) * p.shape.num_kv_heads + h) * p.window + source % p.window;
-      for (int32_t i = 0; i < p.num_anchors; ++i) {
-        const int32_t token = p.ring_anchors[entry * p.num_anchors + i];
-        if (token == kNoAnchor) break;
-        TORCH_CHECK_VALUE(token >= 0 && token < band_start(source, p.band), "ring_anchors of slot ",
-                          p.requests.slots[b], ", position ", source, " hold ", token, ", must be from 0 to ",
+      const int32_t* anchors = p.ring.anchors(p.requests.slots[b], h, p.matched.place[row]);
+      for (int32_t i = 0; i < p.num_anchors && anchors[i] != kNoAnchor; ++i) {
+        TORCH_CHECK_VALUE(anchors[i] >= 0 && anchors[i] < band_start(source, p.band), "ring_anchors of slot ",
+                          p.requests.slots[b], ", position ", source, " hold ", anchors[i], ", must be from 0 to ",
                           band_start(source, p.band) - 1);
-        check_pages(p.kv, num_pages, b, token, token);
+        check_pages(p.kv, num_pages, b, anchors[i], anchors[i]);
       }
     }
   }
@@ -59,32 +59,25 @@ void match(const MatchParams& p) {
   check_slots(p.shape, p.requests, p.ring.num_slots);
   cpu::MatchWork work(p, at::get_num_threads());
   run_team(cpu::kernels().match, p, work, work.num_tasks == 0);
-  work.write_source(p);
+  work.write_matched(p);
 }
 
 void amend(const AmendParams& p, const AmendLimits& limits) {
-  check_amend_reads(p, limits.num_pages, limits.max_pages, limits.num_slots);
+  check_amend_reads(p, limits.num_pages, limits.max_pages);
   cpu::AmendWork work(p, at::get_num_threads());
   run_team(cpu::kernels().amend, p, work, work.tasks.size() <= 1);
 }
 
 void complete(const CompleteParams& p) {
-  if (p.source) {
+  if (p.matched.source) {
     check_seq_lens(p.shape, p.requests, INT32_MAX);
     check_slots(p.shape, p.requests, p.ring.num_slots);
-    check_source(p.shape, p.requests, p.source, p.ring.window, p.band, p.ring.num_anchors > 0);
-    for (int64_t row = 0; row < int64_t{p.shape.batch} * p.shape.num_qo_heads(); ++row) {
-      const int64_t request = row / p.shape.num_qo_heads();
-      if (p.source[row] == kMiss || p.requests.seq_lens[request] == 0) continue;
-      const int32_t tag =
-          p.ring.position[p.requests.slots[request] * p.ring.window + p.source[row] % p.ring.window];
-      TORCH_CHECK_VALUE(tag == p.source[row], "source[", request, ", ", row % p.shape.num_qo_heads(), "] is ",
-                        p.source[row], ", but its place in the ring holds position ", tag);
-    }
+    check_matched(p.shape, p.requests, p.matched, p.ring, p.band);
   }
   cpu::CompleteWork work(p);
   constexpr int64_t kFewElements = 8192;
-  run_team(cpu::kernels().complete, p, work, work.num_tasks * p.shape.head_dim <= kFewElements);
+  const int64_t elements = int64_t{p.shape.batch} * p.shape.num_qo_heads() * p.shape.head_dim;
+  run_team(cpu::kernels().complete, p, work, elements <= kFewElements);
 }
 
 // On one thread: the queries are few.

@@ -17,6 +17,22 @@ namespace {
 
 using at::Tensor;
 
+// C10_CUDA_CHECK, which of a GPU without code in this build only says that there is no kernel image.
+void check(cudaError_t error) {
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    cudaGetLastError();  // clears it
+    TORCH_CHECK(false, "GPU ", device, " has compute capability ", major, ".", minor,
+                ", but mac_attn was built for " MAC_ATTN_CUDA_ARCHES
+                " (+PTX: and any later one): build it with TORCH_CUDA_ARCH_LIST=",
+                major, ".", minor);
+  }
+  C10_CUDA_CHECK(error);
+}
+
 void check_dtype(DType dtype) {
   TORCH_CHECK_TYPE(dtype != DType::kFloat32, "q is float32, must be bfloat16 or float16 on CUDA");
 }
@@ -82,8 +98,8 @@ void match(const MatchParams& p, const Persistent& persistent, const Tensor& on)
   cuda::MatchWorkspace w{};
   w.best = workspace.best, w.done = workspace.match_done, w.status = workspace.status;
   w.error_flag = error_flag_of(persistent, on);
-  C10_CUDA_CHECK(cuda::match_splits(p, w));
-  C10_CUDA_CHECK(cuda::launch_match(p, w, c10::cuda::getCurrentCUDAStream()));
+  check(cuda::match_splits(p, w));
+  check(cuda::launch_match(p, w, c10::cuda::getCurrentCUDAStream()));
 }
 
 void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& persistent, const Tensor& on) {
@@ -100,7 +116,7 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   if (B == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
   int32_t ctas = 0;
-  C10_CUDA_CHECK(cuda::amend_ctas(p.shape.head_dim, p.shape.group_size, &ctas));
+  check(cuda::amend_ctas(p.shape.head_dim, p.shape.group_size, &ctas));
 
   const Workspace workspace(p.shape, persistent, on);
   cuda::AmendWorkspace w{};
@@ -125,7 +141,7 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
     candidates = at::empty({room * static_cast<int64_t>(sizeof(cuda::Candidate) / sizeof(float))}, floats);
     w.candidate = reinterpret_cast<cuda::Candidate*>(candidates.data_ptr<float>());
   }
-  C10_CUDA_CHECK(cuda::launch_amend(p, w, ctas, c10::cuda::getCurrentCUDAStream()));
+  check(cuda::launch_amend(p, w, ctas, c10::cuda::getCurrentCUDAStream()));
 }
 
 void complete(const CompleteParams& p, const Persistent& persistent, const Tensor& on) {
@@ -133,7 +149,7 @@ void complete(const CompleteParams& p, const Persistent& persistent, const Tenso
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
   const cuda::CompleteWorkspace w{p.matched.source ? Workspace(p.shape, persistent, on).status : nullptr};
-  C10_CUDA_CHECK(cuda::launch_complete(p, w, c10::cuda::getCurrentCUDAStream()));
+  check(cuda::launch_complete(p, w, c10::cuda::getCurrentCUDAStream()));
 }
 
 void unrotate(const UnrotateParams& p, const Tensor& on) {
@@ -142,7 +158,7 @@ void unrotate(const UnrotateParams& p, const Tensor& on) {
                     ", must be at most ", cuda::kMaxUnrotateHeads, " on CUDA");
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
-  C10_CUDA_CHECK(cuda::launch_unrotate(p, c10::cuda::getCurrentCUDAStream()));
+  check(cuda::launch_unrotate(p, c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace mac_attn::cuda_backend

@@ -114,21 +114,33 @@ inline void check_slots(const Shape& shape, const Requests& requests, int32_t nu
   }
 }
 
-// Every source is kMiss or a position that match may answer; that of a request without a ring is kMiss.
-inline void check_source(const Shape& shape, const Requests& requests, const int32_t* source, int32_t window,
-                         int32_t band, bool per_group) {
-  for (int32_t b = 0; b < shape.batch; ++b) {
-    const int32_t position = requests.seq_lens[b] - 1;
+// Every source is kMiss or a position before this one whose entry has old tokens, and lies at its place in the
+// ring; that of a request without a ring is kMiss.
+inline void check_matched(const Shape& shape, const Requests& requests, const Matched& matched, const Ring& ring,
+                          int32_t band) {
+  const RingShape& sizes = ring.layout.shape;
+  for (int64_t group = 0; group < int64_t{shape.batch} * shape.num_kv_heads; ++group) {
+    const int64_t b = group / shape.num_kv_heads, kv_head = group % shape.num_kv_heads;
+    const int32_t position = requests.seq_lens[b] - 1, stored = matched.stored[group];
     if (position < 0) continue;
-    const int32_t oldest = std::max(band, position - window);
-    for (int32_t h = 0; h < shape.num_qo_heads(); ++h) {
-      const int64_t row = static_cast<int64_t>(b) * shape.num_qo_heads() + h;
-      TORCH_CHECK_VALUE(source[row] == kMiss || has_ring(requests, b), "source[", b, ", ", h, "] is ", source[row],
-                        ", must be -1, as slots[", b, "] is -1");
-      TORCH_CHECK_VALUE(source[row] == kMiss || (source[row] >= oldest && source[row] < position), "source[", b,
-                        ", ", h, "] is ", source[row], ", must be -1 or from ", oldest, " to ", position - 1);
-      TORCH_CHECK_VALUE(!per_group || source[row] == source[row - h % shape.group_size], "source[", b, ", ", h,
-                        "] is ", source[row], ", must be the same for all query heads of a KV head with anchors");
+    TORCH_CHECK_VALUE(stored >= kNoHistory && stored < 2 * int64_t{sizes.entries}, "stored[", b, ", ", kv_head,
+                      "] is ", stored, ", must be from -1 to ", 2 * int64_t{sizes.entries} - 1);
+    for (int64_t row = group * shape.group_size; row < (group + 1) * shape.group_size; ++row) {
+      const int32_t source = matched.source[row], place = matched.place[row];
+      const int64_t head = row - b * shape.num_qo_heads(), first = group * shape.group_size;
+      TORCH_CHECK_VALUE(sizes.anchors == 0 || (source == matched.source[first] && place == matched.place[first]),
+                        "source[", b, ", ", head, "] is ", source, " at place ", place,
+                        ", must be the same for all query heads of a KV head with anchors");
+      if (source == kMiss) continue;
+      TORCH_CHECK_VALUE(has_ring(requests, b), "source[", b, ", ", head, "] is ", source, ", must be -1, as slots[",
+                        b, "] is -1");
+      TORCH_CHECK_VALUE(source >= band && source < position, "source[", b, ", ", head, "] is ", source,
+                        ", must be -1 or from ", band, " to ", position - 1);
+      TORCH_CHECK_VALUE(place >= 0 && place < sizes.entries, "place[", b, ", ", head, "] is ", place,
+                        ", must be from 0 to ", sizes.entries - 1);
+      const int32_t tag = *ring.position(requests.slots[b], static_cast<int>(kv_head), place);
+      TORCH_CHECK_VALUE(tag == source, "source[", b, ", ", head, "] is ", source, ", but its place in the ring, ",
+                        place, ", holds position ", tag);
     }
   }
 }

@@ -2,6 +2,7 @@
 // params.h and knows no torch.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -40,123 +41,132 @@ Requests check_requests(const Shape& shape, const Tensor& seq_lens, const Option
           request_ids ? request_ids->const_data_ptr<int64_t>() : nullptr};
 }
 
-// The parts of the ring that match reads; complete adds the rest.
-Ring check_ring(const Shape& shape, const Tensor& query, const Tensor& ring_query, const Tensor& ring_depth,
-                const Tensor& ring_position, const Tensor& slot_begin, const Tensor& slot_end,
-                const Tensor& slot_request) {
-  const at::Device device = query.device();
-  check_array(ring_query, "ring_query", {kAny, shape.num_kv_heads, kAny, shape.group_size, shape.head_dim},
-              query.scalar_type(), device);
-  const int64_t slots = ring_query.size(0), window = ring_query.size(2);
-  check_int32(slots, "num_slots", 1);
-  check_int32(window, "window", 1);
-  check_array(ring_depth, "ring_depth", {slots, shape.num_kv_heads, window, shape.group_size}, at::kInt, device);
-  check_array(ring_position, "ring_position", {slots, window}, at::kInt, device);
-  check_array(slot_begin, "slot_begin", {slots}, at::kInt, device);
-  check_array(slot_end, "slot_end", {slots}, at::kInt, device);
-  check_array(slot_request, "slot_request", {slots}, at::kLong, device);
-  Ring ring{};
-  ring.query = ring_query.data_ptr();
-  ring.depth = ring_depth.data_ptr<int32_t>();
-  ring.position = ring_position.data_ptr<int32_t>();
-  ring.begin = slot_begin.data_ptr<int32_t>();
-  ring.end = slot_end.data_ptr<int32_t>();
-  ring.request = slot_request.data_ptr<int64_t>();
-  ring.num_slots = static_cast<int32_t>(slots);
-  ring.window = static_cast<int32_t>(window);
-  return ring;
+// The rings of a cache, see ring.h.
+Ring check_ring(const Tensor& ring, const Shape& shape, const Tensor& query, int64_t entries, int64_t anchors) {
+  constexpr int64_t kMost = 1 << 24;  // of each, so that places and the layout's sums fit their types
+  TORCH_CHECK_VALUE(entries >= 1 && entries <= kMost, "entries is ", entries, ", must be from 1 to ", kMost);
+  TORCH_CHECK_VALUE(anchors >= 0 && anchors <= kMost, "anchors is ", anchors, ", must be from 0 to ", kMost);
+  Ring r{};
+  r.layout = ring_layout({shape.num_kv_heads, shape.group_size, shape.head_dim, static_cast<int32_t>(entries),
+                          static_cast<int32_t>(anchors), static_cast<int32_t>(query.element_size())});
+  check_array(ring, "ring", {kAny, r.layout.slot_bytes}, at::kByte, query.device());
+  r.num_slots = check_int32(ring.size(0), "num_slots", 1);
+  r.data = static_cast<char*>(ring.data_ptr());
+  return r;
 }
 
-Tensor match(const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& request_ids,
-             const Tensor& ring_query, const Tensor& ring_depth, const Tensor& ring_position,
-             const Tensor& slot_begin, const Tensor& slot_end, const Tensor& slot_request, const Tensor& threshold,
-             bool relative, bool per_head, int64_t band, int64_t min_context, int64_t max_reuse_depth,
-             const OptionalTensor& workspace, const OptionalTensor& error_flag) {
+// What match has answered, for the calls that go by it.
+Matched check_matched(const Shape& shape, const Tensor& source, const Tensor& place, const Tensor& stored,
+                      at::Device device) {
+  check_array(source, "source", {shape.batch, shape.num_qo_heads()}, at::kInt, device);
+  check_array(place, "place", {shape.batch, shape.num_qo_heads()}, at::kInt, device);
+  check_array(stored, "stored", {shape.batch, shape.num_kv_heads}, at::kInt, device);
+  return {source.data_ptr<int32_t>(), place.data_ptr<int32_t>(), stored.data_ptr<int32_t>()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> match(const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots,
+                                         const OptionalTensor& request_ids, const Tensor& ring,
+                                         int64_t num_kv_heads, int64_t entries, int64_t anchors,
+                                         const Tensor& threshold, bool relative, bool per_head, int64_t window,
+                                         int64_t band, int64_t min_context, int64_t max_reuse_depth,
+                                         const OptionalTensor& workspace, const OptionalTensor& error_flag) {
   check_query(q_match, "q_match");
   const at::Device device = q_match.device();
-  TORCH_CHECK_VALUE(ring_query.dim() == 5, "ring_query has shape ", ring_query.sizes(),
-                    ", must be [num_slots, num_kv_heads, window, group_size, head_dim]");
   MatchParams p{};
-  p.shape = make_shape(q_match, ring_query.size(1));
+  p.shape = make_shape(q_match, num_kv_heads);
   p.dtype = dtype_of(q_match);
   p.query = heads_view(q_match);
   p.requests = check_requests(p.shape, seq_lens, slots, request_ids, device);
-  p.ring = check_ring(p.shape, q_match, ring_query, ring_depth, ring_position, slot_begin, slot_end, slot_request);
+  p.ring = check_ring(ring, p.shape, q_match, entries, anchors);
   check_array(threshold, "threshold", {p.shape.num_qo_heads()}, at::kFloat, device);
   p.threshold = threshold.const_data_ptr<float>();
   p.relative = relative;
   p.per_head = per_head;
+  p.window = check_int32(window, "window", 1);
   p.band = check_int32(band, "band", 1);
   p.min_context = check_int32(min_context, "min_context", 0);
   p.max_reuse_depth = check_int32(max_reuse_depth, "max_reuse_depth", 0);
 
   Tensor source = at::empty({p.shape.batch, p.shape.num_qo_heads()}, seq_lens.options());
-  p.source = source.data_ptr<int32_t>();
+  Tensor place = at::empty(source.sizes(), source.options());
+  Tensor stored = at::empty({p.shape.batch, p.shape.num_kv_heads}, seq_lens.options());
+  p.matched = {source.data_ptr<int32_t>(), place.data_ptr<int32_t>(), stored.data_ptr<int32_t>()};
   if (device.is_cpu()) {
     cpu_backend::match(p);
   } else {
     cuda_backend::match(p, {workspace, error_flag}, q_match);
   }
-  return source;
+  return {source, place, stored};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attend(const Tensor& q, const KVCache& cache, const Tensor& block_table,
-                                          const Tensor& seq_lens, const OptionalTensor& source,
-                                          const OptionalTensor& slots, const OptionalTensor& ring_anchors,
-                                          int64_t window, int64_t band, double sm_scale, double logits_soft_cap,
-                                          const Persistent& persistent) {
+// What match answered and the rings that it searched, if amend is to go by them.
+struct Reuse {
+  const Tensor &source, &place, &stored, &slots, &ring;
+  int64_t entries, anchors, band, layer;
+};
+
+using AmendedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+AmendedTensors attend(const Tensor& q, const KVCache& cache, const Tensor& block_table, const Tensor& seq_lens,
+                      const Reuse* reuse, double sm_scale, double logits_soft_cap, const Persistent& persistent) {
   check_query(q, "q");
   AmendParams p{};
   p.shape = make_shape(q, cache.num_kv_heads());
   p.dtype = dtype_of(q);
   p.query = heads_view(q);
   p.kv = cache.check(p.shape, q, block_table);
+  const OptionalTensor slots = reuse ? OptionalTensor(reuse->slots) : std::nullopt;
   p.requests = check_requests(p.shape, seq_lens, slots, std::nullopt, q.device());
-  p.window = check_int32(window, "window", 1);
-  p.band = check_int32(band, "band", 1);
+  p.band = 1;
+  if (reuse) {
+    p.matched = check_matched(p.shape, reuse->source, reuse->place, reuse->stored, q.device());
+    p.ring = check_ring(reuse->ring, p.shape, q, reuse->entries, reuse->anchors);
+    p.num_anchors = p.ring.layout.shape.anchors;
+    p.band = check_int32(reuse->band, "band", 1);
+    p.layer = check_int32(reuse->layer, "layer", 0);
+  }
   TORCH_CHECK_VALUE(std::isfinite(sm_scale), "sm_scale is ", sm_scale, ", must be finite");
   TORCH_CHECK_VALUE(std::isfinite(logits_soft_cap) && logits_soft_cap >= 0, "logits_soft_cap is ", logits_soft_cap,
                     ", must be finite and not negative (0: off)");
   p.sm_scale = static_cast<float>(sm_scale);
   p.logits_soft_cap = static_cast<float>(logits_soft_cap);
-  int32_t num_slots = 0;
-  if (source) {
-    check_array(*source, "source", {p.shape.batch, p.shape.num_qo_heads()}, at::kInt, q.device());
-    p.source = source->const_data_ptr<int32_t>();
-  }
-  if (ring_anchors && ring_anchors->dim() == 4 && ring_anchors->size(3) > 0) {
-    TORCH_CHECK_VALUE(source && slots, "ring_anchors is given, so source and slots must be given too");
-    check_array(*ring_anchors, "ring_anchors", {kAny, p.shape.num_kv_heads, window, kAny}, at::kInt, q.device());
-    num_slots = check_int32(ring_anchors->size(0), "num_slots", 1);
-    p.num_anchors = check_int32(ring_anchors->size(3), "anchors", 1);
-    p.ring_anchors = ring_anchors->const_data_ptr<int32_t>();
-  }
 
-  const auto options = q.options().dtype(at::kFloat);
-  Tensor states = at::empty({kNumSpans, p.shape.batch, p.shape.num_qo_heads(), p.shape.head_dim}, options);
-  Tensor state_lse = at::empty({kNumSpans, p.shape.batch, p.shape.num_qo_heads()}, options);
-  Tensor anchors = at::empty({p.shape.batch, p.shape.num_kv_heads, p.num_anchors}, seq_lens.options());
+  const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, Hq = p.shape.num_qo_heads(), S = p.num_anchors;
+  const auto floats = q.options().dtype(at::kFloat);
+  Tensor states = at::empty({kNumSpans, B, Hq, p.shape.head_dim}, floats);
+  Tensor state_lse = at::empty({kNumSpans, B, Hq}, floats);
+  Tensor log_ratio = at::empty({B, reuse ? Hq : 0}, floats);
+  Tensor anchors = at::empty({B, H, S}, seq_lens.options());
+  Tensor anchor_weights = at::empty({B, H, S}, floats);
+  Tensor sampled = at::empty({B, reuse ? H : 0}, seq_lens.options());
   p.out = states.data_ptr<float>();
   p.lse = state_lse.data_ptr<float>();
+  p.log_ratio = log_ratio.data_ptr<float>();
   p.anchors = anchors.data_ptr<int32_t>();
-  const AmendLimits limits{cache.num_pages(), block_table.size(1), num_slots};
+  p.anchor_weights = anchor_weights.data_ptr<float>();
+  p.sampled = sampled.data_ptr<int32_t>();
+  const AmendLimits limits{cache.num_pages(), block_table.size(1)};
   if (q.is_cpu()) {
     cpu_backend::amend(p, limits);
   } else {
     cuda_backend::amend(p, limits, persistent, q);
   }
-  return {states, state_lse, anchors};
+  return {states, state_lse, log_ratio, anchors, anchor_weights, sampled};
 }
 
-std::tuple<Tensor, Tensor, Tensor> amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                         const Tensor& block_table, const Tensor& seq_lens,
-                                         const OptionalTensor& source, const OptionalTensor& slots,
-                                         const OptionalTensor& ring_anchors, int64_t window, int64_t band,
-                                         double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
-                                         const OptionalTensor& error_flag) {
+AmendedTensors amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+                     const Tensor& seq_lens, const OptionalTensor& source, const OptionalTensor& place,
+                     const OptionalTensor& stored, const OptionalTensor& slots, const OptionalTensor& ring,
+                     int64_t entries, int64_t anchors, int64_t band, int64_t layer, double sm_scale,
+                     double logits_soft_cap, const OptionalTensor& workspace, const OptionalTensor& error_flag) {
   const OptionalTensor values = v_cache;
-  return attend(q, {k_cache, values, false}, block_table, seq_lens, source, slots, ring_anchors, window, band,
-                sm_scale, logits_soft_cap, {workspace, error_flag});
+  const KVCache cache{k_cache, values, false};
+  const Persistent persistent{workspace, error_flag};
+  if (!source) return attend(q, cache, block_table, seq_lens, nullptr, sm_scale, logits_soft_cap, persistent);
+  TORCH_CHECK_VALUE(place && stored && slots && ring,
+                    "source is given, so place, stored, slots and ring must be given too");
+  const Reuse reuse{*source, *place, *stored, *slots, *ring, entries, anchors, band, layer};
+  return attend(q, cache, block_table, seq_lens, &reuse, sm_scale, logits_soft_cap, persistent);
 }
 
 // The states of amend and the tensors that receive their merger.
@@ -194,37 +204,33 @@ void complete_exact(const Tensor& states, const Tensor& state_lse, const Tensor&
   run_complete(check_merge(states, state_lse, out.dim() == 3 ? out.size(1) : 1, seq_lens, out, lse), {}, out);
 }
 
-void complete(const Tensor& states, const Tensor& state_lse, const Tensor& anchors, const Tensor& source,
-              const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& request_ids,
-              Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth, Tensor& ring_anchors,
-              Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request, Tensor& counters,
-              int64_t band, const OptionalTensor& workspace, Tensor& out, Tensor& lse) {
-  TORCH_CHECK_VALUE(ring_query.dim() == 5, "ring_query has shape ", ring_query.sizes(),
-                    ", must be [num_slots, num_kv_heads, window, group_size, head_dim]");
-  CompleteParams p = check_merge(states, state_lse, ring_query.size(1), seq_lens, out, lse);
+void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_ratio, const Tensor& anchors,
+              const Tensor& anchor_weights, const Tensor& sampled, const Tensor& source, const Tensor& place,
+              const Tensor& stored, const Tensor& q, const Tensor& q_match, const Tensor& seq_lens,
+              const Tensor& slots, const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads,
+              int64_t entries, int64_t band, int64_t max_reuse_depth, const OptionalTensor& workspace, Tensor& out,
+              Tensor& lse) {
+  CompleteParams p = check_merge(states, state_lse, num_kv_heads, seq_lens, out, lse);
   const at::Device device = out.device();
-  const int64_t H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
+  const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, Hq = p.shape.num_qo_heads();
   check_query(q_match, "q_match");
   check_tensor(q_match, "q_match", out.sizes(), out.scalar_type(), device);
+  check_tensor(q, "q", out.sizes(), out.scalar_type(), device);
   p.query = heads_view(q_match);
+  p.rotated = heads_view(q);
   p.requests = check_requests(p.shape, seq_lens, slots, request_ids, device);
-  check_array(source, "source", {p.shape.batch, p.shape.num_qo_heads()}, at::kInt, device);
-  p.source = source.const_data_ptr<int32_t>();
-  p.ring = check_ring(p.shape, q_match, ring_query, ring_depth, ring_position, slot_begin, slot_end, slot_request);
-  const int64_t N = p.ring.num_slots, M = p.ring.window;
-  check_array(ring_out, "ring_out", {N, H, M, G, D}, at::kFloat, device);
-  check_array(ring_lse, "ring_lse", {N, H, M, G}, at::kFloat, device);
-  check_array(ring_anchors, "ring_anchors", {N, H, M, kAny}, at::kInt, device);
-  const int64_t S = ring_anchors.size(3);
-  check_array(anchors, "anchors", {p.shape.batch, H, S}, at::kInt, device);
-  check_array(counters, "counters", {N, kNumCounters}, at::kLong, device);
-  p.ring.out = ring_out.data_ptr<float>();
-  p.ring.lse = ring_lse.data_ptr<float>();
-  p.ring.anchors = ring_anchors.data_ptr<int32_t>();
-  p.ring.counters = counters.data_ptr<int64_t>();
-  p.ring.num_anchors = static_cast<int32_t>(S);
+  p.matched = check_matched(p.shape, source, place, stored, device);
+  check_array(anchors, "anchors", {B, H, kAny}, at::kInt, device);
+  check_array(anchor_weights, "anchor_weights", anchors.sizes(), at::kFloat, device);
+  check_array(sampled, "sampled", {B, H}, at::kInt, device);
+  check_array(log_ratio, "log_ratio", {B, Hq}, at::kFloat, device);
+  p.ring = check_ring(ring, p.shape, q_match, entries, anchors.size(2));
+  p.log_ratio = log_ratio.const_data_ptr<float>();
   p.anchors = anchors.const_data_ptr<int32_t>();
+  p.anchor_weights = anchor_weights.const_data_ptr<float>();
+  p.sampled = sampled.const_data_ptr<int32_t>();
   p.band = check_int32(band, "band", 1);
+  p.max_reuse_depth = check_int32(max_reuse_depth, "max_reuse_depth", 0);
   run_complete(p, {workspace, std::nullopt}, out);
 }
 
@@ -234,10 +240,10 @@ Tensor decode_exact_into(const Tensor& q, const Tensor& k_cache, const OptionalT
                          const Tensor& block_table, const Tensor& seq_lens, double sm_scale, double logits_soft_cap,
                          Tensor& out) {
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
-  const auto [states, state_lse, anchors] = attend(q, {k_cache, v_cache, hnd}, block_table, seq_lens, std::nullopt,
-                                                   std::nullopt, std::nullopt, 1, 1, sm_scale, logits_soft_cap, {});
-  Tensor lse = at::empty({q.size(0), q.size(1)}, state_lse.options());
-  complete_exact(states, state_lse, seq_lens, out, lse);
+  const AmendedTensors amended =
+      attend(q, {k_cache, v_cache, hnd}, block_table, seq_lens, nullptr, sm_scale, logits_soft_cap, {});
+  Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
+  complete_exact(std::get<0>(amended), std::get<1>(amended), seq_lens, out, lse);
   return lse;
 }
 
@@ -252,12 +258,11 @@ std::tuple<Tensor, Tensor> decode_exact(const Tensor& q, const Tensor& k_cache, 
 std::tuple<Tensor, Tensor> decode_reuse_into(
     const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const Tensor& block_table,
     const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& given_q_match,
-    const OptionalTensor& request_ids, Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth,
-    Tensor& ring_anchors, Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request,
-    Tensor& counters, const Tensor& threshold, bool relative, bool per_head, int64_t band, int64_t min_context,
-    int64_t max_reuse_depth, double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
-    const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale,
-    Tensor& out) {
+    const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t num_anchors,
+    const Tensor& threshold, bool relative, bool per_head, int64_t window, int64_t band, int64_t min_context,
+    int64_t max_reuse_depth, int64_t layer, double sm_scale, double logits_soft_cap,
+    const OptionalTensor& workspace, const OptionalTensor& error_flag, const OptionalTensor& inv_freq,
+    bool interleaved, double rotary_scale, Tensor& out) {
   TORCH_CHECK_VALUE(given_q_match.has_value() != inv_freq.has_value(),
                     "q_match and inv_freq: ", inv_freq ? "both are" : "neither is", " given, must be one of them");
   const Tensor q_match =
@@ -265,39 +270,66 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
   const KVCache cache{k_cache, v_cache, hnd};
-  const int64_t num_kv_heads = cache.num_kv_heads();
-  TORCH_CHECK_VALUE(ring_query.dim() == 5 && num_kv_heads == ring_query.size(1), cache.name(), " has ",
-                    num_kv_heads, " KV heads, must have those of the ring, ",
-                    ring_query.dim() == 5 ? ring_query.size(1) : 0);
-  const Tensor source =
-      match(q_match, seq_lens, slots, request_ids, ring_query, ring_depth, ring_position, slot_begin, slot_end,
-            slot_request, threshold, relative, per_head, band, min_context, max_reuse_depth, workspace, error_flag);
-  const auto [states, state_lse, anchors] =
-      attend(q, cache, block_table, seq_lens, source, slots, ring_anchors, ring_query.size(2), band, sm_scale,
-             logits_soft_cap, {workspace, error_flag});
+  TORCH_CHECK_VALUE(cache.num_kv_heads() == num_kv_heads, cache.name(), " has ", cache.num_kv_heads(),
+                    " KV heads, must have those of the ring, ", num_kv_heads);
+  const auto [source, place, stored] =
+      match(q_match, seq_lens, slots, request_ids, ring, num_kv_heads, entries, num_anchors, threshold, relative,
+            per_head, window, band, min_context, max_reuse_depth, workspace, error_flag);
+  const Reuse reuse{source, place, stored, slots, ring, entries, num_anchors, band, layer};
+  const auto [states, state_lse, log_ratio, anchors, anchor_weights, sampled] =
+      attend(q, cache, block_table, seq_lens, &reuse, sm_scale, logits_soft_cap, {workspace, error_flag});
   Tensor lse = at::empty({q.size(0), q.size(1)}, state_lse.options());
-  complete(states, state_lse, anchors, source, q_match, seq_lens, slots, request_ids, ring_query, ring_out,
-           ring_lse, ring_depth, ring_anchors, ring_position, slot_begin, slot_end, slot_request, counters, band,
-           workspace, out, lse);
+  complete(states, state_lse, log_ratio, anchors, anchor_weights, sampled, source, place, stored, q, q_match,
+           seq_lens, slots, request_ids, ring, num_kv_heads, entries, band, max_reuse_depth, workspace, out, lse);
   return {source, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> decode_reuse(
     const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const Tensor& block_table,
     const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& q_match, const OptionalTensor& request_ids,
-    Tensor& ring_query, Tensor& ring_out, Tensor& ring_lse, Tensor& ring_depth, Tensor& ring_anchors,
-    Tensor& ring_position, Tensor& slot_begin, Tensor& slot_end, Tensor& slot_request, Tensor& counters,
-    const Tensor& threshold, bool relative, bool per_head, int64_t band, int64_t min_context,
-    int64_t max_reuse_depth, double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
-    const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
+    Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t anchors, const Tensor& threshold, bool relative,
+    bool per_head, int64_t window, int64_t band, int64_t min_context, int64_t max_reuse_depth, int64_t layer,
+    double sm_scale, double logits_soft_cap, const OptionalTensor& workspace, const OptionalTensor& error_flag,
+    const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
   Tensor out = at::empty(q.sizes(), q.options());
-  const auto [source, lse] =
-      decode_reuse_into(q, k_cache, v_cache, hnd, block_table, seq_lens, slots, q_match, request_ids, ring_query,
-                        ring_out, ring_lse, ring_depth, ring_anchors, ring_position, slot_begin, slot_end,
-                        slot_request, counters, threshold, relative, per_head, band, min_context, max_reuse_depth,
-                        sm_scale, logits_soft_cap, workspace, error_flag, inv_freq, interleaved, rotary_scale, out);
+  const auto [source, lse] = decode_reuse_into(
+      q, k_cache, v_cache, hnd, block_table, seq_lens, slots, q_match, request_ids, ring, num_kv_heads, entries,
+      anchors, threshold, relative, per_head, window, band, min_context, max_reuse_depth, layer, sm_scale,
+      logits_soft_cap, workspace, error_flag, inv_freq, interleaved, rotary_scale, out);
   return {source, out, lse};
 }
+
+// Where the parts of a slot lie, for the views that Python has of them: name -> (bytes from the slot's beginning,
+// type, sizes, strides in bytes), and the bytes of a slot. Type "T" is the queries'.
+pybind11::tuple describe_ring(int32_t num_kv_heads, int32_t group_size, int32_t head_dim, int32_t entries,
+                              int32_t anchors, int32_t itemsize) {
+  using Sizes = std::vector<int64_t>;
+  const RingLayout l = ring_layout({num_kv_heads, group_size, head_dim, entries, anchors, itemsize});
+  const int64_t H = num_kv_heads, G = group_size, D = head_dim, M = entries, S = anchors, R = l.record_bytes;
+  pybind11::dict parts;
+  const auto add = [&](const char* name, const char* type, int64_t at, const Sizes& sizes, const Sizes& strides) {
+    parts[name] = pybind11::make_tuple(at, type, sizes, strides);
+  };
+  add("slot_end", "int32", l.end, {}, {});
+  add("slot_request", "int64", l.request, {}, {});
+  add("counters", "int64", l.counters, {kNumCounters}, {8});
+  add("ring_stored", "int32", l.stored, {H}, {4});
+  add("ring_tau", "float32", l.tau, {H}, {4});
+  add("ring_last_lse", "float32", l.last_lse, {H, G}, {G * 4, 4});
+  add("ring_position", "int32", l.position, {H, M}, {M * 4, 4});
+  add("ring_depth", "int32", l.depth, {H, M, G}, {M * G * 4, G * 4, 4});
+  const int64_t row = D * itemsize;
+  add("ring_query", "T", l.query, {H, M, G, D}, {M * G * row, G * row, row, itemsize});
+  add("ring_out", "float32", l.record + l.out, {H, M, G, D}, {M * R, R, D * 4, 4});
+  add("ring_lse", "float32", l.record + l.lse, {H, M, G}, {M * R, R, 4});
+  add("ring_rotated", "T", l.record + l.rotated, {H, M, S > 0 ? G : 0, D}, {M * R, R, row, itemsize});
+  add("ring_anchors", "int32", l.record + l.anchors, {H, M, S}, {M * R, R, 4});
+  add("ring_anchor_weights", "float32", l.record + l.anchor_weights, {H, M, S}, {M * R, R, 4});
+  return pybind11::make_tuple(parts, l.slot_bytes);
+}
+
+// mac_attn/_extension.py looks for this in the file before it is opened.
+[[gnu::used]] const char kBuiltFor[] = "mac_attn built for torch " MAC_ATTN_TORCH "\n";
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -325,26 +357,24 @@ pybind11::dict build_info() {
   return info;
 }
 
-}  // namespace
-
-TORCH_LIBRARY(mac_attn, m) {
+void define(torch::Library& m) {
   m.def(
-      "match(Tensor q_match, Tensor seq_lens, Tensor slots, Tensor? request_ids, Tensor ring_query, "
-      "Tensor ring_depth, Tensor ring_position, Tensor slot_begin, Tensor slot_end, Tensor slot_request, "
-      "Tensor threshold, bool relative, bool per_head, int band, int min_context, int max_reuse_depth, "
-      "Tensor(a!)? workspace, Tensor(b!)? error_flag) -> Tensor");
+      "match(Tensor q_match, Tensor seq_lens, Tensor slots, Tensor? request_ids, Tensor ring, int num_kv_heads, "
+      "int entries, int anchors, Tensor threshold, bool relative, bool per_head, int window, int band, "
+      "int min_context, int max_reuse_depth, Tensor(a!)? workspace, Tensor(b!)? error_flag) "
+      "-> (Tensor source, Tensor place, Tensor stored)");
   m.def(
       "amend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? source, "
-      "Tensor? slots, Tensor? ring_anchors, int window, int band, float sm_scale, float logits_soft_cap, "
-      "Tensor(a!)? workspace, Tensor(b!)? error_flag) "
-      "-> (Tensor states, Tensor state_lse, Tensor anchors)");
+      "Tensor? place, Tensor? stored, Tensor? slots, Tensor? ring, int entries, int anchors, int band, int layer, "
+      "float sm_scale, float logits_soft_cap, Tensor(a!)? workspace, Tensor(b!)? error_flag) "
+      "-> (Tensor states, Tensor state_lse, Tensor log_ratio, Tensor anchors, Tensor anchor_weights, "
+      "Tensor sampled)");
   m.def("complete_exact(Tensor states, Tensor state_lse, Tensor seq_lens, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
-      "complete(Tensor states, Tensor state_lse, Tensor anchors, Tensor source, Tensor q_match, Tensor seq_lens, "
-      "Tensor slots, Tensor? request_ids, Tensor(a!) ring_query, Tensor(b!) ring_out, Tensor(c!) ring_lse, "
-      "Tensor(d!) ring_depth, Tensor(e!) ring_anchors, Tensor(f!) ring_position, Tensor(g!) slot_begin, "
-      "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, int band, "
-      "Tensor? workspace, Tensor(k!) out, Tensor(l!) lse) -> ()");
+      "complete(Tensor states, Tensor state_lse, Tensor log_ratio, Tensor anchors, Tensor anchor_weights, "
+      "Tensor sampled, Tensor source, Tensor place, Tensor stored, Tensor q, Tensor q_match, Tensor seq_lens, "
+      "Tensor slots, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int band, "
+      "int max_reuse_depth, Tensor? workspace, Tensor(b!) out, Tensor(c!) lse) -> ()");
   // Each as a function, and `into` a tensor that the caller has. For the cache see KVCache.
   const std::string exact =
       "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor block_table, Tensor seq_lens, float sm_scale, "
@@ -353,17 +383,16 @@ TORCH_LIBRARY(mac_attn, m) {
   m.def(("decode_exact.into(" + exact + ", Tensor(a!) out) -> Tensor lse").c_str());
   const std::string reuse =
       "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor block_table, Tensor seq_lens, Tensor slots, "
-      "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring_query, Tensor(b!) ring_out, Tensor(c!) ring_lse, "
-      "Tensor(d!) ring_depth, Tensor(e!) ring_anchors, Tensor(f!) ring_position, Tensor(g!) slot_begin, "
-      "Tensor(h!) slot_end, Tensor(i!) slot_request, Tensor(j!) counters, Tensor threshold, bool relative, "
-      "bool per_head, int band, int min_context, int max_reuse_depth, float sm_scale, float logits_soft_cap, "
-      "Tensor(k!)? workspace, Tensor(l!)? error_flag, Tensor? inv_freq, bool interleaved, float rotary_scale";
+      "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int anchors, "
+      "Tensor threshold, bool relative, bool per_head, int window, int band, int min_context, int max_reuse_depth, "
+      "int layer, float sm_scale, float logits_soft_cap, Tensor(b!)? workspace, Tensor(c!)? error_flag, "
+      "Tensor? inv_freq, bool interleaved, float rotary_scale";
   m.def(("decode_reuse(" + reuse + ") -> (Tensor source, Tensor out, Tensor lse)").c_str());
-  m.def(("decode_reuse.into(" + reuse + ", Tensor(m!) out) -> (Tensor source, Tensor lse)").c_str());
+  m.def(("decode_reuse.into(" + reuse + ", Tensor(d!) out) -> (Tensor source, Tensor lse)").c_str());
+  m.def("unrotate(Tensor q, Tensor positions, Tensor inv_freq, bool interleaved, float scale) -> Tensor");
 }
 
-template <typename Library>
-void implement(Library& m) {
+void implement(torch::Library& m) {
   m.impl("match", match);
   m.impl("amend", amend);
   m.impl("complete_exact", complete_exact);
@@ -372,16 +401,37 @@ void implement(Library& m) {
   m.impl("decode_exact.into", decode_exact_into);
   m.impl("decode_reuse", decode_reuse);
   m.impl("decode_reuse.into", decode_reuse_into);
+  m.impl("unrotate", unrotate_op);
 }
 
-TORCH_LIBRARY_IMPL(mac_attn, CPU, m) {
-  implement(m);
+// The path of the file that holds this function.
+std::string own_path() {
+  Dl_info info{};
+  dladdr(reinterpret_cast<const void*>(&own_path), &info);
+  return info.dli_fname ? info.dli_fname : "mac_attn._C";
 }
-#ifdef MAC_ATTN_WITH_CUDA
-TORCH_LIBRARY_IMPL(mac_attn, CUDA, m) {
-  implement(m);
+
+// Once, when Python makes the module. TORCH_LIBRARY registers as the file is opened, where an error ends the
+// process: with a second copy of the extension that was one.
+void register_ops() {
+  static const std::string path = own_path();
+  static std::vector<torch::Library> libraries;
+  if (!libraries.empty()) return;
+  if (const auto other = c10::Dispatcher::singleton().findSchema({"mac_attn::decode_exact", ""})) {
+    throw pybind11::import_error("another copy of mac_attn is loaded in this process (" + other->debug() +
+                                 "), so " + path + " cannot be: keep one of them on sys.path");
+  }
+  const auto add = [](torch::Library::Kind kind, std::optional<c10::DispatchKey> key) -> torch::Library& {
+    return libraries.emplace_back(kind, "mac_attn", key, path.c_str(), 0);
+  };
+  define(add(torch::Library::DEF, std::nullopt));
+  implement(add(torch::Library::IMPL, c10::DispatchKey::CPU));
+  implement(add(torch::Library::IMPL, c10::DispatchKey::CUDA));
 }
-#else
+
+}  // namespace
+
+#ifndef MAC_ATTN_WITH_CUDA
 // So that a CUDA tensor meets a sentence, not a missing dispatch key.
 namespace cuda_backend {
 [[noreturn]] void not_built() {
@@ -414,10 +464,13 @@ auto plain_function(const char* name, const char* overload, Result (*)(Args...))
 
 PYBIND11_MODULE(_C, m) {
   using namespace mac_attn;
+  register_ops();
+  m.attr("library") = own_path();
   m.doc() = "Registers the mac_attn ops; build_info() tells how they were built.";
   m.def("decode_exact", plain_function("mac_attn::decode_exact", "", decode_exact));
   m.def("decode_exact_into", plain_function("mac_attn::decode_exact", "into", decode_exact_into));
   m.def("decode_reuse", plain_function("mac_attn::decode_reuse", "", decode_reuse));
   m.def("decode_reuse_into", plain_function("mac_attn::decode_reuse", "into", decode_reuse_into));
+  m.def("ring_layout", &mac_attn::describe_ring, "Parts of a slot of a ring, see mac_attn.cache; and its bytes.");
   m.def("build_info", &mac_attn::build_info, "Version, CUDA architectures, SIMD level, threads, compiler.");
 }

@@ -112,7 +112,7 @@ struct AmendParams {
   float* log_ratio;       // out: [B, Hq] on a hit ln of sum a exp(s_p) / sum a exp(s_c) over the anchors; else 0
   int32_t* anchors;       // out: [B, H, S] of a new entry, ascending, then kNoAnchor
   float* anchor_weights;  // out: [B, H, S] a of each, then 0
-  int32_t* sampled;       // out: [B, H] on a miss the candidates there were, or kNotSampled; on a hit the anchors read
+  int32_t* sampled;  // out: [B, H] on a miss the candidates there were, or kNotSampled; on a hit the anchors read
 };
 
 // The two states that amend yields for every head. With p the current and c the matched position:
@@ -142,12 +142,20 @@ struct CompleteParams {
   void* out;  // out: [B, Hq, D] dtype
   int64_t out_batch_stride;
   int64_t out_head_stride;
-  float* lse;  // out: [B, Hq] or null
+  float* lse;  // out: [B, Hq]
 };
 
 // First position that the entry of position `p` leaves out: E(p) = max(0, p + 1 - band).
 constexpr int32_t band_start(int32_t p, int32_t band) {
   return p >= band ? p - band + 1 : 0;
+}
+
+// Oldest position whose entry the query of position `p` may reuse: within the window, with old tokens, and so young
+// that with anchors a hit reads no more than half of the tokens.
+constexpr int32_t oldest_candidate(int32_t p, int32_t window, int32_t band, int32_t anchors) {
+  const int32_t cheap = (p + 1) / 2 - band - sample_size(anchors, band_start(p, band));
+  const int32_t reach = anchors > 0 && cheap < window ? cheap : window;
+  return p - reach > band ? p - reach : band;
 }
 
 // Depth of an entry that reuses one of depth `depth`.

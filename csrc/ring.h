@@ -38,19 +38,19 @@ struct RingShape {
 // Where the parts of a slot lie: bytes from its beginning, each at a multiple of 64.
 struct RingLayout {
   RingShape shape;
-  int64_t end;       // int32: seq_len of the slot's last call
-  int64_t request;   // int64: id of its last call, -1 if none was given
-  int64_t counters;  // int64 [kNumCounters]
-  int64_t stored;    // int32 [H] entries stored since the history began, see `next_stored`
-  int64_t tau;       // float [H] what a token's key has to exceed, see sample.h
-  int64_t last_lse;  // float [H, G] log-sum-exp of the last step
-  int64_t position;  // int32 [H, M] whose entry this is, -1: nobody's any more
-  int64_t depth;     // int32 [H, M, G] hits in a row that made the entry
-  int64_t query;     // T [H, M, G, D] pre-RoPE
-  int64_t record;    // [H, M] of `record_bytes`, in each:
-  int64_t out, lse;  //   float [G, D], float [G]: the state over [0, E(c))
-  int64_t rotated;   //   T [G, D] post-RoPE, nothing if S = 0
-  int64_t anchors;   //   int32 [S] positions, ascending, then -1
+  int64_t end;             // int32: seq_len of the slot's last call
+  int64_t request;         // int64: id of its last call, -1 if none was given
+  int64_t counters;        // int64 [kNumCounters]
+  int64_t stored;          // int32 [H] entries stored since the history began, see `next_stored`
+  int64_t tau;             // float [H] what a token's key has to exceed, see sample.h
+  int64_t last_lse;        // float [H, G] log-sum-exp of the last step
+  int64_t position;        // int32 [H, M] whose entry this is, -1: nobody's any more
+  int64_t depth;           // int32 [H, M, G] hits in a row that made the entry
+  int64_t query;           // T [H, M, G, D] pre-RoPE
+  int64_t record;          // [H, M] of `record_bytes`, in each:
+  int64_t out, lse;        //   float [G, D], float [G]: the state over [0, E(c))
+  int64_t rotated;         //   T [G, D] post-RoPE, nothing if S = 0
+  int64_t anchors;         //   int32 [S] positions, ascending, then -1
   int64_t anchor_weights;  //   float [S] how many tokens besides itself each stands for
   int64_t record_bytes;
   int64_t slot_bytes;

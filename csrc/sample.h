@@ -2,9 +2,9 @@
 // threshold sampling; Duffield, Lund, Thorup, JACM 2007), drawn while a miss streams over the tokens.
 //
 //   w_i = max over the group's heads of exp(logit_h(i) - last_lse_h)      u_i in (0, 1] by a hash
-//   A token whose key w_i / u_i exceeds tau is a candidate. If there are more than S, tau rises to the (S + 1)-th
-//   largest key, and those above it stay. Each was taken with probability pi_i = min(1, w_i / tau), and stands for
-//   a_i = 1 / pi_i - 1 tokens besides itself.
+//   A token whose key w_i / u_i exceeds tau is a candidate. If there are more than S (see sample_size), tau rises
+//   to the (S + 1)-th largest key, and those above it stay. Each was taken with probability pi_i = min(1, w_i /
+//   tau), and stands for a_i = 1 / pi_i - 1 tokens besides itself.
 // last_lse is the log-sum-exp of the slot's last step: any weight known when the token passes is right.
 #pragma once
 
@@ -13,6 +13,14 @@
 #include "state.h"
 
 namespace mac_attn {
+
+// How many an entry keeps at most, of `anchors` places: no more than a share of its old tokens, as a hit has to be
+// worth taking.
+MAC_HOST_DEVICE constexpr int32_t sample_size(int32_t anchors, int32_t old_end) {
+  constexpr int32_t kShare = 8;
+  const int32_t most = old_end / kShare > 1 ? old_end / kShare : 1;
+  return anchors < most ? anchors : most;
+}
 
 // Candidates that there is room for, in multiples of S. An entry that had more is not stored.
 constexpr int32_t kCandidateRoom = 4;
@@ -40,13 +48,13 @@ MAC_HOST_DEVICE constexpr float uniform(uint32_t seed, int32_t token) {
 }
 
 // tau of a slot that has drawn no sample yet.
-MAC_HOST_DEVICE constexpr float first_tau(int32_t anchors) {
-  return 1.f / static_cast<float>(anchors);
+MAC_HOST_DEVICE constexpr float first_tau(int32_t size) {
+  return 1.f / static_cast<float>(size);
 }
 
 // tau for the slot's next miss, from the candidates of this one: so that there are about 1.5 S.
-MAC_HOST_DEVICE constexpr float next_tau(float tau, int32_t sampled, int32_t anchors) {
-  const float wanted = 1.5f * static_cast<float>(anchors), least = 1.f / (64.f * static_cast<float>(anchors));
+MAC_HOST_DEVICE constexpr float next_tau(float tau, int32_t sampled, int32_t size) {
+  const float wanted = 1.5f * static_cast<float>(size), least = 1.f / (64.f * static_cast<float>(size));
   const float ratio = static_cast<float>(sampled) / wanted;
   const float next = tau * (ratio < 0.25f ? 0.25f : ratio > 4.f ? 4.f : ratio);
   return next < least ? least : next > 64.f ? 64.f : next;

@@ -1,7 +1,6 @@
 // Undoes a rotary embedding in one pass: R(-p) q / scale. mac_attn/rope.py has the same in torch ops for other
 // shapes; a decode step calls it once a layer, where a dozen of small ops cost more than the step saves.
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include "backend.h"
 #include "checks.h"
@@ -36,23 +35,9 @@ at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const char
   return out;
 }
 
-namespace {
-
 at::Tensor unrotate_op(const at::Tensor& q, const at::Tensor& positions, const at::Tensor& inv_freq,
                        bool interleaved, double scale) {
   return unrotate(q, positions, "positions", 0, inv_freq, interleaved, scale);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(mac_attn, m) {
-  m.def("unrotate(Tensor q, Tensor positions, Tensor inv_freq, bool interleaved, float scale) -> Tensor");
-}
-TORCH_LIBRARY_IMPL(mac_attn, CPU, m) {
-  m.impl("unrotate", unrotate_op);
-}
-TORCH_LIBRARY_IMPL(mac_attn, CUDA, m) {
-  m.impl("unrotate", unrotate_op);
 }
 
 }  // namespace mac_attn

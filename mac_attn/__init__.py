@@ -5,12 +5,13 @@ log-sum-exp (arXiv:2604.00235). `ReuseCache` holds the recent queries of one lay
 its options.
 """
 
+from . import _extension  # noqa: F401  (first: it looks at what the others open)
 from ._version import __version__
 from .audit import AuditReport
 from .cache import ReuseCache
 from .config import ReuseConfig
 from .decode import decode
-from .ops import Amended, amend, complete, match, merge_states
+from .ops import Amended, Matched, amend, complete, match, merge_states
 from .paging import dense_as_pages, from_flashinfer
 from .rope import RotaryEmbedding, rotate, unrotate
 from .seed import seed
@@ -20,6 +21,7 @@ from .stats import ReuseStats
 __all__ = [
     "Amended",
     "AuditReport",
+    "Matched",
     "ReuseCache",
     "ReuseConfig",
     "ReuseStats",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _C
 from ._checks import (
     FLOAT_DTYPES,
     INT32_MAX,
@@ -19,8 +20,8 @@ from ._checks import (
 from .audit import Audit, AuditReport
 from .config import ReuseConfig
 from .rope import RotaryEmbedding
-from .slot_state import SLOT_TENSORS, SlotState
-from .stats import COUNTERS, ReuseStats
+from .slot_state import Form, SlotState
+from .stats import ReuseStats
 
 NO_POSITION = -1  # tag of an empty place of a ring, and an anchor place that is not used
 NO_REQUEST = -1
@@ -38,7 +39,7 @@ Ints = int | Sequence[int] | Tensor
 
 
 class ReuseCache:
-    """Rings of `num_slots` requests for one layer: `window` recent queries with their states.
+    """Rings of `num_slots` requests for one layer: recent queries with their attention states.
 
     Args:
         cfg: the options of reuse.
@@ -50,28 +51,49 @@ class ReuseCache:
         rotary: the model's rotary embedding; with it `decode` and `seed` need no `q_match`.
         max_batch_size: rows of a call on a GPU, at least `num_slots`, which is the default. Only
             padding and rows that have no slot can make them more.
+        layer: number of the model's layer, >= 0, so that layers draw their samples independently.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
         MemoryError: the device has not enough memory; the message says how much it takes.
 
-    Attributes (N slots, H KV heads, G query heads per KV head, M window, S anchors, D head_dim):
-        An entry belongs to a position c and lies at c % M. It holds that position's query and its
-        attention state over the tokens [0, E(c)) without the anchors, E(c) = max(0, c + 1 - band).
-
-        ring_query: [N, H, M, G, D] dtype, pre-RoPE queries.
-        ring_out: [N, H, M, G, D] float32, the states' softmax-weighted means of values.
-        ring_lse: [N, H, M, G] float32, the states' natural log of the sum of exp(logit).
-        ring_depth: [N, H, M, G] int32, hits in a row that made the entry; 0 for a miss.
-        ring_anchors: [N, H, M, S] int32, positions below E(c), then -1 where fewer than S.
-        ring_position: [N, M] int32, tag: the position whose entry lies here, -1 for none.
-        slot_begin, slot_end: [N] int32, entries count for positions [begin, end); end is the
-            seq_len of the slot's last call.
+    Attributes (N slots, H KV heads, G query heads per KV head, M entries, S anchors, D head_dim):
+        ring: [N, slot bytes] uint8, all that makes up the slots; csrc/ring.h has its layout. The
+            next ones are views of it.
+        slot_end: [N] int32, the seq_len of the slot's last call.
         slot_request: [N] int64, request id of the slot's last call, -1 if none was given.
-        counters: [N, 6] int64, see `ReuseStats`.
+        counters: [N, 8] int64, see `ReuseStats`.
+        ring_stored: [N, H] int32, entries stored since the slot's history began; beyond M only the
+            remainder matters, and the number stays below 2 M. The next entry's place is this % M.
+        ring_tau: [N, H] float32, what the key of a token has to exceed to be sampled.
+        ring_last_lse: [N, H, G] float32, log-sum-exp of the slot's last step.
+        ring_position: [N, H, M] int32, tag: the position c whose entry lies here, -1 for none.
+        ring_depth: [N, H, M, G] int32, hits in a row that made the entry; 0 for a miss.
+        ring_query: [N, H, M, G, D] dtype, pre-RoPE queries.
+        ring_out, ring_lse: [N, H, M, G, D] and [N, H, M, G] float32, the attention states over the
+            tokens [0, E(c)), E(c) = max(0, c + 1 - band): softmax-weighted means of values, natural
+            log of the sum of exp(logit).
+        ring_rotated: [N, H, M, G, D] dtype, post-RoPE queries; [N, H, M, 0, D] without anchors.
+        ring_anchors: [N, H, M, S] int32, positions below E(c), ascending, then -1.
+        ring_anchor_weights: [N, H, M, S] float32, how many tokens besides itself each stands for.
         threshold: [Hq] float32, see `ReuseConfig.threshold_per_head`.
         error_flag: [1] int32, see `check`.
     """
+
+    slot_end: Tensor
+    slot_request: Tensor
+    counters: Tensor
+    ring_stored: Tensor
+    ring_tau: Tensor
+    ring_last_lse: Tensor
+    ring_position: Tensor
+    ring_depth: Tensor
+    ring_query: Tensor
+    ring_out: Tensor
+    ring_lse: Tensor
+    ring_rotated: Tensor
+    ring_anchors: Tensor
+    ring_anchor_weights: Tensor
 
     def __init__(
         self,
@@ -85,17 +107,11 @@ class ReuseCache:
         device: torch.device | str = "cpu",
         rotary: RotaryEmbedding | None = None,
         max_batch_size: int | None = None,
+        layer: int = 0,
     ) -> None:
         check_type("cfg", cfg, ReuseConfig)
         self.cfg = cfg
-        # Of `cfg`, as the ops take them: relative, per_head, band, min_context, max_reuse_depth.
-        self.match_options = (
-            cfg.threshold_mode == "relative",
-            cfg.granularity == "head",
-            cfg.band,
-            cfg.min_context,
-            INT32_MAX if cfg.max_reuse_depth is None else cfg.max_reuse_depth,
-        )
+        self.layer = check_int("layer", layer, low=0)
         self.num_slots = check_int("num_slots", num_slots, low=1)
         if max_batch_size is None:
             max_batch_size = num_slots
@@ -114,6 +130,16 @@ class ReuseCache:
             if rotary.dim > head_dim:
                 raise ValueError(f"rotary rotates {rotary.dim} dims, must be at most {head_dim}")
 
+        # Of `cfg`, as the ops take them: relative, per_head, window, band, min_context,
+        # max_reuse_depth.
+        self.match_options = (
+            cfg.threshold_mode == "relative",
+            cfg.granularity == "head",
+            cfg.window,
+            cfg.band,
+            cfg.min_context,
+            INT32_MAX if cfg.max_reuse_depth is None else cfg.max_reuse_depth,
+        )
         threshold = cfg.threshold_per_head(num_qo_heads, head_dim)
         self.error_flag = torch.zeros(1, dtype=torch.int32, device=device)
         self.device = self.error_flag.device  # "cuda" has become "cuda:0", as tensors name it
@@ -123,45 +149,44 @@ class ReuseCache:
         self._allocate()
 
     def _allocate(self) -> None:
-        entries = (self.num_slots, self.num_kv_heads, self.cfg.window)
-        heads = (*entries, self.group_size)
-        per_entry = self.group_size * (self.head_dim * (self.dtype.itemsize + 4) + 8)
-        size = self.num_slots * self.num_kv_heads * self.cfg.window
-        size *= per_entry + 4 * self.cfg.anchors
-
-        def full(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=self.device)
-
+        parts, slot_bytes = _C.ring_layout(
+            self.num_kv_heads,
+            self.group_size,
+            self.head_dim,
+            self.cfg.entries,
+            self.cfg.anchors,
+            self.dtype.itemsize,
+        )
+        # What the CUDA kernels keep between launches: csrc/backend_cuda.cpp.
+        each = 2 * self.num_qo_heads + 3 * self.num_kv_heads + 1
+        numbers = self.max_batch_size * each + 1 if self.device.type != "cpu" else 0
         try:
-            self.ring_query = full((*heads, self.head_dim), 0.0, self.dtype)
-            self.ring_out = full((*heads, self.head_dim), 0.0, torch.float32)
-            self.ring_lse = full(heads, -torch.inf, torch.float32)
-            self.ring_depth = full(heads, 0, torch.int32)
-            self.ring_anchors = full((*entries, self.cfg.anchors), NO_POSITION, torch.int32)
-            self.ring_position = full((self.num_slots, self.cfg.window), NO_POSITION, torch.int32)
-            self.slot_begin = full((self.num_slots,), 0, torch.int32)
-            self.slot_end = full((self.num_slots,), 0, torch.int32)
-            self.slot_request = full((self.num_slots,), NO_REQUEST, torch.int64)
-            self.counters = full((self.num_slots, len(COUNTERS)), 0, torch.int64)
-            # What the CUDA kernels keep between launches: csrc/backend_cuda.cpp.
-            numbers = self.max_batch_size * (2 * (self.num_qo_heads + self.num_kv_heads) + 1) + 1
-            size_on_gpu = numbers if self.device.type != "cpu" else 0
-            self.workspace = full((size_on_gpu,), 0, torch.int32)
+            shape = (self.num_slots, slot_bytes)
+            self.ring = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+            self.workspace = torch.zeros(numbers, dtype=torch.int32, device=self.device)
         # The device works (error_flag lies there) and the arguments are valid: it is the size.
         except RuntimeError as error:
             raise MemoryError(
-                f"num_slots = {self.num_slots} of window = {self.cfg.window} need "
-                f"{size / 2**20:.1f} MiB on {self.device}, which could not be allocated"
+                f"num_slots = {self.num_slots} of {slot_bytes / 2**20:.1f} MiB need "
+                f"{self.num_slots * slot_bytes / 2**20:.1f} MiB on {self.device}, "
+                "which could not be allocated"
             ) from error
-
-    def _rings(self) -> tuple[Tensor, ...]:
-        """Everything that makes up the contents of a slot, its history included."""
-        return tuple(getattr(self, name) for name in SLOT_TENSORS if name != "counters")
+        for name, (begin, type_name, sizes, strides) in parts.items():
+            dtype = self.dtype if type_name == "T" else getattr(torch, type_name)
+            view = self.ring.view(dtype).as_strided(
+                (self.num_slots, *sizes),
+                [step // dtype.itemsize for step in (slot_bytes, *strides)],
+                begin // dtype.itemsize,
+            )
+            setattr(self, name, view)
+        # As the ops take it.
+        self.ring_arguments = (self.ring, self.num_kv_heads, self.cfg.entries, self.cfg.anchors)
+        self._empty(torch.ones(self.num_slots, dtype=torch.bool, device=self.device))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (*self._rings(), self.counters, self.threshold, self.error_flag, self.workspace)
+        tensors = (self.ring, self.threshold, self.error_flag, self.workspace)
         return sum(t.nbytes for t in tensors)
 
     def __repr__(self) -> str:
@@ -208,8 +233,7 @@ class ReuseCache:
         pairs = _valid_pairs(valid)
         some = valid.any()
         read, write = (slots.take(pairs).where(some, 0) for slots in (source, target))
-        for tensor in self._rings():
-            tensor.index_copy_(0, write, tensor.index_select(0, read))
+        self.ring.index_copy_(0, write, self.ring.index_select(0, read))
         if ids is not None:
             ids = ids.take(pairs).where(some, self.slot_request.index_select(0, write))
             self.slot_request.index_copy_(0, write, ids)
@@ -243,8 +267,7 @@ class ReuseCache:
         self._flag(wrong, ERROR_SEQ_LENS)
         limit = limit.clamp(0, INT32_MAX).to(torch.int32)
         self.slot_end.copy_(torch.minimum(self.slot_end, limit))
-        self.slot_begin.copy_(torch.minimum(self.slot_begin, self.slot_end))
-        self.ring_position.masked_fill_(self.ring_position >= limit[:, None], NO_POSITION)
+        self.ring_position.masked_fill_(self.ring_position >= limit[:, None, None], NO_POSITION)
 
     def export_slots(self, slots: Ints, *, pin_memory: bool = False) -> SlotState:
         """Copy slots to host memory, counters included: a request that is swapped out.
@@ -257,13 +280,18 @@ class ReuseCache:
         `check` raises.
         """
         index, valid = self._slots("slots", slots, distinct=False)
-        return SlotState.gather(self, index.where(valid, 0), valid, pin_memory=pin_memory)
+        rows = self.ring.index_select(0, index.where(valid, 0))
+        pin_memory = pin_memory and self.device.type != "cpu"
+        if self.device.type != "cpu":
+            rows.masked_fill_(~valid[:, None], 0)  # which is an empty slot, too
+        host = torch.empty_like(rows, device="cpu", pin_memory=pin_memory)
+        return SlotState(Form.of(self), host.copy_(rows, non_blocking=pin_memory))
 
     def import_slots(self, slots: Ints, state: SlotState) -> None:
         """Put the exported slot `i` of `state` in the place of slot `slots[i]`.
 
         The request goes on as if it had never been away, in any slot, in this cache or in another
-        of the same shape, window, band, anchors and granularity. It keeps its request id.
+        of the same shape, entries, band, anchors and granularity. It keeps its request id.
 
         Raises ValueError for slots out of range or given twice, a state of another number of slots
         or from a cache of another form. On the GPU a slot out of range is ignored and one given
@@ -277,7 +305,11 @@ class ReuseCache:
         if len(index) == 0:
             return
         pairs, some = _valid_pairs(valid), valid.any()
-        state.scatter(self, pairs, index.take(pairs).where(some, 0), some)
+        slot = index.take(pairs).where(some, 0)
+        given = state.ring.to(self.device, non_blocking=True).index_select(0, pairs)
+        if self.device.type != "cpu":
+            given = given.where(some, self.ring.index_select(0, slot))
+        self.ring.index_copy_(0, slot, given)
         self._empty(self._mask(index, ~valid))
 
     def stats(self) -> ReuseStats:
@@ -320,9 +352,9 @@ class ReuseCache:
             raise ValueError("; ".join(text for bit, text in ERRORS.items() if flag & bit))
 
     def _empty(self, which: Tensor) -> None:
-        """Empty the slots of a mask `[N]`: what their rings hold no longer has a tag or a range."""
-        self.ring_position.masked_fill_(which[:, None], NO_POSITION)
-        self.slot_begin.masked_fill_(which, 0)
+        """Empty the slots of a mask `[N]`: nothing that their rings hold counts any more."""
+        self.ring_stored.masked_fill_(which[:, None], 0)
+        self.ring_tau.masked_fill_(which[:, None], 0)
         self.slot_end.masked_fill_(which, 0)
         self.slot_request.masked_fill_(which, NO_REQUEST)
         self.counters.masked_fill_(which[:, None], 0)

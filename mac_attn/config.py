@@ -16,21 +16,30 @@ if TYPE_CHECKING:
     from .calibrate import Calibration
 
 
+MAX_ENTRIES = 1 << 24  # and anchors: csrc/ops.cpp
+
+
 @dataclass(frozen=True)
 class ReuseConfig:
     """Options of reuse, checked when constructed; immutable, comparable and hashable.
 
-    At a step of position p the pre-RoPE query is compared with those of the `window` positions
-    before. If the nearest is within the threshold, its attention result over the old tokens is
-    reused and only the newest ones, from `band` tokens before it on, are attended afresh.
+    At a step of position p the pre-RoPE query is compared with those stored of the `window`
+    positions before. If the nearest is within the threshold, its attention result over the old
+    tokens is reused and only the newest ones, from `band` tokens before it on, and a sample of the
+    old ones, its anchors, are attended afresh.
 
     Args:
-        window: how many recent queries are kept and searched, >= 1. Memory and matching time grow
-            with it.
+        entries: how many queries with their results a KV head keeps, >= 1. Only what may be reused
+            is stored, so with `max_reuse_depth=1` they are those of the last misses. Memory and
+            matching time grow with them.
+        window: how many positions back an entry may lie, >= 1. The older the entry, the more
+            tokens a hit attends afresh.
         band: newest tokens of an entry that are never reused but always attended afresh, >= 1. A
             larger band lowers the error of a hit and raises its cost.
-        anchors: heaviest tokens per KV head that a hit attends exactly with its own query, >= 0.
-            They cut the error of a hit to less than half (not in the paper: 0 is the paper).
+        anchors: old tokens per KV head that a hit attends exactly with its own query, >= 0: a
+            sample by weight, so that the heaviest are among them for certain and the others tell
+            how the rest has moved. The error of a hit falls like 1 / sqrt(anchors). Not in the
+            paper: 0 is the paper.
         threshold: how far apart two queries may be, one number or one per query head (a sequence or
             tensor `[num_qo_heads]`, kept as a tuple). 0 in the relative and 1 in the absolute mode
             never hit. 0.1 is the safe choice; 0.2 reads about half as much of the cache and loses
@@ -44,25 +53,27 @@ class ReuseConfig:
         min_context: shortest seq_len at which a hit is allowed, >= 0.
         max_reuse_depth: longest chain of reuse, >= 1: an entry made by that many hits in a row is
             not reused again. 1 reuses only results of exact attention, so that errors do not build
-            up over a long generation. None is no limit (the paper).
+            up over a long generation; `anchors` need that. None is no limit (the paper).
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
     """
 
-    window: int = 512
+    entries: int = 128
+    window: int = 2048
     band: int = 256
-    anchors: int = 64
-    threshold: float | Sequence[float] | Tensor = 0.1
+    anchors: int = 1024
+    threshold: float | Sequence[float] | Tensor = 0.4
     threshold_mode: Literal["relative", "absolute"] = "relative"
     granularity: Literal["group", "head"] = "group"
     min_context: int = 2048
     max_reuse_depth: int | None = 1
 
     def __post_init__(self) -> None:
+        check_int("entries", self.entries, low=1, high=MAX_ENTRIES)
         check_int("window", self.window, low=1)
         check_int("band", self.band, low=1)
-        check_int("anchors", self.anchors, low=0)
+        check_int("anchors", self.anchors, low=0, high=MAX_ENTRIES)
         check_int("min_context", self.min_context, low=0)
         if self.max_reuse_depth is not None:
             check_int("max_reuse_depth", self.max_reuse_depth, low=1)
@@ -72,6 +83,12 @@ class ReuseConfig:
             raise ValueError(
                 f"anchors is {self.anchors}, must be 0 with granularity='head': "
                 "anchors belong to a KV head, so its query heads must decide together"
+            )
+        if self.max_reuse_depth != 1 and self.anchors > 0:
+            raise ValueError(
+                f"anchors is {self.anchors}, must be 0 with "
+                f"max_reuse_depth={self.max_reuse_depth}: anchors are drawn from exact attention, "
+                "so only that can be reused"
             )
         # Plain numbers, so that configs compare, hash and do not change with a caller's tensor.
         object.__setattr__(self, "threshold", self._plain_threshold(self.threshold))
@@ -132,6 +149,7 @@ class ReuseConfig:
     def paper(cls) -> ReuseConfig:
         """The settings of MAC-Attention (arXiv:2604.00235): τ = 0.45, every head for itself."""
         return cls(
+            entries=512,
             window=512,
             band=256,
             anchors=0,

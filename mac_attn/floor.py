@@ -14,7 +14,7 @@ from .config import ReuseConfig
 
 _INT32, _INT64, _FLOAT32 = 4, 8, 4
 _MISS = -1
-_COUNTERS = 6  # mac_attn.stats.COUNTERS, int64 each
+_COUNTERS = 8  # mac_attn.stats.COUNTERS, int64 each
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,18 @@ class Floor:
     Attributes:
         kv_bytes: K and V rows of [s, n), once per KV head, from the earliest start s of its query
             heads on (s = E(c) = c + 1 - band for a hit on the entry of position c, else 0).
-        anchor_bytes: K and V rows of the inherited anchors and their positions.
+        anchor_bytes: K and V rows of the anchors of hits, their positions and weights.
         block_table_bytes: entries for the pages of the longest [s, n) of each request.
         ring_query_bytes: stored queries that match cannot decide without, and their tags: the first
             head of every candidate with group decisions, all heads with decisions per head.
         ring_query_bytes_max: the same if no candidate is left early: all heads.
-        state_read_bytes: reused states: mean of values, log-sum-exp and depth of every hit.
+        state_read_bytes: reused states: mean of values, log-sum-exp and depth of every hit, with
+            anchors the entry's query after its rotation, too.
         state_write_bytes: the new entries, and the history and counters of the slots.
         query_bytes: q, q_match, out and its log-sum-exp.
         flops: logits and weighted values, 4 * head_dim for every query head and token, and the
-            squared distances of match, 3 * head_dim for every stored query it looks at.
+            squared distances of match, 3 * head_dim for every stored query it looks at. A hit's
+            anchors are attended by the entry's query, too.
     """
 
     kv_bytes: int
@@ -85,8 +87,9 @@ def step_floor(
         page_size: tokens per page.
         cfg: the options of reuse; None is exact decode.
         sources: [B][num_qo_heads], with `cfg`: the position of the entry that a query head reuses,
-            or -1 for a miss, as `mac_attn.match` answers. All candidates of the window count as
-            stored.
+            or -1 for a miss, as `mac_attn.match` answers. Rings count as full, of entries within
+            the window, and those of hits as full of anchors; a new entry is stored where it may be
+            reused.
 
     Raises:
         ValueError: the numbers of rows or heads do not fit one another.
@@ -116,19 +119,28 @@ def step_floor(
         flops += sum(n - start for start in starts) * 4 * head_dim
         if cfg is None:
             continue
-        # Anchors are read by groups that hit, as a whole: cfg.anchors is 0 for decisions per head.
-        group_hits = sum(c != _MISS for c in source[::group_size])
-        anchors += group_hits * cfg.anchors * (2 * row + _INT32)
-        flops += group_hits * group_size * cfg.anchors * 4 * head_dim
+        # Anchors belong to a KV head, of which all heads hit or none: its first one tells.
+        group_hits = sum(c != _MISS for c in source[::group_size]) if cfg.anchors else 0
+        anchors += group_hits * cfg.anchors * (2 * row + _INT32 + _FLOAT32)
+        flops += group_hits * 2 * group_size * cfg.anchors * 4 * head_dim
+        states_read += group_hits * group_size * row
         stored = num_candidates(n, cfg)
         first = num_qo_heads if cfg.granularity == "head" else num_kv_heads
-        ring += stored * (first * row + _INT32)
-        ring_max += stored * (num_qo_heads * row + _INT32)
+        # Tags belong to a KV head.
+        ring += stored * (first * row + num_kv_heads * _INT32)
+        ring_max += stored * (num_qo_heads * row + num_kv_heads * _INT32)
         flops += stored * first * 3 * head_dim
         states_read += sum(c != _MISS for c in source) * state
-        states_write += num_qo_heads * (row + state) + num_kv_heads * cfg.anchors * _INT32
-        # Tag, slot_begin, slot_end and slot_request; the counters are read and written.
-        states_write += 3 * _INT32 + _INT64 + 2 * _COUNTERS * _INT64
+        new = stores_entry(n, source, cfg, group_size)
+        entry = group_size * (row + state) + _INT32  # with its tag
+        if cfg.anchors:
+            entry += group_size * row + cfg.anchors * (_INT32 + _FLOAT32)
+        states_write += sum(new) * entry
+        # slot_end and slot_request, and per KV head how many entries there are; with anchors what
+        # samples are drawn by. The counters are read and written.
+        states_write += _INT32 + _INT64 + num_kv_heads * _INT32 + 2 * _COUNTERS * _INT64
+        if cfg.anchors:
+            states_write += (num_kv_heads + num_qo_heads) * _FLOAT32
         queries += num_qo_heads * row
     return Floor(
         kv_bytes=kv,
@@ -144,8 +156,23 @@ def step_floor(
 
 
 def num_candidates(seq_len: int, cfg: ReuseConfig) -> int:
-    """Stored queries that match may choose from: positions c with p - M <= c < p and E(c) > 0."""
+    """Entries that match may choose from: of positions c with p - window <= c < p and E(c) > 0."""
     position = seq_len - 1
     if seq_len < max(1, cfg.min_context):
         return 0
-    return max(0, position - max(position - cfg.window, cfg.band))
+    oldest = max(position - cfg.window, cfg.band)
+    return max(0, min(cfg.entries, position - oldest))
+
+
+def stores_entry(
+    seq_len: int, source: Sequence[int], cfg: ReuseConfig, group_size: int
+) -> list[bool]:
+    """Whether a KV head stores the step: it has old tokens, and may be reused.
+
+    With a depth limit above 1 that hangs on how deep the source was; a hit then counts as stored.
+    """
+    old = seq_len > cfg.band
+    groups = (source[h : h + group_size] for h in range(0, len(source), group_size))
+    if cfg.max_reuse_depth != 1:
+        return [old for _ in groups]
+    return [old and any(c == _MISS for c in group) for group in groups]

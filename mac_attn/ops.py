@@ -31,19 +31,45 @@ _EAGER = (_C.decode_exact, _C.decode_exact_into, _C.decode_reuse, _C.decode_reus
 _NO_ROTARY = (None, False, 1.0)
 
 
-class Amended(NamedTuple):
-    """What `amend` yields: two attention states per query head and the new entry's anchors.
+class Matched(NamedTuple):
+    """What `match` answers, and the other stages go by.
 
     Attributes:
-        states: [2, B, num_qo_heads, head_dim] float32, softmax-weighted means. Row 0 is over the
-            old tokens that no reused state covers, row 1 over the anchors and the band.
+        source: [B, num_qo_heads] int32, the position of the entry to reuse, or -1 for a miss. With
+            group decisions it is the same for all query heads of a KV head.
+        place: [B, num_qo_heads] int32, where in the ring that entry lies, -1 for a miss.
+        stored: [B, num_kv_heads] int32, `ReuseCache.ring_stored` of the request's slot, or -1 if
+            the request does not go on where the slot ended.
+    """
+
+    source: Tensor
+    place: Tensor
+    stored: Tensor
+
+
+class Amended(NamedTuple):
+    """What `amend` yields: two attention states per query head and a new entry's anchors.
+
+    Attributes:
+        states: [2, B, num_qo_heads, head_dim] float32, softmax-weighted means. On a miss row 0 is
+            over the old tokens [0, E(p)) and row 1 over the band [E(p), n). On a hit on the entry
+            of position c without anchors they are over [E(c), E(p)) and the band; with anchors
+            row 1 is over those and [E(c), n), and row 0 over the anchors by the entry's query.
         state_lse: [2, B, num_qo_heads] float32, natural log of the sum of exp(logit); -inf: empty.
-        anchors: [B, num_kv_heads, S] int32 positions, -1 where unused (those last).
+        log_ratio: [B, num_qo_heads] float32, by how much the log-sum-exp of the reused rest moves.
+        anchors: [B, num_kv_heads, S] int32 positions, ascending, -1 where unused.
+        anchor_weights: [B, num_kv_heads, S] float32, how many tokens besides itself each stands
+            for.
+        sampled: [B, num_kv_heads] int32, on a miss how many candidates there were for them, -1 if
+            no sample was drawn; on a hit how many anchors were read.
     """
 
     states: Tensor
     state_lse: Tensor
+    log_ratio: Tensor
     anchors: Tensor
+    anchor_weights: Tensor
+    sampled: Tensor
 
 
 def match(
@@ -52,7 +78,7 @@ def match(
     seq_lens: Tensor,
     slots: Tensor,
     request_ids: Tensor | None = None,
-) -> Tensor:
+) -> Matched:
     """Find, for every query head, the recent query to reuse (paper §3.1, "match").
 
     Args:
@@ -62,31 +88,23 @@ def match(
         slots: [B] int32, the ring slot of each request, or -1: it has none, and misses.
         request_ids: [B] int64 or None; a slot whose last call had another id counts as empty.
 
-    Returns:
-        [B, num_qo_heads] int32: the position of the matched entry, or -1 for a miss. With group
-        decisions it is the same for all query heads of a KV head.
-
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
     """
     check_query("q_match", q_match, reuse)
-    source: Tensor = torch.ops.mac_attn.match(
-        q_match,
-        seq_lens,
-        slots,
-        request_ids,
-        reuse.ring_query,
-        reuse.ring_depth,
-        reuse.ring_position,
-        reuse.slot_begin,
-        reuse.slot_end,
-        reuse.slot_request,
-        reuse.threshold,
-        *reuse.match_options,
-        reuse.workspace,
-        reuse.error_flag,
+    return Matched(
+        *torch.ops.mac_attn.match(
+            q_match,
+            seq_lens,
+            slots,
+            request_ids,
+            *reuse.ring_arguments,
+            reuse.threshold,
+            *reuse.match_options,
+            reuse.workspace,
+            reuse.error_flag,
+        )
     )
-    return source
 
 
 def amend(
@@ -95,7 +113,7 @@ def amend(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
-    source: Tensor | None = None,
+    matched: Matched | None = None,
     reuse: ReuseCache | None = None,
     slots: Tensor | None = None,
     sm_scale: float | None = None,
@@ -104,38 +122,38 @@ def amend(
 ) -> Amended:
     """Attend afresh to what the reused state does not cover (paper §3.2, "amend").
 
-    With `source` and `reuse` the tokens are [E(c), n) on a hit and [0, n) on a miss, split at E(p);
-    without them all of [0, n), in row 1 of the result: plain split-KV decode attention.
+    With `matched` and `reuse` see `Amended`; without them to all of [0, n), in row 1 of the result:
+    plain split-KV decode attention.
 
-    Args: as for `mac_attn.decode`; `source` is what `match` returned.
+    Args: as for `mac_attn.decode`; `matched` is what `match` returned.
     """
     k_cache, v_cache = kv_views(kv_cache, kv_layout)
-    if (source is None) != (reuse is None):
-        raise ValueError("source and reuse: one is None, must be given both or neither")
+    if (matched is None) != (reuse is None):
+        raise ValueError("matched and reuse: one is None, must be given both or neither")
     if sm_scale is None:
         sm_scale = 1.0 / math.sqrt(q.size(-1))
-    if reuse is not None:
+    rings: tuple[object, ...] = (None, None, None, None, None, 1, 0, 1, 0)
+    if matched is not None and reuse is not None:
         check_query("q", q, reuse)
         check_tensor(
             "k_cache", k_cache, shape=("pages", "page", reuse.num_kv_heads, reuse.head_dim)
         )
-    states, state_lse, anchors = torch.ops.mac_attn.amend(
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        seq_lens,
-        source,
-        slots if reuse is not None else None,
-        reuse.ring_anchors if reuse is not None else None,
-        reuse.cfg.window if reuse is not None else 1,
-        reuse.cfg.band if reuse is not None else 1,
-        sm_scale,
-        logits_soft_cap,
-        reuse.workspace if reuse is not None else None,
-        reuse.error_flag if reuse is not None else None,
+        ring, _, entries, anchors = reuse.ring_arguments
+        rings = (*matched, slots, ring, entries, anchors, reuse.cfg.band, reuse.layer)
+    return Amended(
+        *torch.ops.mac_attn.amend(
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            *rings,
+            sm_scale,
+            logits_soft_cap,
+            reuse.workspace if reuse is not None else None,
+            reuse.error_flag if reuse is not None else None,
+        )
     )
-    return Amended(states, state_lse, anchors)
 
 
 def complete(
@@ -144,7 +162,8 @@ def complete(
     *,
     dtype: torch.dtype | None = None,
     reuse: ReuseCache | None = None,
-    source: Tensor | None = None,
+    matched: Matched | None = None,
+    q: Tensor | None = None,
     q_match: Tensor | None = None,
     slots: Tensor | None = None,
     request_ids: Tensor | None = None,
@@ -158,43 +177,39 @@ def complete(
         amended: from `amend`, or from another kernel in the same form.
         seq_lens: [B] int32, as given to `amend`.
         dtype: of the output, when neither `reuse` nor `out` says it.
-        reuse, source, q_match, slots, request_ids: as for `match`, whose answer `source` is.
+        reuse, q_match, slots, request_ids: as for `match`, whose answer `matched` is.
+        q: [B, num_qo_heads, head_dim] post-RoPE queries, as given to `amend`.
         out: [B, num_qo_heads, head_dim], written in place, or None for a new tensor.
 
     Returns:
         (out, lse): [B, num_qo_heads, head_dim] and [B, num_qo_heads] float32 (natural log).
     """
-    states, state_lse, anchors = amended
-    lse = torch.empty_like(state_lse[0])
+    lse = torch.empty_like(amended.state_lse[0])
     if out is None:
         dtype = reuse.dtype if reuse is not None else dtype
-        out = torch.empty_like(states[0], dtype=dtype)
+        out = torch.empty_like(amended.states[0], dtype=dtype)
     if reuse is None:
-        torch.ops.mac_attn.complete_exact(states, state_lse, seq_lens, out, lse)
+        torch.ops.mac_attn.complete_exact(amended.states, amended.state_lse, seq_lens, out, lse)
         return out, lse
-    check_tensor("source", source, dtype=torch.int32)
+    if matched is None:
+        raise ValueError("matched is None, must be what match answered, as reuse is given")
+    check_query("q", q, reuse)
     check_query("q_match", q_match, reuse)
     check_tensor("slots", slots, dtype=torch.int32)
+    ring, num_kv_heads, entries, _ = reuse.ring_arguments
     torch.ops.mac_attn.complete(
-        states,
-        state_lse,
-        anchors,
-        source,
+        *amended,
+        *matched,
+        q,
         q_match,
         seq_lens,
         slots,
         request_ids,
-        reuse.ring_query,
-        reuse.ring_out,
-        reuse.ring_lse,
-        reuse.ring_depth,
-        reuse.ring_anchors,
-        reuse.ring_position,
-        reuse.slot_begin,
-        reuse.slot_end,
-        reuse.slot_request,
-        reuse.counters,
+        ring,
+        num_kv_heads,
+        entries,
         reuse.cfg.band,
+        reuse.match_options[-1],
         reuse.workspace,
         out,
         lse,
@@ -236,18 +251,10 @@ def match_amend_complete(
         slots,
         q_match,
         request_ids,
-        reuse.ring_query,
-        reuse.ring_out,
-        reuse.ring_lse,
-        reuse.ring_depth,
-        reuse.ring_anchors,
-        reuse.ring_position,
-        reuse.slot_begin,
-        reuse.slot_end,
-        reuse.slot_request,
-        reuse.counters,
+        *reuse.ring_arguments,
         reuse.threshold,
         *reuse.match_options,
+        reuse.layer,
         sm_scale,
         logits_soft_cap,
         reuse.workspace,
@@ -292,8 +299,10 @@ def check_query(name: str, query: Tensor | None, reuse: ReuseCache) -> None:
 def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two attention states over disjoint sets of tokens, exactly.
 
-    `lse = log(exp(lse1) + exp(lse2))`, `out = out1 exp(lse1 - lse) + out2 exp(lse2 - lse)`; an
-    empty state is (0, -inf) and may be either operand or both. Plain torch: any device.
+    `lse = log(exp(lse1) + exp(lse2))`, `out = out1 exp(lse1 - lse) + out2 exp(lse2 - lse)`; either
+    operand or both may be empty. A state is empty where its lse is -inf, or +inf as
+    FlashAttention 2 has it; its mean is not looked at, and may be NaN. Two empty states are
+    (0, -inf). Plain torch: any device.
 
     Args:
         out1, out2: [..., head_dim], softmax-weighted means of the values.
@@ -306,18 +315,31 @@ def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tupl
     check_tensor("out2", out2, shape=tuple(out1.shape))
     check_tensor("lse1", lse1, shape=tuple(out1.shape[:-1]))
     check_tensor("lse2", lse2, shape=tuple(out1.shape[:-1]))
+    lse1, lse2 = (lse.masked_fill(lse == math.inf, -math.inf) for lse in (lse1, lse2))
     lse = torch.logaddexp(lse1, lse2)
     # Two empty states: -inf - -inf would be NaN; their weights are 0.
-    base = torch.where(lse == -math.inf, torch.zeros_like(lse), lse)
-    weight1 = torch.exp(lse1 - base).unsqueeze(-1)
-    weight2 = torch.exp(lse2 - base).unsqueeze(-1)
-    out = out1 * weight1 + out2 * weight2
+    base = lse.masked_fill(lse == -math.inf, 0.0)
+    weighted = []
+    for mean, its_lse in ((out1, lse1), (out2, lse2)):
+        is_empty = (its_lse == -math.inf).unsqueeze(-1)  # and 0 * NaN would be NaN
+        weighted.append((mean * torch.exp(its_lse - base).unsqueeze(-1)).masked_fill(is_empty, 0))
+    out = weighted[0] + weighted[1]
     return out.to(torch.promote_types(out1.dtype, out2.dtype)), lse
 
 
 @torch.library.register_fake("mac_attn::match")
-def _match_fake(q_match: Tensor, seq_lens: Tensor, *args: object) -> Tensor:
-    return seq_lens.new_empty((q_match.size(0), q_match.size(1)))
+def _match_fake(
+    q_match: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor,
+    request_ids: Tensor | None,
+    ring: Tensor,
+    num_kv_heads: int,
+    *args: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = (q_match.size(0), q_match.size(1))
+    stored = seq_lens.new_empty((q_match.size(0), num_kv_heads))
+    return seq_lens.new_empty(heads), seq_lens.new_empty(heads), stored
 
 
 @torch.library.register_fake("mac_attn::amend")
@@ -328,16 +350,28 @@ def _amend_fake(
     block_table: Tensor,
     seq_lens: Tensor,
     source: Tensor | None,
+    place: Tensor | None,
+    stored: Tensor | None,
     slots: Tensor | None,
-    ring_anchors: Tensor | None,
+    ring: Tensor | None,
+    entries: int,
+    anchors: int,
     *args: object,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     batch, num_qo_heads, head_dim = q.shape
-    num_anchors = 0 if ring_anchors is None else ring_anchors.size(-1)
+    num_kv_heads, reuses = k_cache.size(2), source is not None
+
+    def floats(*shape: int) -> Tensor:
+        return q.new_empty(shape, dtype=torch.float32)
+
+    num_anchors = anchors if reuses else 0
     return (
-        q.new_empty((2, batch, num_qo_heads, head_dim), dtype=torch.float32),
-        q.new_empty((2, batch, num_qo_heads), dtype=torch.float32),
-        seq_lens.new_empty((batch, k_cache.size(2), num_anchors)),
+        floats(2, batch, num_qo_heads, head_dim),
+        floats(2, batch, num_qo_heads),
+        floats(batch, num_qo_heads if reuses else 0),
+        seq_lens.new_empty((batch, num_kv_heads, num_anchors)),
+        floats(batch, num_kv_heads, num_anchors),
+        seq_lens.new_empty((batch, num_kv_heads if reuses else 0)),
     )
 
 

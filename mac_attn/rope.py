@@ -94,10 +94,10 @@ class RotaryEmbedding:
         """
         check_type("model", model, nn.Module)
         prefix = "" if layer_type is None else f"{layer_type}_"
-        found = [m for m in model.modules() if _is_rotary(m, prefix)]
+        found = [m for m, its_prefix in rotary_modules(model) if its_prefix == prefix]
         if not found:
             raise ValueError(_not_found(model, layer_type))
-        rotations = [cls._of_module(m, prefix, layer_type, interleaved) for m in found]
+        rotations = [cls.of_module(m, prefix, interleaved=interleaved) for m in found]
         first = rotations[0]
         for other in rotations[1:]:
             same = first.scale == other.scale and torch.equal(first.inv_freq, other.inv_freq)
@@ -109,12 +109,23 @@ class RotaryEmbedding:
         return first
 
     @classmethod
-    def _of_module(
-        cls, module: nn.Module, prefix: str, layer_type: str | None, interleaved: bool
+    def of_module(
+        cls, module: nn.Module, prefix: str = "", *, interleaved: bool = False
     ) -> RotaryEmbedding:
+        """The rotation of one rotary module of a transformers model; see `from_transformers`.
+
+        Args:
+            module: holds `{prefix}inv_freq` and `{prefix}attention_scaling`: see `rotary_modules`.
+            prefix: a kind of layer and an underscore, where the module serves several.
+            interleaved: how the model pairs dimensions.
+
+        Raises:
+            ValueError: its frequencies change with the length, or its positions are not those of
+                the tokens.
+        """
         kind = getattr(module, "rope_type", "default")
         if isinstance(kind, dict):
-            kind = kind.get(layer_type, "default")
+            kind = kind.get(prefix.removesuffix("_"), "default")
         # The names by which transformers' dynamic_rope_update decides to change the frequencies.
         if "dynamic" in kind or kind == "longrope":
             raise ValueError(
@@ -231,19 +242,24 @@ def _turn(q: Tensor, cos: Tensor, sin: Tensor, rotary: RotaryEmbedding) -> Tenso
     )
 
 
-def _is_rotary(module: nn.Module, prefix: str) -> bool:
-    inv_freq = getattr(module, f"{prefix}inv_freq", None)
-    return isinstance(inv_freq, Tensor) and hasattr(module, f"{prefix}attention_scaling")
+def rotary_modules(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The rotary modules of a transformers model, each with the prefixes of its frequencies.
 
-
-def _not_found(model: nn.Module, layer_type: str | None) -> str:
-    suffix = "_attention_scaling"
-    layer_types = {
-        name.removesuffix(suffix)
+    A module is known by `inv_freq` and `attention_scaling`, whatever wraps it; one that serves
+    several kinds of layers has them for each, behind the kind's name and an underscore.
+    """
+    suffix = "attention_scaling"
+    return [
+        (module, name.removesuffix(suffix))
         for module in model.modules()
         for name in vars(module)
         if name.endswith(suffix)
-    }
+        and isinstance(getattr(module, f"{name.removesuffix(suffix)}inv_freq", None), Tensor)
+    ]
+
+
+def _not_found(model: nn.Module, layer_type: str | None) -> str:
+    layer_types = {prefix.removesuffix("_") for _, prefix in rotary_modules(model)} - {""}
     if layer_types:
         return f"layer_type is {layer_type!r}, must be one of {sorted(layer_types)}"
     return "model has no rotary module, must have one with `inv_freq` and `attention_scaling`"

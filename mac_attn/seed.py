@@ -1,28 +1,21 @@
-"""Ring entries for the last queries of a prompt, so that the first decode steps can reuse them.
+"""Ring entries for queries of a prompt, so that the first decode steps can reuse them.
 
-The state of an entry is ordinary attention of its query over the keys `[0, E(c))`, where
-E(c) = max(0, c + 1 - band): causal attention, bottom-right aligned, over the KV cut at n - band. It
-is computed here in plain PyTorch, in float32, chunk by chunk of the keys with a running softmax.
+Each is what a decode step of that position would have left had it missed, made by the same kernels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from . import ops
 from ._checks import check_number, check_tensor, check_type
-from .cache import NO_POSITION, NO_REQUEST, ReuseCache
+from .cache import ReuseCache
+from .ops import Matched
 from .paging import KVCache, kv_views
 from .rope import pre_rope_query
-
-# Keys per step of the running softmax: 512 queries of 32 heads then take 64 MiB of logits.
-_CHUNK = 1024
-# As many of the last queries vote for the anchors; those before them are farther from decoding.
-_VOTERS = 32
 
 
 @torch.no_grad()
@@ -40,12 +33,12 @@ def seed(
     logits_soft_cap: float = 0.0,
     kv_layout: str = "NHD",
 ) -> None:
-    """Write the ring entries of the last T prompt tokens of every request, after prefill.
+    """Write ring entries of the last T prompt tokens of every request, after prefill.
 
-    The prompt's keys and values are in the cache already. With anchors, every KV head has one set
-    of them, the heaviest tokens for its last 32 queries, of which an entry keeps those it is old
-    enough for. If a slot ended where the T tokens begin, in the same request, its older entries
-    stay; else it starts anew. Reads lengths, pages and slots back to the host.
+    The prompt's keys and values are in the cache already. If T exceeds the entries of a ring, every
+    k-th token has one, k = ceil(T / entries), the last one among them. If a slot ended where the T
+    tokens begin, in the same request, its older entries stay; else it starts anew. Each entry costs
+    one exact decode step. Statistics do not count them.
 
     Args:
         reuse: the layer's cache.
@@ -61,7 +54,7 @@ def seed(
 
     Raises:
         ValueError: a shape, layout, device or value (length, page id, slot) does not fit. Nothing
-            has been written then.
+            has been written then. Values on a GPU are not read back, see `ReuseCache.check`.
         TypeError: an argument is no tensor or has another dtype than it must.
     """
     check_type("reuse", reuse, ReuseCache)
@@ -85,147 +78,58 @@ def seed(
     check_number("logits_soft_cap", logits_soft_cap, low=0.0)
     positions = seq_lens[:, None] - length + torch.arange(length, device=device)
     q_match = pre_rope_query(q, q_match, positions, reuse.rotary)
+    if device.type == "cpu":
+        lens, ids = seq_lens.tolist(), None if request_ids is None else request_ids.tolist()
+        _check_values(reuse, length, lens, slots.tolist(), ids)
+        _check_pages(k, block_table, lens)
 
-    lens, rows = seq_lens.tolist(), slots.tolist()
-    ids = [NO_REQUEST] * batch if request_ids is None else request_ids.tolist()
-    _check_values(reuse, length, lens, rows, None if request_ids is None else ids)
-    _check_pages(k, block_table, lens)
-    for b, n in enumerate(lens):
-        if n > 0:
-            context = _Context(k, v, block_table[b].long(), sm_scale, logits_soft_cap)
-            _seed_request(reuse, rows[b], ids[b], n, q[b], q_match[b], context)
+    active = seq_lens != 0
+    none = seq_lens.new_full((batch, reuse.num_qo_heads), -1)
 
+    def length_at(t: int) -> Tensor:
+        return torch.where(active, seq_lens - (length - 1 - t), 0)
 
-@dataclass
-class _Context:
-    """The keys and values of one request and how logits come from them."""
+    def miss(t: int, stored: Tensor) -> None:
+        """What a decode step of the t-th of the T tokens does when all of its heads miss."""
+        query, matching, lens = q[:, t], q_match[:, t], length_at(t)
+        matched = Matched(none, none, stored)
+        amended = ops.amend(
+            query,
+            (k, v),
+            block_table,
+            lens,
+            matched=matched,
+            reuse=reuse,
+            slots=slots,
+            sm_scale=sm_scale,
+            logits_soft_cap=logits_soft_cap,
+        )
+        ops.complete(
+            amended,
+            lens,
+            reuse=reuse,
+            matched=matched,
+            q=query,
+            q_match=matching,
+            slots=slots,
+            request_ids=request_ids,
+        )
 
-    k: Tensor  # [num_pages, page_size, H, D]
-    v: Tensor
-    pages: Tensor  # [max_pages] int64
-    sm_scale: float
-    logits_soft_cap: float
-
-    def chunks(self, end: int) -> Iterator[Tensor]:
-        """Token positions `[0, end)`, int64, chunk by chunk."""
-        for first in range(0, end, _CHUNK):
-            yield torch.arange(first, min(end, first + _CHUNK), device=self.pages.device)
-
-    def gather(self, cache: Tensor, tokens: Tensor) -> Tensor:
-        """Rows of the cache at these positions, float32 `[H, tokens, D]`."""
-        page_size = cache.shape[1]
-        rows = cache[self.pages[tokens // page_size], tokens % page_size]
-        return rows.float().transpose(0, 1)
-
-    def logits(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """Logits `[H, rows, tokens]` of float32 queries `[H, rows, D]`.
-
-        In float32, since 16-bit logits would lose more digits than reuse may.
-        """
-        logits = (queries * self.sm_scale) @ self.gather(self.k, tokens).transpose(1, 2)
-        cap = self.logits_soft_cap
-        return logits if cap == 0 else logits.div_(cap).tanh_().mul_(cap)
-
-
-def _seed_request(
-    reuse: ReuseCache,
-    slot: int,
-    request: int,
-    n: int,
-    q: Tensor,
-    q_match: Tensor,
-    context: _Context,
-) -> None:
-    """Compute and store the entries of the last T tokens of one request; q `[T, Hq, D]`."""
-    length, band = len(q), reuse.cfg.band
-    heads = (reuse.num_kv_heads, reuse.group_size)
-    positions = torch.arange(n - length, n, device=q.device)  # c
-    ends = (positions + 1 - band).clamp(min=0)  # E(c)
-    last_end = max(0, n - band)
-
-    grouped = q.unflatten(1, heads).permute(1, 0, 2, 3)  # [H, T, G, D]
-    queries = grouped.flatten(1, 2).float()  # [H, T * G, D]: a KV head's queries share its keys
-    row_ends = ends.repeat_interleave(reuse.group_size)  # [T * G]
-    anchors = _choose_anchors(reuse, grouped, n, last_end, context)  # [H, <= S], ascending
-    out, lse = _states(queries, row_ends, last_end, anchors, context)
-
-    at = positions % reuse.cfg.window
-    # Ascending, so that those an entry keeps come first.
-    kept = torch.where(anchors[:, None] < ends[:, None], anchors[:, None], NO_POSITION)
-    unused = reuse.cfg.anchors - anchors.shape[1]
-    kept = torch.nn.functional.pad(kept, (0, unused), value=NO_POSITION)
-    reuse.ring_query[slot].index_copy_(1, at, q_match.unflatten(1, heads).transpose(0, 1))
-    reuse.ring_out[slot].index_copy_(1, at, out.unflatten(1, (length, -1)))
-    reuse.ring_lse[slot].index_copy_(1, at, lse.unflatten(1, (length, -1)))
-    reuse.ring_depth[slot].index_fill_(1, at, 0)
-    reuse.ring_anchors[slot].index_copy_(1, at, kept.to(torch.int32))
-    reuse.ring_position[slot].index_copy_(0, at, positions.to(torch.int32))
-    unbroken = (reuse.slot_end[slot] == n - length) & (reuse.slot_request[slot] == request)
-    reuse.slot_begin[slot] = torch.where(unbroken, reuse.slot_begin[slot], n - length)
-    reuse.slot_end[slot] = n
-    reuse.slot_request[slot] = request
-
-
-def _states(
-    queries: Tensor, ends: Tensor, last_end: int, anchors: Tensor, context: _Context
-) -> tuple[Tensor, Tensor]:
-    """Attention states of queries `[H, rows, D]`, each over its `[0, end)` without the anchors.
-
-    ends `[rows]`, at most last_end; anchors `[H, count]`. Returns out `[H, rows, D]` and lse
-    `[H, rows]`, float32.
-    """
-    hidden = torch.zeros(len(queries), last_end, dtype=torch.bool, device=queries.device)
-    hidden.scatter_(1, anchors, True)
-    highest = queries.new_full(queries.shape[:2], -torch.inf)
-    total = queries.new_zeros(queries.shape[:2])  # sum of exp(logit - highest)
-    out = torch.zeros_like(queries)
-    for tokens in context.chunks(last_end):
-        logits = context.logits(queries, tokens)
-        masked = hidden[:, None, tokens] | (tokens >= ends[:, None])
-        logits.masked_fill_(masked, -torch.inf)
-        new_highest = torch.maximum(highest, logits.amax(dim=-1))
-        # Nothing seen yet: any finite base gives weights of 0, where -inf - -inf would be NaN.
-        base = new_highest.masked_fill(new_highest == -torch.inf, 0.0)
-        weights = logits.sub_(base[..., None]).exp_()
-        decay = (highest - base).exp()
-        total = total * decay + weights.sum(dim=-1)
-        out = torch.baddbmm(out * decay[..., None], weights, context.gather(context.v, tokens))
-        highest = new_highest
-    empty = total == 0
-    out /= total.masked_fill(empty, 1.0)[..., None]
-    return out, highest + total.log()
-
-
-def _choose_anchors(
-    reuse: ReuseCache, grouped: Tensor, n: int, last_end: int, context: _Context
-) -> Tensor:
-    """The S heaviest tokens of `[0, E(n - 1))` per KV head, or all; int64 `[H, <= S]`, ascending.
-
-    A token's weight is the largest over the voters' heads of exp(logit - lse), with each voter's
-    lse over all the tokens it sees. It is compared as a logarithm, which cannot underflow.
-    """
-    count = min(reuse.cfg.anchors, last_end)
-    heads = reuse.num_kv_heads
-    if count == last_end:
-        return torch.arange(last_end, device=grouped.device).expand(heads, -1)
-    if count == 0:
-        return torch.empty(heads, 0, dtype=torch.int64, device=grouped.device)
-    voters = grouped[:, -_VOTERS:]
-    queries = voters.flatten(1, 2).float()
-    first = n - voters.shape[1] + 1
-    seen = torch.arange(first, n + 1, device=grouped.device).repeat_interleave(reuse.group_size)
-    lse = queries.new_full(queries.shape[:2], -torch.inf)
-    for tokens in context.chunks(n):
-        logits = context.logits(queries, tokens)
-        logits.masked_fill_(tokens >= seen[:, None], -torch.inf)
-        lse = torch.logaddexp(lse, logits.logsumexp(dim=-1))
-    weights = [
-        (context.logits(queries, tokens) - lse[..., None])
-        .masked_fill_(tokens >= seen[:, None], -torch.inf)
-        .amax(dim=1)
-        for tokens in context.chunks(last_end)
-    ]
-    return torch.cat(weights, dim=1).topk(count, dim=1).indices.sort(dim=1).values
+    every = -(-length // reuse.cfg.entries)
+    chosen = range((length - 1) % every, length, every)
+    rows = slots.long().clamp(0, reuse.num_slots - 1)
+    counted = reuse.counters.clone()
+    # Whether the slot ended where these tokens begin; -1, that it did not, is no number of entries.
+    stored = ops.match(reuse, q_match[:, 0], length_at(0), slots, request_ids).stored
+    stored = stored.clamp(min=0)
+    # A sample is drawn by the log-sum-exp of the step before. That of the first is found first, in
+    # a pass that stores nothing: one without history.
+    if reuse.cfg.anchors:
+        miss(chosen[0], torch.full_like(stored, -1))
+    for t in chosen:
+        miss(t, stored)
+        stored = reuse.ring_stored.index_select(0, rows)
+    reuse.counters.copy_(counted)
 
 
 def _check_values(

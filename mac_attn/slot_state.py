@@ -11,27 +11,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .cache import ReuseCache
 
-# Everything that makes up a slot, as attributes of ReuseCache: [N, ...] there, [k, ...] here.
-SLOT_TENSORS = (
-    "ring_query",
-    "ring_out",
-    "ring_lse",
-    "ring_depth",
-    "ring_anchors",
-    "ring_position",
-    "slot_begin",
-    "slot_end",
-    "slot_request",
-    "counters",
-)
-_EMPTY = {"ring_position": -1, "slot_begin": 0, "slot_end": 0, "slot_request": -1, "counters": 0}
-
 
 @dataclass(frozen=True)
 class Form:
     """What two caches must have in common for one to go on with the other's entries."""
 
-    window: int
+    entries: int
     band: int
     anchors: int
     granularity: str
@@ -44,7 +29,7 @@ class Form:
     def of(cls, cache: ReuseCache) -> Form:
         """The form of a cache."""
         return cls(
-            window=cache.cfg.window,
+            entries=cache.cfg.entries,
             band=cache.cfg.band,
             anchors=cache.cfg.anchors,
             granularity=cache.cfg.granularity,
@@ -64,34 +49,19 @@ class SlotState:
 
     Attributes:
         form: the shapes and options of the cache it comes from.
-        tensors: by name of the `ReuseCache` attribute, `[k, ...]` on the CPU.
+        ring: [k, slot bytes] uint8 on the CPU, rows of `ReuseCache.ring`.
     """
 
     form: Form
-    tensors: dict[str, Tensor]
+    ring: Tensor
 
     def __len__(self) -> int:
-        return len(self.tensors["slot_end"])
+        return len(self.ring)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in self.tensors.values())
-
-    @classmethod
-    def gather(
-        cls, cache: ReuseCache, index: Tensor, valid: Tensor, *, pin_memory: bool
-    ) -> SlotState:
-        """Copies of the slots `index` `[k]`; those that are not `valid` `[k]` become empty ones."""
-        pin_memory = pin_memory and cache.device.type != "cpu"
-        tensors = {}
-        for name in SLOT_TENSORS:
-            rows = getattr(cache, name).index_select(0, index)
-            if name in _EMPTY:
-                rows.masked_fill_(~valid.view(-1, *[1] * (rows.ndim - 1)), _EMPTY[name])
-            host = torch.empty_like(rows, device="cpu", pin_memory=pin_memory)
-            tensors[name] = host.copy_(rows, non_blocking=pin_memory)
-        return cls(Form.of(cache), tensors)
+        """Bytes of the slots."""
+        return self.ring.nbytes
 
     def check_form(self, cache: ReuseCache) -> None:
         """Raise ValueError, naming the first difference, if the cache has another form."""
@@ -100,10 +70,3 @@ class SlotState:
             have, want = getattr(self.form, field.name), getattr(form, field.name)
             if have != want:
                 raise ValueError(f"state has {field.name} {have}, must have {want} as the cache")
-
-    def scatter(self, cache: ReuseCache, rows: Tensor, slots: Tensor, some: Tensor) -> None:
-        """Write the state's `rows` `[k]` to `slots` `[k]`, or nothing unless `some` holds."""
-        for name in SLOT_TENSORS:
-            tensor = getattr(cache, name)
-            given = self.tensors[name].to(cache.device, non_blocking=True).index_select(0, rows)
-            tensor.index_copy_(0, slots, given.where(some, tensor.index_select(0, slots)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Columns of ReuseCache.counters; csrc/params.h lists them in this order.
+# Columns of ReuseCache.counters; csrc/ring.h lists them in this order.
 COUNTERS = (
     "steps",
     "kv_head_steps",
@@ -14,6 +14,8 @@ COUNTERS = (
     "query_head_hits",
     "kv_tokens_read",
     "kv_tokens_full",
+    "anchors_read",
+    "entries_stored",
 )
 
 
@@ -24,7 +26,7 @@ class ReuseStats:
     Without a step the hit rates are 0 and the share of KV read is 1.
 
     Attributes:
-        per_slot: [N, 6] int64 on the CPU, the columns of `COUNTERS`.
+        per_slot: [N, 8] int64 on the CPU, the columns of `COUNTERS`.
         num_qo_heads, num_kv_heads: those of the cache.
     """
 
@@ -64,6 +66,16 @@ class ReuseStats:
     def kv_tokens_full(self) -> int:
         """Tokens that exact attention would have read."""
         return self._total("kv_tokens_full")
+
+    @property
+    def anchors_read(self) -> int:
+        """Of the tokens read, those that hits have read as anchors."""
+        return self._total("anchors_read")
+
+    @property
+    def entries_stored(self) -> int:
+        """Entries that decode steps have left in the rings, one for a KV head at a time."""
+        return self._total("entries_stored")
 
     @property
     def hit_rate(self) -> float:

@@ -145,9 +145,12 @@ def random_walk(
 
 
 def small_config(**changes: Any) -> mac_attn.ReuseConfig:
-    """Options small enough that a context of some hundred tokens wraps the ring several times."""
-    options = dict(window=32, band=16, anchors=0, threshold=0.16, min_context=24)
-    options |= dict(max_reuse_depth=None) | changes  # chains of hits are what needs testing
+    """Options small enough that a context of some hundred tokens wraps the ring several times.
+
+    Chains of hits are what needs testing, but where there are anchors there are none.
+    """
+    options = dict(entries=32, window=32, band=16, anchors=0, threshold=0.16, min_context=24)
+    options |= dict(max_reuse_depth=1 if changes.get("anchors") else None) | changes
     return mac_attn.ReuseConfig(**options)
 
 
@@ -161,6 +164,18 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def hashed(position: int, kv_head: int, layer: int, token: int) -> float:
+    """u of a token, as csrc/sample.h says it, in plain integers."""
+
+    def mix(x: int, last: bool = True) -> int:
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        return x ^ x >> 16 if last else x
+
+    seed = mix((mix((mix(position) + kv_head) % 2**32) + layer) % 2**32)
+    return ((mix((seed + token) % 2**32, last=False) >> 8) + 1) / 2**24
 
 
 class ReferenceChain:
@@ -208,7 +223,7 @@ class ReferenceChain:
                 self.kv.table([p + 1] * self.batch),
                 torch.tensor([p + 1] * self.batch),
                 reuse=self.reuse,
-                slots=torch.arange(self.batch) if slots is None else torch.tensor(slots),
+                slots=torch.tensor(slots or list(range(self.batch))),
                 q_match=self.q_match[p] if q_match is None else q_match,
                 request_ids=None if request_ids is None else torch.tensor(request_ids),
                 **options,

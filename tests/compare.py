@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from cases import PagedKV, one_thread
+from judge import Judge, adopt, sample_tolerance
 from torch import Tensor
 
 import mac_attn
 from mac_attn import reference
-from mac_attn.reference import ReferenceReuse, Step
+from mac_attn.reference import Entry, HeadStep, ReferenceReuse, Step
 
 
 @dataclass
@@ -56,57 +57,75 @@ def check_clear(step: Step, margin: float = 1e-5) -> None:
 
     Scores of float32 distances are off by about eps32 * sqrt(D) = 1e-6 relative; a case whose best
     score is within `margin` of 1 or of the runner-up would compare coin tosses, and needs
-    another seed. Exact ties are fine: equal queries give equal scores on every backend.
+    another seed. Exact ties are fine: equal queries give equal scores on every backend. What a
+    hit's anchors leave of an entry's sum is a difference of numbers of unit size.
     """
-    for scores in step.scores:
-        for row in scores.tolist():
+    for head in (head for row in step.heads for head in row):
+        for row in head.scores.tolist():
             finite = sorted(s for s in set(row) if math.isfinite(s))
             if finite:
                 assert abs(finite[0] - 1) > margin, f"score {finite[0]} is at the threshold"
             if len(finite) > 1 and finite[0] < 1:
                 gap = (finite[1] - finite[0]) / finite[0] if finite[0] else math.inf
                 assert gap > margin, f"scores {finite[:2]} are a near tie"
+        if head.rest is not None:
+            near = (head.rest - reference.LEAST_REST).abs() < 10 * margin
+            assert not near.any(), f"the rest {head.rest} is as little as what counts as empty"
+
+
+def added_counters(head: HeadStep, first: bool, seq_len: int) -> list[int]:
+    """What a step of one KV head, the request's `first` or another, adds to a slot's counters."""
+    hits = int((head.source >= 0).sum())
+    all_hit = hits == len(head.source)
+    return [int(first), 1, int(all_hit), hits, head.tokens, seq_len, head.anchors, int(head.stored)]
 
 
 def check_ring(
     cache: mac_attn.ReuseCache, reference: ReferenceReuse, slot: int, tolerance: Tolerance
 ) -> None:
     """Assert that a slot of a ReuseCache holds what the reference's slot holds."""
-    window, heads = cache.ring_position.shape[1], (reference.num_kv_heads, reference.group_size)
     want = reference.slots[slot]
-    begin, end = int(cache.slot_begin[slot]), int(cache.slot_end[slot])
-    assert (begin, end) == (want.begin, want.end)
-    assert int(cache.slot_request[slot]) == want.request
-    tags = cache.ring_position[slot].tolist()
-    valid = {c for at, c in enumerate(tags) if begin <= c < end and c % window == at}
-    entries = reference.entries(slot)
-    assert valid == set(entries)
-    if not entries:
-        return
-    at = torch.tensor([c % window for c in entries])
+    assert (int(cache.slot_end[slot]), int(cache.slot_request[slot])) == (want.end, want.request)
+    for head, ring in enumerate(want.rings):
+        size, where = len(ring.places), f"of slot {slot}, KV head {head}"
+        assert int(cache.ring_stored[slot, head]) == ring.stored, f"entries {where}"
+        history = [(ring.stored - 1 - age) % size for age in range(min(ring.stored, size))]
+        tags = cache.ring_position[slot, head].tolist()
+        entries = [ring.places[at] for at in history]
+        assert [tags[at] for at in history] == [e.position if e else -1 for e in entries], where
+        places = [at for at, e in zip(history, entries, strict=True) if e]
+        entries = [e for e in entries if e]
+        if entries:
+            parts = {
+                name: getattr(cache, f"ring_{name}")[slot, head].cpu()[places]
+                for name in ("query", "rotated", "depth", "lse", "out", "anchors", "anchor_weights")
+            }
+            check_entries(parts, entries, tolerance, where)
 
-    def ours(name: str) -> Tensor:
-        return getattr(cache, name)[slot].cpu()[:, at]
+
+def check_entries(
+    ours: dict[str, Tensor], entries: list[Entry], tolerance: Tolerance, where: str
+) -> None:
+    """Assert that entries of a ReuseCache, parts `[entries, ...]`, are the reference's."""
 
     def theirs(name: str) -> Tensor:
-        rows = torch.stack([getattr(e, name) for e in entries.values()])
-        return rows.unflatten(1, heads).transpose(0, 1)  # [Hkv, entries, G, ...]
+        return torch.stack([getattr(entry, name) for entry in entries])
 
-    assert torch.equal(ours("ring_query").double().nan_to_num(), theirs("query").nan_to_num())
-    assert torch.equal(ours("ring_depth").long(), theirs("depth"))
-    tolerance.check(ours("ring_lse"), theirs("lse"), f"ring_lse of slot {slot}")
+    sampled = ours["anchors"].shape[1] > 0
+    for name in ("query", "rotated") if sampled else ("query",):
+        same = torch.equal(ours[name].double().nan_to_num(), theirs(name).nan_to_num())
+        assert same, f"ring_{name} {where}"
+    assert torch.equal(ours["depth"].long(), theirs("depth")), f"ring_depth {where}"
+    tolerance.check(ours["lse"], theirs("lse"), f"ring_lse {where}")
     # Where lse is -inf the state is empty, and o is 0 by definition.
-    tolerance.check(ours("ring_out"), theirs("out"), f"ring_out of slot {slot}")
-    if reference.cfg.anchors:
-        anchors = ours("ring_anchors")
-        for i, (c, entry) in enumerate(entries.items()):
-            for head in range(heads[0]):
-                row = anchors[head, i]
-                count = int((row >= 0).sum())
-                assert (row[count:] == -1).all(), f"unused anchors of {c} must come last: {row}"
-                assert (
-                    row[:count].sort().values.tolist() == entry.anchors[head].sort().values.tolist()
-                )
+    tolerance.check(ours["out"], theirs("out"), f"ring_out {where}")
+    # The samples have been judged, and taken over by the reference: `Judge`.
+    for i, entry in enumerate(entries if sampled else []):
+        row, weights, count = ours["anchors"][i], ours["anchor_weights"][i], len(entry.anchors)
+        assert row[:count].tolist() == entry.anchors.tolist(), f"ring_anchors {where}"
+        assert torch.equal(weights[:count].double(), entry.weights), f"ring_anchor_weights {where}"
+        unused = (row[count:] == -1) & (weights[count:] == 0)
+        assert unused.all(), f"unused anchors {where}"
 
 
 class Twins:
@@ -128,10 +147,11 @@ class Twins:
         self.cache = mac_attn.ReuseCache(
             cfg, **shape, head_dim=head_dim, dtype=dtype, device=device, **options
         )
-        self.reference = ReferenceReuse(cfg, **shape)
+        self.reference = ReferenceReuse(cfg, **shape, layer=options.get("layer", 0))
         self.state = state_tolerance(dtype, device)
         self.out = out_tolerance(dtype, device)
         self.hits = self.decisions = 0
+        self.sampling = sample_tolerance(device)
 
     @property
     def hit_rate(self) -> float:
@@ -154,7 +174,7 @@ class Twins:
         """One step of both: request b has `lengths[b]` tokens (0: none now) and uses `slots[b]`.
 
         `order` is the order of the requests in the batch. Compares out, lse and, with `rings`, the
-        rings; the anchors of a miss are the backend's choice and judged on their own.
+        rings and counters; the samples of a miss are judged on their own.
         """
         device, order = q.device, list(range(len(lengths))) if order is None else order
         table, n = kv.table(lengths)[order], [lengths[b] for b in order]
@@ -167,10 +187,11 @@ class Twins:
             else torch.tensor([request_ids[b] for b in order], device=device),
             "kv_layout": kv.layout,
         }
+        counters = self.cache.counters.cpu().clone()
         out, lse = mac_attn.decode(*call, reuse=self.cache, **rows, **softmax, return_lse=True)
-        chosen = self.anchors([slots[b] for b in order], n)
+        judge = Judge(self.cache, self.reference, rows["slots"].tolist(), self.sampling)
         with one_thread():
-            step = reference.decode(*call, reuse=self.reference, **rows, **softmax, anchors=chosen)
+            step = reference.decode(*call, reuse=self.reference, **rows, **softmax, choose=judge)
         check_clear(step)
         assert out.dtype == q.dtype and lse.dtype == torch.float32
         self.out.check(out, step.out, "out")
@@ -178,58 +199,28 @@ class Twins:
         active = torch.tensor(n) > 0
         self.hits += int((step.source[active] >= 0).sum())
         self.decisions += step.source[active].numel()
+        adopt(self.cache, self.reference, slots, self.state)
         if rings:
             for slot in slots:
                 check_ring(self.cache, self.reference, slot, self.state)
-        if chosen is not None:
-            with one_thread():
-                self.check_choice(step, *call[:3], n, chosen, kv.layout, softmax)
+        self.check_counters(step, n, rows["slots"].tolist(), counters)
         return step
 
-    def anchors(self, slots: list[int], seq_lens: list[int]) -> Tensor | None:
-        """Anchors `[B, Hkv, S]` of the newest entries of the backend; None without anchors."""
-        if not self.reference.cfg.anchors:
-            return None
-        window = self.reference.cfg.window
-        rings = self.cache.ring_anchors.cpu()
-        newest = [rings[slot, :, (n - 1) % window] for slot, n in zip(slots, seq_lens, strict=True)]
-        return torch.stack(newest)
-
-    def check_choice(
-        self,
-        step: Step,
-        q: Tensor,
-        kv_cache: Tensor | tuple[Tensor, Tensor],
-        table: Tensor,
-        seq_lens: list[int],
-        chosen: Tensor,
-        kv_layout: str,
-        softmax: dict[str, Any],
+    def check_counters(
+        self, step: Step, seq_lens: list[int], slots: list[int], was: Tensor
     ) -> None:
-        """Assert that the anchors of misses may be what they are: the S heaviest tokens.
+        """Assert that the counters grew by what the step has done."""
+        want = was.clone()
+        for heads, n, slot in zip(step.heads, seq_lens, slots, strict=True):
+            for i, head in enumerate(heads):
+                want[slot] += torch.tensor(added_counters(head, i == 0, n))
+        assert torch.equal(self.cache.counters.cpu(), want), self.cache.counters.cpu() - want
 
-        Equal weights may swap, and the weights of float32 logits are off by some 1e-6 of their
-        size, hence the comparison of sorted weights. The CUDA kernels order 16 tokens by their
-        heaviest and then tokens, each in bins of 1/8 log2 and by weights rounded to 8 bits, and may
-        leave out tokens lighter than 2^-12 of the heaviest (csrc/cuda/anchors.cuh).
-        """
-        scale = softmax.get("sm_scale") or q.shape[-1] ** -0.5
-        cap = softmax.get("logits_soft_cap", 0.0)
-        for b, n in enumerate(seq_lens):
-            old = self.reference.old_end(n - 1)
-            if old == 0:
-                continue
-            k, _ = reference.gather_kv(kv_cache, table[b], n, kv_layout)
-            for head, group in enumerate(q[b].cpu().double().chunk(k.shape[1])):
-                if step.source[b, head * group.shape[0]] >= 0:
-                    continue
-                weights = reference.anchor_weights(group, k[:, head], scale, cap)[:old]
-                best = weights.topk(min(self.reference.cfg.anchors, old)).values
-                got = weights[chosen[b, head][chosen[b, head] >= 0].long()].sort(descending=True)
-                if q.device.type == "cpu":
-                    torch.testing.assert_close(got.values, best, rtol=1e-5, atol=0.0)
-                    continue
-                tokens = chosen[b, head][chosen[b, head] >= 0].tolist()
-                assert tokens == sorted(set(tokens)) and tokens[-1] < old
-                assert len(tokens) >= (best > 2**-11.9 * best[0]).sum()
-                assert (got.values >= best[: len(tokens)] * 2**-0.26).all()
+    def seed(self, *call: Any, **rows: Any) -> None:
+        """Seed both; arguments as for `mac_attn.seed`."""
+        mac_attn.seed(self.cache, *call, **rows)
+        slots = rows["slots"].tolist()
+        judge = Judge(self.cache, self.reference, slots, self.sampling, steered=False)
+        with one_thread():
+            reference.seed(self.reference, *call, **rows, choose=judge)
+        adopt(self.cache, self.reference, slots, self.state)

@@ -8,7 +8,7 @@ from torch import Tensor
 import mac_attn
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM, PAGE, PAGES = 2, 6, 2, 64, 16, 20
-WINDOW, BAND = 16, 8
+ENTRIES, BAND = 16, 8
 
 
 def make_step(device, dtype=torch.float32, n=100):
@@ -21,7 +21,8 @@ def make_step(device, dtype=torch.float32, n=100):
 
 
 def make_reuse(device, dtype=torch.float32, rotary=None, **options):
-    options = {"window": WINDOW, "band": BAND, "anchors": 4, "min_context": 1, **options}
+    base = {"entries": ENTRIES, "window": 16, "band": BAND, "anchors": 4, "min_context": 1}
+    options = {**base, "threshold": 0.1, **options}
     return mac_attn.ReuseCache(
         mac_attn.ReuseConfig(**options),
         num_slots=3,
@@ -35,16 +36,29 @@ def make_reuse(device, dtype=torch.float32, rotary=None, **options):
 
 
 def snapshot(reuse: mac_attn.ReuseCache) -> list[Tensor]:
-    return [t.clone() for t in vars(reuse).values() if isinstance(t, Tensor)]
+    """All tensors but the one that holds most others, of which there are views."""
+    tensors = {name: t for name, t in vars(reuse).items() if isinstance(t, Tensor)}
+    return [t.clone() for name, t in tensors.items() if name != "ring"]
 
 
 def slots_on(device) -> Tensor:
     return torch.tensor([2, 0], dtype=torch.int32, device=device)
 
 
+def prime(reuse, q, kv, table, seq_lens):
+    """The step before `seq_lens`, of other queries: it leaves what a sample is drawn by.
+
+    It does not count.
+    """
+    slots, other = slots_on(q.device), torch.randn_like(q)
+    mac_attn.decode(q, kv, table, seq_lens - 1, reuse=reuse, slots=slots, q_match=other)
+    reuse.counters.zero_()
+
+
 def two_steps(reuse, device, dtype=torch.float32):
     """A miss, then a hit on a nearly equal query; returns the arguments of the second step."""
     q, kv, table, seq_lens = make_step(device, dtype)
+    prime(reuse, q, kv, table, seq_lens)
     q_match = torch.randn_like(q)
     mac_attn.decode(q, kv, table, seq_lens, reuse=reuse, slots=slots_on(device), q_match=q_match)
     return q, kv, table, seq_lens + 1, q_match
@@ -53,25 +67,21 @@ def two_steps(reuse, device, dtype=torch.float32):
 def op_arguments(reuse, device):
     q, kv, table, seq_lens, q_match = two_steps(reuse, device)
     slots = slots_on(device)
-    ring = (reuse.slot_begin, reuse.slot_end, reuse.slot_request)
-    match = (q_match, seq_lens, slots, None, reuse.ring_query, reuse.ring_depth)
-    match += (reuse.ring_position, *ring, reuse.threshold, True, False, BAND, 1, 2**31 - 1)
-    match += (reuse.workspace, reuse.error_flag)
-    source = torch.ops.mac_attn.match(*match)
-    assert (source == seq_lens[:, None] - 2).all()  # the planted hit
-    scale = 1 / math.sqrt(HEAD_DIM)
-    amend = (q, kv[:, 0], kv[:, 1], table, seq_lens, source, slots)
-    amend += (reuse.ring_anchors, WINDOW, BAND, scale, 0.0, reuse.workspace, reuse.error_flag)
-    states, state_lse, anchors = torch.ops.mac_attn.amend(*amend)
-    out, lse = torch.empty_like(q), torch.empty_like(state_lse[0])
-    complete = (states, state_lse, anchors, source, q_match, seq_lens, slots, None)
-    complete += (reuse.ring_query, reuse.ring_out, reuse.ring_lse, reuse.ring_depth)
-    complete += (reuse.ring_anchors, reuse.ring_position, *ring, reuse.counters, BAND)
-    complete += (reuse.workspace, out, lse)
+    scale, persistent = 1 / math.sqrt(HEAD_DIM), (reuse.workspace, reuse.error_flag)
+    rings = (*reuse.ring_arguments, reuse.threshold, *reuse.match_options)
+    match = (q_match, seq_lens, slots, None, *rings, *persistent)
+    matched = torch.ops.mac_attn.match(*match)
+    assert (matched[0] == seq_lens[:, None] - 2).all()  # the planted hit
+    ring, _, entries, anchors = reuse.ring_arguments
+    amend = (q, kv[:, 0], kv[:, 1], table, seq_lens, *matched, slots, ring, entries, anchors, BAND)
+    amend += (reuse.layer, scale, 0.0, *persistent)
+    amended = torch.ops.mac_attn.amend(*amend)
+    out, lse = torch.empty_like(q), torch.empty_like(amended[1][0])
+    complete = (*amended, *matched, q, q_match, seq_lens, slots, None, ring, KV_HEADS, entries)
+    complete += (BAND, reuse.match_options[-1], reuse.workspace, out, lse)
     attention = (*amend[:3], False, *amend[3:5])
-    decode = (*attention, slots, q_match, None, *complete[8:18])
-    decode += (reuse.threshold, True, False, BAND, 1, 2**31 - 1, scale, 0.0)
-    decode += (reuse.workspace, reuse.error_flag, None, False, 1.0)
+    decode = (*attention, slots, q_match, None, *rings, reuse.layer, scale, 0.0)
+    decode += (*persistent, None, False, 1.0)
     return {
         "match.default": match,
         "amend.default": amend,
@@ -80,5 +90,5 @@ def op_arguments(reuse, device):
         "decode_exact.into": (*attention, scale, 0.0, out),
         "decode_reuse.default": decode,
         "decode_reuse.into": (*decode, out),
-        "complete_exact.default": (states, state_lse, seq_lens, out, lse),
+        "complete_exact.default": (*amended[:2], seq_lens, out, lse),
     }

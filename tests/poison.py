@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,26 @@ import torch
 from torch import Tensor
 
 import mac_attn
-from mac_attn.slot_state import SLOT_TENSORS
 
-# Of a slot, what belongs to single entries: [N, H, M, ...].
-ENTRY_TENSORS = ("ring_query", "ring_out", "ring_lse", "ring_depth", "ring_anchors")
+# Of a slot, what belongs to single entries: [N, H, M, ...] each.
+ENTRY_PARTS = (
+    "ring_query",
+    "ring_out",
+    "ring_lse",
+    "ring_depth",
+    "ring_rotated",
+    "ring_anchors",
+    "ring_anchor_weights",
+)
+# And what belongs to its history as a whole.
+SLOT_PARTS = (
+    "slot_end",
+    "slot_request",
+    "counters",
+    "ring_stored",
+    "ring_tau",
+    "ring_last_lse",
+)
 
 
 def garbage(tensor: Tensor, rng: np.random.Generator) -> Tensor:
@@ -51,12 +66,10 @@ class Rerun:
 
         assert same(out[self.row], self.out), "out depends on what belongs to others"
         assert same(lse[self.row], self.lse), "lse depends on what belongs to others"
-        places = valid_places(cache, self.slot)
-        for name in SLOT_TENSORS:
+        for name in (*SLOT_PARTS, "ring_position", *ENTRY_PARTS):
             got, want = (getattr(c, name)[self.slot] for c in (cache, self.cache))
-            if name in ENTRY_TENSORS:
-                got, want = got[:, places], want[:, places]
-            elif name == "ring_position":
+            if name not in SLOT_PARTS:
+                places = history_places(cache, self.slot)
                 got, want = got[places], want[places]
             assert same(got, want), f"{name} depends on what belongs to others"
 
@@ -68,11 +81,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
-def valid_places(cache: mac_attn.ReuseCache, slot: int) -> list[int]:
-    """Places of a slot's ring that hold an entry of its history."""
-    begin, end = int(cache.slot_begin[slot]), int(cache.slot_end[slot])
-    tags = cache.ring_position[slot].tolist()
-    return [i for i, c in enumerate(tags) if begin <= c < end and c % len(tags) == i]
+def history_places(cache: mac_attn.ReuseCache, slot: int) -> Tensor:
+    """Mask `[H, M]` of the places that the slot's history has filled."""
+    filled = cache.ring_stored[slot].clamp(max=cache.cfg.entries)
+    youngest = cache.ring_stored[slot] - 1
+    at = torch.arange(cache.cfg.entries, device=cache.device)
+    return (youngest[:, None] - at) % cache.cfg.entries < filled[:, None]
 
 
 def poisoned_rerun(
@@ -88,28 +102,26 @@ def poisoned_rerun(
     not one of this request's, the other slots with their histories and counters, and in its own
     slot the places that hold no entry of its history.
     """
-    twin = copy.copy(cache)
-    for name, tensor in vars(cache).items():
-        if isinstance(tensor, Tensor):
-            setattr(twin, name, tensor.clone())
+    twin = mac_attn.ReuseCache(
+        cache.cfg, num_slots=cache.num_slots, num_qo_heads=cache.num_qo_heads,
+        num_kv_heads=cache.num_kv_heads, head_dim=cache.head_dim, dtype=cache.dtype,
+        device=cache.device, rotary=cache.rotary, max_batch_size=cache.max_batch_size,
+        layer=cache.layer,
+    )  # fmt: skip
+    twin.ring.copy_(garbage(twin.ring, rng))
     q, (k, v), table, lens = call
     slot, n, page_size = int(rows["slots"][row]), int(lens[row]), k.shape[1]
     unbroken = int(cache.slot_end[slot]) == n - 1 and (
         rows["request_ids"] is None
         or int(cache.slot_request[slot]) == int(rows["request_ids"][row])
     )
-    kept = valid_places(cache, slot) if unbroken else []
-    for name in SLOT_TENSORS:
-        tensor = getattr(twin, name)
-        poison = garbage(tensor, rng)
-        if name in ENTRY_TENSORS:
-            poison[slot, :, kept] = tensor[slot, :, kept]
-        elif name == "ring_position":
-            # A tag is the engine's own; that of an empty place says so.
-            poison[slot] = tensor[slot]
-        else:
-            poison[slot] = tensor[slot]
-        tensor.copy_(poison)
+    for name in SLOT_PARTS:
+        getattr(twin, name)[slot] = getattr(cache, name)[slot]
+    kept = history_places(cache, slot) & unbroken
+    # A tag is the engine's own: whatever it says, a place that no history filled does not count.
+    for name in ("ring_position", *ENTRY_PARTS):
+        part, given = getattr(twin, name)[slot], getattr(cache, name)[slot]
+        part.copy_(given.where(kept.view(*kept.shape, *[1] * (part.ndim - 2)), part))
 
     others = [b for b in range(len(q)) if b != row]
     q, q_match, lens = q.clone(), rows["q_match"].clone(), lens.clone()

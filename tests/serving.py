@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from cases import GARBAGE_PAGES, one_thread
-from compare import check_ring, out_tolerance, state_tolerance
+from compare import added_counters, check_ring, out_tolerance, state_tolerance
+from judge import Judge, adopt, sample_tolerance
 from poison import poisoned_rerun
 from torch import Tensor
 
 import mac_attn
 from mac_attn import reference
-from mac_attn.reference import ReferenceReuse, Slot, Step
+from mac_attn.reference import HeadStep, ReferenceReuse, Slot
 from mac_attn.stats import COUNTERS
 
 CONTENTS = 512  # different tokens; one's content decides its key, value and query
@@ -30,7 +31,7 @@ PROTOTYPES = 3
 def serving_config(head_dim: int, **changes: Any) -> mac_attn.ReuseConfig:
     """Small options with a relative threshold of 8 / head_dim: the squared length of a query is
     head_dim, so a head's score is 4 * flips / 8, and a group hits below 2 flips a head."""
-    options = dict(window=8, band=4, anchors=2, threshold=8 / head_dim, min_context=6)
+    options = dict(entries=8, window=12, band=4, anchors=4, threshold=8 / head_dim, min_context=6)
     return mac_attn.ReuseConfig(**options | changes)
 
 
@@ -111,6 +112,7 @@ class Server:
             max_batch_size=num_slots + 2,  # see `decode`
         )
         self.reference = ReferenceReuse(cfg, **shape)
+        self.sampling = sample_tolerance(kernels or device)
         self.k_pool, self.v_pool = pool(num_kv_heads, head_dim), pool(num_kv_heads, head_dim)
         self.q_pool = pool(num_qo_heads, head_dim)
         signs = torch.randint(0, 2, (PROTOTYPES, num_qo_heads, head_dim), generator=generator)
@@ -222,7 +224,7 @@ class Server:
         self.counts.count("swap in")
         state, twin, expected = request.state
         self.cache.import_slots([slot], state)
-        self.reference.slots[slot] = replace(twin, ring=dict(twin.ring))
+        self.reference.slots[slot] = twin.copy()
         self.expected[slot] = list(expected)
         request.state = None
 
@@ -232,7 +234,7 @@ class Server:
         twin = self.reference.slots[request.slot]
         request.state = (
             self.cache.export_slots([request.slot]),
-            replace(twin, ring=dict(twin.ring)),
+            twin.copy(),
             list(self.expected[request.slot]),
         )
         request.slot = None
@@ -297,20 +299,10 @@ class Server:
         rows = {**self.rows([request]), "q_match": q_match}
         mac_attn.seed(self.cache, *call, **rows)
         if request.checked:
+            judge = Judge(self.cache, self.reference, [request.slot], self.sampling, steered=False)
             with one_thread():
-                anchors = self.anchors([request], [n])
-                reference.seed(self.reference, *call, **rows, anchors=anchors)
-
-    def anchors(self, requests: Sequence[Request], lengths: Sequence[int]) -> Tensor | None:
-        """Anchors `[B, Hkv, S]` of the newest entries: a miss may choose any, so the reference is
-        told."""
-        if not self.cfg.anchors:
-            return None
-        newest = [
-            self.cache.ring_anchors[r.slot, :, (n - 1) % self.cfg.window]
-            for r, n in zip(requests, lengths, strict=True)
-        ]
-        return torch.stack(newest)
+                reference.seed(self.reference, *call, **rows, choose=judge)
+            adopt(self.cache, self.reference, [request.slot], self.state_tolerance)
 
     def decode(self, requests: Sequence[Request], *, isolate: bool = False) -> Tensor:
         """One token for each of these requests, and somewhere between them a padding row and
@@ -355,7 +347,8 @@ class Server:
         """The reference's answer, rings and counters for the rows of requests that it follows."""
         some = [batch[b] for b in checked]
         q, kv, table, lens = call
-        anchors = self.anchors(some, [len(r) for r in some])
+        slots = [-1 if r.slot is None else r.slot for r in some]
+        judge = Judge(self.cache, self.reference, slots, self.sampling)
         with one_thread():
             step = reference.decode(
                 q[checked],
@@ -363,31 +356,27 @@ class Server:
                 table[checked],
                 lens[checked],
                 reuse=self.reference,
-                anchors=anchors,
+                choose=judge,
                 **{name: None if t is None else t[checked] for name, t in rows.items()},
             )
         self.counts.compared += len(checked)
         self.out_tolerance.check(out[checked], step.out, "out")
         self.state_tolerance.check(lse[checked], step.lse, "lse")
-        for i, request in enumerate(some):
-            if request.slot == -1:
-                continue
-            self.count_step(request, step, i)
-            self.check_slot(request.slot)
+        slots = [slot for slot in slots if slot != -1]
+        adopt(self.cache, self.reference, slots, self.state_tolerance)
+        for heads, request in zip(step.heads, some, strict=True):
+            if request.slot != -1:
+                self.count_step(request, heads)
+                self.check_slot(request.slot)
 
-    def count_step(self, request: Request, step: Step, row: int) -> None:
+    def count_step(self, request: Request, heads: list[HeadStep]) -> None:
         """Add to the counters of a slot what this step must add."""
-        n, slot = len(request), request.slot
-        assert slot is not None
-        expected, entry = self.expected[slot], self.reference.entries(slot)[n - 1]
-        expected[0] += 1
-        for head, sources in enumerate(step.source[row].chunk(self.reference.num_kv_heads)):
-            starts = [0 if c < 0 else self.reference.old_end(c) for c in sources.tolist()]
-            hit = bool((sources >= 0).all())
-            self.counts.hits += hit
-            read = n - min(starts) + (len(entry.anchors[head]) if hit else 0)
-            added = (0, 1, hit, int((sources >= 0).sum()), read, n)
-            self.expected[slot] = expected = [a + b for a, b in zip(expected, added, strict=True)]
+        assert request.slot is not None
+        for i, head in enumerate(heads):
+            added = added_counters(head, i == 0, len(request))
+            self.counts.hits += added[COUNTERS.index("kv_head_hits")]
+            expected = self.expected[request.slot]
+            self.expected[request.slot] = [a + b for a, b in zip(expected, added, strict=True)]
 
     def check_slot(self, slot: int | None) -> None:
         """Ring and statistics of one slot."""

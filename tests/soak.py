@@ -50,7 +50,7 @@ def make_servers(num_slots: int, seed: int) -> list[Server]:
     options = dict(num_slots=num_slots, head_dim=HEAD_DIM, page_size=16, max_length=MAX_LENGTH)
     return [
         Server(
-            serving_config(HEAD_DIM, window=32, band=16, anchors=4, min_context=20),
+            serving_config(HEAD_DIM, entries=24, window=64, band=16, anchors=4, min_context=20),
             dtype=torch.bfloat16,
             ids=True,
             sampled=True,
@@ -58,7 +58,15 @@ def make_servers(num_slots: int, seed: int) -> list[Server]:
             **options,
         ),
         Server(
-            serving_config(HEAD_DIM, window=24, band=8, anchors=0, granularity="head"),
+            serving_config(
+                HEAD_DIM,
+                entries=24,
+                window=24,
+                band=8,
+                anchors=0,
+                granularity="head",
+                max_reuse_depth=None,
+            ),
             dtype=torch.float32,
             ids=False,
             sampled=True,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from op_steps import (
     BATCH,
+    ENTRIES,
     HEAD_DIM,
     HEADS,
     PAGE,
     PAGES,
-    WINDOW,
     make_reuse,
     make_step,
     slots_on,
@@ -152,24 +152,55 @@ def test_only_pages_that_are_read_are_checked(page_id):
     assert reuse.stats().hit_rate == 0.5
 
 
-def test_foreign_source_is_refused():
-    """amend and complete check a source they are given: it may come from anywhere."""
+def test_what_match_did_not_answer_is_refused():
+    """amend and complete check what they are given: it may come from anywhere."""
     reuse = make_reuse("cpu")
     q, kv, table, seq_lens, q_match = two_steps(reuse, "cpu")
     slots = slots_on("cpu")
-    source = torch.full((BATCH, HEADS), -1, dtype=torch.int32)
-    too_old, apart, not_there = source.clone(), source.clone(), source.clone()
-    too_old[0] = 100 - WINDOW - 1
-    apart[1, 0] = 69
-    not_there[1, :3] = 60
-    for bad, message in [(too_old, "must be -1 or from"), (apart, "must be the same for all")]:
-        with pytest.raises(ValueError, match=r"source\[.*" + message):
-            mac_attn.amend(q, kv, table, seq_lens, source=bad, reuse=reuse, slots=slots)
-    amended = mac_attn.amend(q, kv, table, seq_lens, source=source, reuse=reuse, slots=slots)
+    good = mac_attn.match(reuse, q_match, seq_lens, slots)
+    amended = mac_attn.amend(q, kv, table, seq_lens, matched=good, reuse=reuse, slots=slots)
     before = snapshot(reuse)
-    with pytest.raises(ValueError, match=r"source\[1, 0\] is 60, but its place in the ring holds"):
-        mac_attn.complete(
-            amended, seq_lens, reuse=reuse, source=not_there, q_match=q_match, slots=slots
-        )
+
+    def changed(part: str, where: tuple, value: int) -> mac_attn.Matched:
+        tensor = getattr(good, part).clone()
+        tensor[where] = value
+        return good._replace(**{part: tensor})
+
+    row = (1, slice(0, 3))
+    for bad, message in [
+        (changed("source", row, 70), r"source\[1, 0\] is 70, must be -1 or from 8 to 69"),
+        (changed("source", row, 7), r"source\[1, 0\] is 7, must be -1 or from 8"),
+        (changed("source", row, 60), r"source\[1, 0\] is 60, but its place in the ring, 0, holds"),
+        (changed("source", (1, 1), -1), r"source\[1, 1\] is -1 at place 0, must be the same"),
+        (changed("place", row, ENTRIES), r"place\[1, 0\] is 16, must be from 0 to 15"),
+        (changed("place", row, 3), r"source\[1, 0\] is 69, but its place in the ring, 3, holds"),
+        (changed("stored", (1, 0), 2 * ENTRIES), r"stored\[1, 0\] is 32, must be from -1 to 31"),
+        (changed("stored", (1, 0), -2), r"stored\[1, 0\] is -2, must be from -1 to 31"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            mac_attn.amend(q, kv, table, seq_lens, matched=bad, reuse=reuse, slots=slots)
+        with pytest.raises(ValueError, match=message):
+            mac_attn.complete(
+                amended, seq_lens, reuse=reuse, matched=bad, q=q, q_match=q_match, slots=slots
+            )
+    with pytest.raises(ValueError, match="matched is None"):
+        mac_attn.complete(amended, seq_lens, reuse=reuse, q=q, q_match=q_match, slots=slots)
+    with pytest.raises(ValueError, match="matched and reuse: one is None"):
+        mac_attn.amend(q, kv, table, seq_lens, matched=good)
+    for a, b in zip(snapshot(reuse), before, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [93, 2**31 - 1, -2, -(2**31)])
+def test_anchors_that_no_entry_can_have_are_refused(bad):
+    """As a slot may hold that was imported from who knows where; nothing is read there."""
+    reuse = make_reuse("cpu")
+    q, kv, table, seq_lens, q_match = two_steps(reuse, "cpu")
+    place = int(mac_attn.match(reuse, q_match, seq_lens, slots_on("cpu")).place[0, 0])
+    reuse.ring_anchors[2, 0, place, 1] = bad  # E(99) is 92
+    before = snapshot(reuse)
+    options = dict(reuse=reuse, slots=slots_on("cpu"), q_match=q_match)
+    with pytest.raises(ValueError, match=f"ring_anchors of slot 2, position 99 hold {bad}, must"):
+        mac_attn.decode(q, kv, table, seq_lens, **options)
     for a, b in zip(snapshot(reuse), before, strict=True):
         assert torch.equal(a, b)

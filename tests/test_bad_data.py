@@ -233,15 +233,18 @@ def test_the_longest_length_there_is():
     q = torch.randn(1, 2, 16)
     last = 2**31 - 1
     states, lse = torch.randn(2, 1, 2, 16), torch.randn(2, 1, 2)
-    amended = mac_attn.Amended(states, lse, torch.empty(1, 1, 0, dtype=torch.int32))
+    none = torch.empty(1, 1, 0)
+    amended = mac_attn.Amended(states, lse, torch.zeros(1, 2), none.int(), none, ints(0)[None])
     for n in (last - 2, last - 1, last):
-        source = mac_attn.match(cache, q, ints(n), ints(0))
-        assert source.tolist() == [[-1, -1] if n == last - 2 else [n - 2, n - 2]]
-        mac_attn.complete(amended, ints(n), reuse=cache, source=source, q_match=q, slots=ints(0))
+        matched = mac_attn.match(cache, q, ints(n), ints(0))
+        assert matched.source.tolist() == [[-1, -1] if n == last - 2 else [n - 2, n - 2]]
+        mac_attn.complete(
+            amended, ints(n), reuse=cache, matched=matched, q=q, q_match=q, slots=ints(0)
+        )
     assert int(cache.slot_end[0]) == last
     assert cache.stats().kv_tokens_full == 3 * last - 3
     cache.truncate(0, last - 1)
-    assert mac_attn.match(cache, q, ints(last), ints(0)).tolist() == [[last - 2, last - 2]]
+    assert mac_attn.match(cache, q, ints(last), ints(0)).source.tolist() == [[last - 2, last - 2]]
 
 
 def test_an_output_that_overlaps_itself_is_refused(device):
@@ -296,16 +299,17 @@ import torch, mac_attn
 def size():
     return int(open("/proc/self/statm").read().split()[0]) * 4096
 def make(slots):
-    return mac_attn.ReuseCache(mac_attn.ReuseConfig(window=256), num_slots=slots, num_qo_heads=8,
-                               num_kv_heads=2, head_dim=64, dtype=torch.float32)
+    cfg = mac_attn.ReuseConfig(entries=256, anchors=64)
+    return mac_attn.ReuseCache(cfg, num_slots=slots, num_qo_heads=8, num_kv_heads=2, head_dim=64,
+                               dtype=torch.float32)
 make(1)
 before = size()
 resource.setrlimit(resource.RLIMIT_AS, (before + (400 << 20),) * 2)
-for _ in range(20):  # each gets its queries (250 MiB) and fails at its states: 20 would be 5 GB
+for _ in range(20):  # each asks for 900 MiB
     try:
         make(500)
     except MemoryError as error:
-        assert "num_slots = 500 of window = 256 need" in str(error), error
+        assert "num_slots = 500 of 1.8 MiB need 895.7 MiB" in str(error), error
     else:
         raise AssertionError("it fits?")
     gc.collect()
@@ -327,9 +331,9 @@ def test_a_cache_that_does_not_fit_leaves_nothing_behind():
 
 
 def test_sizes_that_no_machine_has():
-    for num_slots, window in [(2**31 - 1, 2**31 - 1), (2**31 - 1, 1)]:
-        with pytest.raises(MemoryError, match=f"num_slots = {num_slots} of window = {window} need"):
+    for entries, anchors in [(2**24, 2**24), (2**24, 0), (1, 2**24), (2**16, 512)]:
+        with pytest.raises(MemoryError, match=r"num_slots = 2147483647 of \d+\.\d MiB need"):
             mac_attn.ReuseCache(
-                mac_attn.ReuseConfig(window=window), num_slots=num_slots, num_qo_heads=64,
-                num_kv_heads=8, head_dim=256, dtype=torch.float32,
+                mac_attn.ReuseConfig(entries=entries, anchors=anchors), num_slots=2**31 - 1,
+                num_qo_heads=64, num_kv_heads=8, head_dim=256, dtype=torch.float32,
             )  # fmt: skip

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from build_support.toolkit import (  # noqa: E402
+    OLDEST_SETUPTOOLS,
     BuildError,
     find_toolkit,
     runtime_folder,
@@ -24,28 +25,111 @@ from build_support.toolkit import (  # noqa: E402
 )
 
 
-def make_toolkit(home: Path) -> Path:
+def make_toolkit(home: Path, version: str = "13.0") -> Path:
     for name in ("bin/nvcc", "include/cuda_runtime.h"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).touch()
-    (home / "bin" / "nvcc").chmod(0o755)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.88'\n")
+    nvcc.chmod(0o755)
     return home
 
 
-def test_cuda_home_wins_and_must_be_right(tmp_path):
-    home = make_toolkit(tmp_path / "cuda")
-    other = make_toolkit(tmp_path / "other")
-    environ = {"CUDA_HOME": str(home), "PATH": str(other / "bin")}
-    assert find_toolkit(environ, tmp_path) == home
-    with pytest.raises(BuildError, match="CUDA_HOME is .*nowhere, must be a folder with bin/nvcc"):
-        find_toolkit({**environ, "CUDA_HOME": str(tmp_path / "nowhere")}, tmp_path)
+class TestFindToolkit:
+    @pytest.fixture
+    def find(self, tmp_path):
+        """Where torch's CUDA version and an environment lead, whatever this machine has."""
+        return lambda version, environ, site=tmp_path / "none": find_toolkit(
+            version, environ, site, tmp_path / "usual"
+        )
+
+    def test_cuda_home_wins_and_must_be_right(self, find, tmp_path):
+        home = make_toolkit(tmp_path / "cuda", "13.1")
+        other = make_toolkit(tmp_path / "other")
+        environ = {"CUDA_HOME": str(home), "PATH": str(other / "bin")}
+        assert find("13.0", environ) == home  # torch takes the same major version
+        with pytest.raises(
+            BuildError, match="CUDA_HOME is .*nowhere, must be a folder with .*nvcc"
+        ):
+            find("13.0", {**environ, "CUDA_HOME": str(tmp_path / "nowhere")})
+        with pytest.raises(
+            BuildError, match="built with CUDA 12.6, but CUDA_HOME .*cuda has 13.1: "
+        ):
+            find("12.6", environ)
+
+    def test_nvcc_on_path_is_followed_through_links(self, find, tmp_path):
+        home = make_toolkit(tmp_path / "cuda-13")
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").symlink_to(home / "bin" / "nvcc")
+        assert find("13.0", {"PATH": str(tmp_path / "bin")}) == home
+
+    def test_a_wrapper_script_is_no_toolkit_and_wheels_come_second(self, find, tmp_path):
+        wrapper = make_toolkit(tmp_path / "wrapper")
+        (wrapper / "include" / "cuda_runtime.h").unlink()
+        environ = {"PATH": str(wrapper / "bin")}
+        site = tmp_path / "site"
+        assert find("13.0", environ, site) is None
+        usual = make_toolkit(tmp_path / "usual" / "cuda")
+        assert find("13.0", environ, site) == usual
+        wheels = make_toolkit(site / "nvidia" / "cu13")
+        assert find("13.0", environ, site) == wheels
+        real = make_toolkit(tmp_path / "real")
+        assert find("13.0", {"PATH": str(real / "bin")}, site) == real
+
+    def test_the_version_of_torch_is_preferred(self, find, tmp_path):
+        path = {"PATH": str(make_toolkit(tmp_path / "old", "12.4") / "bin")}
+        site = tmp_path / "site"
+        make_toolkit(tmp_path / "usual" / "cuda", "11.8")
+        assert find("13.0", {}) is None  # nobody has asked for that one
+        with pytest.raises(BuildError) as raised:
+            find("13.0", path, site)
+        assert re.fullmatch(
+            "torch is built with CUDA 13.0, but .*old has 12.4: set CUDA_HOME to a toolkit of"
+            " CUDA 13.0; MAC_ATTN_CUDA=0 builds without CUDA",
+            str(raised.value),
+        )
+        newer = make_toolkit(tmp_path / "usual" / "cuda-13.1", "13.1")
+        assert find("13.0", path, site) == newer
+        wheels = make_toolkit(site / "nvidia" / "cu13", "13.0")
+        assert find("13.0", path, site) == wheels
+        of_12 = make_toolkit(site / "nvidia" / "cuda_nvcc", "12.6")
+        assert find("12.6", path, site) == of_12
+        # A torch for the CPU builds without CUDA whatever there is.
+        assert not use_cuda(None, True, find(None, path, site), {})
 
 
-def test_nvcc_on_path_is_followed_through_links(tmp_path):
-    home = make_toolkit(tmp_path / "cuda-13")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").symlink_to(home / "bin" / "nvcc")
-    assert find_toolkit({"PATH": str(tmp_path / "bin")}, tmp_path / "empty") == home
+def test_setup_says_what_it_cannot_build_with(tmp_path):
+    """In a sentence at its end, before torch or setuptools have another to say."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "setuptools.py").write_text("__version__ = '65.5.0'\n")
+    torch_13 = tmp_path / "torch-13" / "torch"
+    torch_13.mkdir(parents=True)
+    (torch_13 / "__init__.py").write_text("from . import version\n__version__ = '2.13.0+cu130'\n")
+    (torch_13 / "version.py").write_text("cuda = '13.0'\n")
+    nvcc_12 = make_toolkit(tmp_path / "cuda-12", "12.4")
+    for folder, environ, said in (
+        ("old", {}, 'setuptools is 65.5.0, must be 77 or later: pip install "setuptools>=77"'),
+        (
+            "torch-13",
+            {"CUDA_HOME": str(nvcc_12)},
+            f"torch is built with CUDA 13.0, but CUDA_HOME {nvcc_12} has 12.4: set CUDA_HOME to a"
+            " toolkit of CUDA 13.0; MAC_ATTN_CUDA=0 builds without CUDA",
+        ),
+    ):
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "setup.py"), "--version"],
+            env={**os.environ, "PYTHONPATH": str(tmp_path / folder), **environ},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (result.returncode, result.stderr) == (1, f"mac_attn: {said}\n")
+
+
+def test_the_oldest_setuptools_is_named_where_it_is_installed():
+    for name in ("pyproject.toml", "README.md", "Makefile"):
+        asked = re.findall(r'"setuptools[>=][^"]*"', (ROOT / name).read_text("utf-8"))
+        assert set(asked) == {f'"setuptools>={OLDEST_SETUPTOOLS}"'}, name
 
 
 def test_the_runtime_of_a_toolkit_and_of_the_wheels(tmp_path):
@@ -60,21 +144,6 @@ def test_the_runtime_of_a_toolkit_and_of_the_wheels(tmp_path):
     (home / "lib64").mkdir()
     (home / "lib64" / "libcudart.so").touch()
     assert runtime_folder(home, scratch) == home / "lib64"
-
-
-def test_a_wrapper_script_is_no_toolkit_and_wheels_come_last(tmp_path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\n")
-    (tmp_path / "bin" / "nvcc").chmod(0o755)
-    environ = {"PATH": str(tmp_path / "bin")}
-    site = tmp_path / "site"
-    assert find_toolkit(environ, site) is None
-    old = make_toolkit(site / "nvidia" / "cuda_nvcc")
-    assert find_toolkit(environ, site) == old
-    new = make_toolkit(site / "nvidia" / "cu13")
-    assert find_toolkit(environ, site) == new
-    real = make_toolkit(tmp_path / "real")
-    assert find_toolkit({"PATH": str(real / "bin")}, site) == real
 
 
 def test_forcing_cuda(tmp_path):

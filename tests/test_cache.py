@@ -6,52 +6,79 @@ from typing import Any
 
 import pytest
 import torch
+from poison import same_bits
 from torch import Tensor
 
 from mac_attn import ReuseCache, ReuseConfig, RotaryEmbedding
 from mac_attn.cache import ERROR_BLOCK_TABLE, ERROR_SEQ_LENS, ERROR_SLOTS, _valid_slots
-from mac_attn.slot_state import SLOT_TENSORS
 
 OPTIONS: dict[str, Any] = dict(
     num_slots=5, num_qo_heads=6, num_kv_heads=2, head_dim=16, dtype=torch.float32
 )
-WINDOW, ANCHORS = 8, 3
+ENTRIES, ANCHORS = 8, 3
+# Views of the ring, with their shapes behind the slots' dimension; None is the queries' dtype.
+PARTS: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
+    "slot_end": ((), torch.int32),
+    "slot_request": ((), torch.int64),
+    "counters": ((8,), torch.int64),
+    "ring_stored": ((2,), torch.int32),
+    "ring_tau": ((2,), torch.float32),
+    "ring_last_lse": ((2, 3), torch.float32),
+    "ring_position": ((2, ENTRIES), torch.int32),
+    "ring_depth": ((2, ENTRIES, 3), torch.int32),
+    "ring_query": ((2, ENTRIES, 3, 16), None),
+    "ring_out": ((2, ENTRIES, 3, 16), torch.float32),
+    "ring_lse": ((2, ENTRIES, 3), torch.float32),
+    "ring_rotated": ((2, ENTRIES, 3, 16), None),
+    "ring_anchors": ((2, ENTRIES, ANCHORS), torch.int32),
+    "ring_anchor_weights": ((2, ENTRIES, ANCHORS), torch.float32),
+}
 
 
 def make_cache(**changes: Any) -> ReuseCache:
-    return ReuseCache(ReuseConfig(window=WINDOW, anchors=ANCHORS, band=4), **OPTIONS | changes)
+    return ReuseCache(ReuseConfig(entries=ENTRIES, anchors=ANCHORS, band=4), **OPTIONS | changes)
 
 
 def fill(cache: ReuseCache) -> dict[str, Tensor]:
-    """Random contents with a consistent history; returns copies of all tensors of the slots.
+    """Random bytes with a consistent history; returns copies of `ring` and of all its parts.
 
-    Slot i ends at 20 + i, begins 6 before and is tagged accordingly.
+    Slot i ends at 20 + i and has entries of the last positions.
     """
-    for name in SLOT_TENSORS:
-        tensor = getattr(cache, name)
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape))
-        else:
-            tensor.copy_(torch.randint(1, 100, tensor.shape))
+    entries = cache.cfg.entries
+    cache.ring.copy_(torch.randint(0, 256, cache.ring.shape, dtype=torch.uint8))
+    cache.ring_stored.fill_(entries)
+    cache.slot_request.copy_(torch.randint(1, 100, (cache.num_slots,)))
     for slot in range(cache.num_slots):
         end = 20 + slot
-        cache.slot_begin[slot], cache.slot_end[slot] = end - 6, end
-        for position in range(end - WINDOW, end):
-            cache.ring_position[slot, position % WINDOW] = position
-    return {name: getattr(cache, name).clone() for name in SLOT_TENSORS}
+        cache.slot_end[slot] = end
+        cache.ring_position[slot] = torch.arange(end - entries, end, dtype=torch.int32)
+    return {name: getattr(cache, name).clone() for name in ("ring", *PARTS)}
 
 
 def is_empty(cache: ReuseCache, slot: int) -> bool:
     return (
-        cache.slot_begin[slot] == cache.slot_end[slot] == 0
+        cache.slot_end[slot] == 0
         and cache.slot_request[slot] == -1
-        and bool((cache.ring_position[slot] == -1).all())
+        and not cache.ring_stored[slot].any()
+        and not cache.ring_tau[slot].any()
         and not cache.counters[slot].any()
     )
 
 
 def unchanged(cache: ReuseCache, before: dict[str, Tensor], slots: list[int]) -> bool:
-    return all(torch.equal(getattr(cache, n)[slots], before[n][slots]) for n in SLOT_TENSORS)
+    return torch.equal(cache.ring[slots], before["ring"][slots])
+
+
+def assert_copied(
+    cache: ReuseCache,
+    dst: list[int],
+    before: dict[str, Tensor],
+    src: list[int],
+    but: tuple[str, ...] = ("counters",),
+) -> None:
+    """Slots `dst` hold what `src` held before, all parts except some."""
+    for name in set(PARTS) - set(but):
+        assert same_bits(getattr(cache, name)[dst], before[name][src]), name
 
 
 GIVEN = {
@@ -75,39 +102,45 @@ def given(request, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("anchors", [0, 3])
+@pytest.mark.parametrize("anchors", [0, ANCHORS])
 def test_tensors(dtype, anchors, device):
-    cfg = ReuseConfig(window=WINDOW, anchors=anchors, threshold=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    cfg = ReuseConfig(entries=ENTRIES, anchors=anchors, threshold=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     cache = ReuseCache(cfg, **OPTIONS | dict(dtype=dtype), device=device, max_batch_size=7)
-    shapes = {
-        "ring_query": ((5, 2, 8, 3, 16), dtype),
-        "ring_out": ((5, 2, 8, 3, 16), torch.float32),
-        "ring_lse": ((5, 2, 8, 3), torch.float32),
-        "ring_depth": ((5, 2, 8, 3), torch.int32),
-        "ring_anchors": ((5, 2, 8, anchors), torch.int32),
-        "ring_position": ((5, 8), torch.int32),
-        "slot_begin": ((5,), torch.int32),
-        "slot_end": ((5,), torch.int32),
-        "slot_request": ((5,), torch.int64),
-        "counters": ((5, 6), torch.int64),
-        "threshold": ((6,), torch.float32),
-        "error_flag": ((1,), torch.int32),
-        "workspace": ((0 if device.type == "cpu" else 7 * (2 * (6 + 2) + 1) + 1,), torch.int32),
-    }
-    size = 0
-    for name, (shape, kind) in shapes.items():
-        tensor = getattr(cache, name)
-        assert (tensor.shape, tensor.dtype, tensor.device) == (shape, kind, cache.device), name
-        assert tensor.is_contiguous(), name
-        size += tensor.nbytes
-    assert cache.nbytes == size
     assert cache.device == torch.empty(0, device=device).device
-    assert (cache.num_slots, cache.group_size, cache.dtype) == (5, 3, dtype)
+    used = torch.zeros(cache.ring.shape, dtype=torch.uint8)
+    for name, (shape, kind) in PARTS.items():
+        tensor = getattr(cache, name)
+        if "anchor" in name:
+            shape = (*shape[:-1], anchors)
+        if name == "ring_rotated" and not anchors:
+            shape = (2, ENTRIES, 0, 16)
+        assert (tensor.shape, tensor.dtype) == ((5, *shape), kind or dtype), name
+        assert tensor.device == cache.device, name
+        if tensor.numel():  # of its own bytes, none of which another part has
+            assert tensor.untyped_storage().data_ptr() == cache.ring.data_ptr()
+            used += bytes_of(tensor, cache.ring)
+    assert used.max() == 1 and used.sum() > 0.5 * used.numel()  # the rest is padding
+    assert cache.ring.is_contiguous() and cache.ring.shape[1] % 64 == 0
+    assert (cache.threshold.shape, cache.threshold.dtype) == ((6,), torch.float32)
+    assert (cache.error_flag.shape, cache.error_flag.dtype) == ((1,), torch.int32)
+    size = sum(t.nbytes for t in (cache.ring, cache.threshold, cache.error_flag, cache.workspace))
+    assert cache.nbytes == size
+    assert (cache.num_slots, cache.group_size, cache.dtype, cache.layer) == (5, 3, dtype, 0)
     assert all(is_empty(cache, slot) for slot in range(5))
-    assert (cache.ring_lse == -torch.inf).all() and (cache.ring_anchors == -1).all()
     assert torch.equal(cache.threshold.cpu(), cfg.threshold_per_head(6, 16))
     cache.check()
     assert "num_slots=5" in repr(cache) and "MiB" in repr(cache)
+
+
+def bytes_of(part: Tensor, ring: Tensor) -> Tensor:
+    """1 for the bytes of `ring` that belong to a part, 0 for the others."""
+    before = ring.clone()
+    ring.zero_()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[part.itemsize]
+    part.view(integers).fill_(-1)
+    mask = (ring != 0).to(torch.uint8).cpu()
+    ring.copy_(before)
+    return mask
 
 
 @pytest.mark.parametrize(
@@ -118,6 +151,7 @@ def test_tensors(dtype, anchors, device):
         (ValueError, "max_batch_size is 4, must be .* 5", dict(max_batch_size=4)),
         (ValueError, "num_qo_heads is 6, must be a .* multiple .* = 4", dict(num_kv_heads=4)),
         (ValueError, "num_kv_heads is 0", dict(num_kv_heads=0)),
+        (ValueError, "layer is -1", dict(layer=-1)),
         (ValueError, "head_dim is 24, must be a multiple of 16", dict(head_dim=24)),
         (ValueError, "head_dim is 512, must be from 16 to 256", dict(head_dim=512)),
         (TypeError, "dtype is torch.float64", dict(dtype=torch.float64)),
@@ -132,14 +166,14 @@ def test_refuses_bad_arguments(error, message, changes):
 
 def test_refuses_other_configs():
     with pytest.raises(TypeError, match="cfg is of type dict, must be a ReuseConfig"):
-        ReuseCache({"window": 8}, **OPTIONS)  # type: ignore[arg-type]
+        ReuseCache({"entries": 8}, **OPTIONS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="threshold has 2 numbers"):
         ReuseCache(ReuseConfig(threshold=[0.1, 0.2]), **OPTIONS)
 
 
 def test_says_how_much_memory_is_missing():
     # 2^30 * 2^20 places: more than 2^57 bytes, which not even an address space holds.
-    cfg = ReuseConfig(window=2**20, anchors=ANCHORS)
+    cfg = ReuseConfig(entries=2**20, anchors=ANCHORS)
     with pytest.raises(MemoryError, match=r"num_slots = 1073741824 .* need \d+\.\d MiB on cpu"):
         ReuseCache(cfg, **OPTIONS | dict(num_slots=2**30))
 
@@ -163,10 +197,8 @@ def test_fork(given, device):
     cache = make_cache(device=device)
     before = fill(cache)
     cache.fork(given(0, 0, 4), given(2, 1, 3))
-    for dst, src in ((2, 0), (1, 0), (3, 4)):
-        for name in SLOT_TENSORS[:-1]:
-            assert torch.equal(getattr(cache, name)[dst], before[name][src]), name
-        assert not cache.counters[dst].any()
+    assert_copied(cache, [2, 1, 3], before, [0, 0, 4])
+    assert not cache.counters[[2, 1, 3]].any()
     assert unchanged(cache, before, [0, 4])
     cache.check()
 
@@ -175,7 +207,7 @@ def test_fork_of_one_slot_and_of_none(device):
     cache = make_cache(device=device)
     before = fill(cache)
     cache.fork(4, 0)
-    assert torch.equal(cache.ring_out[0], before["ring_out"][4])
+    assert_copied(cache, [0], before, [4])
     cache.fork([], [])
     assert unchanged(cache, before, [1, 2, 3, 4])
 
@@ -186,7 +218,7 @@ def test_fork_names_the_requests_of_the_copies(given, device):
     cache.fork(given(0, 0), given(2, 1), request_ids=[2**62, 5])
     assert cache.slot_request[[2, 1]].tolist() == [2**62, 5]
     assert unchanged(cache, before, [0, 3, 4])
-    assert torch.equal(cache.ring_out[2], before["ring_out"][0])
+    assert_copied(cache, [2], before, [0], but=("counters", "slot_request"))
     cache.fork(given(0), given(3), request_ids=torch.tensor([9], device=device))
     assert cache.slot_request[3] == 9
     cache.check()
@@ -196,30 +228,24 @@ def test_fork_reads_before_it_writes(device):
     cache = make_cache(device=device)
     before = fill(cache)
     cache.fork([0, 1, 2], [1, 2, 0])
-    for name in SLOT_TENSORS[:-1]:
-        assert torch.equal(getattr(cache, name)[[1, 2, 0]], before[name][[0, 1, 2]]), name
+    assert_copied(cache, [1, 2, 0], before, [0, 1, 2])
 
 
 def test_truncate(given, device):
     cache = make_cache(device=device)
     before = fill(cache)
-    # Ends are 20 .. 24, begins 14 .. 18: within the entries, before all of them, at the end.
+    # Ends are 20 .. 24: within the entries, before all of them, at the end.
     cache.truncate(given(0, 1, 4), given(17, 3, 24))
     assert cache.slot_end.tolist() == [17, 3, 22, 23, 24]
-    assert cache.slot_begin.tolist() == [14, 3, 16, 17, 18]
-    for slot, length in ((0, 17), (1, 3)):
-        tags = before["ring_position"][slot]
-        want = torch.where(tags < length, tags, -1)
-        assert torch.equal(cache.ring_position[slot], want)
+    assert cache.ring_position[0].tolist() == [[12, 13, 14, 15, 16, -1, -1, -1]] * 2
+    assert (cache.ring_position[1] == -1).all()
     assert unchanged(cache, before, [2, 3, 4])
-    for name in ("ring_query", "ring_out", "slot_request", "counters"):
-        assert torch.equal(getattr(cache, name), before[name]), name
-    before = {name: getattr(cache, name).clone() for name in SLOT_TENSORS}
+    assert_copied(cache, [0, 1], before, [0, 1], but=("slot_end", "ring_position"))
+    before = {"ring": cache.ring.clone()}
     cache.truncate([2, 3], torch.tensor([23, 2**40]))  # nothing lies there
     assert unchanged(cache, before, [0, 1, 2, 3, 4])
     cache.truncate(2, 0)
-    assert (cache.slot_begin[2], cache.slot_end[2]) == (0, 0)
-    assert (cache.ring_position[2] == -1).all()
+    assert cache.slot_end[2] == 0 and (cache.ring_position[2] == -1).all()
     cache.check()
 
 
@@ -297,8 +323,7 @@ def unread(monkeypatch, device):
 def test_unread_slots_that_are_valid(unread):
     before = fill(unread)
     unread.fork([0, 0, 4], [2, 1, 3])
-    assert torch.equal(unread.ring_out[[2, 1, 3]], before["ring_out"][[0, 0, 4]])
-    assert torch.equal(unread.slot_request[[2, 1, 3]], before["slot_request"][[0, 0, 4]])
+    assert_copied(unread, [2, 1, 3], before, [0, 0, 4])
     unread.fork([4, 0], [3, 1], [70, 71])
     assert unread.slot_request[[3, 1]].tolist() == [70, 71]
     unread.truncate([2], [15])
@@ -331,8 +356,7 @@ def test_unread_bad_pairs_of_fork(src, dst, copied, emptied, unread):
     before = fill(unread)
     unread.fork(src, dst, request_ids=list(range(50, 50 + len(dst))))
     for target, source in copied.items():
-        for name in SLOT_TENSORS[:-2]:
-            assert torch.equal(getattr(unread, name)[target], before[name][source]), name
+        assert_copied(unread, [target], before, [source], but=("counters", "slot_request"))
         assert unread.slot_request[target] == 50 + dst.index(target)
     assert all(is_empty(unread, slot) for slot in emptied)
     others = set(range(5)) - set(copied) - set(emptied)
@@ -391,12 +415,14 @@ def test_stats(device):
         0,
         1,
     )
-    # steps, kv_head_steps, kv_head_hits, query_head_hits, kv_tokens_read, kv_tokens_full
-    cache.counters[1] = torch.tensor([10, 20, 12, 40, 3000, 10000])
-    cache.counters[4] = torch.tensor([2, 4, 0, 1, 4000, 4000])
+    # steps, kv_head_steps, kv_head_hits, query_head_hits, kv_tokens_read, kv_tokens_full,
+    # anchors_read, entries_stored
+    cache.counters[1] = torch.tensor([10, 20, 12, 40, 3000, 10000, 600, 7])
+    cache.counters[4] = torch.tensor([2, 4, 0, 1, 4000, 4000, 5, 4])
     stats = cache.stats()
     assert (stats.steps, stats.kv_head_steps, stats.kv_head_hits) == (12, 24, 12)
     assert (stats.query_head_hits, stats.kv_tokens_read, stats.kv_tokens_full) == (41, 7000, 14000)
+    assert (stats.anchors_read, stats.entries_stored) == (605, 11)
     assert stats.hit_rate == 41 / (12 * 6)
     assert stats.kv_head_hit_rate == 0.5 and stats.kv_read_share == 0.5
     assert stats.per_slot.device.type == "cpu"

@@ -25,7 +25,7 @@ from mac_attn.calibrate import (
 from mac_attn.integrations.transformers import MacCache
 
 CPU = torch.device("cpu")
-CONFIG = ReuseConfig(window=16, band=8, anchors=4, threshold=0.9, min_context=20)
+CONFIG = ReuseConfig(entries=16, window=16, band=8, anchors=4, threshold=0.9, min_context=20)
 STEPS, SEEDED, LENGTH = 24, 16, 72
 
 
@@ -197,3 +197,6 @@ def test_refusals(captured: Capture, tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ValueError, match="is not a calibration"):
             Calibration.load(path)
+    path.write_text(json.dumps({"format": "mac_attn calibration 1", "layers": []}))
+    with pytest.raises(ValueError, match="an earlier version made it"):
+        Calibration.load(path)

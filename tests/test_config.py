@@ -12,7 +12,8 @@ from mac_attn import ReuseConfig
 
 def test_paper_settings():
     cfg = ReuseConfig.paper()
-    assert (cfg.window, cfg.band, cfg.anchors, cfg.min_context) == (512, 256, 0, 2048)
+    assert (cfg.entries, cfg.window, cfg.band, cfg.anchors) == (512, 512, 256, 0)
+    assert (cfg.min_context, cfg.max_reuse_depth) == (2048, None)
     assert (cfg.threshold_mode, cfg.granularity) == ("absolute", "head")
     # theta = 2 * 128 * (1 - 0.45)^2 = 77.44, rounded to float32.
     assert torch.equal(cfg.threshold_per_head(4, 128), torch.tensor([77.44] * 4))
@@ -53,10 +54,13 @@ def test_compares_and_hashes_by_value_and_does_not_change():
 @pytest.mark.parametrize(
     "changes",
     [
+        dict(entries=0),
+        dict(entries=2**24 + 1),
         dict(window=0),
         dict(window=2**31),
         dict(band=0),
         dict(anchors=-1),
+        dict(anchors=2**24 + 1),
         dict(min_context=-1),
         dict(max_reuse_depth=0),
         dict(threshold=-0.1),
@@ -81,6 +85,7 @@ def test_refuses_values(changes):
 @pytest.mark.parametrize(
     "changes",
     [
+        dict(entries=512.0),
         dict(window=512.0),
         dict(window=True),
         dict(band="256"),
@@ -100,12 +105,19 @@ def test_refuses_types(changes):
         ReuseConfig(**changes)
 
 
-def test_anchors_need_group_decisions():
+def test_anchors_need_decisions_per_group_and_exact_entries():
     with pytest.raises(ValueError, match="anchors is 64, must be 0 with granularity='head'"):
-        ReuseConfig(granularity="head")
-    ReuseConfig(granularity="head", anchors=0)
+        ReuseConfig(anchors=64, granularity="head")
+    for depth in (2, None):
+        with pytest.raises(ValueError, match=f"anchors is 64, must be 0 with max_.*={depth}"):
+            ReuseConfig(anchors=64, max_reuse_depth=depth)
+    ReuseConfig(granularity="head", anchors=0, max_reuse_depth=None)
+    ReuseConfig(anchors=64, max_reuse_depth=1)
 
 
 def test_limits_are_allowed():
-    ReuseConfig(window=1, band=1, anchors=0, threshold=0, min_context=0, max_reuse_depth=1)
+    ReuseConfig(
+        entries=1, window=1, band=1, anchors=0, threshold=0, min_context=0, max_reuse_depth=1
+    )
+    ReuseConfig(entries=2**24, window=2**31 - 1, anchors=2**24)
     ReuseConfig(threshold=1, threshold_mode="absolute")

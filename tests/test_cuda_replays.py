@@ -18,7 +18,13 @@ NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
 
 def make_cache(anchors: int, device: torch.device) -> mac_attn.ReuseCache:
     cfg = mac_attn.ReuseConfig(
-        window=32, band=48, anchors=anchors, threshold=0.3, min_context=64, max_reuse_depth=None
+        entries=32,
+        window=48,
+        band=48,
+        anchors=anchors,
+        threshold=0.3,
+        min_context=64,
+        max_reuse_depth=1 if anchors else None,
     )
     return mac_attn.ReuseCache(
         cfg,

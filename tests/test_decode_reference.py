@@ -224,14 +224,23 @@ CONFIGS = {
     "group absolute": dict(threshold_mode="absolute", threshold=0.75),
     "threshold per head": dict(granularity="head", threshold=[0.1, 0.2, 0.3, 0.15]),
     "group, threshold per head": dict(threshold=(0.1, 0.2, 0.3, 0.15)),
-    "anchors": dict(anchors=5),
-    "more anchors than tokens at first": dict(anchors=40),
     "depth": dict(max_reuse_depth=2),
     "depth per head": dict(granularity="head", max_reuse_depth=3),
-    "anchors and depth": dict(anchors=3, max_reuse_depth=1),
+    "depth 1": dict(max_reuse_depth=1),
+    "anchors": dict(anchors=5),
+    "anchors, threshold per head": dict(anchors=5, threshold=(0.1, 0.2, 0.3, 0.15)),
+    "one anchor": dict(anchors=1),
+    "more anchors than tokens at first": dict(anchors=40),
+    "more anchors than tokens ever": dict(anchors=300),
+    "few entries, long window": dict(entries=5, window=60, anchors=8),
+    "few entries, short window": dict(entries=7, window=10),
+    "more entries than the window": dict(entries=50, window=10, anchors=3),
     "min_context": dict(min_context=60),
+    "one entry": dict(entries=1),
+    "one entry, anchors": dict(entries=1, anchors=4),
     "window 1": dict(window=1),
     "band 1": dict(band=1),
+    "band 1, anchors": dict(band=1, anchors=6),
     "band beyond the window": dict(window=8, band=20, anchors=4),
 }
 
@@ -256,21 +265,21 @@ def test_reuse_over_shapes(at, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_anchors_of_a_long_context(dtype, device):
-    """A miss and a hit. The CPU writes as many logits as these past its caches (schedule.cpp)."""
+    """Two misses, of which the first has nothing to weigh tokens by, and a hit."""
     length, heads = 12_000, (12, 2)
     options = {"num_kv_heads": heads[1], "head_dim": 64, "dtype": dtype, "device": device}
-    kv = make_kv(60, batch=1, length=length + 1, **options)
-    q = make_q(61, 2, 1, heads[0], 64, dtype=dtype, device=device)
-    q_match = make_q(62, 1, heads[0], 64, dtype=dtype, device=device)
+    kv = make_kv(60, batch=1, length=length + 3, **options)
+    q = make_q(61, 3, 1, heads[0], 64, dtype=dtype, device=device)
+    q_match = make_q(62, 2, 1, heads[0], 64, dtype=dtype, device=device)
     twins = Twins(
         small_config(anchors=20), num_slots=1, heads=heads, head_dim=64, dtype=dtype, device=device
     )
     kv.write([0], [length])
-    twins.decode(kv, [length], q[0], q_match, slots=[0])
-    assert twins.hit_rate == 0
-    kv.write([length], [length + 1])
-    twins.decode(kv, [length + 1], q[1], q_match, slots=[0])
-    assert twins.hit_rate == 0.5
+    for i, matching in enumerate((q_match[0], q_match[1], q_match[1])):
+        kv.write([length + i], [length + i + 1])
+        step = twins.decode(kv, [length + i + 1], q[i], matching, slots=[0])
+        assert [head.anchors for head in step.heads[0]] == [20 * (i == 2)] * 2
+        assert [head.stored for head in step.heads[0]] == [i == 1] * 2
 
 
 @pytest.mark.parametrize("layout, combined, strided", [("NHD", True, True), ("HND", False, True)])
@@ -372,8 +381,7 @@ def test_seed_then_decode(anchors, device):
         case.ints(70),
     )
     rows = {"slots": case.ints(1), "q_match": case.q_match[last].transpose(0, 1)}
-    mac_attn.seed(case.twins.cache, *call, **rows)
-    reference.seed(case.twins.reference, *call, **rows, anchors=case.twins.anchors([1], [70]))
+    case.twins.seed(*call, **rows)
     case.check()
     case.decode(range(70, 110), slot=1)
     assert 0 < case.twins.hit_rate < 1
@@ -392,11 +400,15 @@ def test_non_finite_query_is_a_miss_and_is_never_matched(granularity, bad, devic
 
 def test_hit_reads_nothing_below_the_source_but_the_anchors(device):
     case = OneRequest(small_config(anchors=3), device)
-    case.q_match[79] = case.q_match[78].clone()
     case.decode(range(79))
-    anchors = [a.tolist() for a in case.twins.reference.entries(0)[78].anchors]
-    for head in range(2):
-        at = torch.tensor([i for i in range(78 + 1 - 16) if i not in anchors[head]], device=device)
+    sources = [case.twins.reference.entries(0, head) for head in range(2)]
+    for head, entries in enumerate(sources):
+        newest = next(iter(entries.values()))
+        heads = slice(2 * head, 2 * head + 2)
+        case.q_match[79, :, heads] = case.q_match[newest.position, :, heads].clone()
+        kept = newest.anchors.tolist()
+        at = torch.tensor([i for i in range(newest.position + 1 - 16) if i not in kept])
+        at = at.to(device)
         for pages in case.kv.cache:
             pages[case.kv.pages[0, at // 16], at % 16, head] = math.nan
     case.decode(range(79, 80))  # compares with the reference, which gathers but does not use them

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mac_attn
-from mac_attn.floor import Floor, num_candidates, step_floor
+from mac_attn.floor import Floor, num_candidates, step_floor, stores_entry
 
 ROOT = Path(__file__).parent.parent
 MODEL = dict(num_qo_heads=4, num_kv_heads=2, head_dim=8, itemsize=2, page_size=16)
@@ -37,39 +37,46 @@ def test_exact_step_by_hand():
 
 
 def test_group_step_by_hand():
-    cfg = mac_attn.ReuseConfig(window=10, band=20, anchors=3, min_context=0)
+    cfg = mac_attn.ReuseConfig(entries=10, window=50, band=20, anchors=3, min_context=0)
     # Position 99; the first KV head reuses the entry of position 97, so it starts at 97 + 1 - 20.
     floor = step_floor([100], cfg=cfg, sources=[[97, 97, -1, -1]], **MODEL)
     assert floor.kv_bytes == ((100 - 78) + 100) * 2 * 16
-    assert floor.anchor_bytes == 3 * (2 * 16 + 4)
+    assert floor.anchor_bytes == 3 * (2 * 16 + 4 + 4)
     assert floor.block_table_bytes == 7 * 4  # the other KV head needs all pages
-    # All 10 positions before it are stored: a row each for every KV head, and a tag.
-    assert floor.ring_query_bytes == 10 * (2 * 16 + 4)
-    assert floor.ring_query_bytes_max == 10 * (4 * 16 + 4)
+    # Each KV head holds 10 entries: of each a row and a tag.
+    assert floor.ring_query_bytes == 10 * 2 * (16 + 4)
+    assert floor.ring_query_bytes_max == 10 * (4 * 16 + 2 * 4)
     state = 8 * 4 + 4 + 4  # mean, log-sum-exp, depth
-    assert floor.state_read_bytes == 2 * state
-    # Query and state of 4 heads, 3 anchors of 2 KV heads, tag, begin, end, request, 6 counters
-    # read and written.
-    assert floor.state_write_bytes == 4 * (16 + state) + 2 * 3 * 4 + 3 * 4 + 8 + 2 * 6 * 8
+    assert floor.state_read_bytes == 2 * (state + 16)  # and the rotated query
+    # The second KV head's entry: both queries and state of 2 heads, 3 anchors, tag. Then end,
+    # request, entries stored and tau of 2 KV heads, log-sum-exp of 4 heads; 8 counters read and
+    # written.
+    entry = 2 * (2 * 16 + state) + 3 * (4 + 4) + 4
+    assert floor.state_write_bytes == entry + 4 + 8 + 2 * (4 + 4) + 4 * 4 + 2 * 8 * 8
     assert floor.query_bytes == 4 * (3 * 16 + 4)  # q, q_match, out, lse
-    # Two query heads attend to 22 tokens and 3 anchors, two to 100; 10 distances of two heads.
-    assert floor.flops == (2 * 25 + 2 * 100) * 32 + 10 * 2 * 24
+    # Two query heads attend to 22 tokens and 3 anchors, those by two queries; two heads to 100
+    # tokens; 10 distances of two heads.
+    assert floor.flops == (2 * (22 + 2 * 3) + 2 * 100) * 32 + 10 * 2 * 24
     assert floor.total_bytes_max - floor.total_bytes == 10 * 2 * 16
 
 
 def test_head_step_by_hand():
-    cfg = dataclasses.replace(mac_attn.ReuseConfig.paper(), window=10, band=20, min_context=0)
+    cfg = dataclasses.replace(
+        mac_attn.ReuseConfig.paper(), entries=10, window=10, band=20, min_context=0
+    )
     floor = step_floor([100], cfg=cfg, sources=[[97, -1, 91, 98]], **MODEL)
     # One miss, and its KV head is read in full; of the other the earliest start counts.
     assert floor.kv_bytes == (100 + (100 - 72)) * 2 * 16
     assert floor.anchor_bytes == 0
-    assert floor.ring_query_bytes == floor.ring_query_bytes_max == 10 * (4 * 16 + 4)
+    assert floor.ring_query_bytes == floor.ring_query_bytes_max == 10 * (4 * 16 + 2 * 4)
     assert floor.state_read_bytes == 3 * 40
+    # Chains of any length: every step is stored.
+    assert floor.state_write_bytes == 2 * (2 * (16 + 40) + 4) + 4 + 8 + 2 * 4 + 2 * 8 * 8
     assert floor.flops == ((100 - 78) + 100 + (100 - 72) + (100 - 79)) * 32 + 10 * 4 * 24
 
 
 def test_all_hits_do_not_depend_on_the_context():
-    cfg = mac_attn.ReuseConfig()
+    cfg = mac_attn.ReuseConfig(band=256)
     floors = [
         step_floor([n], cfg=cfg, sources=[[n - 2] * 4], **MODEL) for n in (4096, 8192, 126976)
     ]
@@ -78,17 +85,27 @@ def test_all_hits_do_not_depend_on_the_context():
 
 
 def test_candidates():
-    cfg = mac_attn.ReuseConfig(window=10, band=20, anchors=0, min_context=30)
+    def config(**changes: int) -> mac_attn.ReuseConfig:
+        options = dict(entries=100, window=10, band=20, anchors=0, min_context=30)
+        return mac_attn.ReuseConfig(**options | changes)
+
     # Position 29: candidates 20 .. 28 (E(c) > 0 needs c >= 20); from position 30 on a full window.
-    assert [num_candidates(n, cfg) for n in (0, 1, 29, 30, 31, 32, 1000)] == [
-        0,
-        0,
-        0,
-        9,
-        10,
-        10,
-        10,
-    ]
+    lengths = (0, 1, 29, 30, 31, 32, 1000)
+    assert [num_candidates(n, config()) for n in lengths] == [0, 0, 0, 9, 10, 10, 10]
+    few = config(entries=4, window=100)
+    assert [num_candidates(n, few) for n in lengths] == [0, 0, 0, 4, 4, 4, 4]
+
+
+def test_only_what_may_be_reused_is_stored():
+    sources = [97, 97, -1, -1, 97, -1]
+    chains = mac_attn.ReuseConfig(band=20, anchors=0, max_reuse_depth=None)
+    heads = mac_attn.ReuseConfig(band=20, anchors=0, granularity="head")
+    groups = mac_attn.ReuseConfig(band=20)
+    assert stores_entry(100, sources, chains, 2) == [True, True, True]
+    assert stores_entry(100, sources, heads, 2) == [False, True, True]
+    assert stores_entry(100, sources[:4], groups, 2) == [False, True]
+    for cfg in (chains, heads, groups):
+        assert not any(stores_entry(20, [-1] * 4, cfg, 2))  # E(19) is 0
 
 
 @pytest.mark.parametrize("granularity", ["head", "group"])
@@ -97,7 +114,7 @@ def test_rows_against_a_set(granularity, page_size):
     """KV rows and pages as the sets of what each head attends to, of random steps."""
     generator = torch.Generator().manual_seed(1)
     cfg = mac_attn.ReuseConfig(
-        window=64, band=32, anchors=0, min_context=0, granularity=granularity
+        entries=64, window=64, band=32, anchors=0, min_context=0, granularity=granularity
     )
     model = {**MODEL, "page_size": page_size}
     seq_lens = [200, 1, 333, 65]
@@ -124,37 +141,40 @@ def test_rows_against_a_set(granularity, page_size):
     assert floor.flops == pairs * 32 + distances * 24
 
 
-def test_counters_agree_with_the_floor():
-    """What the kernels count as read is what the floor counts."""
+@pytest.mark.parametrize("anchors", [0, 4])
+def test_counters_agree_with_the_floor(anchors):
+    """What the kernels count as read and as stored is what the floor counts."""
     torch.manual_seed(0)
-    cfg = mac_attn.ReuseConfig(window=16, band=8, anchors=4, min_context=16)
-    reuse = mac_attn.ReuseCache(
-        cfg, num_slots=1, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32
+    cfg = mac_attn.ReuseConfig(
+        entries=4, window=16, band=8, anchors=anchors, threshold=0.1, min_context=16
     )
+    shape = dict(num_qo_heads=4, num_kv_heads=2, head_dim=16)
+    reuse = mac_attn.ReuseCache(cfg, num_slots=1, dtype=torch.float32, **shape)
     kv = torch.randn(8, 2, 16, 2, 16)
     table = torch.randperm(8).int()[None]
     slots = torch.zeros(1, dtype=torch.int32)
     first = torch.randn(1, 4, 16)
-    rows = 0
+    rows = anchor_rows = stored = 0
     for n in range(60, 80):
         q = torch.randn(1, 4, 16)
         q[:, : n % 3 * 2] = first[:, : n % 3 * 2]  # none, the first or both KV heads
         seq_lens = torch.tensor([n], dtype=torch.int32)
-        source = mac_attn.match(reuse, q, seq_lens, slots).tolist()
+        source = mac_attn.match(reuse, q, seq_lens, slots).source.tolist()
         mac_attn.decode(q, kv, table, seq_lens, reuse=reuse, slots=slots, q_match=q)
         floor = step_floor(
-            [n],
-            num_qo_heads=4,
-            num_kv_heads=2,
-            head_dim=16,
-            itemsize=4,
-            page_size=16,
-            cfg=cfg,
-            sources=source,
-        )
-        rows += floor.kv_bytes // (2 * 64) + floor.anchor_bytes // (2 * 64 + 4)
-    assert reuse.stats().kv_head_hits > 10
-    assert reuse.stats().kv_tokens_read == rows
+            [n], **shape, itemsize=4, page_size=16, cfg=cfg, sources=source
+        )  # fmt: skip
+        rows += floor.kv_bytes // (2 * 64)
+        anchor_rows += floor.anchor_bytes // (2 * 64 + 8)
+        stored += sum(stores_entry(n, source[0], cfg, 2))
+    stats = reuse.stats()
+    assert stats.kv_head_hits > 10
+    # Lists of less than S anchors: the floor counts full ones.
+    missing = anchor_rows - stats.anchors_read
+    assert 0 <= missing < anchor_rows // 2 + 1
+    assert stats.kv_tokens_read == rows + stats.anchors_read
+    # A sample may overflow, and the first step of a history draws none.
+    assert stats.entries_stored == stored if not anchors else 10 < stats.entries_stored < stored
 
 
 def test_wrong_arguments():
@@ -220,7 +240,7 @@ def count_traffic(simt_traffic, stage, batch, age, anchors):
         seq_lens,
         num_qo_heads=num_kv_heads * group_size,
         itemsize=2,
-        cfg=mac_attn.ReuseConfig(anchors=anchors, min_context=0),
+        cfg=mac_attn.ReuseConfig(entries=512, window=512, band=256, anchors=anchors, min_context=0),
         sources=[[source] * num_kv_heads * group_size] * batch,
         **shapes,
     )

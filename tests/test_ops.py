@@ -11,10 +11,10 @@ from op_steps import (
     HEAD_DIM,
     HEADS,
     KV_HEADS,
-    WINDOW,
     make_reuse,
     make_step,
     op_arguments,
+    prime,
     slots_on,
     snapshot,
     two_steps,
@@ -36,6 +36,13 @@ def overload(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.mac_attn, packet), kind)
 
 
+def prime_both(one, other, *step):
+    """`prime` both alike."""
+    for reuse in (one, other):
+        torch.manual_seed(1)
+        prime(reuse, *step)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, device):
     args = op_arguments(make_reuse(device), device)[op]
@@ -46,6 +53,7 @@ def test_one_op_does_what_the_stages_do(device):
     """`decode` is match, amend, complete: outputs, rings and counters, over misses and hits."""
     whole, apart = make_reuse(device), make_reuse(device)
     q, kv, table, seq_lens = make_step(device)
+    prime_both(whole, apart, q, kv, table, seq_lens)
     slots, q_match = slots_on(device), q
     for i in range(4):
         q_match = torch.randn_like(q) if i % 2 == 0 else q_match
@@ -53,10 +61,10 @@ def test_one_op_does_what_the_stages_do(device):
         expected = mac_attn.decode(
             q, kv, table, lens, reuse=whole, slots=slots, q_match=q_match, return_lse=True
         )
-        source = mac_attn.match(apart, q_match, lens, slots)
-        amended = mac_attn.amend(q, kv, table, lens, source=source, reuse=apart, slots=slots)
+        matched = mac_attn.match(apart, q_match, lens, slots)
+        amended = mac_attn.amend(q, kv, table, lens, matched=matched, reuse=apart, slots=slots)
         got = mac_attn.complete(
-            amended, lens, reuse=apart, source=source, q_match=q_match, slots=slots
+            amended, lens, reuse=apart, matched=matched, q=q, q_match=q_match, slots=slots
         )
         for a, b in zip((*got, *snapshot(apart)), (*expected, *snapshot(whole)), strict=True):
             assert torch.equal(a, b)
@@ -71,6 +79,7 @@ def test_decode_turns_queries_back_itself(interleaved, dtype, device):
     rotary = mac_attn.RotaryEmbedding(frequencies, interleaved, 1.5)
     given, turned = make_reuse(device, dtype), make_reuse(device, dtype, rotary)
     q, kv, table, seq_lens = make_step(device, dtype)
+    prime_both(given, turned, q, kv, table, seq_lens)
     pre_rope = q
     for i in range(4):
         pre_rope = torch.randn_like(q) if i % 2 == 0 else pre_rope
@@ -95,8 +104,9 @@ def test_a_request_without_a_slot_is_exact_and_leaves_no_trace(granularity, anch
     mixed, alone = (
         make_reuse(device, dtype, granularity=granularity, anchors=anchors) for _ in range(2)
     )
-    mixed.audit(every=1)
     q, kv, table, seq_lens = make_step(device, dtype)
+    prime_both(mixed, alone, q, kv, table, seq_lens)
+    mixed.audit(every=1)
     slots, other = slots_on(device).clone(), 1
     slots[other] = -1
     pre_rope = torch.randn_like(q)
@@ -135,8 +145,9 @@ def test_a_source_needs_a_slot():
     slots = slots_on("cpu").clone()
     slots[0] = -1
     source = torch.full(q.shape[:2], 99, dtype=torch.int32)
+    matched = mac_attn.Matched(source, source - 99, torch.zeros(BATCH, KV_HEADS, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"source\[0, 0\] is 99, must be -1, as slots\[0\] is -1"):
-        mac_attn.amend(q, kv, table, seq_lens, source=source, reuse=reuse, slots=slots)
+        mac_attn.amend(q, kv, table, seq_lens, matched=matched, reuse=reuse, slots=slots)
 
 
 def test_the_op_takes_queries_or_a_rotation():
@@ -198,6 +209,7 @@ def test_compiles_without_graph_breaks(device):
         return out + 1
 
     q, kv, table, seq_lens = make_step(device)
+    prime_both(plain, compiled, q * 2, kv, table, seq_lens)
     slots, q_match = slots_on(device), q
     for i in range(3):
         q_match = torch.randn_like(q) if i % 2 == 0 else q_match
@@ -222,23 +234,24 @@ def test_stages_alone_compose_with_another_attention(device):
         q, kv, table, seq_lens, reuse=twin, slots=slots, q_match=q_match, return_lse=True
     )
 
-    source = mac_attn.match(reuse, q_match, seq_lens, slots)
+    matched = mac_attn.match(reuse, q_match, seq_lens, slots)
     states, lse = torch.zeros(2, *q.shape, device=device), torch.full((2, *q.shape[:2]), -math.inf)
     lse = lse.to(device)
     for b in range(BATCH):
         k, v = (kv[table[b].long(), i].flatten(0, 1).repeat_interleave(3, 1) for i in (0, 1))
         n = int(seq_lens[b])
         for h in range(HEADS):
-            start = max(0, int(source[b, h]) + 1 - BAND)
+            start = max(0, int(matched.source[b, h]) + 1 - BAND)
             for row, span in enumerate([slice(start, n - BAND), slice(n - BAND, n)]):
                 logits = k[span, h] @ q[b, h] / math.sqrt(HEAD_DIM)
                 lse[row, b, h] = logits.logsumexp(0)
                 states[row, b, h] = logits.softmax(0) @ v[span, h]
+    none = torch.empty(BATCH, KV_HEADS, 0, dtype=torch.int32, device=device)
     amended = mac_attn.Amended(
-        states, lse, torch.empty(BATCH, KV_HEADS, 0, dtype=torch.int32, device=device)
+        states, lse, torch.zeros_like(lse[0]), none, none.float(), torch.zeros_like(matched.stored)
     )
     got = mac_attn.complete(
-        amended, seq_lens, reuse=reuse, source=source, q_match=q_match, slots=slots
+        amended, seq_lens, reuse=reuse, matched=matched, q=q, q_match=q_match, slots=slots
     )
     # float32 sums over 100 tokens in two orders
     for a, b in zip(got, expected, strict=True):
@@ -265,45 +278,29 @@ def test_merge_states_of_empty_and_full_sets(device):
 @pytest.mark.parametrize("source", [2**31 - 1, -(2**31), 7])
 def test_padding_rows_may_hold_any_source(source, device):
     """A row of length 0 reads nothing; a sum with it that overflows shows in `make sanitize`."""
-    args = op_arguments(make_reuse(device), device)
-    seq_lens, sources = args["amend.default"][4].clone(), args["amend.default"][5].clone()
-    seq_lens[1], sources[1] = 0, source
-    states, state_lse, anchors = torch.ops.mac_attn.amend(
-        *args["amend.default"][:4], seq_lens, sources, *args["amend.default"][6:]
-    )
+    reuse = make_reuse(device)
+    args = op_arguments(reuse, device)
+    amend, complete = args["amend.default"], args["complete.default"]
+    seq_lens, matched = amend[4].clone(), [t.clone() for t in amend[5:8]]
+    seq_lens[1] = 0
+    for t in matched:
+        t[1] = source
+    amended = torch.ops.mac_attn.amend(*amend[:4], seq_lens, *matched, *amend[8:])
+    state_lse = amended[1]
     assert (state_lse[:, 1] == -math.inf).all() and state_lse[:, 0].isfinite().any()
-    before = args["complete.default"][9][0].clone()  # the ring of the padding row's slot
-    out, lse = args["complete.default"][-2:]
-    torch.ops.mac_attn.complete(
-        states,
-        state_lse,
-        anchors,
-        sources,
-        args["complete.default"][4],
-        seq_lens,
-        *args["complete.default"][6:],
-    )
+    before = reuse.ring[0].clone()  # of the padding row's slot
+    out, lse = complete[-2:]
+    torch.ops.mac_attn.complete(*amended, *matched, *complete[9:11], seq_lens, *complete[12:])
     assert (lse[1] == -math.inf).all() and lse[0].isfinite().all() and not out[1].any()
-    assert torch.equal(args["complete.default"][9][0], before)
+    assert torch.equal(reuse.ring[0], before)
 
 
 def test_the_depth_of_an_entry_does_not_wrap(device):
     """Reached by a slot that was written by hand only: match refuses entries of such a depth."""
-    args = op_arguments(make_reuse(device), device)["complete.default"]
-    depth, position = args[11], int(args[5][0]) - 1
-    depth.fill_(2**31 - 1)
+    reuse = make_reuse(device, anchors=0, max_reuse_depth=None)
+    args = op_arguments(reuse, device)["complete.default"]
+    reuse.ring_depth.fill_(2**31 - 1)
+    before = reuse.ring_stored.clone()
     torch.ops.mac_attn.complete(*args)
-    assert (depth[int(args[6][0]), :, position % WINDOW] == 2**31 - 1).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_equally_heavy_tokens_the_first_are_anchors(dtype, device):
-    """All keys are one random key, so every old token weighs the same."""
-    reuse = make_reuse(device, dtype)
-    q, kv, table, seq_lens = make_step(device, dtype, n=300)
-    kv[:, 0] = kv[0, 0, 0].clone()
-    slots = slots_on(device)
-    source = mac_attn.match(reuse, q, seq_lens, slots)
-    amended = mac_attn.amend(q, kv, table, seq_lens, source=source, reuse=reuse, slots=slots)
-    first = torch.arange(4, dtype=torch.int32, device=device)
-    assert torch.equal(amended.anchors, first.expand(BATCH, KV_HEADS, 4))
+    assert torch.equal(reuse.ring_stored, before)  # nothing can be deeper, so it is not stored
+    assert reuse.slot_end[2] == int(args[11][0])

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from cases import ReferenceChain, close, make_kv, make_q, small_config
+from cases import ReferenceChain, close, hashed, make_kv, make_q, small_config
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import mac_attn
 from mac_attn import reference
 from mac_attn.reference import attention_state, merge_states
 
@@ -116,91 +117,151 @@ ALGEBRA = {
     "group, one threshold per head": dict(threshold=[0.1, 0.2, 0.3, 0.15]),
     "depth": dict(max_reuse_depth=2),
     "depth per head": dict(granularity="head", max_reuse_depth=3),
-    "anchors": dict(anchors=5),
+    "sampled": dict(anchors=5),
+    "sampled, one threshold per head": dict(anchors=5, threshold=[0.1, 0.2, 0.3, 0.15]),
     "more anchors than tokens at first": dict(anchors=40),
-    "anchors and depth": dict(anchors=3, max_reuse_depth=4),
+    "one anchor": dict(anchors=1),
+    "few entries, long window": dict(entries=5, window=60, anchors=8),
+    "few entries, short window": dict(entries=7, window=10, max_reuse_depth=1),
     "min_context": dict(min_context=60),
     "no band": dict(band=1),
+    "one entry": dict(entries=1),
     "window 1": dict(window=1),
     "band beyond the window": dict(window=8, band=20),
+    "sampled, band beyond the window": dict(window=8, band=20, anchors=4),
 }
+
+
+class Slow:
+    """One KV head, step by step: a loop over tokens with one logit for each.
+
+    A step is softmax over the whole context in which a reused token keeps an old logit. So an entry
+    is represented by one logit per token, and neither states nor merges occur: on a hit a token
+    below E(source) takes the source's logit, moved by ln rho if there are samples; a sample, and
+    any token from E(source) on, that of the current query.
+    """
+
+    def __init__(self, cfg: mac_attn.ReuseConfig, chain: ReferenceChain, kv_head: int):
+        self.cfg, self.chain, self.kv_head = cfg, chain, kv_head
+        self.logits: dict[int, Tensor] = {}  # by position: [2, n]
+        self.depth: dict[int, list[int]] = {}
+        self.samples: dict[int, dict[int, float]] = {}  # a by token
+        self.stored: list[int] = []
+        self.tau, self.lse = 1 / max(1, cfg.anchors), None
+        self.hits = 0
+
+    def step(self, p: int) -> tuple[list[int], Tensor]:
+        """The two heads' sources and their logits `[2, n]`."""
+        fresh = self.fresh(p)
+        logits, sources = fresh.clone(), [self.match(p, g) for g in range(2)]
+        depth = [0 if c < 0 else self.depth[c][g] + 1 for g, c in enumerate(sources)]
+        for g, c in enumerate(sources):
+            if c < 0:
+                continue
+            old = max(0, c + 1 - self.cfg.band)
+            reused, anchors = self.logits[c][g, :old], self.samples[c]
+            rest = [i for i in range(old) if i not in anchors]
+            if anchors and reused[rest].exp().sum() < reused.exp().sum() / 1024:
+                reused = reused - math.inf
+            light = {i: a for i, a in anchors.items() if a > 0}
+            if light:
+                both = fresh[g], self.logits[c][g]
+                now, then = (sum(a * math.exp(x[i]) for i, a in light.items()) for x in both)
+                reused = reused + math.log(now / then)
+            logits[g, :old] = reused
+            for i in anchors:
+                logits[g, i] = fresh[g, i]
+        self.hits += sum(c >= 0 for c in sources)
+        sample = self.sample(p, fresh) if self.cfg.anchors and sources[0] < 0 else None
+        reusable = p >= self.cfg.band and min(depth) < (self.cfg.max_reuse_depth or math.inf)
+        if reusable and (not self.cfg.anchors or sample is not None):
+            self.stored.append(p)
+        self.logits[p], self.depth[p], self.samples[p] = logits, depth, sample or {}
+        self.lse = logits.exp().sum(-1).log()
+        return sources, logits
+
+    def fresh(self, p: int) -> Tensor:
+        """Logits of the query of position p over its context."""
+        keys = self.chain.kv.k[0, : p + 1, self.kv_head].double()
+        return self.chain.q[p, 0, self.heads].double() @ keys.T / 4.0
+
+    @property
+    def heads(self) -> slice:
+        return slice(2 * self.kv_head, 2 * self.kv_head + 2)
+
+    def sample(self, p: int, logits: Tensor) -> dict[int, float] | None:
+        """a of each kept token, or None where nothing can be kept."""
+        if self.lse is None or p < self.cfg.band:
+            return None
+        size, tau = self.cfg.anchors, self.tau
+        weight = [
+            max(math.exp(logits[g, i] - self.lse[g]) for g in range(2))
+            for i in range(p + 1 - self.cfg.band)
+        ]
+        key = {i: w / hashed(p, self.kv_head, 0, i) for i, w in enumerate(weight)}
+        kept = sorted((i for i in key if key[i] > tau), key=lambda i: -key[i])
+        self.tau = min(64.0, max(1 / 64 / size, tau * min(4, max(1 / 4, len(kept) / size / 1.5))))
+        if len(kept) > 4 * size:
+            return None
+        threshold = key[kept[size]] if len(kept) > size else tau
+        return {i: max(0.0, threshold / weight[i] - 1) for i in kept[:size]}
+
+    def match(self, p: int, g: int) -> int:
+        """Matched position of a query head, found in a loop over positions; -1 is a miss."""
+        cfg, head = self.cfg, 2 * self.kv_head + g
+        if p + 1 < cfg.min_context:
+            return -1
+        numbers = torch.as_tensor(cfg.threshold).double().flatten().expand(4).tolist()
+        pair = [2 * self.kv_head, 2 * self.kv_head + 1]
+        together = [head] if cfg.granularity == "head" else pair
+        best, best_score = -1, 1.0
+        for c in self.stored[-cfg.entries :]:
+            if c < p - cfg.window or self.depth[c][g] >= (cfg.max_reuse_depth or math.inf):
+                continue
+            total = 0.0
+            for i in together:
+                now, then = (self.chain.q_match[t, 0, i].tolist() for t in (p, c))
+                square = sum((x - y) ** 2 for x, y in zip(now, then, strict=True))
+                if cfg.threshold_mode == "absolute":
+                    total += square / (2 * 16 * (1 - numbers[i]) ** 2)
+                else:
+                    total += square / (numbers[i] * sum(x**2 for x in now))
+            if total / len(together) <= best_score and total / len(together) < 1:
+                best, best_score = c, total / len(together)
+        return best
 
 
 @pytest.mark.parametrize("name", ALGEBRA)
 def test_chain_equals_attention_with_inherited_logits(name):
-    """A step is softmax over the whole context in which a reused token keeps an old logit.
-
-    So an entry is represented by one logit per token here, and neither states nor merges occur: on
-    a hit a token below E(source) that is no anchor takes the source's logit, any other token that
-    of the current query.
-    """
     cfg = small_config(**ALGEBRA[name])
-    chain = ReferenceChain(cfg, steps=110, batch=2)
-    logits_of: list[dict[int, Tensor]] = [{}, {}]  # per slot: position -> [Hq, n]
-    depth_of: list[dict[int, list[int]]] = [{}, {}]
-    anchors_of: list[dict[int, list[Tensor]]] = [{}, {}]
-    hits = 0
+    chain = ReferenceChain(cfg, steps=110)
+    slow = [Slow(cfg, chain, head) for head in range(2)]
     for p in range(110):
         step = chain.step(p)
-        for b in range(2):
-            fresh = torch.stack(
-                [
-                    chain.kv.k[b, : p + 1, h // 2].double() @ chain.q[p, b, h].double() / 4.0
-                    for h in range(4)
-                ]
-            )
-            logits, entry = fresh.clone(), chain.reuse.entries(b)[p]
-            depths = [0] * 4
-            for h in range(4):
-                c = brute_force_match(cfg, chain, depth_of[b], p, b, h)
-                assert step.source[b, h] == c
-                if c < 0:
-                    continue
-                hits += 1
-                depths[h] = depth_of[b][c][h] + 1
-                old = max(0, c + 1 - cfg.band)
-                logits[h, :old] = logits_of[b][c][h, :old]
-                anchors = anchors_of[b][c][h // 2]
-                assert entry.anchors[h // 2].equal(anchors)
-                logits[h, anchors] = fresh[h, anchors]
-            logits_of[b][p], depth_of[b][p], anchors_of[b][p] = logits, depths, entry.anchors
-            assert entry.depth.tolist() == depths
-            values = chain.kv.v[b, : p + 1].double().repeat_interleave(2, dim=1)  # [n, Hq, D]
-            close(step.out[b], torch.einsum("hn,nhd->hd", logits.softmax(-1), values))
-            close(step.lse[b], logits.exp().sum(-1).log())
-            # The carried state: the tokens below E(p) that are not anchors.
-            for h in range(4):
-                carried = set(range(max(0, p + 1 - cfg.band))) - set(entry.anchors[h // 2].tolist())
-                at = torch.tensor(sorted(carried), dtype=torch.long)
-                total = logits[h, at].exp().sum()
-                close(entry.lse[h], total.log())
-                weighted = logits[h, at].exp() @ values[at, h]
-                close(entry.out[h], weighted / total if len(at) else torch.zeros(16))
-    possible = 2 * 4 * 110
-    assert 0.05 * possible < hits < 0.95 * possible, hits
+        for head, one in enumerate(slow):
+            values = chain.kv.v[0, : p + 1, head].double()
+            sources, logits = one.step(p)
+            assert step.source[0, one.heads].tolist() == sources
+            close(step.out[0, one.heads], logits.softmax(-1) @ values)
+            close(step.lse[0, one.heads], logits.exp().sum(-1).log())
+            ring = chain.reuse.entries(0, head)
+            assert list(ring) == one.stored[-cfg.entries :][::-1]
+            assert step.heads[0][head].stored == (p in ring)
+            if p in ring:
+                check_entry(ring[p], one, p, values)
+    possible, hits = 4 * 110, sum(one.hits for one in slow)
+    assert 0.04 * possible < hits < 0.95 * possible, hits
 
 
-def brute_force_match(cfg, chain, depths, p, b, h) -> int:
-    """Matched position of query head h, found in a loop over positions; -1 is a miss."""
-    if p + 1 < cfg.min_context:
-        return -1
-    numbers = torch.as_tensor(cfg.threshold).double().flatten().expand(4).tolist()
-    together = [h] if cfg.granularity == "head" else [h // 2 * 2, h // 2 * 2 + 1]
-    best, best_score = -1, 1.0
-    for c in range(max(0, p - cfg.window), p):
-        if c + 1 - cfg.band <= 0 or depths[c][h] >= (cfg.max_reuse_depth or math.inf):
-            continue
-        total = 0.0
-        for i in together:
-            now, then = chain.q_match[p, b, i].tolist(), chain.q_match[c, b, i].tolist()
-            square = sum((x - y) ** 2 for x, y in zip(now, then, strict=True))
-            if cfg.threshold_mode == "absolute":
-                total += square / (2 * 16 * (1 - numbers[i]) ** 2)
-            else:
-                total += square / (numbers[i] * sum(x**2 for x in now))
-        if total / len(together) < best_score:
-            best, best_score = c, total / len(together)
-    return best
+def check_entry(entry: reference.Entry, one: Slow, p: int, values: Tensor) -> None:
+    """The state over `[0, E(p))`, and the sample."""
+    assert entry.depth.tolist() == one.depth[p]
+    sample = one.samples[p]
+    assert entry.anchors.tolist() == sorted(sample)
+    close(entry.weights, torch.tensor([sample[i] for i in sorted(sample)], dtype=torch.float64))
+    weights = one.logits[p][:, : p + 1 - one.cfg.band].exp()
+    close(entry.lse, weights.sum(-1).log())
+    close(entry.out, weights @ values[: weights.shape[1]] / weights.sum(-1, keepdim=True))
 
 
 # --- seed ---------------------------------------------------------------------------------------
@@ -222,53 +283,61 @@ def seed_chain(chain, begin, end, **options):
 def test_seed_without_anchors_equals_decoding_the_same_queries_exactly():
     cfg = small_config(threshold=0.0)
     seeded, decoded = (ReferenceChain(cfg, steps=60, batch=2) for _ in range(2))
-    seed_chain(seeded, 32, 60)
-    decoded.run(32, 60)
+    seed_chain(seeded, 28, 60)
+    decoded.run(28, 60)
     for slot in range(2):
         ours, theirs = seeded.reuse.slots[slot], decoded.reuse.slots[slot]
-        assert (ours.begin, ours.end) == (theirs.begin, theirs.end) == (32, 60)
-        assert ours.ring.keys() == theirs.ring.keys()
-        for at, entry in ours.ring.items():
-            assert entry.position == theirs.ring[at].position
-            assert torch.equal(entry.query, theirs.ring[at].query)
-            assert torch.equal(entry.depth, theirs.ring[at].depth)
-            close(entry.out, theirs.ring[at].out)
-            close(entry.lse, theirs.ring[at].lse)
-
-
-def test_seed_with_anchors_is_masked_attention():
-    chain = ReferenceChain(small_config(anchors=4, window=48), steps=64)
-    seed_chain(chain, 24, 64)
-    k, v = (x[0].transpose(0, 1).double() for x in (chain.kv.k, chain.kv.v))  # [Hkv, n, D]
-    q = chain.q[24:64, 0].transpose(0, 1).double()  # [Hq, T, D]
-    logits = q @ k.repeat_interleave(2, 0).transpose(1, 2) / 4.0
-    position = torch.arange(24, 64)[:, None]
-    causal = logits.masked_fill(torch.arange(64) > position, -torch.inf).softmax(-1)
-    heaviest = causal[:, -32:].amax(1).unflatten(0, (2, 2)).amax(1)[:, : 64 - 16]  # [Hkv, E]
-    for c, entry in chain.reuse.entries(0).items():
+        assert (ours.end, ours.request) == (theirs.end, theirs.request) == (60, -1)
         for head in range(2):
-            chosen = set(heaviest[head].topk(4).indices.tolist())
-            kept = {i for i in chosen if i < c + 1 - 16}
-            assert set(entry.anchors[head].tolist()) == kept
-            mask = torch.arange(64) < c + 1 - 16
-            mask[list(kept)] = False
-            for h in (2 * head, 2 * head + 1):
-                want = scaled_dot_product_attention(
-                    q[None, h, c - 24, None], k[None, head], v[None, head], attn_mask=mask[None]
+            close(ours.rings[head].last_lse, theirs.rings[head].last_lse)
+            ring, other = (r.entries(slot, head) for r in (seeded.reuse, decoded.reuse))
+            assert list(ring) == list(other) == list(range(59, 27, -1))
+            for entry, twin in zip(ring.values(), other.values(), strict=True):
+                assert torch.equal(entry.query, twin.query)
+                assert torch.equal(entry.depth, twin.depth)
+                close(entry.out, twin.out)
+                close(entry.lse, twin.lse)
+
+
+def test_seed_draws_each_sample_by_the_step_before():
+    """The first by its own log-sum-exp; what they keep is steered as in decoding."""
+    chain = ReferenceChain(small_config(anchors=4, entries=48, window=48), steps=64)
+    seed_chain(chain, 10, 58)
+    for head in range(2):
+        slow = Slow(chain.reuse.cfg, chain, head)
+        slow.lse = slow.fresh(10).exp().sum(-1).log()
+        for c in range(10, 58):
+            logits = slow.fresh(c)
+            sample = slow.sample(c, logits)
+            slow.lse = logits.exp().sum(-1).log()
+            ring = chain.reuse.entries(0, head)
+            assert (c in ring) == (sample is not None)
+            if sample is not None:
+                assert ring[c].anchors.tolist() == sorted(sample)
+                close(
+                    ring[c].weights,
+                    torch.tensor([sample[i] for i in sorted(sample)], dtype=torch.float64),
                 )
-                close(entry.out[h], want[0, 0])
-                close(entry.lse[h], logits[h, c - 24, mask].exp().sum().log())
-    assert chain.reuse.entries(0).keys() == set(range(24, 64))
+        assert chain.reuse.slots[0].rings[head].tau == pytest.approx(slow.tau)
+    step = chain.step(58, q_match=make_q(9, 1, 4, 16))  # a miss, steered by that
+    assert step.heads[0][0].stored
+
+
+def test_seed_of_more_queries_than_entries_takes_every_kth():
+    chain = ReferenceChain(small_config(entries=10, window=60), steps=60)
+    seed_chain(chain, 15, 60)  # 45 queries: every fifth
+    assert list(chain.reuse.entries(0)) == list(range(59, 15, -5))
+    assert chain.reuse.slots[0].end == 60
 
 
 def test_seed_continues_an_unbroken_history():
     chain = ReferenceChain(small_config(), steps=80)
     chain.run(0, 40, request_ids=[3])
     seed_chain(chain, 40, 50, request_ids=[3])
-    assert (chain.reuse.slots[0].begin, chain.reuse.slots[0].end) == (0, 50)
-    assert list(chain.reuse.entries(0)) == list(range(18, 50))
-    assert len(chain.step(50, request_ids=[3]).candidates[0]) == 32
+    assert chain.reuse.slots[0].end == 50
+    assert list(chain.reuse.entries(0)) == list(range(49, 17, -1))
+    assert len(chain.step(50, request_ids=[3]).heads[0][0].candidates) == 32
     seed_chain(chain, 55, 60, request_ids=[3])  # a gap
-    assert (chain.reuse.slots[0].begin, chain.reuse.slots[0].end) == (55, 60)
+    assert list(chain.reuse.entries(0)) == list(range(59, 54, -1))
     seed_chain(chain, 60, 62, request_ids=[4])  # another request
-    assert list(chain.reuse.entries(0)) == [60, 61]
+    assert list(chain.reuse.entries(0)) == [61, 60]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import ReferenceChain, close, small_config
+from cases import ReferenceChain, small_config
 
 from mac_attn import reference
 from mac_attn.reference import ReferenceReuse
@@ -14,52 +15,43 @@ from mac_attn.reference import ReferenceReuse
 # --- decisions ----------------------------------------------------------------------------------
 
 
-def test_anchors_are_the_heaviest_tokens_over_the_group():
-    chain = ReferenceChain(small_config(anchors=4, threshold=0.0), steps=60)
-    for p in range(60):
-        chain.step(p)
-        old = max(0, p + 1 - 16)
-        for head, got in enumerate(chain.reuse.entries(0)[p].anchors):
-            k = chain.kv.k[0, : p + 1, head].double()
-            q = chain.q[p, 0, 2 * head : 2 * head + 2].double()
-            weight = (q @ k.T / 4.0).softmax(-1).amax(0).tolist()
-            want = sorted(range(old), key=lambda i: -weight[i])[:4]
-            assert sorted(got.tolist()) == sorted(want)
-
-
-def test_forced_anchors_replace_the_choice_and_leave_the_answer_of_a_miss_exact():
-    cfg = small_config(anchors=4, threshold=0.0)
-    chain = ReferenceChain(cfg, steps=40)
-    chain.run(0, 39)
-    forced = torch.tensor([[[3, 11, -1, -1], [23, 0, 7, 1]]])
-    exact = reference.decode(chain.q[39], chain.kv.cache, chain.kv.table([40]), torch.tensor([40]))
-    step = chain.step(39, anchors=forced)
-    close(step.out, exact.out)
-    assert [a.tolist() for a in chain.reuse.entries(0)[39].anchors] == [[3, 11], [23, 0, 7, 1]]
-    for bad in ([24, 0, 1, 2], [5, 5, -1, -1]):  # 24 = E(39); 5 twice
-        chain.reuse.truncate([0], [39])
-        with pytest.raises(ValueError, match="anchors"):
-            chain.step(39, anchors=torch.tensor([[bad, bad]]))
-
-
-def test_a_tie_goes_to_the_newest():
+def test_a_tie_goes_to_the_youngest():
     chain = ReferenceChain(small_config(), steps=60, jump=1.0)  # nothing resembles anything
     chain.run(0, 59)
-    chain.reuse.slots[0].ring[40 % 32].query.copy_(chain.q_match[50, 0])
-    again = chain.q_match[50]
-    step = chain.step(59, q_match=again)
-    assert step.candidates[0] == list(range(27, 59))
-    assert step.scores[0][:, 40 - 27].tolist() == step.scores[0][:, 50 - 27].tolist() == [0.0] * 4
+    for head in range(2):
+        entries = chain.reuse.entries(0, head)
+        entries[40].query.copy_(entries[50].query)
+    step = chain.step(59, q_match=chain.q_match[50])
+    for head in step.heads[0]:
+        assert head.candidates == list(range(58, 26, -1))
+        assert head.scores[:, [58 - 40, 58 - 50]].tolist() == [[0.0] * 2] * 2
     assert step.source.tolist() == [[50] * 4]
 
 
-def test_window_edge_is_a_candidate_and_the_one_before_is_not():
-    chain = ReferenceChain(small_config(), steps=60, jump=1.0)
+@pytest.mark.parametrize(
+    "window, entries, oldest", [(32, 100, 59 - 32), (32, 32, 59 - 32), (200, 20, 39), (7, 9, 52)]
+)
+def test_the_oldest_candidate_is_the_last_in_both_window_and_ring(window, entries, oldest):
+    """Entries count how many, the window how far back in positions."""
+    cfg = small_config(window=window, entries=entries)
+    chain = ReferenceChain(cfg, steps=60, jump=1.0)
     chain.run(0, 59)
-    near, far = chain.q_match[59 - 32], chain.q_match[59 - 33]
-    assert chain.step(59, q_match=near).source.tolist() == [[59 - 32] * 4]
+    step = chain.step(59, q_match=chain.q_match[oldest])
+    assert step.source.tolist() == [[oldest] * 4]
     chain.reuse.truncate([0], [59])
-    assert chain.step(59, q_match=far).source.tolist() == [[-1] * 4]
+    step = chain.step(59, q_match=chain.q_match[oldest - 1])
+    assert step.source.tolist() == [[-1] * 4]
+
+
+def test_a_step_that_could_not_be_reused_takes_no_place():
+    """With a depth of 1 hits store nothing, so that the ring reaches further back."""
+    cfg = small_config(max_reuse_depth=1, entries=6, window=100, threshold=0.5)
+    chain = ReferenceChain(cfg, steps=100, jump=0.05)
+    chain.run(0, 100)
+    for head in range(2):
+        entries = chain.reuse.entries(0, head)
+        assert len(entries) == 6 and min(entries) < 100 - 12
+        assert all(not e.depth.any() for e in entries.values())
 
 
 @pytest.mark.parametrize("granularity", ["head", "group"])
@@ -93,9 +85,9 @@ def test_non_finite_query_is_a_miss_and_is_never_matched(
 
 
 def test_hit_reads_nothing_but_the_anchors_below_the_source():
-    chain = ReferenceChain(small_config(anchors=3), steps=61, jump=0.0, revisit=0.0)
+    cfg = small_config(anchors=3, threshold=2.0)
+    chain = ReferenceChain(cfg, steps=61, jump=0.0, revisit=0.0)
     chain.run(0, 60)
-    source = chain.reuse.entries(0)[59]
     twin = ReferenceReuse(chain.reuse.cfg, num_slots=2, num_qo_heads=4, num_kv_heads=2)
     twin.slots[0] = chain.reuse.slots[0]
     twin.fork([0], [1])
@@ -104,11 +96,11 @@ def test_hit_reads_nothing_but_the_anchors_below_the_source():
     for head in range(2):
         lowest = int(want.source[0, 2 * head]) + 1 - 16
         poisoned = torch.ones(lowest, dtype=torch.bool)
-        poisoned[chain.reuse.entries(0)[60].anchors[head]] = False
+        source = twin.entries(1, head)[int(want.source[0, 2 * head])]
+        poisoned[source.anchors] = False
         at = poisoned.nonzero().flatten()
         for pages in chain.kv.cache:
             pages[chain.kv.pages[0, at // 4], at % 4, head] = math.nan
-    assert source.position == 59
     chain.reuse = twin
     assert torch.equal(chain.step(60, slots=[1]).out, want.out)
 
@@ -132,58 +124,45 @@ def test_gap_repeat_and_new_request_start_anew():
         (60, -1, 1),
     ]:
         step = chain.step(p, request_ids=None if request < 0 else [request])
-        assert len(step.candidates[0]) == candidates, (p, request)
+        assert len(step.heads[0][0].candidates) == candidates, (p, request)
         slot = chain.reuse.slots[0]
-        assert (slot.begin, slot.end, slot.request) == (p - candidates, p + 1, request)
-        assert list(chain.reuse.entries(0)) == list(range(p - candidates, p + 1))
+        assert (slot.end, slot.request) == (p + 1, request)
+        assert list(chain.reuse.entries(0)) == list(range(p, p - candidates - 1, -1))
 
 
 def test_first_positions_need_no_request_id_and_count_as_unbroken():
     chain = ReferenceChain(small_config(), steps=20)
     chain.run(0, 20)
-    assert chain.reuse.slots[0].begin == 0
-    # E(c) > 0 from position 16 on.
-    assert chain.step(19, q_match=chain.q_match[0]).candidates == [[]]
+    assert list(chain.reuse.entries(0)) == [19, 18, 17, 16]  # E(c) > 0 from position 16 on
 
 
 def test_truncate_forgets_the_tail_and_goes_on():
+    """What had been overwritten stays lost: places are given out in turn."""
     chain = ReferenceChain(small_config(), steps=100, batch=2)
     chain.run(0, 90)
     before = chain.reuse.entries(0)
     chain.reuse.truncate([0], [80])
-    slot = chain.reuse.slots[0]
-    assert (slot.begin, slot.end) == (0, 80)
-    assert list(chain.reuse.entries(0)) == list(range(90 - 32, 80))
-    assert list(chain.reuse.entries(1)) == list(range(90 - 32, 90))
+    assert chain.reuse.slots[0].end == 80
+    assert list(chain.reuse.entries(0)) == list(range(79, 57, -1))
+    assert list(chain.reuse.entries(1)) == list(range(89, 57, -1))
     assert all(chain.reuse.entries(0)[c] is before[c] for c in range(58, 80))
-    alone = chain.reuse
     chain.batch = 1
     step = chain.step(80, q=chain.q[80, :1], q_match=chain.q_match[80, :1])
-    assert step.candidates[0] == list(range(58, 80))
-    alone.truncate([0], [1000])  # nothing to forget
-    assert alone.slots[0].end == 81
-    alone.truncate([0], [3])  # before everything the ring remembers
-    assert (alone.slots[0].begin, alone.slots[0].end, alone.entries(0)) == (0, 3, {})
-
-
-def test_truncate_below_begin_leaves_an_empty_slot():
-    chain = ReferenceChain(small_config(), steps=60, jump=0.0)
-    chain.run(50, 60)
-    chain.reuse.truncate([0], [40])
-    slot = chain.reuse.slots[0]
-    assert (slot.begin, slot.end, chain.reuse.entries(0)) == (40, 40, {})
-    assert chain.step(40).candidates == [[]]
-    assert len(chain.step(41).candidates[0]) == 1
+    assert step.heads[0][0].candidates == list(range(79, 57, -1))
+    assert list(chain.reuse.entries(0)) == list(range(80, 58, -1))  # 58 was the oldest
+    chain.reuse.truncate([0], [1000])  # nothing to forget
+    assert chain.reuse.slots[0].end == 81
+    chain.reuse.truncate([0], [3])  # before everything the ring remembers
+    assert (chain.reuse.slots[0].end, chain.reuse.entries(0)) == (3, {})
+    assert len(chain.step(3, q=chain.q[3, :1], q_match=chain.q_match[3, :1]).heads[0]) == 2
 
 
 def test_fork_copies_and_then_they_part():
     chain = ReferenceChain(small_config(anchors=3), steps=70)
     chain.run(0, 60, request_ids=[5])
     chain.reuse.fork([0], [1])
-    mother, child = chain.reuse.slots
-    assert child is not mother and child == mother
     left = chain.step(60, request_ids=[5])
-    assert list(chain.reuse.entries(1)) == list(range(28, 60))
+    assert 60 not in chain.reuse.entries(1) and chain.reuse.slots[1].end == 60
     right = chain.step(60, request_ids=[5], slots=[1])
     assert torch.equal(left.out, right.out) and torch.equal(left.source, right.source)
 
@@ -192,15 +171,15 @@ def test_reset_empties_the_given_slots():
     chain = ReferenceChain(small_config(), steps=40, batch=2)
     chain.run(0, 40, request_ids=[1, 2])
     chain.reuse.reset([1])
-    assert chain.reuse.slots[0].end == 40 and chain.reuse.slots[1] == reference.Slot()
+    assert chain.reuse.slots[0].end == 40 and chain.reuse.slots[1] == chain.reuse.empty_slot()
     chain.reuse.reset()
-    assert chain.reuse.slots == [reference.Slot()] * 3
+    assert chain.reuse.slots == [chain.reuse.empty_slot()] * 3
 
 
 def test_padding_row_touches_no_slot():
     chain = ReferenceChain(small_config(), steps=40, batch=2)
     chain.run(0, 40)
-    before = chain.reuse.slots[1].ring.copy()
+    before = chain.reuse.slots[1].copy()
     step = reference.decode(
         chain.q[39],
         chain.kv.cache,
@@ -212,12 +191,18 @@ def test_padding_row_touches_no_slot():
     )
     assert (step.out[1] == 0).all() and (step.lse[1] == -torch.inf).all()
     assert step.source[1].tolist() == [-1] * 4
-    assert chain.reuse.slots[1].ring == before and chain.reuse.slots[1].end == 40
+    assert step.heads[1] == [] and chain.reuse.slots[1].end == 40
+    for ring, old in zip(chain.reuse.slots[1].rings, before.rings, strict=True):
+        assert all(a is b for a, b in zip(ring.places, old.places, strict=True))
 
 
 def test_arguments_that_make_no_sense():
     with pytest.raises(ValueError, match="num_qo_heads"):
         ReferenceReuse(small_config(), num_slots=1, num_qo_heads=5, num_kv_heads=2)
+    for options in (dict(granularity="head"), dict(max_reuse_depth=2), dict(max_reuse_depth=None)):
+        cfg = SimpleNamespace(**{**vars(small_config()), "anchors": 2, **options})
+        with pytest.raises(ValueError, match="anchors"):
+            ReferenceReuse(cfg, num_slots=1, num_qo_heads=4, num_kv_heads=2)
     chain = ReferenceChain(small_config(), steps=4)
     with pytest.raises(ValueError, match="q_match"):
         reference.decode(

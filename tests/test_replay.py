@@ -89,9 +89,10 @@ def test_replay_quick(captured, tmp_path, monkeypatch):
     import replay
 
     monkeypatch.setattr(replay, "load_capture", lambda *_: captured)
-    small = {"window": 32, "band": 8, "min_context": 0}
+    small = {"entries": 32, "window": 32, "band": 8, "min_context": 0}
     for name, (config, _) in list(replay.CURVES.items()):
-        options = {f: getattr(config, f) for f in ("granularity", "threshold_mode")}
+        options = ("granularity", "threshold_mode", "max_reuse_depth")
+        options = {f: getattr(config, f) for f in options}
         anchors = min(4, config.anchors)
         monkeypatch.setitem(
             replay.CURVES,

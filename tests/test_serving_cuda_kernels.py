@@ -17,11 +17,12 @@ pytestmark = [
 ]
 
 
-def run(*planted: str) -> str:
+def run(*arguments: str, **environ: str) -> str:
     binaries = str(Path(sys.executable).parent)  # ninja is there
+    path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        [sys.executable, str(TRAFFIC), *planted],
-        env={**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
+        [sys.executable, *arguments],
+        env={**os.environ, "PATH": path, "PYTHONPATH": f"{TRAFFIC.parents[3]}", **environ},
         capture_output=True,
         text=True,
         check=False,
@@ -31,13 +32,32 @@ def run(*planted: str) -> str:
 
 
 def test_random_traffic_agrees_with_the_reference(capsys):
-    found = run()
+    found = run(str(TRAFFIC))
     with capsys.disabled():
         print(f"\nCUDA kernels: {found}")
 
 
 @pytest.mark.parametrize(
-    "plant", ["drop_the_tag_check", "share_memory_on_fork", "truncate_off_by_one"]
+    "plant", ["drop_the_history_check", "share_memory_on_fork", "truncate_off_by_one"]
 )
 def test_a_planted_bug_is_found(plant):
-    assert run(plant).startswith("found: ")
+    assert run(str(TRAFFIC), plant).startswith("found: ")
+
+
+def test_a_gpu_without_code_in_the_build_is_named():
+    code = f"""
+import sys
+sys.path.insert(0, {str(TRAFFIC.parent)!r})
+from host_kernels import load_as_c
+load_as_c()
+import mac_attn, torch
+kv, q = torch.ones(1, 2, 4, 1, 64).bfloat16(), torch.ones(1, 2, 64).bfloat16()
+try:
+    mac_attn.decode(q, kv, torch.zeros(1, 1).int(), torch.tensor([3]).int())
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+"""
+    assert run("-c", code, MAC_SIMT_NO_CODE="1") == (
+        "GPU 0 has compute capability 7.5, but mac_attn was built for 9.0+PTX (+PTX: and any"
+        " later one): build it with TORCH_CUDA_ARCH_LIST=7.5"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from poison import ENTRY_PARTS
 from serving import Request, Server, serving_config
 
 import mac_attn
@@ -34,10 +36,11 @@ SETTINGS = settings(
 
 CONFIGS: list[dict[str, Any]] = [
     dict(),
-    dict(anchors=0),
-    dict(anchors=0, granularity="head"),
-    dict(max_reuse_depth=2),
-    dict(window=5, band=7, anchors=3),
+    dict(anchors=0, max_reuse_depth=None),
+    dict(anchors=0, granularity="head", max_reuse_depth=None),
+    dict(anchors=0, max_reuse_depth=2),
+    dict(entries=5, window=9, band=7, anchors=3),
+    dict(entries=3, window=40, anchors=16),
 ]
 
 
@@ -189,16 +192,16 @@ def test_random_traffic_agrees_with_the_reference(capsys):
 PLANTED = settings(SETTINGS, phases=[Phase.generate])
 
 
-def drop_the_tag_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies in a place of the ring counts as the entry of the position that belongs there."""
+def drop_the_history_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a slot holds counts whoever asks, at any length."""
     decode = mac_attn.decode
 
     def planted(q: Any, kv: Any, table: Any, lens: Any, *, reuse: Any, slots: Any, **rest: Any):
-        for n, slot in zip(lens.tolist(), slots.tolist(), strict=True):
-            if n > 0:
-                window = reuse.cfg.window
-                at = torch.arange(max(0, n - 1 - window), n - 1)
-                reuse.ring_position[slot, at % window] = at.int()
+        ids = rest["request_ids"]
+        for b, (n, slot) in enumerate(zip(lens.tolist(), slots.tolist(), strict=True)):
+            if n > 0 and slot >= 0:
+                reuse.slot_end[slot] = n - 1
+                reuse.slot_request[slot] = -1 if ids is None else ids[b]
         return decode(q, kv, table, lens, reuse=reuse, slots=slots, **rest)
 
     monkeypatch.setattr(mac_attn, "decode", planted)
@@ -219,10 +222,9 @@ def share_memory_on_fork(monkeypatch: pytest.MonkeyPatch) -> None:
         for n, slot in zip(args[3].tolist(), slots.tolist(), strict=True):
             for cache, src, dst in shared:
                 if n > 0 and cache is reuse and slot in (src, dst):
-                    other, at = src + dst - slot, (n - 1) % reuse.cfg.window
-                    for name in ("query", "out", "lse", "depth", "anchors"):
-                        ring = getattr(reuse, f"ring_{name}")
-                        ring[other, :, at] = ring[slot, :, at]
+                    for name in ENTRY_PARTS:
+                        ring = getattr(reuse, name)
+                        ring[src + dst - slot] = ring[slot]
         return result
 
     monkeypatch.setattr(mac_attn.ReuseCache, "fork", planted_fork)
@@ -251,12 +253,91 @@ def add_nothing_of_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mac_attn, "decode", planted)
 
 
-@pytest.mark.parametrize(
-    "plant",
-    [drop_the_tag_check, share_memory_on_fork, truncate_off_by_one, add_nothing_of_a_neighbour],
-)
+def plant_between(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Any, Any], mac_attn.Amended]
+) -> None:
+    """Decode stage by stage, with `change(reuse, matched, amended)` before the last."""
+
+    def planted(q: Any, kv: Any, table: Any, lens: Any, *, reuse: Any, **rest: Any):
+        slots, ids, q_match = (rest[name] for name in ("slots", "request_ids", "q_match"))
+        matched = mac_attn.match(reuse, q_match, lens, slots, ids)
+        amended = mac_attn.amend(q, kv, table, lens, matched=matched, reuse=reuse, slots=slots)
+        return mac_attn.complete(
+            change(reuse, matched, amended), lens, reuse=reuse, matched=matched, q=q,
+            q_match=q_match, slots=slots, request_ids=ids,
+        )  # fmt: skip
+
+    monkeypatch.setattr(mac_attn, "decode", planted)
+
+
+def weigh_samples_by_one_over_pi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token stands for 1 / pi others, not for 1 / pi - 1."""
+
+    def change(reuse: Any, matched: Any, amended: Any) -> mac_attn.Amended:
+        weights = amended.anchor_weights
+        return amended._replace(anchor_weights=torch.where(weights > 0, weights + 1, weights))
+
+    plant_between(monkeypatch, change)
+
+
+def keep_tau_when_a_list_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest keys stay, but their weights go by the tau that let more through."""
+
+    def change(reuse: Any, matched: Any, amended: Any) -> mac_attn.Amended:
+        over = (amended.sampled > reuse.cfg.anchors).unsqueeze(-1)
+        cut = reuse.cfg.anchors / amended.sampled.clamp(min=1).unsqueeze(-1)
+        weights = ((1 + amended.anchor_weights) * cut - 1).clamp(min=0)
+        weights = torch.where(over, weights, amended.anchor_weights)
+        return amended._replace(anchor_weights=weights)
+
+    plant_between(monkeypatch, change)
+
+
+def move_the_rest_by_another_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rho of the head beside."""
+
+    def change(reuse: Any, matched: Any, amended: Any) -> mac_attn.Amended:
+        if not reuse.cfg.anchors:
+            return amended
+        ratio = amended.log_ratio.unflatten(1, (-1, reuse.group_size)).roll(1, -1).flatten(1)
+        return amended._replace(log_ratio=ratio.contiguous())
+
+    plant_between(monkeypatch, change)
+
+
+def reach_beyond_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry counts for one position more."""
+    init = mac_attn.ReuseCache.__init__
+
+    def planted(self: Any, *args: Any, **rest: Any) -> None:
+        init(self, *args, **rest)
+        relative, per_head, window, *others = self.match_options
+        self.match_options = (relative, per_head, window + 1, *others)
+
+    monkeypatch.setattr(mac_attn.ReuseCache, "__init__", planted)
+
+
+PLANTS = [
+    drop_the_history_check,
+    share_memory_on_fork,
+    truncate_off_by_one,
+    add_nothing_of_a_neighbour,
+    weigh_samples_by_one_over_pi,
+    keep_tau_when_a_list_overflows,
+    move_the_rest_by_another_head,
+    reach_beyond_the_window,
+]
+
+
+@pytest.mark.parametrize("plant", PLANTS)
 def test_a_planted_bug_is_found(plant, monkeypatch):
     plant(monkeypatch)
     # The ops themselves refuse some of what follows from it.
     with pytest.raises((AssertionError, ValueError)):
         run(ServingMachine, PLANTED)
+
+
+def test_decoding_stage_by_stage_is_no_fault(monkeypatch):
+    """What the plants above are made of, without a change."""
+    plant_between(monkeypatch, lambda reuse, matched, amended: amended)
+    run(ServingMachine, PLANTED)

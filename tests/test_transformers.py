@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from tiny_models import (  # noqa: E402
     tiny_model,
 )
 
-from mac_attn import ReuseConfig  # noqa: E402
+from mac_attn import ReuseCache, ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 
 
@@ -87,35 +88,34 @@ def first_layer_queries(model: Model, ids: Tensor) -> Tensor:
     return queries if norm is None else norm(queries)
 
 
-def ring_queries(cache: MacCache, row: int, positions: Tensor) -> Tensor:
-    """Queries `[T, Hq, D]` in the ring of layer 0 for these positions."""
-    reuse = cache.layers[0].reuse
-    at = positions % reuse.cfg.window
-    assert torch.equal(reuse.ring_position[row, at].long(), positions)
-    return reuse.ring_query[row, :, at].transpose(0, 1).flatten(1, 2)
+def ring_queries(reuse: ReuseCache, row: int) -> tuple[list[int], Tensor]:
+    """Positions of a ring's entries, ascending, and their queries `[T, Hq, D]`."""
+    assert (reuse.ring_stored[row] >= reuse.cfg.entries).all()  # it is full
+    order = reuse.ring_position[row].argsort(dim=1)
+    heads = torch.arange(reuse.num_kv_heads, device=order.device)[:, None]
+    positions = reuse.ring_position[row].gather(1, order)
+    assert (positions == positions[0]).all()  # of every KV head
+    return positions[0].tolist(), reuse.ring_query[row, heads, order].transpose(0, 1).flatten(1, 2)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rings_hold_the_pre_rope_queries(device: torch.device, family: str, padded: bool) -> None:
     model, ids = tiny_model(device, family), prompts(device)
-    padding = [0, 25] if padded else [0, 0]  # 15 tokens are left: fewer than the window of 32
+    padding = [0, 25] if padded else [0, 0]  # 15 tokens are left: fewer than the ring's 32 entries
     ids, mask = left_padded(ids, padding)
-    cache = MacCache(model, max_length=64, config=NEVER)
+    cache = MacCache(model, max_length=64, config=replace(NEVER, anchors=0, entries=16))
     sequences = generate(model, ids, cache, attention_mask=mask).sequences
     expected = first_layer_queries(model, sequences)
     end = cache.get_seq_length()
     for row, columns in enumerate(padding):
         n = end - columns
         assert int(cache.layers[0].reuse.slot_end[row]) == n
-        assert int(cache.layers[0].reuse.slot_begin[row]) == max(0, 40 - 32 - columns)
-        positions = torch.arange(max(0, n - 32), n, device=device)
+        positions, queries = ring_queries(cache.layers[0].reuse, row)
+        assert positions == list(range(n - 16, n))
         # Rotating a query there and back rounds twice in float32.
         torch.testing.assert_close(
-            ring_queries(cache, row, positions),
-            expected[row, columns + positions],
-            rtol=1e-4,
-            atol=1e-4,
+            queries, expected[row, columns + n - 16 : columns + n], rtol=1e-4, atol=1e-4
         )
 
 
@@ -178,19 +178,21 @@ def test_chunked_prefill(device: torch.device, chunk: int, padded: bool) -> None
     model, ids = tiny_model(device), prompts(device)
     ids, mask = left_padded(ids, [0, 9] if padded else [0, 0])  # 9: a first chunk of padding alone
     options = {"attention_mask": mask}
-    chunked = MacCache(model, max_length=64, config=NEVER)
+    config = replace(NEVER, anchors=0)
+    chunked = MacCache(model, max_length=64, config=config)
     assert_same(
         generate(model, ids, chunked, prefill_chunk_size=chunk, **options),
         generate(model, ids, **options),
     )
-    whole = MacCache(model, max_length=64, config=NEVER)
+    whole = MacCache(model, max_length=64, config=config)
     generate(model, ids, whole, **options)
     got, expected = chunked.layers[1].reuse, whole.layers[1].reuse
     assert torch.equal(got.slot_end, expected.slot_end)
-    assert (got.slot_begin <= expected.slot_begin).all()  # an unbroken history reaches further back
-    assert torch.equal(got.ring_position, expected.ring_position)
-    # Layer 1 sees hidden states that have been rounded along two different ways.
-    torch.testing.assert_close(got.ring_query, expected.ring_query, rtol=1e-3, atol=1e-3)
+    for row in range(2):
+        (positions, queries), (want, others) = (ring_queries(x, row) for x in (got, expected))
+        assert positions == want
+        # Layer 1 sees hidden states that have been rounded along two different ways.
+        torch.testing.assert_close(queries, others, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("config", [None, NEVER], ids=["exact", "zero-threshold"])
@@ -251,7 +253,8 @@ def test_sliding_window_layers_are_left_to_sdpa(
         got = generate(model, ids, cache, attention_mask=mask)
     assert_same(got, generate(model, ids, attention_mask=mask))
     assert [r.getMessage() for r in caplog.records if r.name.startswith("mac_attn")] == [
-        "1 of 2 layers use sliding-window attention; they are left to SDPA"
+        "1 of 2 layers are left to SDPA, and save nothing: they have sliding-window or chunked "
+        "attention (layers 1)"
     ]
     stats = cache.layer_stats()
     assert stats[0] is not None

@@ -83,8 +83,6 @@ def test_crop_forgets(device: torch.device, config: ReuseConfig | None) -> None:
     got = next_logits(model, cache, ids[:, 40:])
     expected = model(ids).logits[:, 40:].transpose(0, 1)
     torch.testing.assert_close(got, expected, **ROUNDING)
-    with pytest.raises(ValueError, match="tokens_to_remove is -61, must be at least -60"):
-        cache.crop(-61)
 
 
 def test_cropped_entries_are_not_reused(device: torch.device) -> None:
@@ -95,11 +93,11 @@ def test_cropped_entries_are_not_reused(device: torch.device) -> None:
     next_logits(model, cache, prompts(device, 1, 1))
     cache.crop(-1)
     more = prompts(device, 1, 1)
-    # Only the oldest entry is lost to the rejected token, and a hit takes the most similar query.
+    # The rejected token was a hit, which stores no entry.
     reuse = cache.layers[0].reuse
     assert int(reuse.slot_end[0]) == 40
     assert (reuse.ring_position < 40).all()
-    assert (before.layers[0].reuse.ring_position != reuse.ring_position).sum() == 1
+    assert torch.equal(before.layers[0].reuse.ring_position, reuse.ring_position)
     assert next_logits(model, cache, more).isfinite().all()
     assert cache.stats().hit_rate == 1
 
@@ -271,9 +269,9 @@ def test_an_interrupted_forward_is_noticed(
 
 def test_arguments_are_checked(device: torch.device) -> None:
     model = tiny_model(device)
-    with pytest.raises(ValueError, match="max_length is 0, must be at least 1"):
+    with pytest.raises(ValueError, match="max_length is 0, must be from 1"):
         MacCache(model, max_length=0)
-    with pytest.raises(ValueError, match="batch_size is 0, must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size is 0, must be from 1"):
         MacCache(model, max_length=8, batch_size=0)
     exact = MacCache(model, max_length=8, config=None)
     with pytest.raises(ValueError, match="mode is 'fast', must be one of"):
@@ -300,6 +298,6 @@ def test_rotary_embeddings_that_change_are_refused(device: torch.device) -> None
 
 def test_other_kinds_of_attention_are_refused(device: torch.device) -> None:
     model = tiny_model(device)
-    model.config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(ValueError, match=r"also has \['chunked_attention'\]"):
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match=r"layers of type \['linear_attention'\]"):
         MacCache(model, max_length=64)

@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E4
 from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
 from mac_attn.integrations.vllm import cuda, cuda_plan, plugin, support, worker  # noqa: E402
+from mac_attn.integrations.vllm import engine as engine_module  # noqa: E402
 from mac_attn.integrations.vllm.attend import Served  # noqa: E402
 from mac_attn.integrations.vllm.engine import Engine  # noqa: E402
 from mac_attn.integrations.vllm.options import Options  # noqa: E402
@@ -105,6 +106,24 @@ def _layer(**changes: Any) -> Any:
 def test_which_layers_are_served(changes: dict[str, Any], reason: str | None) -> None:
     device = torch.device("cpu")
     assert support.layer_reason(_layer(**changes), torch.float32, device) == reason
+
+
+def test_layers_with_another_backend_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(engine_module, "engine_reason", lambda config: None)
+    monkeypatch.setattr(engine_module.logger, "warning", lambda text, *v: said.append(text % v))
+    layer = _layer(attn_backend=SimpleNamespace(get_name=lambda: "FLASHINFER"))
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={"a": layer, "b": layer}),
+        parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1),
+    )
+    runner = SimpleNamespace(vllm_config=config, get_model=torch.nn.Module)
+    assert Engine(runner, Options()).rings == {}
+    assert said == [
+        "MAC-Attention: 2 layers are left to vLLM's attention: vLLM's backend FLASHINFER, its"
+        " default on some GPUs; --attention-backend FLASH_ATTN has them served",
+        "MAC-Attention: off: no layer is served",
+    ]
 
 
 def test_layers_that_share_their_cache() -> None:

@@ -220,7 +220,7 @@ class TestMetrics:
 
     def test_a_worker_counts_and_others_read(self) -> None:
         worker = metrics.WorkerCounters.create(1, 2, (8, 2), layers=3, num_slots=4)
-        worker.counters[1, 0] = torch.tensor([10, 20, 5, 40, 300, 1000])
+        worker.counters[1, 0] = torch.tensor([10, 20, 5, 40, 300, 1000, 70, 9])
         (read,) = metrics.WorkerCounters.read_all()
         assert (read.engine, read.rank) == (1, 2)
         assert read.stats().steps == 10
@@ -231,7 +231,7 @@ class TestMetrics:
         pytest.importorskip("prometheus_client")
         for rank, hits in enumerate((8, 4)):
             worker = metrics.WorkerCounters.create(0, rank, (4, 1), layers=1, num_slots=1)
-            worker.counters[0, 0] = torch.tensor([3, 3, hits // 4, hits, 60, 100])
+            worker.counters[0, 0] = torch.tensor([3, 3, hits // 4, hits, 60, 100, 8, 2])
         samples = {
             sample.name: sample.value
             for metric in metrics.Collector().collect()

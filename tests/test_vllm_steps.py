@@ -36,7 +36,9 @@ class FakeEngine:
 
 
 def _impl(rotated: bool = False) -> SimpleNamespace:
-    config = mac_attn.ReuseConfig(window=8, band=4, anchors=2, min_context=8, threshold=0)
+    config = mac_attn.ReuseConfig(
+        entries=8, window=8, band=4, anchors=0, min_context=8, threshold=0
+    )
     ring = mac_attn.ReuseCache(
         config,
         num_slots=3,
@@ -110,7 +112,8 @@ def test_a_step_on_the_cpu(batch: tuple[Common, Tensor, Tensor]) -> None:
 
     attend.seed(impl, plan.seeds, query, kv_cache)
     assert ring.slot_end[1] == 12
-    assert ring.slot_begin[1] == 9
+    assert ring.ring_stored[1].tolist() == [3] * KV_HEADS
+    assert (ring.ring_position[1, :, :3] == torch.tensor([9, 10, 11])).all()
     assert ring.slot_request[1] == 4
 
 
@@ -175,7 +178,7 @@ def test_queries_that_are_not_rotated_are_matched_as_they_are(
         torch.tensor([5]),
     )
     attend.decode(impl, rows, query[:1], kv_cache)
-    stored = impl.mac.ring.ring_query[1, :, 8 % 8].flatten(0, 1)
+    stored = impl.mac.ring.ring_query[1, :, 0].flatten(0, 1)
     assert torch.equal(stored, query[0])
     impl = _impl(rotated=True)
     with pytest.raises(ValueError, match="rotary"):  # and this ring knows no rotation

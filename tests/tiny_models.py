@@ -16,7 +16,7 @@ from mac_attn.integrations.transformers import MacCache  # noqa: E402
 VOCAB, EOS, PAD = 101, 100, 0
 NEW = 24
 # Small enough that prompts of 40 tokens have something to reuse.
-SMALL = {"window": 32, "band": 8, "anchors": 4, "min_context": 0}
+SMALL = {"entries": 32, "window": 32, "band": 8, "anchors": 4, "min_context": 0}
 NEVER = ReuseConfig(**SMALL, threshold=0.0)
 ALWAYS = ReuseConfig(**SMALL, threshold=1e6)
 

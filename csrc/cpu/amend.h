@@ -1,13 +1,9 @@
-// Amend: split-KV decode attention over just the tokens that reuse does not cover.
-//
-//   s = E(c) on a hit, 0 on a miss
-//   old   = state([s, E(p)) without the anchors)        fresh = state(anchors) (+) state([E(p), n))
+// Amend: split-KV decode attention over just the tokens that reuse does not cover, see Span.
 //
 // Tasks: pieces of one request's tokens for all of its KV heads that need them (see schedule.cpp), so that
 // rows are read in about the order in which they lie in memory. Each leaves a partial state; when a request's
-// tasks are done, whoever is free merges its KV heads' partials and, on a miss, chooses the anchors. Traffic:
-// the K and V rows of [s, n) once, in place from their pages, plus the inherited anchors' rows; on a miss with
-// anchors also 8 G bytes of logits a token.
+// tasks are done, whoever is free merges its KV heads' partials. Traffic: the K and V rows of the tokens once, in
+// place from their pages; those of a hit's anchors serve both queries.
 
 constexpr int kTileHeads = MAC_LEVEL >= 2 ? 4 : 2;  // query heads that share a loaded K or V row
 constexpr int kFetchedRows = 2;                     // V rows that are fetched beside a head's softmax
@@ -140,10 +136,11 @@ MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, Stream& stre
 struct Running {
   float* max;
   float* sum;
-  float* out;         // [kHeads, D]
-  float* old_logits;  // where to keep the first head's for choosing anchors, and its totals, see OldLogits; or null
-  float* old_totals;
-  bool logits_cached;  // see AmendWork
+  float* out;             // [kHeads, D]
+  float* light;           // [kHeads] sum of a exp(logit - max)
+  const float* a;         // [kBlock] of anchors, else null
+  const float* last_lse;  // [kHeads] while a sample is drawn, else null
+  float* weight;          // [kBlock] then raised to each head's exp(logit - last_lse)
 };
 
 template <typename T, int kHeads, typename Q>
@@ -163,16 +160,6 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
       store(row + t, x);
     }
     for (int t = rows.count; t < kBlock; ++t) row[t] = -std::numeric_limits<float>::infinity();
-    if (state.old_logits) {
-      float* to = state.old_logits + h * kBlock;
-      for (int t = 0; t < kBlock; t += kLanes) {
-        if (state.logits_cached) {
-          store(to + t, load(row + t));
-        } else {
-          store_through(to + t, load(row + t));
-        }
-      }
-    }
     vf high = broadcast(-std::numeric_limits<float>::infinity());
     for (int t = 0; t < kBlock; t += kLanes) high = vmax(load(row + t), high);
     const float block_max = hmax(high), before = state.max[h];
@@ -185,14 +172,18 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
       store(row + t, weight);
       sum += weight;
     }
-    const float block_sum = hsum(sum);
-    if (state.old_totals) {
-      float* to = state.old_totals + h * OldLogits::kHeadTotals;
-      to[OldLogits::kMax * OldLogits::kTile] = block_max;
-      to[OldLogits::kBase * OldLogits::kTile] = base;
-      to[OldLogits::kSum * OldLogits::kTile] = block_sum;
+    state.sum[h] = state.sum[h] * rescale[h] + hsum(sum);
+    if (state.a) {
+      vf light = vf{};
+      for (int t = 0; t < kBlock; t += kLanes) light += load(row + t) * load(state.a + t);
+      state.light[h] = state.light[h] * rescale[h] + hsum(light);
     }
-    state.sum[h] = state.sum[h] * rescale[h] + block_sum;
+    if (state.last_lse) {
+      const float factor = std::exp(base - state.last_lse[h]);
+      for (int t = 0; t < kBlock; t += kLanes) {
+        store(state.weight + t, vmax(load(row + t) * factor, load(state.weight + t)));
+      }
+    }
     state.max[h] = max;
   }
   int d = 0;
@@ -200,6 +191,42 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
     add_values<T, kHeads, kTileVectors>(rows, next, stream, logits, rescale, d, D, state.out);
   }
   for (; d < D; d += kLanes) add_values<T, kHeads, 1>(rows, next, stream, logits, rescale, d, D, state.out);
+}
+
+// A task's candidates of one KV head: brought to the list that all tasks share a few at a time.
+struct Found {
+  static constexpr int kRoom = 64;
+  int count;
+  int32_t tokens[kRoom];
+  float weights[kRoom];
+};
+
+inline void hand_over(const AmendParams& p, const AmendWork& work, int64_t group_index, Found& found) {
+  const int64_t first = work.groups[group_index].candidates, room = int64_t{kCandidateRoom} * p.num_anchors;
+  const int32_t at = work.num_candidates[group_index].fetch_add(found.count, std::memory_order_relaxed);
+  const int64_t count = std::min<int64_t>(found.count, room - at);
+  for (int i = 0; i < count; ++i) {
+    work.candidate_tokens[first + at + i] = found.tokens[i];
+    work.candidate_weights[first + at + i] = found.weights[i];
+  }
+  found.count = 0;
+}
+
+// Takes down which of a block's tokens, the first of which is `token`, are candidates by their weights.
+inline void take_candidates(const AmendParams& p, const AmendWork& work, int64_t group_index, int token, int count,
+                            const float* weight, Found& found) {
+  const AmendGroup& group = work.groups[group_index];
+  if (found.count + kBlock > Found::kRoom) hand_over(p, work, group_index, found);
+  for (int t = 0; t < count; t += kLanes) {
+    const vf bound = uniforms(group.seed, count_from(token + t)) * group.tau;
+    uint32_t lanes = lanes_above(load(weight + t), bound);
+    if (count - t < kLanes) lanes &= (1u << (count - t)) - 1;
+    for (; lanes; lanes &= lanes - 1) {
+      const int i = t + __builtin_ctz(lanes);
+      found.tokens[found.count] = token + i;
+      found.weights[found.count++] = weight[i];
+    }
+  }
 }
 
 // One thread's part of a task: the states of all query heads, those of a KV head in the order of
@@ -210,31 +237,37 @@ struct TaskState {
   float* out;                          // [Hq, D]
   float* max;                          // [Hq]
   float* sum;                          // [Hq]
+  float* light;                        // [Hq]
+  Found* found;                        // [H]
 };
 
 MAC_INLINE int num_tiles(int group_size) {
   return (group_size + kTileHeads - 1) / kTileHeads;
 }
 
-// The first `heads` query heads of a KV head attend to rows, the first of which is `token`.
+// The first `heads` query heads of a KV head attend to rows, the first of which is `token`, or to anchors of these
+// weights `a`.
 template <typename T>
 void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state,
-            int kv_head, int heads, int token, const Rows<T>& rows, const Rows<T>& next, Stream& stream) {
+            int kv_head, int heads, int token, const float* a, const Rows<T>& rows, const Rows<T>& next,
+            Stream& stream) {
   using Q = typename QueryType<T>::type;
   const int G = p.shape.group_size, D = p.shape.head_dim;
-  const AmendGroup& group = work.groups[task.request * p.shape.num_kv_heads + kv_head];
-  const bool keep = group.logits >= 0 && task.span == kOld;
+  const int64_t group_index = static_cast<int64_t>(task.request) * p.shape.num_kv_heads + kv_head;
+  const AmendGroup& group = work.groups[group_index];
+  const bool draws = group.candidates >= 0 && task.tokens == Tokens::kOld;
   const int64_t tile_size = query_tile_size<Q>(D);
-  const OldLogits old = keep ? old_logits(p, work, task.request, group) : OldLogits(nullptr, nullptr, G, 0);
+  alignas(64) float weight[kBlock];
+  if (draws) std::fill(weight, weight + kBlock, 0.f);
   for (int h = 0; h < heads; h += kTileHeads) {
     const int head = kv_head * G + h;
-    // Who keeps logits attends with all heads from token 0 on, in whole blocks.
     const Running running{state.max + head,
                           state.sum + head,
                           state.out + static_cast<int64_t>(head) * D,
-                          keep ? old.block(h, token / kBlock) : nullptr,
-                          keep ? old.total(h, OldLogits::kMax, token / kBlock) : nullptr,
-                          work.logits_cached};
+                          state.light + head,
+                          a,
+                          draws ? group.last_lse + h : nullptr,
+                          weight};
     const Q* query = state.query + (static_cast<int64_t>(kv_head) * num_tiles(G) + h / kTileHeads) * tile_size;
     switch (std::min(heads - h, kTileHeads)) {
       case 1: attend_block<T, 1>(p, query, rows, next, stream, running); break;
@@ -245,6 +278,7 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
 #endif
     }
   }
+  if (draws) take_candidates(p, work, group_index, token, rows.count, weight, state.found[kv_head]);
 }
 
 template <typename T>
@@ -255,28 +289,47 @@ void fetch(const Rows<T>& rows, int64_t head_dim) {
   }
 }
 
+// `now` by the current query, `then` by the matched entries'.
 template <typename T>
-void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state) {
+void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& now,
+                    const TaskState<T>& then) {
   const AmendGroup* groups = &work.groups[task.request * p.shape.num_kv_heads];
-  int32_t h = task.begin, listed = 0;
-  const auto find_next = [&](Block& block) {  // of the KV head that is returned
-    while (h < task.end && listed >= groups[h].num_inherited) ++h, listed = 0;
-    block.count = 0;
-    if (h == task.end) return h;
-    find_listed(p, task.request, groups[h].inherited + listed, groups[h].num_inherited - listed, block);
-    listed += block.count;
-    return h;
+  const int G = p.shape.group_size, S = p.num_anchors;
+  struct Listed {
+    Block block;
+    int kv_head;
+    alignas(64) float a[kBlock];
   };
-  Block blocks[2];
-  int32_t kv_head = find_next(blocks[0]);
-  fetch(head_rows<T>(p, blocks[0], kv_head), p.shape.head_dim);
-  for (int i = 0; blocks[i].count > 0; i ^= 1) {
-    const int32_t next_head = find_next(blocks[i ^ 1]);
+  int32_t at = task.begin;
+  const auto find_next = [&](Listed& listed) {
+    while (at < task.end && at % S >= groups[at / S].num_anchors) at = (at / S + 1) * S;
+    listed.block.count = 0;
+    if (at >= task.end) return;
+    listed.kv_head = at / S;
+    const AmendGroup& group = groups[listed.kv_head];
+    const int32_t first = at % S, count = std::min(group.num_anchors - first, task.end - at);
+    find_listed(p, task.request, group.anchors + first, count, listed.block);
+    std::fill(listed.a, listed.a + kBlock, 0.f);
+    std::copy(group.anchor_weights + first, group.anchor_weights + first + listed.block.count, listed.a);
+    at += listed.block.count;
+  };
+  // They lie anywhere, so what is waited for is memory's latency: rows are asked for two blocks ahead, steadily,
+  // and brought nearer one block ahead.
+  Listed lists[3];
+  const auto rows_of = [&](const Listed& listed) { return head_rows<T>(p, listed.block, listed.kv_head); };
+  find_next(lists[0]);
+  find_next(lists[1]);
+  fetch(rows_of(lists[0]), p.shape.head_dim);
+  if (lists[1].block.count > 0) fetch(rows_of(lists[1]), p.shape.head_dim);
+  for (int i = 0; lists[i].block.count > 0; i = (i + 1) % 3) {
+    const Listed &listed = lists[i], &following = lists[(i + 1) % 3];
+    Listed& after = lists[(i + 2) % 3];
+    find_next(after);
     Stream stream;
-    stream.add_listed<T>(p, blocks[i ^ 1], next_head);
-    const Rows<T> rows = head_rows<T>(p, blocks[i], kv_head);
-    attend<T>(p, work, task, state, kv_head, p.shape.group_size, 0, rows, rows, stream);
-    kv_head = next_head;
+    if (after.block.count > 0) stream.add_listed<T>(p, after.block, after.kv_head);
+    const Rows<T> rows = rows_of(listed), next = following.block.count > 0 ? rows_of(following) : rows;
+    attend<T>(p, work, task, now, listed.kv_head, G, 0, listed.a, rows, next, stream);
+    attend<T>(p, work, task, then, listed.kv_head, G, 0, listed.a, rows, next, stream);
   }
 }
 
@@ -326,59 +379,83 @@ void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask&
       for (int t = std::max(first, start[0]); t < end;) {
         while (heads < G && start[heads] <= t) ++heads;
         const int cut = heads < G ? std::min(end, start[heads]) : end;
-        attend<T>(p, work, task, state, order[j], heads, t, rows.from(t - first, cut - t), next, stream);
+        attend<T>(p, work, task, state, order[j], heads, t, nullptr, rows.from(t - first, cut - t), next, stream);
         t = cut;
       }
     }
   }
 }
 
-// The queries of a request as the dots read them.
+// A query as the dots read it: head `h` of the order.
 template <typename T, typename Q>
-void arrange_queries(const AmendParams& p, int request, const int32_t* head_of, Q* query) {
+MAC_INLINE void arrange_query(const AmendParams& p, int h, const T* row, Q* query) {
   const int G = p.shape.group_size, D = p.shape.head_dim;
-  const int64_t tile_size = query_tile_size<Q>(D);
-  const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride;
-  std::memset(query, 0, p.shape.num_kv_heads * num_tiles(G) * tile_size * sizeof(Q));
-  for (int h = 0; h < p.shape.num_qo_heads(); ++h) {
-    const T* row = rows + head_of[h] * p.query.head_stride;
-    const int kv_head = h / G, g = h % G;
-    Q* to = query + (static_cast<int64_t>(kv_head) * num_tiles(G) + g / kTileHeads) * tile_size +
-            g % kTileHeads * kDotElements<Q>;
-    for (int d = 0; d < D; d += kLanes) {
-      store(to + d / kDotElements<Q> * kDotElements<Q> * kTileHeads + d % kDotElements<Q>, load(row + d));
-    }
+  Q* to = query + (static_cast<int64_t>(h / G) * num_tiles(G) + h % G / kTileHeads) * query_tile_size<Q>(D) +
+          h % G % kTileHeads * kDotElements<Q>;
+  for (int d = 0; d < D; d += kLanes) {
+    store(to + d / kDotElements<Q> * kDotElements<Q> * kTileHeads + d % kDotElements<Q>, load(row + d));
+  }
+}
+
+// An empty state, with room from place `first` of the scratch memory on.
+template <typename T>
+TaskState<T> empty_state(const AmendParams& p, Scratch& scratch, int first) {
+  using Q = typename QueryType<T>::type;
+  const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
+  const int64_t query_size = p.shape.num_kv_heads * num_tiles(p.shape.group_size) * query_tile_size<Q>(D);
+  float* out = scratch.array<float>(first + 1, static_cast<int64_t>(Hq) * (D + 3));
+  float* max = out + static_cast<int64_t>(Hq) * D;
+  const TaskState<T> state{scratch.array<Q>(first, query_size),          out, max, max + Hq, max + 2 * Hq,
+                           scratch.array<Found>(6, p.shape.num_kv_heads)};
+  std::memset(state.query, 0, query_size * sizeof(Q));
+  std::fill(out, out + static_cast<int64_t>(Hq) * (D + 3), 0.f);
+  std::fill(state.max, state.max + Hq, -std::numeric_limits<float>::infinity());
+  for (int h = 0; h < p.shape.num_kv_heads; ++h) state.found[h].count = 0;
+  return state;
+}
+
+template <typename T>
+void write_partial(const AmendParams& p, const AmendWork& work, const int32_t* head_of, int64_t partial,
+                   const TaskState<T>& state) {
+  const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
+  for (int h = 0; h < Hq; ++h) {
+    const int64_t place = partial * Hq + head_of[h];
+    work.partial_max[place] = state.max[h];
+    work.partial_sum[place] = state.sum[h];
+    work.partial_light[place] = state.light[h];
+    if (state.sum[h] == 0.f) continue;
+    std::memcpy(work.partial_out + place * D, state.out + static_cast<int64_t>(h) * D, D * sizeof(float));
   }
 }
 
 template <typename T>
 void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, const AmendTask* following,
                 bool fetched, Scratch& scratch) {
-  using Q = typename QueryType<T>::type;
-  const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
-  const float infinity = std::numeric_limits<float>::infinity();
+  const int G = p.shape.group_size, Hq = p.shape.num_qo_heads();
   const int32_t* head_of = work.qo_heads.data() + static_cast<int64_t>(task.request) * Hq;
-  const int64_t query_size = p.shape.num_kv_heads * num_tiles(p.shape.group_size) * query_tile_size<Q>(D);
-  const TaskState<T> state{scratch.array<Q>(0, query_size), scratch.array<float>(1, static_cast<int64_t>(Hq) * D),
-                           scratch.array<float>(2, Hq), scratch.array<float>(3, Hq)};
-  arrange_queries<T>(p, task.request, head_of, state.query);
-  std::fill(state.out, state.out + static_cast<int64_t>(Hq) * D, 0.f);
-  std::fill(state.max, state.max + Hq, -infinity);
-  std::fill(state.sum, state.sum + Hq, 0.f);
-
-  if (task.anchors) {
-    attend_anchors<T>(p, work, task, state);
-  } else {
+  const T* rows = static_cast<const T*>(p.query.data) + task.request * p.query.batch_stride;
+  const TaskState<T> state = empty_state<T>(p, scratch, 0);
+  for (int h = 0; h < Hq; ++h) arrange_query(p, h, rows + head_of[h] * p.query.head_stride, state.query);
+  if (task.tokens != Tokens::kAnchors) {
     attend_tokens<T>(p, work, task, following, fetched, state);
+    write_partial(p, work, head_of, task.partial, state);
+    for (int h = 0; h < p.shape.num_kv_heads; ++h) {
+      const int64_t group_index = static_cast<int64_t>(task.request) * p.shape.num_kv_heads + h;
+      if (state.found[h].count > 0) hand_over(p, work, group_index, state.found[h]);
+    }
+    return;
   }
-
+  // With anchors a group decides as one, so that its heads are in their own order.
+  const TaskState<T> replaced = empty_state<T>(p, scratch, 2);
   for (int h = 0; h < Hq; ++h) {
-    const int64_t place = task.partial * Hq + head_of[h];
-    work.partial_max[place] = state.max[h];
-    work.partial_sum[place] = state.sum[h];
-    if (state.sum[h] == 0.f) continue;
-    std::memcpy(work.partial_out + place * D, state.out + static_cast<int64_t>(h) * D, D * sizeof(float));
+    const int64_t row = static_cast<int64_t>(task.request) * Hq + h;
+    if (p.matched.source[row] == kMiss) continue;
+    const T* entry = p.ring.rotated<T>(p.requests.slots[task.request], h / G, p.matched.place[row]);
+    arrange_query(p, h, entry + static_cast<int64_t>(h % G) * p.shape.head_dim, replaced.query);
   }
+  attend_anchors<T>(p, work, task, state, replaced);
+  write_partial(p, work, head_of, task.partial, state);
+  write_partial(p, work, head_of, task.partial + 1, replaced);
 }
 
 template <typename T>
@@ -392,10 +469,10 @@ void amend_all(const AmendParams& p, AmendWork& work) {
     // Near the end a task that waits for its thread would keep others waiting.
     const bool early = i < work.num_drawn_early;
     next = early ? draw() : num_tasks;
-    const AmendTask* following = next < num_tasks && !work.tasks[next].anchors ? &work.tasks[next] : nullptr;
+    const auto listed = [](const AmendTask& one) { return one.tokens == Tokens::kAnchors; };
+    const AmendTask* following = next < num_tasks && !listed(work.tasks[next]) ? &work.tasks[next] : nullptr;
     amend_task<T>(p, work, task, following, fetched, scratch);
-    fetched = following && !task.anchors;
-    publish();
+    fetched = following && !listed(task);
     work.pending[task.request].fetch_sub(1, std::memory_order_release);
     if (!early) next = draw();
   }
@@ -403,7 +480,7 @@ void amend_all(const AmendParams& p, AmendWork& work) {
   for (int64_t i; (i = work.next_finish.fetch_add(1, std::memory_order_relaxed)) < num_groups;) {
     // All tasks are drawn, so what is not done yet is being done.
     wait_for_zero(work.pending[i / p.shape.num_kv_heads]);
-    finish_group<T>(p, work, static_cast<int32_t>(i), scratch);
+    finish_group(p, work, i, scratch);
   }
 }
 

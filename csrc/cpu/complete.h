@@ -1,99 +1,138 @@
-// Complete: merge the parts, write the output and the new ring entry.
+// Complete: merge the parts, write the output and, if it may be reused, the new entry.
 //
-//   carried = reused (+) old        out = carried (+) fresh
-//   entry p = (q_match, carried, anchors, depth)
+//   carried = old on a miss; reused (+) old on a hit without anchors; with them what rest_weights leaves of reused
+//   out = carried (+) fresh        entry p = (q_match, q, carried, anchors, depth)
 //
-// Tasks: (request, query head). Traffic: two states, one ring row read and one written.
+// Tasks: (request, KV head). Traffic: two states, one record of the ring read and perhaps one entry written.
 
 template <typename T>
 MAC_INLINE void write_row(T* to, const float* a, float wa, const float* b, float wb, int head_dim) {
   for (int d = 0; d < head_dim; d += kLanes) store(to + d, load(a + d) * wa + load(b + d) * wb);
 }
 
+// One query head's output from its carried state.
 template <typename T>
-void complete_head(const CompleteParams& p, int request, int head, float* carried) {
-  const int G = p.shape.group_size, D = p.shape.head_dim, H = p.shape.num_kv_heads;
-  const int Hq = p.shape.num_qo_heads();
+void write_out(const CompleteParams& p, int request, int head, const float* carried, float carried_lse) {
+  const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
   const int64_t row = static_cast<int64_t>(request) * Hq + head;
   const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
-  const float* old = p.states + row * D;
-  const float* fresh = p.states + fresh_row * D;
-  const int n = p.requests.seq_lens[request];
-
-  float carried_lse = p.state_lse[row];
-  if (!p.source || n == 0 || !has_ring(p.requests, request)) {
-    std::memcpy(carried, old, D * sizeof(float));
-  } else {
-    const int M = p.ring.window, position = n - 1, source = p.source[row];
-    const int64_t slot = p.requests.slots[request];
-    const int64_t ring_row = (slot * H + head / G) * M;
-    const int64_t to = (ring_row + position % M) * G + head % G;
-    int32_t depth = 0;
-    if (source == kMiss) {
-      std::memcpy(carried, old, D * sizeof(float));
-    } else {
-      const int64_t from = (ring_row + source % M) * G + head % G;  // may be the place we write to
-      const MergeWeights w = merge_weights(p.ring.lse[from], carried_lse);
-      write_row(carried, p.ring.out + from * D, w.first, old, w.second, D);
-      carried_lse = w.lse;
-      depth = next_depth(p.ring.depth[from]);
-    }
-    std::memcpy(p.ring.out + to * D, carried, D * sizeof(float));
-    p.ring.lse[to] = carried_lse;
-    p.ring.depth[to] = depth;
-    const T* query =
-        static_cast<const T*>(p.query.data) + request * p.query.batch_stride + head * p.query.head_stride;
-    std::memcpy(static_cast<T*>(p.ring.query) + to * D, query, D * sizeof(T));
-  }
-
   const MergeWeights w = merge_weights(carried_lse, p.state_lse[fresh_row]);
   T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
-  write_row(out, carried, w.first, fresh, w.second, D);
-  if (p.lse) p.lse[row] = w.lse;
+  write_row(out, carried, w.first, p.states + fresh_row * D, w.second, D);
+  p.lse[row] = w.lse;
 }
 
-// What all heads of a request share: the tag, the anchors, the slot's history and the counters.
-inline void complete_request(const CompleteParams& p, int request) {
-  const int n = p.requests.seq_lens[request], position = n - 1;
-  if (!p.source || n == 0 || !has_ring(p.requests, request)) return;
-  const int H = p.shape.num_kv_heads, G = p.shape.group_size, M = p.ring.window, S = p.ring.num_anchors;
-  const int64_t slot = p.requests.slots[request];
-  const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;
-  if (p.ring.end[slot] != position || p.ring.request[slot] != id) p.ring.begin[slot] = position;
-  p.ring.end[slot] = n;
-  p.ring.request[slot] = id;
-  p.ring.position[slot * M + position % M] = position;
+// What a group carries on: states [G, D] with their lse and depths.
+struct Carried {
+  float* out;
+  float* lse;
+  int32_t* depth;
+};
 
-  int64_t* counters = p.ring.counters + slot * kNumCounters;
-  counters[kSteps] += 1;
-  for (int h = 0; h < H; ++h) {
-    const int64_t group = static_cast<int64_t>(request) * H + h;
-    const int32_t* anchors = p.anchors + group * S;
-    std::copy(anchors, anchors + S, p.ring.anchors + ((slot * H + h) * M + position % M) * S);
-    int hits = 0, start = n;
-    for (int g = 0; g < G; ++g) {
-      const int32_t source = p.source[group * G + g];
-      hits += source != kMiss;
-      start = std::min(start, source == kMiss ? 0 : band_start(source, p.band));
-    }
-    counters[kKvHeadSteps] += 1;
-    counters[kKvHeadHits] += hits == G;
-    counters[kQueryHeadHits] += hits;
-    counters[kKvTokensRead] += n - start;
-    if (hits == G) counters[kKvTokensRead] += S - std::count(anchors, anchors + S, kNoAnchor);
-    counters[kKvTokensFull] += n;
+MAC_INLINE void carry(const CompleteParams& p, int64_t slot, int kv_head, int64_t row, int g, const Carried& to) {
+  const int D = p.shape.head_dim;
+  const float *old = p.states + row * D, old_lse = p.state_lse[row];
+  float* out = to.out + static_cast<int64_t>(g) * D;
+  to.lse[g] = old_lse;
+  to.depth[g] = 0;
+  if (p.matched.source[row] == kMiss) {
+    std::memcpy(out, old, D * sizeof(float));
+    return;
   }
+  const int place = p.matched.place[row];
+  const float reused_lse = p.ring.lse(slot, kv_head, place)[g];
+  const MergeWeights w = p.ring.layout.shape.anchors > 0 ? rest_weights(reused_lse, old_lse, p.log_ratio[row])
+                                                         : merge_weights(reused_lse, old_lse);
+  write_row(out, p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * D, w.first, old, w.second, D);
+  to.lse[g] = w.lse;
+  to.depth[g] = next_depth(p.ring.depth(slot, kv_head, place)[g]);
+}
+
+template <typename T>
+void store_entry(const CompleteParams& p, int request, int kv_head, int place, const Carried& carried) {
+  const int G = p.shape.group_size, D = p.shape.head_dim, S = p.ring.layout.shape.anchors;
+  const int64_t slot = p.requests.slots[request];
+  const int64_t group = static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
+  const auto copy_rows = [&](const HeadsView& from, T* to) {
+    const T* rows = static_cast<const T*>(from.data) + request * from.batch_stride;
+    for (int g = 0; g < G; ++g) {
+      std::memcpy(to + static_cast<int64_t>(g) * D, rows + (kv_head * G + g) * from.head_stride, D * sizeof(T));
+    }
+  };
+  *p.ring.position(slot, kv_head, place) = p.requests.seq_lens[request] - 1;
+  copy_rows(p.query, p.ring.query<T>(slot, kv_head, place));
+  std::memcpy(p.ring.out(slot, kv_head, place), carried.out, static_cast<int64_t>(G) * D * sizeof(float));
+  std::copy(carried.lse, carried.lse + G, p.ring.lse(slot, kv_head, place));
+  std::copy(carried.depth, carried.depth + G, p.ring.depth(slot, kv_head, place));
+  if (S == 0) return;
+  copy_rows(p.rotated, p.ring.rotated<T>(slot, kv_head, place));
+  std::copy(p.anchors + group * S, p.anchors + (group + 1) * S, p.ring.anchors(slot, kv_head, place));
+  std::copy(p.anchor_weights + group * S, p.anchor_weights + (group + 1) * S,
+            p.ring.anchor_weights(slot, kv_head, place));
+}
+
+template <typename T>
+void complete_group(const CompleteParams& p, int request, int kv_head, const Carried& carried) {
+  const int G = p.shape.group_size, D = p.shape.head_dim, H = p.shape.num_kv_heads;
+  const int64_t group = static_cast<int64_t>(request) * H + kv_head;
+  const int n = p.requests.seq_lens[request], first = kv_head * G;
+  if (!p.matched.source || n == 0 || !has_ring(p.requests, request)) {
+    for (int g = 0; g < G; ++g) {
+      const int64_t row = group * G + g;
+      write_out<T>(p, request, first + g, p.states + row * D, p.state_lse[row]);
+    }
+    return;
+  }
+  const int M = p.ring.layout.shape.entries, S = p.ring.layout.shape.anchors;
+  const int64_t slot = p.requests.slots[request];
+  const int stored = std::max(p.matched.stored[group], 0), sampled = p.sampled[group];
+  int hits = 0, start = n, least_depth = INT32_MAX;
+  for (int g = 0; g < G; ++g) {
+    const int32_t source = p.matched.source[group * G + g];
+    carry(p, slot, kv_head, group * G + g, g, carried);
+    write_out<T>(p, request, first + g, carried.out + static_cast<int64_t>(g) * D, carried.lse[g]);
+    hits += source != kMiss;
+    start = std::min(start, source == kMiss ? 0 : band_start(source, p.band));
+    least_depth = std::min(least_depth, carried.depth[g]);
+  }
+  const int old_end = band_start(n - 1, p.band), size = sample_size(S, old_end);
+  const bool drawn = S == 0 || (sampled >= 0 && sampled <= kCandidateRoom * size);
+  const bool stores = old_end > 0 && least_depth < p.max_reuse_depth && drawn;
+  if (stores) store_entry<T>(p, request, kv_head, stored % M, carried);
+  *p.ring.stored(slot, kv_head) = stores ? next_stored(stored, M) : stored;
+  if (S > 0) {
+    float& tau = *p.ring.tau(slot, kv_head);
+    if (p.matched.stored[group] == kNoHistory || !usable_tau(tau)) tau = first_tau(size);
+    if (hits == 0 && sampled >= 0) tau = next_tau(tau, sampled, size);
+  }
+  std::copy(p.lse + group * G, p.lse + (group + 1) * G, p.ring.last_lse(slot, kv_head));
+
+  // Its own part of the slot's counters: tasks of the request's other KV heads count at the same time.
+  const auto count = [&](Counter which, int64_t number) {
+    __atomic_fetch_add(p.ring.counters(slot) + which, number, __ATOMIC_RELAXED);
+  };
+  const int anchors = hits > 0 && S > 0 ? sampled : 0;
+  count(kKvHeadSteps, 1);
+  count(kKvHeadHits, hits == G);
+  count(kQueryHeadHits, hits);
+  count(kKvTokensRead, n - start + anchors);
+  count(kKvTokensFull, n);
+  count(kAnchorsRead, anchors);
+  count(kEntriesStored, stores);
+  if (kv_head > 0) return;
+  count(kSteps, 1);
+  *p.ring.end(slot) = n;
+  *p.ring.request(slot) = p.requests.request_ids ? p.requests.request_ids[request] : -1;
 }
 
 template <typename T>
 void complete_all(const CompleteParams& p, CompleteWork& work) {
   Scratch& scratch = thread_scratch();
-  float* carried = scratch.array<float>(0, p.shape.head_dim);
-  const int Hq = p.shape.num_qo_heads();
+  const int G = p.shape.group_size, H = p.shape.num_kv_heads;
+  const Carried carried{scratch.array<float>(0, static_cast<int64_t>(G) * p.shape.head_dim),
+                        scratch.array<float>(1, G), scratch.array<int32_t>(2, G)};
   for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.num_tasks;) {
-    const int request = static_cast<int>(i / Hq), head = static_cast<int>(i % Hq);
-    complete_head<T>(p, request, head, carried);
-    if (head == 0) complete_request(p, request);
+    complete_group<T>(p, static_cast<int>(i / H), static_cast<int>(i % H), carried);
   }
 }
 

@@ -1,5 +1,6 @@
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "common.h"
 
@@ -7,23 +8,30 @@ namespace mac_attn::cpu {
 
 namespace {
 
-bool wanted(const char* limit, const Kernels& table, bool supported, bool& limit_reached) {
-  limit_reached = limit_reached || !limit || std::strcmp(limit, table.name) == 0;
-  return supported && limit_reached;
+enum Level { kGeneric, kAvx2, kAvx512, kAvx512Bf16 };
+
+// The level that MAC_ATTN_SIMD names, the highest one if it is not set.
+Level limit() {
+  const char* given = std::getenv("MAC_ATTN_SIMD");
+  const std::string name = given ? given : "";
+  if (name.empty() || name == "avx512_bf16") return kAvx512Bf16;
+  if (name == "avx512") return kAvx512;
+  if (name == "avx2") return kAvx2;
+  if (name == "generic") return kGeneric;
+  throw std::invalid_argument("MAC_ATTN_SIMD is '" + name + "', must be generic, avx2, avx512 or avx512_bf16");
 }
 
 const Kernels& choose() {
-  const char* limit = std::getenv("MAC_ATTN_SIMD");
-  bool reached = false;
+  [[maybe_unused]] const Level most = limit();
 #if MAC_X86
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (wanted(limit, avx512_bf16::table, avx512_bf16, reached)) return avx512_bf16::table;
-  if (wanted(limit, avx512::table, avx512, reached)) return avx512::table;
-  if (wanted(limit, avx2::table, avx2, reached)) return avx2::table;
+  if (most >= kAvx512Bf16 && avx512_bf16) return avx512_bf16::table;
+  if (most >= kAvx512 && avx512) return avx512::table;
+  if (most >= kAvx2 && avx2) return avx2::table;
 #endif
   return generic::table;
 }

@@ -1,354 +1,149 @@
-// The end of amend for one KV head: merge the partial states of its tasks and, on a miss, choose the
-// anchors of the new entry.
-//
-// Anchors are the S tokens of [0, E(p)) with the largest softmax weight, maximum over the heads of the
-// group. They leave the old state after the fact, see take_out.
+// The end of amend for one KV head: merge the partial states of its tasks and bring the sample that a miss has
+// drawn into its form.
 
-// Sums of exp(logit - max) and of exp(logit - max) * value over a set of tokens, for one head.
+// Sums of exp(logit - max), of a exp(logit - max) and of exp(logit - max) * value over a set of tokens, for one
+// head.
 struct Total {
   float max;
   float sum;
+  float light;
   float* out;  // [D]
-
-  float lse() const { return sum == 0.f ? -std::numeric_limits<float>::infinity() : max + std::log(sum); }
 };
 
+// Which span a partial state belongs to, of a KV head that hits with anchors or does not.
+MAC_INLINE Span span_of(Tokens tokens, bool anchors) {
+  if (anchors) return tokens == Tokens::kReplaced ? kOld : kFresh;
+  return tokens == Tokens::kOld ? kOld : kFresh;
+}
+
 MAC_INLINE void merge_partials(const AmendParams& p, const AmendWork& work, int request, int head, Span span,
-                               Total& total) {
+                               bool anchors, Total& total) {
   const int Hq = p.shape.num_qo_heads(), D = p.shape.head_dim;
   const int64_t first = work.first_partial[request], last = work.first_partial[request + 1];
   for (int64_t i = first; i < last; ++i) {
-    if (work.partial_span[i] == span) total.max = std::max(total.max, work.partial_max[i * Hq + head]);
+    if (span_of(work.partial_tokens[i], anchors) != span) continue;
+    total.max = std::max(total.max, work.partial_max[i * Hq + head]);
   }
   const float base = std::isinf(total.max) && total.max < 0 ? 0.f : total.max;
   std::fill(total.out, total.out + D, 0.f);
   for (int64_t i = first; i < last; ++i) {
     const float sum = work.partial_sum[i * Hq + head];
-    if (work.partial_span[i] != span || sum == 0.f) continue;  // a NaN sum stays
+    if (span_of(work.partial_tokens[i], anchors) != span || sum == 0.f) continue;  // a NaN sum stays
     const float weight = std::exp(work.partial_max[i * Hq + head] - base);
     const float* out = work.partial_out + (i * Hq + head) * D;
     total.sum += sum * weight;
+    total.light += work.partial_light[i * Hq + head] * weight;
     for (int d = 0; d < D; d += kLanes) store(total.out + d, load(total.out + d) + load(out + d) * weight);
   }
 }
 
 // Writes a state where amend's caller wants it.
-MAC_INLINE void write_state(const AmendParams& p, Span span, int request, int head, const Total& total) {
+MAC_INLINE void write_state(const AmendParams& p, Span span, int64_t row, const Total& total) {
   const int D = p.shape.head_dim;
-  const int64_t row = (static_cast<int64_t>(span) * p.shape.batch + request) * p.shape.num_qo_heads() + head;
+  row += static_cast<int64_t>(span) * p.shape.batch * p.shape.num_qo_heads();
   const float scale = total.sum == 0.f ? 0.f : 1.f / total.sum;
   for (int d = 0; d < D; d += kLanes) store(p.out + row * D + d, load(total.out + d) * scale);
-  p.lse[row] = total.lse();
+  p.lse[row] = total.sum == 0.f ? -std::numeric_limits<float>::infinity() : total.max + std::log(total.sum);
 }
 
-// Subtraction serves while this share of the old sum stays: it then costs at most 1.5 of float's seven digits, or 3
-// for 16-bit values, which have two and a half. What it costs is weighted by what stays.
-template <typename T>
-constexpr float kSubtractableShare = sizeof(T) == 2 ? 1.f / 1024 : 1.f / 32;
-
-// A float's bits as a number that orders as the floats do, and back.
-MAC_INLINE uint32_t ordered(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits ^ (bits >> 31 ? ~0u : 1u << 31);
-}
-MAC_INLINE float unordered(uint32_t key) {
-  const uint32_t bits = key ^ (key >> 31 ? 1u << 31 : ~0u);
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// How many values are at least `bound`; NaN is not. `count` is of whole vectors.
+// How many of the values are at least `bound`; `count` is of whole vectors.
 MAC_INLINE int32_t count_at_least(const float* values, int32_t count, float bound) {
-  vu found{};
-  for (int32_t i = 0; i < count; i += kLanes) found -= (vu)(load(values + i) >= bound);
-  uint32_t sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += found[i];
-  return static_cast<int32_t>(sum);
+  vi found{};
+  for (int32_t i = 0; i < count; i += kLanes) found += load(values + i) >= bound;
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum -= found[i];
+  return sum;
 }
 
-// The largest values: those above `bound`, and the first `ties` of those equal to it.
-struct Cut {
-  float bound;
-  int32_t ties;
-};
-
-// The cut that leaves the `wanted` largest of `count` values (of whole vectors), or all that are finite. Bisection
-// over their bits, until one leaves just as many: a few passes over what lies in the nearest cache.
-inline Cut cut_largest(const float* values, int32_t count, int32_t wanted) {
-  constexpr float kLowest = std::numeric_limits<float>::lowest();
-  if (count_at_least(values, count, kLowest) <= wanted) return {kLowest, count};
-  vf highest = broadcast(kLowest), lowest = broadcast(std::numeric_limits<float>::max());
-  for (int32_t i = 0; i < count; i += kLanes) {
-    const vf x = load(values + i);
-    highest = x > highest ? x : highest;
-    lowest = (x >= kLowest) & (x < lowest) ? x : lowest;
-  }
-  // At least so many are not below the first, fewer than so many not below the second.
-  uint32_t low = ordered(-hmax(-lowest)), high = ordered(hmax(highest)) + 1;
+// The k-th largest of values that are not negative, of which there are at least k: bisection over their bits, which
+// are ordered as they are.
+inline float kth_largest(const float* values, int32_t count, int32_t k) {
+  uint32_t low = 0, high = 0x7f800001u;  // at least k are not below the first, fewer not below the second
   while (high - low > 1) {
     const uint32_t middle = low + (high - low) / 2;
-    const int32_t found = count_at_least(values, count, unordered(middle));
-    if (found == wanted) return {unordered(middle), count};
-    (found > wanted ? low : high) = middle;
+    float bound;
+    std::memcpy(&bound, &middle, sizeof bound);
+    (count_at_least(values, count, bound) >= k ? low : high) = middle;
   }
-  return {unordered(low), wanted - count_at_least(values, count, unordered(high))};
+  float found;
+  std::memcpy(&found, &low, sizeof found);
+  return found;
 }
 
-MAC_INLINE OldLogits old_logits(const AmendParams& p, const AmendWork& work, int request, const AmendGroup& group) {
-  return OldLogits(work.logits + group.logits, work.block_totals + group.totals, p.shape.group_size,
-                   band_start(p.requests.seq_lens[request] - 1, p.band));
-}
-
-// Log of the softmax weights of a block's tokens, the largest of the heads.
-MAC_INLINE void group_weights(const OldLogits& old, const float* lse, int group_size, int block, float* weights) {
-  for (int t = 0; t < kBlock; t += kLanes) {
-    vf weight = broadcast(-std::numeric_limits<float>::infinity());
-    for (int g = 0; g < group_size; ++g) weight = vmax(load(old.block(g, block) + t) - lse[g], weight);
-    store(weights + t, weight);
+// Cuts the candidates of one KV head to the S largest keys and brings them in order, with their a. Candidates and
+// keys have room for whole vectors; `words` has a bit for every old token. A token's place is the number of kept
+// ones before it. Returns how many stay.
+inline int32_t cut_sample(const AmendGroup& group, int32_t* tokens, const float* weights, int32_t count,
+                          int32_t num_anchors, int32_t old_end, float* keys, uint64_t* words, int32_t* anchors,
+                          float* a) {
+  const int32_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  for (int32_t i = 0; i < count; i += kLanes) {
+    vu token;
+    std::memcpy(&token, tokens + i, sizeof token);
+    store(keys + i, load(weights + i) / uniforms(group.seed, token));
   }
-}
-
-// The `wanted` blocks whose heaviest tokens are the heaviest, or all there are, ascending, to `blocks`; returns how
-// many. Leaves in `weights` (room for OldLogits::num_padded) those of the heaviest tokens of all.
-inline int32_t heaviest_blocks(const OldLogits& old, const float* lse, int group_size, int32_t wanted,
-                               float* weights, int32_t* blocks) {
-  for (int32_t i = 0; i < old.num_padded; i += kLanes) {
-    vf weight = broadcast(-std::numeric_limits<float>::infinity());
-    for (int g = 0; g < group_size; ++g) weight = vmax(load(old.total(g, OldLogits::kMax, i)) - lse[g], weight);
-    store(weights + i, weight);
-  }
-  Cut cut = cut_largest(weights, old.num_padded, wanted);
-  int32_t count = 0;
-  for (int32_t i = 0; i < old.num_padded; i += kLanes) {
-    for (uint32_t lanes = lanes_at_least(load(weights + i), cut.bound); lanes; lanes &= lanes - 1) {
-      const int32_t block = i + __builtin_ctz(lanes);
-      if (weights[block] == cut.bound && cut.ties-- <= 0) continue;
-      blocks[count++] = block;
-    }
-  }
-  return count;
-}
-
-// The S heaviest tokens, ascending, to `tokens`; returns how many. They lie in the S heaviest blocks; only those
-// are looked into. `tokens` and `token_weights` have room for all their tokens and a vector, `blocks` and `weights`
-// as above.
-inline int32_t choose_anchors(const OldLogits& old, const float* lse, int group_size, int32_t num_anchors,
-                              float* weights, int32_t* blocks, float* token_weights, int32_t* tokens) {
-  const int32_t num_blocks = heaviest_blocks(old, lse, group_size, num_anchors, weights, blocks);
-  // Each of S blocks has a token at least as heavy as the lightest of them. Neither NaN nor weight 0 counts.
-  float bound = std::numeric_limits<float>::lowest();
-  if (num_blocks == num_anchors && num_anchors > 0) {
-    bound = weights[blocks[0]];
-    for (int32_t i = 1; i < num_blocks; ++i) bound = std::min(bound, weights[blocks[i]]);
-  }
-  for (int32_t i = 0; i < num_blocks; ++i) {
-    prefetch_row(old.block(0, blocks[i]), static_cast<int64_t>(group_size) * kBlock);
-  }
-  int32_t count = 0;
-  for (int32_t i = 0; i < num_blocks; ++i) {
-    alignas(64) float block[kBlock];
-    group_weights(old, lse, group_size, blocks[i], block);
-    for (int t = 0; t < kBlock; t += kLanes) {
-      for (uint32_t lanes = lanes_at_least(load(block + t), bound); lanes; lanes &= lanes - 1) {
-        const int at = t + __builtin_ctz(lanes);
-        token_weights[count] = block[at], tokens[count++] = blocks[i] * kBlock + at;
-      }
-    }
-  }
-  if (count <= num_anchors) return count;
-  store(token_weights + count, broadcast(-std::numeric_limits<float>::infinity()));
-  Cut cut = cut_largest(token_weights, (count + kLanes - 1) / kLanes * kLanes, num_anchors);
-  int32_t kept = 0;
+  for (int32_t i = count; i < padded; ++i) keys[i] = 0.f;
+  // Those with the very key that is cut go, too: which of equals comes first would be chance.
+  const bool cut = count > num_anchors;
+  const float tau = cut ? kth_largest(keys, padded, num_anchors + 1) : group.tau;
+  const int32_t num_words = old_end / 64 + 1;
+  std::fill(words, words + 2 * num_words, 0);
+  uint64_t* before = words + num_words;
   for (int32_t i = 0; i < count; ++i) {
-    if (token_weights[i] < cut.bound || (token_weights[i] == cut.bound && cut.ties-- <= 0)) continue;
-    tokens[kept++] = tokens[i];
+    if (!cut || keys[i] > tau) words[tokens[i] / 64] |= uint64_t{1} << tokens[i] % 64;
   }
-  return kept;
+  for (int32_t i = 1; i < num_words; ++i) before[i] = before[i - 1] + __builtin_popcountll(words[i - 1]);
+  for (int32_t i = 0; i < count; ++i) {
+    if (cut && !(keys[i] > tau)) continue;
+    const int32_t word = tokens[i] / 64;
+    const uint64_t lower = words[word] & ((uint64_t{1} << tokens[i] % 64) - 1);
+    const int64_t place = static_cast<int64_t>(before[word]) + __builtin_popcountll(lower);
+    anchors[place] = tokens[i];
+    a[place] = std::max(0.f, tau / weights[i] - 1.f);
+  }
+  return static_cast<int32_t>(before[num_words - 1]) + __builtin_popcountll(words[num_words - 1]);
 }
 
-// A block's weights exp(logit - base); returns their sum.
-MAC_INLINE float block_weights(const float* logits, float base, float* weights) {
-  vf sum = vf{};
-  for (int t = 0; t < kBlock; t += kLanes) {
-    const vf weight = vexp(load(logits + t) - base);
-    store(weights + t, weight);
-    sum += weight;
-  }
-  return hsum(sum);
-}
-
-// The totals of the blocks that hold anchors, anew.
-inline void renew_totals(const OldLogits& old, int g, const int32_t* anchors, int32_t count) {
-  const float infinity = std::numeric_limits<float>::infinity();
-  for (int32_t i = 0; i < count;) {
-    const int32_t block = anchors[i] / kBlock;
-    while (i < count && anchors[i] / kBlock == block) ++i;
-    const float* logits = old.block(g, block);
-    vf high = broadcast(-infinity);
-    for (int t = 0; t < kBlock; t += kLanes) high = vmax(load(logits + t), high);
-    const float max = hmax(high), base = max == -infinity ? 0.f : max;
-    alignas(64) float weights[kBlock];
-    *old.total(g, OldLogits::kMax, block) = max;
-    *old.total(g, OldLogits::kBase, block) = base;
-    *old.total(g, OldLogits::kSum, block) = block_weights(logits, base, weights);
-  }
-}
-
-// A block's sum of exp(logit - base) may be taken to a base lower by this much: above, small terms were lost.
-constexpr float kRebasable = 20.f;
-
-// The sum of exp(logit - base) over all blocks; `base` is the largest of their logits.
-inline float sum_of_blocks(const OldLogits& old, int g, float base) {
-  vf total = vf{};
-  float rest = 0.f;
-  for (int32_t i = 0; i < old.num_padded; i += kLanes) {
-    const vf high = load(old.total(g, OldLogits::kMax, i)), from = load(old.total(g, OldLogits::kBase, i));
-    const vf lost = from - high;
-    const vf sum = load(old.total(g, OldLogits::kSum, i)) * vexp(from - base);
-    total += lost > kRebasable ? vf{} : sum;
-    if (!(hmax(lost) > kRebasable)) continue;
-    for (int j = 0; j < kLanes; ++j) {
-      if (!(lost[j] > kRebasable) || std::isinf(high[j])) continue;
-      alignas(64) float weights[kBlock];
-      rest += block_weights(old.block(g, i + j), base, weights);
-    }
-  }
-  return hsum(total) + rest;
-}
-
-// What is left of one head's old state once the anchors' logits are -inf: its max and sum anew, its `out` by
-// subtracting what the anchors had added. Where they held nearly everything that would leave little but
-// rounding errors, so there the values are summed up again. Only the anchors' own blocks are looked at.
-template <typename T>
-void take_out(const AmendParams& p, int request, int kv_head, const OldLogits& old, int g, const int32_t* anchors,
-              int32_t count, const float* anchor_out, Total& state) {
-  const int D = p.shape.head_dim;
-  const float infinity = std::numeric_limits<float>::infinity();
-  const float total = state.sum, total_max = state.max;
-  renew_totals(old, g, anchors, count);
-  vf high = broadcast(-infinity);
-  for (int32_t i = 0; i < old.num_padded; i += kLanes) high = vmax(load(old.total(g, OldLogits::kMax, i)), high);
-  state.max = hmax(high);
-  const float base = state.max == -infinity ? 0.f : state.max;
-  state.sum = sum_of_blocks(old, g, base);
-
-  const float rescale = std::exp(total_max - base);
-  if (state.sum >= kSubtractableShare<T> * total * rescale) {
-    for (int d = 0; d < D; d += kLanes) {
-      store(state.out + d, (load(state.out + d) - load(anchor_out + d)) * rescale);
-    }
-    return;
-  }
-  std::fill(state.out, state.out + D, 0.f);
-  // All that are lighter than this do not add up to a rounding error of the sum.
-  const float num_tokens = static_cast<float>(old.num_blocks) * kBlock;
-  const float lightest = state.sum * std::numeric_limits<float>::epsilon() / num_tokens;
-  const float lowest = base + std::log(lightest);
-  for (int32_t i = 0; i < old.num_blocks; ++i) {
-    if (*old.total(g, OldLogits::kMax, i) < lowest) continue;
-    alignas(64) float weights[kBlock];
-    block_weights(old.block(g, i), base, weights);
-    for (int t = 0; t < kBlock; ++t) {
-      if (weights[t] < lightest || weights[t] == 0.f) continue;  // a NaN stays
-      const T* row = token_value<T>(p, request, kv_head, i * kBlock + t);
-      for (int d = 0; d < D; d += kLanes) {
-        store(state.out + d, load(state.out + d) + load(row + d) * weights[t]);
-      }
-    }
-  }
-}
-
-// Moves the chosen tokens' terms from the old totals to the fresh ones. The logits lose them. `weights` has room
-// for the anchors in whole vectors.
-template <typename T>
-void move_anchors(const AmendParams& p, Total* totals, const OldLogits& logits, const int32_t* anchors,
-                  int32_t count, int request, int kv_head, float* moved, float* weights) {
-  const int G = p.shape.group_size, D = p.shape.head_dim;
-  for (int i = 0; i < count; ++i) prefetch_row(token_value<T>(p, request, kv_head, anchors[i]), D);
-  for (int g = 0; g < G; ++g) {
-    Total& old = totals[kOld * G + g];
-    Total& fresh = totals[kFresh * G + g];
-    if (old.sum == 0.f) continue;
-    Total anchor{old.max, 0.f, moved};
-    std::fill(moved, moved + D, 0.f);
-    for (int i = 0; i < count; ++i) {
-      float& logit = logits.block(g, anchors[i] / kBlock)[anchors[i] % kBlock];
-      weights[i] = logit - old.max;
-      logit = -std::numeric_limits<float>::infinity();
-    }
-    for (int i = 0; i < count; i += kLanes) store(weights + i, vexp(load(weights + i)));
-    for (int i = 0; i < count; ++i) {
-      anchor.sum += weights[i];
-      const T* row = token_value<T>(p, request, kv_head, anchors[i]);
-      for (int d = 0; d < D; d += kLanes) {
-        store(anchor.out + d, load(anchor.out + d) + load(row + d) * weights[i]);
-      }
-    }
-    take_out<T>(p, request, kv_head, logits, g, anchors, count, anchor.out, old);
-    // fresh (+) anchors
-    const float high = std::max(fresh.max, anchor.max);
-    const float w_fresh = std::exp(fresh.max - high), w_anchor = std::exp(anchor.max - high);
-    for (int d = 0; d < D; d += kLanes) {
-      store(fresh.out + d, load(fresh.out + d) * w_fresh + load(anchor.out + d) * w_anchor);
-    }
-    fresh.sum = fresh.sum * w_fresh + anchor.sum * w_anchor;
-    fresh.max = high;
-  }
-}
-
-// The last totals of every row, beyond the blocks.
-MAC_INLINE void pad_totals(const OldLogits& old, int group_size) {
-  for (int g = 0; g < group_size; ++g) {
-    for (int32_t i = old.num_blocks; i < old.num_padded; ++i) {
-      *old.total(g, OldLogits::kMax, i) = -std::numeric_limits<float>::infinity();
-      *old.total(g, OldLogits::kBase, i) = 0.f;
-      *old.total(g, OldLogits::kSum, i) = 0.f;
-    }
-  }
-}
-
-template <typename T>
-void finish_group(const AmendParams& p, AmendWork& work, int32_t group_index, Scratch& scratch) {
-  const int G = p.shape.group_size, D = p.shape.head_dim;
-  const int request = group_index / p.shape.num_kv_heads;
-  const int kv_head = group_index % p.shape.num_kv_heads;
+// The sample of a new entry, or none.
+inline void write_sample(const AmendParams& p, const AmendWork& work, int64_t group_index, Scratch& scratch) {
   const AmendGroup& group = work.groups[group_index];
+  const int32_t S = p.num_anchors;
+  int32_t* anchors = p.anchors + group_index * S;
+  float* a = p.anchor_weights + group_index * S;
+  int32_t count = 0, sampled = group.hit ? group.num_anchors : kNotSampled;
+  if (group.candidates >= 0) {
+    sampled = work.num_candidates[group_index].load(std::memory_order_relaxed);
+    const int32_t old_end = band_start(p.requests.seq_lens[group_index / p.shape.num_kv_heads] - 1, p.band);
+    const int32_t size = sample_size(S, old_end), room = kCandidateRoom * size;
+    if (sampled <= room) {
+      count = cut_sample(group, work.candidate_tokens + group.candidates, work.candidate_weights + group.candidates,
+                         sampled, size, old_end, scratch.array<float>(0, room + kLanes),
+                         scratch.array<uint64_t>(1, old_end / 32 + 2), anchors, a);
+    }
+  }
+  p.sampled[group_index] = sampled;
+  std::fill(anchors + count, anchors + S, kNoAnchor);
+  std::fill(a + count, a + S, 0.f);
+}
 
-  float* sums = scratch.array<float>(0, static_cast<int64_t>(kNumSpans) * G * D);
-  Total* totals = scratch.array<Total>(1, static_cast<int64_t>(kNumSpans) * G);
-  float* lse = scratch.array<float>(2, G);
+inline void finish_group(const AmendParams& p, const AmendWork& work, int64_t group_index, Scratch& scratch) {
+  const int G = p.shape.group_size, D = p.shape.head_dim, H = p.shape.num_kv_heads;
+  const int request = static_cast<int>(group_index / H), kv_head = static_cast<int>(group_index % H);
+  const bool hit = work.groups[group_index].hit;
+  float* out = scratch.array<float>(0, D);
   for (int g = 0; g < G; ++g) {
+    const int64_t row = group_index * G + g;
+    float log_light[kNumSpans];
     for (int span = 0; span < kNumSpans; ++span) {
-      Total& total = totals[span * G + g];
-      total = {-std::numeric_limits<float>::infinity(), 0.f, sums + static_cast<int64_t>(span * G + g) * D};
-      merge_partials(p, work, request, kv_head * G + g, static_cast<Span>(span), total);
+      Total total{-std::numeric_limits<float>::infinity(), 0.f, 0.f, out};
+      merge_partials(p, work, request, kv_head * G + g, static_cast<Span>(span), hit, total);
+      write_state(p, static_cast<Span>(span), row, total);
+      log_light[span] = total.max + std::log(total.light);
     }
-    lse[g] = merge_weights(totals[kOld * G + g].lse(), totals[kFresh * G + g].lse()).lse;
+    // Without a token that stands for others nothing is known of those.
+    constexpr float kNone = -std::numeric_limits<float>::infinity();
+    if (p.matched.source)
+      p.log_ratio[row] = !hit || log_light[kOld] == kNone ? 0.f : log_light[kFresh] - log_light[kOld];
   }
-
-  int32_t* anchors = p.anchors + static_cast<int64_t>(group_index) * p.num_anchors;
-  std::fill(anchors, anchors + p.num_anchors, kNoAnchor);
-  std::copy(group.inherited, group.inherited + group.num_inherited, anchors);
-
-  if (group.logits >= 0) {
-    const OldLogits old = old_logits(p, work, request, group);
-    pad_totals(old, G);
-    const int64_t most = static_cast<int64_t>(std::min(p.num_anchors, old.num_blocks)) * kBlock + kLanes;
-    int32_t* tokens = scratch.array<int32_t>(6, most);
-    const int32_t count =
-        choose_anchors(old, lse, G, p.num_anchors, scratch.array<float>(3, old.num_padded),
-                       scratch.array<int32_t>(4, old.num_blocks), scratch.array<float>(5, most), tokens);
-    std::copy(tokens, tokens + count, anchors);
-    float* moved = scratch.array<float>(3, D);
-    float* weights = scratch.array<float>(4, (count + kLanes - 1) / kLanes * kLanes);
-    move_anchors<T>(p, totals, old, anchors, count, request, kv_head, moved, weights);
-  }
-
-  for (int span = 0; span < kNumSpans; ++span) {
-    for (int g = 0; g < G; ++g) {
-      write_state(p, static_cast<Span>(span), request, kv_head * G + g, totals[span * G + g]);
-    }
-  }
+  if (p.matched.source) write_sample(p, work, group_index, scratch);
 }

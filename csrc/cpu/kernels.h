@@ -18,7 +18,7 @@
 namespace mac_attn::cpu {
 
 // A candidate as one number, the smaller the better: the bits of its total (they are ordered like a
-// number that is not negative), then its age, so that the newest wins a tie.
+// number that is not negative), then how many entries ago it was stored, so that the youngest wins a tie.
 inline uint64_t match_key(float total, int32_t age) {
   uint32_t bits;
   std::memcpy(&bits, &total, sizeof bits);
@@ -40,60 +40,51 @@ struct MatchWork {
   int32_t decisions_per_group;
   std::atomic<int64_t> next{0};
   // [B, H, decisions_per_group] smallest key; it starts at (the total that is no hit any more, age 0),
-  // which no candidate equals, as ages begin with 1.
+  // which no candidate equals, as the youngest entry has age 1.
   std::unique_ptr<std::atomic<uint64_t>[]> best;
 
-  void write_source(const MatchParams& params) const;
+  void write_matched(const MatchParams& params) const;
+};
+
+// Entries that a request's slot holds of a KV head, see Matched::stored.
+int32_t stored_entries(const MatchParams& params, int32_t request, int32_t kv_head);
+
+// Where the entry of an age lies.
+constexpr int32_t place_of(int32_t stored, int32_t age, int32_t entries) {
+  return (stored - age) % entries;
+}
+
+// What a task's partial states are over.
+enum class Tokens : int32_t {
+  kOld,      // [.., E(p)): of a KV head that hits with anchors fresh all the same
+  kRecent,   // [E(p), ..)
+  kAnchors,  // of the matched entries, by the current query
+  kReplaced  // the same by the entry's
 };
 
 // A piece of one request's tokens, attended by all of its KV heads that start before the end of it.
 struct AmendTask {
   int32_t request;
-  Span span;
-  int32_t begin, end;  // token positions, or, of anchors, KV heads
-  bool anchors;        // the tokens are the inherited anchors of the KV heads [begin, end)
-  int64_t partial;     // where the partial states go
+  Tokens tokens;
+  int32_t begin, end;  // positions; of anchors places in the KV heads' lists one after another, S for each
+  int64_t partial;     // where the partial states go; those of kReplaced follow
 };
 
+// What one KV head of a request does besides attending.
 struct AmendGroup {
-  const int32_t* inherited = nullptr;  // anchors of the matched entry
-  int32_t num_inherited = 0;
-  int64_t logits = -1;  // where its OldLogits are kept for choosing anchors, -1: they are not
-  int64_t totals = -1;
+  // A hit: the anchors of the matched entry.
+  const int32_t* anchors = nullptr;
+  const float* anchor_weights = nullptr;
+  int32_t num_anchors = 0;
+  bool hit = false;
+  // A miss that draws a sample: where its candidates go, of how many there is room for; see sample.h.
+  int64_t candidates = -1;
+  const float* last_lse = nullptr;  // [G]
+  float tau = 0.f;
+  uint32_t seed = 0;
 };
 
 constexpr int32_t kAmendBlock = 32;  // tokens whose logits are in flight together
-
-// The logits of the old tokens of one KV head that misses and, of every block of them, what its softmax was:
-// sum = sum of exp(logit - base) over the block. Ends are padded with logits of -inf and sums of 0. What a block
-// writes lies together, so that it touches few pages of memory.
-struct OldLogits {
-  enum Total { kMax, kBase, kSum, kNumTotals };
-  static constexpr int32_t kTile = 16;  // blocks whose totals lie side by side: the widest vector
-  static constexpr int32_t kHeadTotals = kNumTotals * kTile;
-
-  float* logits;  // [blocks, G, kAmendBlock]
-  float* totals;  // [blocks / kTile, G, kNumTotals, kTile]
-  int32_t group_size;
-  int32_t num_blocks;
-  int32_t num_padded;  // whole tiles
-
-  // All inlined, as files compiled for several instruction sets share this header.
-  MAC_ALWAYS_INLINE OldLogits(float* logits, float* totals, int32_t group_size, int32_t num_tokens)
-      : logits(logits),
-        totals(totals),
-        group_size(group_size),
-        num_blocks((num_tokens + kAmendBlock - 1) / kAmendBlock),
-        num_padded((num_blocks + kTile - 1) / kTile * kTile) {}
-  MAC_ALWAYS_INLINE int64_t num_logits() const { return int64_t{group_size} * num_blocks * kAmendBlock; }
-  MAC_ALWAYS_INLINE int64_t num_totals() const { return int64_t{group_size} * num_padded * kNumTotals; }
-  MAC_ALWAYS_INLINE float* block(int g, int32_t i) const {
-    return logits + (int64_t{i} * group_size + g) * kAmendBlock;
-  }
-  MAC_ALWAYS_INLINE float* total(int g, Total which, int32_t i) const {
-    return totals + (int64_t{i} / kTile * group_size + g) * kHeadTotals + which * kTile + i % kTile;
-  }
-};
 
 struct AmendWork {
   AmendWork(const AmendParams& params, int num_threads);
@@ -107,16 +98,16 @@ struct AmendWork {
   int64_t num_drawn_early;         // while a thread does one of the first tasks, it has drawn its next one already
   std::vector<AmendGroup> groups;  // [B, H]
   std::vector<int64_t> first_partial;               // [B + 1]
-  std::vector<Span> partial_span;                   // [P]
+  std::vector<Tokens> partial_tokens;               // [P]
   std::unique_ptr<std::atomic<int32_t>[]> pending;  // [B] tasks not done yet
   // These are kept for the thread's next call: fresh memory costs more than what is written to it here.
-  float* partial_out;  // [P, Hq, D] sum of exp(logit - max) * value
-  float* partial_max;  // [P, Hq]
-  float* partial_sum;  // [P, Hq] sum of exp(logit - max); 0: the head has no part, and no `out`
-  float* logits;
-  bool
-      logits_cached;  // they are few enough to stay in the caches from one call to the next; else written past them
-  float* block_totals;
+  float* partial_out;         // [P, Hq, D] sum of exp(logit - max) * value
+  float* partial_max;         // [P, Hq]
+  float* partial_sum;         // [P, Hq] sum of exp(logit - max); 0: the head has no part, and no `out`
+  float* partial_light;       // [P, Hq] sum of a exp(logit - max) over anchors
+  int32_t* candidate_tokens;  // [drawing KV heads, room]
+  float* candidate_weights;
+  std::unique_ptr<std::atomic<int32_t>[]> num_candidates;  // [B, H], also of those there was no room for
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> next_finish{0};  // of `groups`
 
@@ -138,7 +129,8 @@ struct Kernels {
 };
 
 // The best table this machine can run; the environment variable MAC_ATTN_SIMD (generic, avx2, avx512,
-// avx512_bf16) asks for a lesser one, so that all of them can be tested on one machine.
+// avx512_bf16) asks for a lesser one, so that all of them can be tested on one machine. Throws
+// std::invalid_argument if it has another value.
 const Kernels& kernels();
 
 namespace generic {

@@ -59,7 +59,7 @@ MAC_INLINE void keep_smaller(std::atomic<uint64_t>& best, uint64_t key) {
 
 template <typename T>
 void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* query, float* theta) {
-  const int G = p.shape.group_size, D = p.shape.head_dim, M = p.ring.window;
+  const int G = p.shape.group_size, D = p.shape.head_dim, M = p.ring.layout.shape.entries;
   const int64_t group = task / work.chunks_per_group;
   const int chunk = static_cast<int>(task % work.chunks_per_group);
   const int request = static_cast<int>(group / p.shape.num_kv_heads);
@@ -67,10 +67,9 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
 
   const int position = p.requests.seq_lens[request] - 1;
   if (position < 0 || position + 1 < p.min_context) return;
-  const int slot = p.requests.slots[request];
-  if (slot == kNoSlot) return;
-  const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;
-  if (p.ring.end[slot] != position || p.ring.request[slot] != id) return;  // history is broken
+  const int stored = stored_entries(p, request, kv_head);
+  if (stored == kNoHistory) return;
+  const int64_t slot = p.requests.slots[request];
 
   const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride;
   for (int g = 0; g < G; ++g) {
@@ -82,20 +81,19 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
     if (!p.per_head && std::isnan(theta[g])) return;
   }
 
-  // Candidates have p - M <= c < p, so their ages are 1..M. E(c) > 0 needs c >= band.
+  // The youngest entry has age 1; their positions fall with the age. E(c) > 0 needs c >= band.
   const int first_age = 1 + chunk * work.chunk;
-  const int oldest = std::max(p.ring.begin[slot], p.band);
-  const int last_age = std::min({first_age + work.chunk - 1, M, position - oldest});
-  const int64_t ring_base = (static_cast<int64_t>(slot) * p.shape.num_kv_heads + kv_head) * M;
-  const T* ring_query = static_cast<const T*>(p.ring.query);
+  const int last_age = std::min({first_age + work.chunk - 1, M, stored});
+  const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors);
   std::atomic<uint64_t>* best = &work.best[group * work.decisions_per_group];
 
-  const auto place = [&](int age) { return (position - age) % M; };
+  const auto place = [&](int age) { return place_of(stored, age, M); };
   const auto holds = [&](int age) {
-    return p.ring.position[static_cast<int64_t>(slot) * M + place(age)] == position - age;
+    const int c = *p.ring.position(slot, kv_head, place(age));
+    return c >= oldest && c < position;
   };
-  const auto entry = [&](int age) { return ring_query + (ring_base + place(age)) * G * D; };
-  const auto depth = [&](int age) { return p.ring.depth + (ring_base + place(age)) * G; };
+  const auto entry = [&](int age) { return p.ring.query<const T>(slot, kv_head, place(age)); };
+  const auto depth = [&](int age) { return p.ring.depth(slot, kv_head, place(age)); };
 
   if (p.per_head) {
     for (int age = first_age; age <= last_age; ++age) {
@@ -125,8 +123,9 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
     float distance[4], total[4] = {};
     squared_distances(query, rows, half, distance);
     for (float& part : distance) part *= kRoundingMargin;
-    fetched = any_below(distance, limit * theta[0]) ? static_cast<int64_t>(G) * D : half;
-    if (fetched == half) continue;
+    const bool near = any_below(distance, limit * theta[0]);
+    fetched = near ? static_cast<int64_t>(G) * D : half;
+    if (!near) continue;
     for (int g = 0; g < G && any_below(total, limit); ++g) {
       squared_distances(query + g * D, rows, D, distance);
       for (int i = 0; i < 4; ++i) {

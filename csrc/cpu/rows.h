@@ -144,11 +144,3 @@ class Stream {
   int num_runs_ = 0;
   Run runs_[kMaxRuns];
 };
-
-// The V row of one token.
-template <typename T>
-MAC_INLINE const T* token_value(const AmendParams& p, int request, int kv_head, int32_t token) {
-  const int64_t page = p.kv.block_table[request * p.kv.block_table_stride + token / p.kv.page_size];
-  return static_cast<const T*>(p.kv.v) + page * p.kv.v_page_stride + token % p.kv.page_size * p.kv.v_token_stride +
-         kv_head * p.kv.v_head_stride;
-}

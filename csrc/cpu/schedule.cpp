@@ -1,6 +1,7 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "scratch.h"
@@ -12,10 +13,8 @@ namespace {
 // Work is counted in tokens times KV heads.
 constexpr int64_t kMinTask = 512;           // below, the work around a task costs more than the task
 constexpr int kTasksPerThread = 24;         // the last one that is drawn ends soon after the others
+constexpr int kWidestVector = 16;           // floats
 constexpr int32_t kStep = 2 * kAmendBlock;  // tokens; tasks begin at multiples of it
-// Logits kept for choosing anchors that are left in the caches: more are written past them in less time
-// (bench/README.md).
-constexpr int64_t kCachedLogits = 128 << 10;
 
 // Fills the order of heads of one request: by first token, equal ones by number.
 void sort_heads(const AmendParams& p, int request, int32_t* kv_heads, int32_t* qo_heads, int32_t* starts) {
@@ -23,7 +22,7 @@ void sort_heads(const AmendParams& p, int request, int32_t* kv_heads, int32_t* q
   for (int h = 0; h < H; ++h) {
     int32_t* heads = qo_heads + h * G;
     std::iota(heads, heads + G, h * G);
-    if (p.source) {
+    if (p.matched.source) {
       std::stable_sort(heads, heads + G, [&](int32_t a, int32_t b) {
         return amend_start(p, request, a) < amend_start(p, request, b);
       });
@@ -31,19 +30,30 @@ void sort_heads(const AmendParams& p, int request, int32_t* kv_heads, int32_t* q
     for (int g = 0; g < G; ++g) starts[h * G + g] = amend_start(p, request, heads[g]);
   }
   std::iota(kv_heads, kv_heads + H, 0);
-  if (p.source) {
+  if (p.matched.source) {
     std::stable_sort(kv_heads, kv_heads + H, [&](int32_t a, int32_t b) { return starts[a * G] < starts[b * G]; });
   }
 }
 
 }  // namespace
 
+int32_t stored_entries(const MatchParams& p, int32_t request, int32_t kv_head) {
+  const int32_t position = p.requests.seq_lens[request] - 1;
+  if (position < 0 || p.requests.slots[request] == kNoSlot) return kNoHistory;
+  const int64_t slot = p.requests.slots[request];
+  const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;
+  if (*p.ring.end(slot) != position || *p.ring.request(slot) != id) return kNoHistory;
+  const int32_t stored = *p.ring.stored(slot, kv_head);
+  return stored >= 0 && stored < 2 * int64_t{p.ring.layout.shape.entries} ? stored : kNoHistory;
+}
+
 MatchWork::MatchWork(const MatchParams& p, int num_threads) {
   const int64_t groups = static_cast<int64_t>(p.shape.batch) * p.shape.num_kv_heads;
+  const int32_t entries = p.ring.layout.shape.entries;
   // A few tasks per thread are enough to balance; more would prune less.
   const int64_t wanted = groups > 0 ? (4 * num_threads + groups - 1) / groups : 1;
-  chunk = static_cast<int32_t>(std::max<int64_t>(32, (p.ring.window + wanted - 1) / wanted));
-  chunks_per_group = (p.ring.window + chunk - 1) / chunk;
+  chunk = static_cast<int32_t>(std::max<int64_t>(32, (entries + wanted - 1) / wanted));
+  chunks_per_group = (entries + chunk - 1) / chunk;
   num_tasks = groups * chunks_per_group;
   decisions_per_group = p.per_head ? p.shape.group_size : 1;
   const int64_t decisions = groups * decisions_per_group;
@@ -52,91 +62,116 @@ MatchWork::MatchWork(const MatchParams& p, int num_threads) {
   for (int64_t i = 0; i < decisions; ++i) best[i].store(none, std::memory_order_relaxed);
 }
 
-void MatchWork::write_source(const MatchParams& p) const {
-  for (int64_t row = 0; row < static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads(); ++row) {
-    const int64_t request = row / p.shape.num_qo_heads();
-    const int64_t decision = p.per_head ? row : row / p.shape.group_size;
-    const int32_t age = static_cast<int32_t>(best[decision].load(std::memory_order_relaxed) & 0xffffffffu);
-    p.source[row] = age == 0 ? kMiss : p.requests.seq_lens[request] - 1 - age;
+void MatchWork::write_matched(const MatchParams& p) const {
+  const int32_t H = p.shape.num_kv_heads, G = p.shape.group_size;
+  for (int32_t group = 0; group < p.shape.batch * H; ++group) {
+    const int32_t request = group / H, kv_head = group % H, stored = stored_entries(p, request, kv_head);
+    p.matched.stored[group] = stored;
+    for (int32_t g = 0; g < G; ++g) {
+      const int64_t row = static_cast<int64_t>(group) * G + g, decision = p.per_head ? row : group;
+      const int32_t age = static_cast<int32_t>(best[decision].load(std::memory_order_relaxed) & 0xffffffffu);
+      const int32_t place = age == 0 ? kMiss : place_of(stored, age, p.ring.layout.shape.entries);
+      p.matched.place[row] = place;
+      p.matched.source[row] = age == 0 ? kMiss : *p.ring.position(p.requests.slots[request], kv_head, place);
+    }
   }
 }
 
 AmendWork::AmendWork(const AmendParams& p, int num_threads) {
   const int B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
   const int Hq = p.shape.num_qo_heads();
+  const int64_t room = static_cast<int64_t>(kCandidateRoom) * p.num_anchors;
   groups.resize(static_cast<size_t>(B) * H);
   kv_heads.resize(groups.size());
   qo_heads.resize(groups.size() * G);
   starts.resize(groups.size() * G);
-  int64_t num_logits = 0, num_totals = 0, work = 0;
+  num_candidates.reset(new std::atomic<int32_t>[groups.size()]);
+  int64_t num_drawing = 0, work = 0;
 
   for (int b = 0; b < B; ++b) {
     const int32_t n = p.requests.seq_lens[b];
     sort_heads(p, b, &kv_heads[b * H], &qo_heads[b * Hq], &starts[b * Hq]);
-    const int32_t old_end = reuses(p, b) && n > 0 ? band_start(n - 1, p.band) : 0;
-    for (int h = 0; n > 0 && h < H; ++h) {
-      work += n - starts[b * Hq + h * G];
-      if (p.num_anchors == 0) continue;
+    for (int h = 0; h < H; ++h) {
       AmendGroup& group = groups[b * H + h];
-      const int32_t source = p.source[(static_cast<int64_t>(b) * H + h) * G];
-      if (source == kMiss && old_end > 0) {
-        group.logits = num_logits;
-        group.totals = num_totals;
-        const OldLogits old(nullptr, nullptr, G, old_end);
-        num_logits += old.num_logits();
-        num_totals += old.num_totals();
-      } else if (source != kMiss) {
-        const int64_t slot = p.requests.slots[b];
-        group.inherited = p.ring_anchors + ((slot * H + h) * p.window + source % p.window) * p.num_anchors;
-        group.num_inherited = static_cast<int32_t>(
-            std::find(group.inherited, group.inherited + p.num_anchors, kNoAnchor) - group.inherited);
-        work += group.num_inherited;
+      num_candidates[b * H + h].store(0, std::memory_order_relaxed);
+      if (n == 0) continue;
+      work += n - starts[b * Hq + h * G];
+      if (p.num_anchors == 0 || !reuses(p, b)) continue;
+      const int64_t slot = p.requests.slots[b], row = (static_cast<int64_t>(b) * H + h) * G;
+      if (p.matched.source[row] != kMiss) {
+        group.hit = true;
+        group.anchors = p.ring.anchors(slot, h, p.matched.place[row]);
+        group.anchor_weights = p.ring.anchor_weights(slot, h, p.matched.place[row]);
+        group.num_anchors = static_cast<int32_t>(
+            std::find(group.anchors, group.anchors + p.num_anchors, kNoAnchor) - group.anchors);
+        work += 2 * group.num_anchors;
+        continue;
       }
+      const float* last_lse = p.ring.last_lse(slot, h);
+      const float tau = *p.ring.tau(slot, h);
+      const bool known = std::all_of(last_lse, last_lse + G, [](float lse) { return std::isfinite(lse); });
+      if (p.matched.stored[b * H + h] == kNoHistory || band_start(n - 1, p.band) == 0 || !known ||
+          !usable_tau(tau)) {
+        continue;
+      }
+      group.candidates = num_drawing++ * room;
+      group.last_lse = last_lse;
+      group.tau = tau;
+      group.seed = sample_seed(n - 1, h, p.layer);
     }
   }
 
   const int64_t target = std::max(kMinTask, work / (static_cast<int64_t>(num_threads) * kTasksPerThread));
   pending.reset(new std::atomic<int32_t>[B]);
   for (int b = 0; b < B; ++b) {
-    first_partial.push_back(static_cast<int64_t>(tasks.size()));
+    first_partial.push_back(static_cast<int64_t>(partial_tokens.size()));
+    const size_t first_task = tasks.size();
     cut_request(p, b, target);
-    pending[b].store(static_cast<int32_t>(tasks.size() - first_partial[b]), std::memory_order_relaxed);
+    pending[b].store(static_cast<int32_t>(tasks.size() - first_task), std::memory_order_relaxed);
   }
-  const int64_t num_partials = static_cast<int64_t>(tasks.size());
-  num_drawn_early = num_partials - 3 * num_threads;
+  num_drawn_early = static_cast<int64_t>(tasks.size()) - 3 * num_threads;
+  const int64_t num_partials = static_cast<int64_t>(partial_tokens.size());
   first_partial.push_back(num_partials);
-  for (int64_t i = 0; i < num_partials; ++i) {
-    tasks[i].partial = i;
-    partial_span.push_back(tasks[i].span);
-  }
 
   static thread_local Scratch kept;
   partial_out = kept.array<float>(0, num_partials * Hq * D);
   partial_max = kept.array<float>(1, num_partials * Hq);
   partial_sum = kept.array<float>(2, num_partials * Hq);
-  logits = kept.array<float>(3, num_logits);
-  logits_cached = num_logits <= kCachedLogits;
-  block_totals = kept.array<float>(4, num_totals);
+  partial_light = kept.array<float>(3, num_partials * Hq);
+  // Read in whole vectors.
+  candidate_tokens = kept.array<int32_t>(4, num_drawing * room + kWidestVector);
+  candidate_weights = kept.array<float>(5, num_drawing * room + kWidestVector);
 }
 
-// Tasks of some `target` work each. One has either old or fresh tokens.
+// Tasks of some `target` work each. One has either old or recent tokens, or anchors.
 void AmendWork::cut_request(const AmendParams& p, int request, int64_t target) {
-  const int H = p.shape.num_kv_heads, G = p.shape.group_size;
+  const int H = p.shape.num_kv_heads, G = p.shape.group_size, S = p.num_anchors;
   const int32_t n = p.requests.seq_lens[request];
   if (n == 0) return;
   const int32_t old_end = reuses(p, request) ? band_start(n - 1, p.band) : 0;
   const int32_t* order = &kv_heads[request * H];
   const int32_t* first = &starts[static_cast<size_t>(request) * H * G];
+  const auto add = [&](Tokens kind, int32_t begin, int32_t end) {
+    tasks.push_back({request, kind, begin, end, static_cast<int64_t>(partial_tokens.size())});
+    partial_tokens.push_back(kind);
+    if (kind == Tokens::kAnchors) partial_tokens.push_back(Tokens::kReplaced);
+  };
 
   int64_t work = 0;
-  for (int32_t h = 0, begin = 0; h < H; ++h) {
-    work += groups[request * H + h].num_inherited;
-    if (work >= target || (work > 0 && h == H - 1)) {
-      tasks.push_back({request, kFresh, begin, h + 1, true, 0});
-      begin = h + 1;
+  int32_t anchors_begin = 0;
+  for (int32_t h = 0; h < H; ++h) {
+    const int32_t count = groups[request * H + h].num_anchors;
+    for (int32_t i = 0; i < count;) {
+      const int32_t taken = static_cast<int32_t>(std::min<int64_t>(count - i, (target - work + 1) / 2));
+      i += taken;
+      work += 2 * taken;
+      if (work < target) continue;
+      add(Tokens::kAnchors, anchors_begin, h * S + i);
+      anchors_begin = h * S + i;
       work = 0;
     }
   }
+  if (work > 0) add(Tokens::kAnchors, anchors_begin, H * S);
   work = 0;
   int active = 0;
   int32_t begin = first[order[0] * G];
@@ -147,13 +182,13 @@ void AmendWork::cut_request(const AmendParams& p, int request, int64_t target) {
     work += static_cast<int64_t>(end - at) * active;
     at = end;
     if (work < target && end != old_end && end != n) continue;
-    tasks.push_back({request, begin < old_end ? kOld : kFresh, begin, end, false, 0});
+    add(begin < old_end ? Tokens::kOld : Tokens::kRecent, begin, end);
     begin = end;
     work = 0;
   }
 }
 
 CompleteWork::CompleteWork(const CompleteParams& p)
-    : num_tasks(static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads()) {}
+    : num_tasks(static_cast<int64_t>(p.shape.batch) * p.shape.num_kv_heads) {}
 
 }  // namespace mac_attn::cpu

@@ -19,6 +19,7 @@ constexpr int kLanes = 4;
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 
 // Storage types of the 16-bit formats; arithmetic is always float.
@@ -115,22 +116,6 @@ MAC_INLINE void store(float16* p, vf x) {
 #endif
 }
 
-// Past the caches, to an address that is a multiple of the vector's size; other threads see it after `publish`.
-MAC_INLINE void store_through(float* p, vf x) {
-#if MAC_LEVEL >= 2
-  _mm512_stream_ps(p, (__m512)x);
-#elif MAC_LEVEL == 1
-  _mm256_stream_ps(p, (__m256)x);
-#else
-  store(p, x);
-#endif
-}
-MAC_INLINE void publish() {
-#if MAC_LEVEL >= 1
-  _mm_sfence();
-#endif
-}
-
 MAC_INLINE vf vmax(vf a, vf b) {
   return a > b ? a : b;
 }
@@ -157,17 +142,31 @@ MAC_INLINE float hmax(vf x) {
 #endif
 }
 
-// The lanes that are at least `bound`, as bits.
-MAC_INLINE uint32_t lanes_at_least(vf x, float bound) {
+// The lanes in which a is above b, as bits.
+MAC_INLINE uint32_t lanes_above(vf a, vf b) {
 #if MAC_LEVEL >= 2
-  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GE_OQ);
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
 #elif MAC_LEVEL == 1
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(bound), _CMP_GE_OQ)));
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)));
 #else
   uint32_t lanes = 0;
-  for (int i = 0; i < kLanes; ++i) lanes |= static_cast<uint32_t>(x[i] >= bound) << i;
+  for (int i = 0; i < kLanes; ++i) lanes |= static_cast<uint32_t>(a[i] > b[i]) << i;
   return lanes;
 #endif
+}
+
+// `uniform` of tokens, see sample.h.
+MAC_INLINE vf uniforms(uint32_t seed, vu tokens) {
+  vu x = tokens + seed;
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return __builtin_convertvector((vi)((x >> 8) + 1u), vf) * 0x1p-24f;
+}
+// The numbers from `first` on.
+MAC_INLINE vu count_from(int32_t first) {
+  vu numbers;
+  for (int i = 0; i < kLanes; ++i) numbers[i] = i;
+  return numbers + static_cast<uint32_t>(first);
 }
 
 // The sums of four vectors, to out[0..3].

@@ -29,6 +29,7 @@ struct CompleteWork {
   int request, kv_head, seq_len, slot;
   bool bad, reuses;     // reuses: the request has a ring and tokens, and no error
   int stored, sampled;  // Matched::stored, amend's answer
+  int size;             // of a sample at most
   int hits, start;      // heads that hit; the first token read
   bool stores;          // the new entry may be reused
   int place;            // of it; may be a matched one's
@@ -103,8 +104,10 @@ MAC_DEVICE void look_at_heads(const CompleteParams& p, CompleteWork& work, int s
   }
   work.hits = static_cast<int>(ptx::reduce_add(work.hits));
   work.start = static_cast<int>(~ptx::reduce_max(~static_cast<uint32_t>(work.start)));
-  const bool drawn = S == 0 || (work.sampled >= 0 && work.sampled <= kCandidateRoom * S);
-  work.stores = ptx::ballot(shallow) && band_start(work.seq_len - 1, p.band) > 0 && drawn;
+  const int old_end = band_start(work.seq_len - 1, p.band);
+  work.size = sample_size(S, old_end);
+  const bool drawn = S == 0 || (work.sampled >= 0 && work.sampled <= kCandidateRoom * work.size);
+  work.stores = ptx::ballot(shallow) && old_end > 0 && drawn;
   const int stored = work.stored < 0 ? 0 : work.stored;
   work.place = stored < M ? stored : stored - M;
 }
@@ -118,8 +121,8 @@ MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& wo
   if (work.stores) *p.ring.position(slot, work.kv_head, work.place) = n - 1;
   if (S > 0) {
     float* tau = p.ring.tau(slot, work.kv_head);
-    const float base = work.stored != kNoHistory && usable_tau(*tau) ? *tau : first_tau(S);
-    *tau = work.hits == 0 && work.sampled >= 0 ? next_tau(base, work.sampled, S) : base;
+    const float base = work.stored != kNoHistory && usable_tau(*tau) ? *tau : first_tau(work.size);
+    *tau = work.hits == 0 && work.sampled >= 0 ? next_tau(base, work.sampled, work.size) : base;
   }
   int64_t* counters = p.ring.counters(slot);
   const int anchors = S > 0 && work.hits > 0 ? work.sampled : 0;

@@ -207,7 +207,7 @@ struct RingSearch {
     const int lane = ptx::lane_id(), position = r.seq_len - 1;
     if (shared.errors) stored = kNoHistory, places = 0;
     const bool searches = stored > 0 && r.seq_len >= p.min_context;
-    const int oldest = position - p.window > p.band ? position - p.window : p.band;  // E(c) > 0 needs c >= band
+    const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors);
 #pragma unroll 1
     for (int first = first_place; searches && first < places; first += stride) {
       const Candidate c = next;

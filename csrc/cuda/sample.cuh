@@ -145,10 +145,11 @@ MAC_DEVICE void sort_chosen(SampleScratch& scratch, int count) {
 // risen to, by tau. The whole block takes part.
 MAC_DEVICE int choose_sample(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, bool served,
                              SampleScratch& scratch, float& raise) {
-  const int S = p.num_anchors, room = kCandidateRoom * S, group = piece.kv_group(p);
-  const int sampled = ptx::load_volatile(w.sampled + group), count = served && sampled <= room ? sampled : 0;
+  const int size = sample_size(p.num_anchors, piece.work.old_end), group = piece.kv_group(p);
+  const int sampled = ptx::load_volatile(w.sampled + group);
+  const int count = served && sampled <= kCandidateRoom * size ? sampled : 0;
   const uint32_t seed = sample_seed(piece.work.seq_len - 1, piece.kv_head, p.layer);
-  const Candidate* candidates = w.candidate + static_cast<int64_t>(group) * room;
+  const Candidate* candidates = w.candidate + static_cast<int64_t>(group) * kCandidateRoom * p.num_anchors;
 #pragma unroll 4
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const Candidate c = candidates[i];
@@ -160,10 +161,10 @@ MAC_DEVICE int choose_sample(const AmendParams& p, const AmendWorkspace& w, cons
     w.sampled[group] = 0;  // as the next call wants to find it; all have read it
     if (served) p.sampled[group] = sampled;
   }
-  const uint32_t cut = count > S ? first_key_cut(scratch, count, S) : 0;
+  const uint32_t cut = count > size ? first_key_cut(scratch, count, size) : 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    if (count > S && scratch.key[i] <= cut) continue;
+    if (count > size && scratch.key[i] <= cut) continue;
     const Candidate c = candidates[i];
     const auto token = static_cast<unsigned long long>(c.token);
     scratch.chosen[ptx::atomic_add(&scratch.num_chosen, 1)] = token << 32 | float_bits(c.lead);

@@ -62,7 +62,7 @@ MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w
   }
   // Padding, and a length that cannot be: one tile without tokens, so that its state is written.
   if (n <= 0 || n > w.max_tokens) return {0, 0, 0, kMiss, 0, 0, 1};
-  const int anchor_tiles = start > 0 ? tiles_for(p.num_anchors) : 0;
+  const int anchor_tiles = start > 0 ? tiles_for(sample_size(p.num_anchors, start)) : 0;
   const int old_end = !reuses ? 0 : anchor_tiles > 0 ? start : band_start(n - 1, p.band);
   const int old_tiles = tiles_for(old_end - start);
   return {n, start, old_end, place, old_tiles, anchor_tiles, old_tiles + anchor_tiles + tiles_for(n - old_end)};
@@ -89,7 +89,7 @@ struct TileTokens {
 MAC_DEVICE TileTokens tile_tokens(const AmendParams& p, const KvHeadWork& work, int tile) {
   if (tile < work.old_tiles) return {work.start + tile * kTileTokens, work.old_end, false};
   tile -= work.old_tiles;
-  if (tile < work.anchor_tiles) return {tile * kTileTokens, p.num_anchors, true};
+  if (tile < work.anchor_tiles) return {tile * kTileTokens, sample_size(p.num_anchors, work.start), true};
   tile -= work.anchor_tiles;
   return {work.old_end + tile * kTileTokens, work.seq_len, false};
 }

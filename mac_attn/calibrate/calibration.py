@@ -10,7 +10,8 @@ from typing import Any
 from mac_attn._checks import check_int
 from mac_attn.config import ReuseConfig
 
-_FORMAT = "mac_attn calibration 1"
+_FORMAT = "mac_attn calibration 2"
+_BEFORE = "mac_attn calibration 1"  # of the heaviest tokens as anchors, and a window of entries
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,15 @@ class Calibration:
     def load(cls, path: str | Path) -> Calibration:
         """What `save` wrote.
 
-        Raises ValueError or TypeError if the file is not one, or holds options that are not valid.
+        Raises ValueError if the file is not one, is one of an earlier version, whose choices do not
+        carry over, or holds options that are not valid.
         """
         try:
             content: dict[str, Any] = json.loads(Path(path).read_text())
+            if content["format"] == _BEFORE:
+                raise ValueError(
+                    "an earlier version made it: what it chose means something else now"
+                )
             if content["format"] != _FORMAT:
                 raise ValueError(f"format is {content['format']!r}, must be {_FORMAT!r}")
             return cls(

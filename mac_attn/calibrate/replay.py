@@ -15,7 +15,7 @@ from mac_attn.paging import dense_as_pages
 
 from .capture import Capture
 
-# Seeded rings that are kept: those of SmolLM2's 30 layers take some 60 MB.
+# Seeded rings that are kept: those of SmolLM2's 30 layers take some 100 MB.
 _KEPT_SEEDS = 3
 
 
@@ -26,8 +26,8 @@ class Replayed:
     Attributes:
         error: [steps, L, Hq] float32, |out - exact| / |exact|.
         source: [steps, L, Hq] int32, the matched position, -1 for a miss.
-        depth: [steps, L, Hq] int32, hits in a row that made the new entry.
-        tokens: [steps, L, Hkv] int32, tokens whose key and value were read.
+        depth: [steps, L, Hq] int32, 0 for a miss, else one more than the reused entry's.
+        tokens: [steps, L, Hkv] int32, tokens whose key and value were read, anchors included.
         seq_lens: [steps] int32.
     """
 
@@ -78,7 +78,7 @@ class Replayer:
     def __init__(self, captured: Capture) -> None:
         self.captured = captured
         self._kv = dense_as_pages(captured.k, captured.v)
-        self._seeds: OrderedDict[tuple[int, int, int], list[Tensor]] = OrderedDict()
+        self._seeds: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
     def __call__(self, config: ReuseConfig | Sequence[ReuseConfig]) -> Replayed:
         """Decode all steps with these options, one for all layers or one for each.
@@ -121,26 +121,42 @@ class Replayer:
         shape = (c.steps, len(layers), c.num_qo_heads)
         error = torch.empty(shape, device=c.k.device)
         source, depth = (torch.empty(shape, dtype=torch.int32, device=c.k.device) for _ in range(2))
-        anchors = torch.empty(
-            (*shape[:2], c.num_kv_heads), dtype=torch.int32, device=c.k.device
-        )  # of the new entry: on a hit the inherited ones
+        shape = (c.steps, len(layers), c.num_kv_heads)
+        anchors = torch.zeros(shape, dtype=torch.int32, device=c.k.device)  # read by hits
+        rows, kv_heads = slots[:, None].long(), torch.arange(c.num_qo_heads, device=c.k.device)
+        kv_heads, within = kv_heads // reuse.group_size, kv_heads % reuse.group_size
         for step in range(c.steps):
             position = first + step
             lens = torch.full_like(slots, position + 1)
             query, matching = q[:, step].contiguous(), q_match[:, step].contiguous()
-            # mac_attn.decode in its three parts, for what match answers.
-            found = mac_attn.match(reuse, matching, lens, slots)
+            # mac_attn.decode in its three parts, for what the first two answer.
+            matched = mac_attn.match(reuse, matching, lens, slots)
+            hit = matched.source >= 0
+            place = matched.place.long().clamp(min=0)
+            depth[step] = torch.where(hit, reuse.ring_depth[rows, kv_heads, place, within] + 1, 0)
             amended = mac_attn.amend(
-                query, kv, table, lens, source=found, reuse=reuse, slots=slots, sm_scale=c.sm_scale
+                query,
+                kv,
+                table,
+                lens,
+                matched=matched,
+                reuse=reuse,
+                slots=slots,
+                sm_scale=c.sm_scale,
             )
             out, _ = mac_attn.complete(
-                amended, lens, reuse=reuse, source=found, q_match=matching, slots=slots
+                amended,
+                lens,
+                reuse=reuse,
+                matched=matched,
+                q=query,
+                q_match=matching,
+                slots=slots,
             )
             error[step] = (out.float() - exact[:, step]).norm(dim=-1) / norms[:, step]
-            source[step] = found
-            slot = position % config.window
-            depth[step] = reuse.ring_depth[:, :, slot].flatten(1)
-            anchors[step] = (reuse.ring_anchors[:, :, slot] >= 0).sum(-1)
+            source[step] = matched.source
+            if config.anchors:  # then the heads of a KV head decide together
+                anchors[step] = torch.where(hit[:, :: reuse.group_size], amended.sampled, 0)
         seq_lens = torch.arange(first + 1, c.num_tokens + 1, dtype=torch.int32)
         tokens = tokens_read(config, source.cpu(), anchors.cpu(), seq_lens)
         return Replayed(error.cpu(), source.cpu(), depth.cpu(), tokens, seq_lens)
@@ -157,17 +173,16 @@ class Replayer:
             dtype=c.k.dtype,
             device=c.k.device,
         )
-        key = (config.window, config.band, config.anchors)
+        key = (config.entries, config.window, config.band, config.anchors)
         if key not in self._seeds:
             self._seeds[key] = self._seed(config)
             if len(self._seeds) > _KEPT_SEEDS:
                 self._seeds.popitem(last=False)
         self._seeds.move_to_end(key)
-        for ring, seeded in zip(reuse._rings(), self._seeds[key], strict=True):
-            ring.copy_(seeded[layers])
+        reuse.ring.copy_(self._seeds[key][layers])
         return reuse
 
-    def _seed(self, config: ReuseConfig) -> list[Tensor]:
+    def _seed(self, config: ReuseConfig) -> Tensor:
         c = self.captured
         reuse = ReuseCache(
             config,
@@ -192,7 +207,7 @@ class Replayer:
             q_match=c.q_match[:, queries].contiguous(),
             sm_scale=c.sm_scale,
         )
-        return list(reuse._rings())
+        return reuse.ring
 
 
 def tokens_read(config: ReuseConfig, source: Tensor, anchors: Tensor, seq_lens: Tensor) -> Tensor:
@@ -204,11 +219,10 @@ def tokens_read(config: ReuseConfig, source: Tensor, anchors: Tensor, seq_lens: 
     Args:
         config: the options.
         source: [steps, L, Hq] int32, what `match` answered.
-        anchors: [steps, L, Hkv] int32, how many anchors the new entry has.
+        anchors: [steps, L, Hkv] int32, how many anchors a hit has read.
         seq_lens: [steps] int32.
     """
     start = (source + 1 - config.band).clamp(min=0)
     start = start.unflatten(2, (anchors.shape[2], -1)).amin(dim=3)
-    inherited = torch.where(start > 0, anchors, 0)
-    tokens: Tensor = seq_lens[:, None, None] - start + inherited
+    tokens: Tensor = seq_lens[:, None, None] - start + anchors
     return tokens.to(torch.int32)

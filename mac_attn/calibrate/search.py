@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # 0 never hits and is exact.
-THRESHOLDS = (0.0, 0.05, 0.08, 0.12, 0.16, 0.2, 0.26, 0.36, 0.6)
-ANCHORS = (16, 64, 128)
+THRESHOLDS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65)
+ANCHORS = (128, 256, 512, 1024)
 
 
 def calibrate(

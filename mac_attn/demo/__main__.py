@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(options.device or _best_device())
     dtype = DTYPES[options.dtype or _best_dtype(device)]
     config = ReuseConfig(
+        entries=options.entries,
         window=options.window,
         band=options.band,
         anchors=options.anchors,
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         where = torch.cuda.get_device_name(device)
     heading = f"{name}, {str(dtype).removeprefix('torch.')}, {where}"
     settings = (
-        f"window {config.window}, band {config.band}, anchors {config.anchors}, "
+        f"{config.entries} entries, window {config.window}, band {config.band}, "
+        f"anchors {config.anchors}, "
         f"threshold {config.threshold} ({config.threshold_mode})"
     )
     choice = Choice(_stop_tokens(model, tokenizer), options.repetition_penalty)
@@ -102,9 +104,10 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, help="default: bfloat16 where the processor has it, else float32"
     )
     for option, meaning in (
-        ("window", "how many recent queries are searched"),
+        ("entries", "how many recent queries are kept"),
+        ("window", "how many tokens back one may lie"),
         ("band", "newest tokens that are always attended afresh"),
-        ("anchors", "heaviest tokens that a hit attends exactly"),
+        ("anchors", "sampled tokens that a hit attends exactly"),
         ("threshold", "how far apart two queries may be, relative to their length"),
         ("min_context", "shortest context that is reused"),
     ):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mac_attn
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ODD_DTYPES = (*DTYPES, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool)
 INTS = (0, 1, -1, 2, 7, 63, 2**15, 2**31 - 1, -(2**31), 2**30)
@@ -29,7 +31,7 @@ class Call:
         # An input that has run out gives the lowest number: let that be a full call.
         self.batch, self.kv_heads, self.group = 3 - pick(0, 3), pick(1, 2), pick(1, 5)
         self.head_dim = draw.PickValueInList([16, 32, 48, 80, 256])
-        self.slots, self.window, self.num_anchors = 5 - pick(1, 4), 7 - pick(1, 6), pick(0, 3)
+        self.slots, self.entries, self.num_anchors = 5 - pick(1, 4), 7 - pick(1, 6), pick(0, 3)
         self.band, self.page_size, self.max_pages = pick(1, 5), 6 - pick(1, 5), 5 - pick(0, 5)
         self.num_pages = 6 - pick(0, 6)
         self.dtype = draw.PickValueInList(list(DTYPES))
@@ -46,23 +48,20 @@ class Call:
     def makers(self) -> dict[str, Callable[[], Any]]:
         """What makes each argument of a call that is valid, or nearly."""
         B, H, G, D = self.batch, self.kv_heads, self.group, self.head_dim
-        N, M, S = self.slots, self.window, self.num_anchors
+        N, M, S = self.slots, self.entries, self.num_anchors
         longest = self.max_pages * self.page_size if self.num_pages else 0
         lens = self.ints(B, low=0, high=longest + 1)
         order = torch.randperm(N, generator=self.generator).int()
         slots = order[:B] if B <= N else self.ints(B, low=0, high=N)
         slots[torch.rand(B, generator=self.generator) < 0.2] = -1  # requests without a ring
-        begin, end = torch.zeros(N).int(), torch.zeros(N).int()
-        position = torch.full((N, M), -1, dtype=torch.int32)
-        for n, slot in zip(lens.tolist(), slots.tolist(), strict=True):
-            end[slot] = max(0, n - 1)  # the slot's history is unbroken
-            for c in range(max(0, n - 1 - M), max(0, n - 1)):
-                position[slot, c % M] = c
+        rings = self.rings(lens, slots)
         cache = (self.num_pages, self.page_size, H, D)
         source = torch.full((B, H * G), -1, dtype=torch.int32)
+        stored = torch.where(slots >= 0, rings["ring_stored"][slots.clamp(min=0).long(), 0], -1)
         if self.draw.ConsumeBool():  # the newest entry of each that has one
-            old_enough = (lens - 2 >= self.band)[:, None]
+            old_enough = ((lens - 2 >= self.band) & (slots >= 0))[:, None]
             source = torch.where(old_enough, (lens - 2)[:, None], source).contiguous()
+        place = torch.where(source >= 0, source % M, -1)
         return {
             "q": lambda: self.normal(B, H * G, D),
             "q_match": lambda: self.normal(B, H * G, D),
@@ -74,26 +73,26 @@ class Call:
             "slots": lambda: slots,
             "request_ids": lambda: None,
             "source": lambda: source,
+            "place": lambda: place,
+            "stored": lambda: stored[:, None].expand(B, H).contiguous(),
             "states": lambda: self.normal(2, B, H * G, D, dtype=torch.float32),
             "state_lse": lambda: self.normal(2, B, H * G, dtype=torch.float32),
-            "anchors": lambda: torch.full((B, H, S), -1, dtype=torch.int32),
-            "ring_query": lambda: self.normal(N, H, M, G, D),
-            "ring_out": lambda: self.normal(N, H, M, G, D, dtype=torch.float32),
-            "ring_lse": lambda: self.normal(N, H, M, G, dtype=torch.float32),
-            "ring_depth": lambda: self.ints(N, H, M, G, low=0, high=3),
-            "ring_anchors": lambda: torch.full((N, H, M, S), -1, dtype=torch.int32),
-            "ring_position": lambda: position,
-            "slot_begin": lambda: begin,
-            "slot_end": lambda: end,
-            "slot_request": lambda: torch.full((N,), -1, dtype=torch.int64),
-            "counters": lambda: torch.zeros(N, 6, dtype=torch.int64),
+            "log_ratio": lambda: self.normal(B, H * G, dtype=torch.float32),
+            "anchor_positions": lambda: torch.full((B, H, S), -1, dtype=torch.int32),
+            "anchor_weights": lambda: torch.zeros(B, H, S),
+            "sampled": lambda: self.ints(B, H, low=-1, high=4 * S + 2),
+            "ring": lambda: rings["ring"],
+            "num_kv_heads": lambda: H,
+            "entries": lambda: M,
+            "anchors": lambda: S,
+            "layer": lambda: 3,
             "threshold": lambda: torch.full((H * G,), 3.0),
             "relative": lambda: self.draw.ConsumeBool(),
             "per_head": lambda: self.per_head,
-            "window": lambda: M,
+            "window": lambda: 6,
             "band": lambda: self.band,
             "min_context": lambda: 0,
-            "max_reuse_depth": lambda: 2**31 - 1,
+            "max_reuse_depth": lambda: 1 if S else 2**31 - 1,
             "sm_scale": lambda: 0.25,
             "logits_soft_cap": lambda: self.draw.PickValueInList([0.0, 2.0]),
             "workspace": lambda: None,
@@ -104,6 +103,38 @@ class Call:
             "out": lambda: self.normal(B, H * G, D),
             "lse": lambda: self.normal(B, H * G, dtype=torch.float32),
         }
+
+    def rings(self, lens: Tensor, slots: Tensor) -> dict[str, Tensor]:
+        """The rings of a cache by name of their parts; histories end where the requests go on."""
+        cfg = mac_attn.ReuseConfig(
+            entries=self.entries,
+            band=self.band,
+            anchors=self.num_anchors,
+            max_reuse_depth=1 if self.num_anchors else None,
+        )
+        cache = mac_attn.ReuseCache(
+            cfg, num_slots=self.slots, num_qo_heads=self.kv_heads * self.group,
+            num_kv_heads=self.kv_heads, head_dim=self.head_dim, dtype=self.dtype,
+        )  # fmt: skip
+        for name in ("query", "rotated", "out", "lse", "last_lse"):
+            part = getattr(cache, f"ring_{name}")
+            part.copy_(self.normal(*part.shape, dtype=torch.float32))
+        cache.ring_tau.fill_(0.1)
+        cache.ring_anchors.fill_(-1)
+        cache.ring_position.fill_(-1)
+        for n, slot in zip(lens.tolist(), slots.tolist(), strict=True):
+            if slot < 0:
+                continue
+            cache.slot_end[slot] = max(0, n - 1)
+            for c in range(max(self.band, n - 1 - self.entries), n - 1):
+                cache.ring_position[slot, :, c % self.entries] = c
+                for i in range(min(self.num_anchors, c + 1 - self.band)):
+                    cache.ring_anchors[slot, :, c % self.entries, i] = i
+                    cache.ring_anchor_weights[slot, :, c % self.entries, i] = i
+            if n > 1:  # the newest lies at (n - 2) % M, and the ring counts as full
+                at = (n - 2) % self.entries + 1
+                cache.ring_stored[slot] = at if at == self.entries else self.entries + at
+        return {"ring": cache.ring, "ring_stored": cache.ring_stored}
 
     def frequencies(self) -> Tensor:
         """Of a rotary embedding, sometimes of more dimensions than there are."""
@@ -145,7 +176,10 @@ class Call:
         return self.other_strides(value)
 
     def other_values(self, value: Tensor) -> Tensor:
-        value = value.clone(memory_format=torch.contiguous_format)
+        value = whole = value.clone(memory_format=torch.contiguous_format)
+        if value.dtype == torch.uint8 and value.ndim and value.shape[-1] % 4 == 0:
+            # Rings hold numbers of all types.
+            value = value.view(torch.float32 if self.draw.ConsumeBool() else torch.int32)
         for _ in range(self.draw.ConsumeIntInRange(1, 3)):
             if value.numel() == 0:
                 break
@@ -158,7 +192,7 @@ class Call:
                     if self.draw.ConsumeBool()
                     else self.draw.ConsumeIntInRange(-2, 40)
                 )
-        return value
+        return whole
 
     def other_strides(self, value: Tensor) -> Tensor:
         """The same shape in a storage just large enough: gaps, overlaps, expanded, transposed."""

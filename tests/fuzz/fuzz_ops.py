@@ -39,8 +39,10 @@ def overload(name: str) -> Any:
 
 
 def arguments_of(name: str) -> list[str]:
-    """Names of an op's arguments, from its schema."""
-    return [a.name for a in overload(name)._schema.arguments]
+    """Names of an op's arguments, from its schema; `anchors` are a number or positions."""
+    arguments = overload(name)._schema.arguments
+    positions = {a.name for a in arguments if a.name == "anchors" and str(a.type) == "Tensor"}
+    return ["anchor_positions" if a.name in positions else a.name for a in arguments]
 
 
 OP_NAMES = ("match", "amend", "complete", "complete_exact", "decode_exact", "decode_reuse")
@@ -56,12 +58,13 @@ def one_op(call: Call, name: str) -> None:
 def whole_step(call: Call) -> None:
     """match, amend and complete, each fed with the answer of the one before."""
     args = call.args
-    args["source"] = OPS.match(*[args[a] for a in ARGUMENTS["match"]])
+    matched = OPS.match(*[args[a] for a in ARGUMENTS["match"]])
+    args |= zip(("source", "place", "stored"), matched, strict=True)
     if call.draw.ConsumeBool():
         call.spoil()
-    args["states"], args["state_lse"], args["anchors"] = OPS.amend(
-        *[args[a] for a in ARGUMENTS["amend"]]
-    )
+    amended = OPS.amend(*[args[a] for a in ARGUMENTS["amend"]])
+    names = ("states", "state_lse", "log_ratio", "anchor_positions", "anchor_weights", "sampled")
+    args |= zip(names, amended, strict=True)
     if call.draw.ConsumeBool():
         call.spoil()
     OPS.complete(*[args[a] for a in ARGUMENTS["complete"]])
@@ -102,7 +105,7 @@ def rotary_decode(call: Call) -> None:
 def cache_methods(call: Call) -> None:
     """The methods of a ReuseCache with arbitrary slots and lengths."""
     pick = call.draw.ConsumeIntInRange
-    cfg = mac_attn.ReuseConfig(window=call.window, band=call.band, anchors=call.num_anchors)
+    cfg = mac_attn.ReuseConfig(entries=call.entries, band=call.band, anchors=call.num_anchors)
     cache = mac_attn.ReuseCache(
         cfg,
         num_slots=call.slots,

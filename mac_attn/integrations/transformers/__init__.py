@@ -13,15 +13,15 @@ cache in use (chunked prefill, draft tokens) are SDPA and `seed` again. Without 
 SDPA.
 """
 
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from .attention import mac_attention_forward
+from .attention import mac_attention_forward, mac_mask
 from .cache import MacCache
-from .layer import Mode
+from .shared import Mode
 from .timer import AttentionTimer
 
 __all__ = ["AttentionTimer", "MacCache", "Mode", "mac_attention_forward"]
 
 AttentionInterface.register("mac", mac_attention_forward)
-AttentionMaskInterface.register("mac", sdpa_mask)
+AttentionMaskInterface.register("mac", mac_mask)

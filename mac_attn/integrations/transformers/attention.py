@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from .layer import MacLayer
+from .shared import Mode
+from .support import Refusal, check_config, check_keywords, check_module
 from .timer import measured
-
-# What other models hand to their attention and SDPA would ignore or mac_attn cannot do.
-_UNSUPPORTED = ("position_bias", "s_aux", "softcap", "cache")
 
 
 def mac_attention_forward(
@@ -22,8 +22,10 @@ def mac_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer: `mac_attn.decode` for single new tokens in a MacCache, else SDPA.
@@ -31,59 +33,106 @@ def mac_attention_forward(
     Args:
         module: the model's attention module.
         query: [B, Hq, T, D] post-RoPE.
-        key: [B, Hkv, n, D], what `MacCache.update` returned (any other tensor means SDPA).
-        value: [B, Hkv, n, D].
+        key: [B, Hkv, n, D]. What `MacCache.update` returned; any other tensor means SDPA.
+        value: [B, Hkv, n, D], likewise.
         attention_mask: bool or additive float [B, 1, T, n], or None for plain causal attention.
-        scaling: factor of the logits; None is 1 / sqrt(D).
-        sliding_window: not None marks a layer with local attention, which is left to SDPA.
-        **kwargs: handed on to SDPA.
+        dropout, scaling, is_causal, position_bias: as for SDPA, in transformers' order; `scaling`
+            is the factor of the logits, and None is 1 / sqrt(D).
+        **kwargs: `sliding_window` not None marks a layer with local attention, which is left to
+            SDPA. Others must be None, or known to change nothing.
     Returns:
         ([B, T, Hq, D], None): there are no attention weights to return.
     Raises:
-        ValueError: a mask other than causal with left padding, training mode, or an argument that
-            changes the attention in a way mac_attn does not know.
+        ValueError: transformers gives the model no SDPA; a keyword that SDPA would swallow; fewer
+            queries than keys and no mask. In a MacCache also a mask other than causal with left
+            padding, dropout, a position bias, training mode, and heads that mac_attn does not do.
+            The cache is then as it was before the forward.
     """
     layer: MacLayer | None = getattr(key, "mac_layer", None)
-    is_local = sliding_window is not None or (layer is not None and not layer.is_full_attention)
-    if layer is not None:
-        try:
-            _check_supported(module, kwargs)
-            if not is_local:
-                layer.observe(attention_mask, query)
-        except ValueError:
-            layer.length -= query.shape[2]  # as if the refused call had not been made
-            raise
-
-    def sdpa() -> tuple[Tensor, None]:
-        with measured(query.device):
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    try:
+        check_module(module)
+        check_keywords(kwargs)
+        new, length = query.shape[2], key.shape[2]
+        if attention_mask is None and 1 < new < length and _is_causal(module, is_causal):
+            # SDPA would let the first query see the first key alone, the second two, and so on.
+            raise Refusal(
+                f"attention_mask is None for {new} queries and {length} keys: the model must pass "
+                "a mask that tells which tokens they may see"
             )
+        mode: Mode | None = None
+        if layer is not None:
+            local = kwargs.get("sliding_window") is not None
+            mode = layer.claim(query, value, attention_mask, local=local)
+        if mode is not None:
+            _check_cached(module, dropout, position_bias, new, attention_mask, is_causal)
+    except Refusal:
+        if layer is not None:
+            layer.shared.roll_back()
+        raise
 
-    if layer is None or is_local:
-        return sdpa()
-    mode = layer.shared.mode
-    if query.shape[2] > 1:
-        output = sdpa()
-        if mode == "reuse":
-            layer.seed(query, scaling)
-        return output
-    if mode == "sdpa":
-        return sdpa()
     with measured(query.device):
-        if mode == "packed-sdpa":
-            return _packed_sdpa(query, key, value, attention_mask, scaling), None
-        return layer.decode(query, scaling), None
-
-
-def _check_supported(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"MacCache does not support attention with `{name}`; use a DynamicCache"
+        if layer is None or mode is None or mode == "sdpa" or new > 1:
+            output, _ = sdpa_attention_forward(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                is_causal=is_causal,
+                position_bias=position_bias,
+                **kwargs,
             )
+        elif mode == "packed-sdpa":
+            output = _packed_sdpa(query, key, value, attention_mask, scaling)
+        else:
+            output = layer.decode(query, scaling, reuse=mode == "reuse")
+    if layer is not None and mode == "reuse" and new > 1:
+        layer.seed(query, scaling)
+    return output, None
+
+
+def mac_mask(**kwargs: Any) -> Tensor | None:
+    """The mask of SDPA, which "mac" takes too; None only where SDPA's own causal mask is meant.
+
+    Raises:
+        ValueError: transformers gives the model no SDPA.
+    """
+    config = kwargs.get("config")
+    if config is not None:
+        check_config(config)
+    new, length = kwargs.get("q_length"), kwargs.get("kv_length")
+    # Gemma 4 drops queries between its mask and the layers that share KV, and a mask that is not
+    # there is not cut; with "sdpa", whose name it looks for, it does not drop them then.
+    if new != 1 and (new != length or getattr(config, "num_kv_shared_layers", 0)):
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(**kwargs)
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+def _check_cached(
+    module: nn.Module,
+    dropout: float,
+    position_bias: Tensor | None,
+    new: int,
+    attention_mask: Tensor | None,
+    is_causal: bool | None,
+) -> None:
+    """What SDPA can do and attention in a MacCache cannot."""
     if module.training and torch.is_grad_enabled():
-        raise ValueError("MacCache is for inference: call model.eval() or use torch.no_grad()")
+        raise Refusal("MacCache is for inference: call model.eval() or use torch.no_grad()")
+    if dropout:
+        raise Refusal(f"dropout is {dropout} with a MacCache, must be 0: call model.eval()")
+    if position_bias is not None:
+        raise Refusal(
+            "position_bias: a MacCache needs attention without a bias; use transformers' own cache"
+        )
+    if new > 1 and attention_mask is None and not _is_causal(module, is_causal):
+        raise Refusal("is_causal is False: a MacCache needs causal attention")
 
 
 def _packed_sdpa(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -13,33 +11,46 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 import mac_attn
-from mac_attn._checks import check_type
+from mac_attn._checks import check_int, check_type
 
-from .layer import MacLayer, Mode, Shared
-
-logger = logging.getLogger(__name__)
+from .layer import Kind, MacLayer
+from .rotation import PROBE_TOKENS, Link, Rotation, find_rotations
+from .shared import Mode, Shared
+from .support import Refusal, check_model
 
 _DEFAULT_CONFIG = mac_attn.ReuseConfig()
-_SLIDING, _FULL = "sliding_attention", "full_attention"
+# transformers' words for kinds of layers. Those that share the keys of others are "dummy" to it.
+_KINDS: dict[str, Kind] = {
+    "full_attention": "full",
+    "sliding_attention": "local",
+    "chunked_attention": "local",
+    "dummy": "none",
+    "moe": "none",
+    "mlp": "none",
+}
+
+Rotary = mac_attn.RotaryEmbedding | Sequence[mac_attn.RotaryEmbedding | None] | None
 
 
 class MacCache(Cache):
-    """A preallocated KV cache whose decode steps reuse attention, for `past_key_values`.
+    """A preallocated KV cache whose decode steps reuse attention, for transformers models.
 
-    Works with every transformers model whose attention goes through the attention interface and is
-    plain causal (grouped-query) attention with rotary embedding: Llama, Qwen2, Qwen3, Mistral and
-    their like. Left-padded batches, beam search, assisted decoding, chunked prefill and continuing
-    a conversation work as with transformers' own caches. For inference: it keeps no gradients.
+    Works with every model whose attention goes through transformers' attention interface and is
+    plain causal attention, in any of its layers; docs/transformers.md lists them. Left-padded
+    batches, beam search, assisted decoding, chunked prefill and continuing a conversation work as
+    with transformers' own caches. For inference: it keeps no gradients, and a backward pass raises.
 
     Args:
-        model: the model, with `attn_implementation="mac"` when it is called.
+        model: the model, with attention implementation "mac". With a `config` and no `rotary` it is
+            run once, on 16 tokens, to see how each layer rotates its queries.
         max_length: tokens per request that the cache can hold, padding included.
         batch_size: requests per batch (times beams or returned sequences). None takes it from the
             first forward, and anew after `reset()`.
         config: what to reuse when, one for all layers or one for each (`Calibration.configs`); None
             means exact decode attention.
-        rotary: the model's rotary embedding. None takes it from the model, which tells all but
-            whether it pairs dimensions interleaved (GPT-J, Cohere, GLM).
+        rotary: how queries are rotated, one for all layers or one for each, with None for a layer
+            that does not rotate. None takes it from the model, and follows it if its frequencies
+            change while the cache is empty (`model.to(dtype)` rounds them).
 
     Attributes:
         mode: what a decode step runs: "reuse", "exact" (`mac_attn.decode` without reuse), "sdpa"
@@ -48,8 +59,10 @@ class MacCache(Cache):
             the reuse rings do not see steps taken in another mode and start anew after them.
 
     Raises:
-        ValueError: an argument does not fit, a layer has attention of another kind than full or
-            sliding-window, or the model's rotary embedding changes with the length.
+        ValueError: an argument does not fit; transformers gives the model no SDPA; a layer keeps
+            something else than keys and values; or a layer rotates its queries in a way that is not
+            known, or that changes with the length.
+        TypeError: an argument is of the wrong type.
     """
 
     layers: list[MacLayer]  # type: ignore[assignment] # lists of the base class are invariant
@@ -61,38 +74,52 @@ class MacCache(Cache):
         max_length: int,
         batch_size: int | None = None,
         config: mac_attn.ReuseConfig | Sequence[mac_attn.ReuseConfig] | None = _DEFAULT_CONFIG,
-        rotary: mac_attn.RotaryEmbedding | None = None,
+        rotary: Rotary = None,
     ) -> None:
-        for name, value in (("max_length", max_length), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, must be at least 1")
+        check_type("model", model, PreTrainedModel)
+        check_int("max_length", max_length, low=1)
+        if batch_size is not None:
+            check_int("batch_size", batch_size, low=1)
+        check_model(model)
         text_config = model.config.get_text_config(decoder=True)
-        layer_types = _layer_types(text_config)
-        if unknown := set(layer_types) - {_FULL, _SLIDING}:
-            raise ValueError(
-                f"MacCache supports layers of type {_FULL!r} and {_SLIDING!r}; this model also has "
-                f"{sorted(unknown)}"
-            )
-        if _SLIDING in layer_types:
-            logger.warning(
-                "%d of %d layers use sliding-window attention; they are left to SDPA",
-                layer_types.count(_SLIDING),
-                len(layer_types),
-            )
-        configs = _layer_configs(config, len(layer_types))
-        if config is not None and rotary is None:
-            rotary = mac_attn.RotaryEmbedding.from_transformers(model)
-        mode: Mode = "exact" if config is None else "reuse"
-        self._shared = Shared(max_length, batch_size, rotary, mode)
-        group_size = text_config.num_attention_heads // text_config.num_key_value_heads
-        super().__init__(
-            layers=[
-                MacLayer(self._shared, group_size, kind == _FULL, layer_config)
-                for kind, layer_config in zip(layer_types, configs, strict=True)
-            ]
-        )
+        kinds = _kinds(text_config)
+        configs = _per_layer("config", config, mac_attn.ReuseConfig, len(kinds))
+        rotaries = _per_layer("rotary", rotary, mac_attn.RotaryEmbedding, len(kinds))
+
         # Not the config: a deep copy of the cache must go on watching the same model.
-        self._model = weakref.ref(model)
+        self._model = Link(model)
+        self._rotations: dict[int, Rotation | None] = {}
+        strangers: list[str | None] = [None] * len(kinds)
+        if config is not None and rotary is None:
+            probe = MacCache(model, max_length=PROBE_TOKENS, config=None)
+            self._rotations = find_rotations(model, probe)
+            strangers = [layer.stranger for layer in probe.layers]
+            # What the probe did not see is never decoded here; see Shared.warn_of_strangers.
+            configs = [c if i in self._rotations else None for i, c in enumerate(configs)]
+            rotaries = [r and r.embedding for r in map(self._rotations.get, range(len(kinds)))]
+        mode: Mode = "exact" if config is None else "reuse"
+        self._reuses = config is not None
+        self._shared = Shared(max_length, batch_size, mode)
+        layers = [
+            MacLayer(self._shared, index, kind, _window(text_config), *each)
+            for index, (kind, *each) in enumerate(zip(kinds, configs, rotaries, strict=True))
+        ]
+        for layer, stranger in zip(layers, strangers, strict=True):
+            layer.stranger = stranger
+        self._shared.layers = [layer for layer in layers if layer.kind != "none"]
+        self._shared.warn_of_strangers()
+        super().__init__(layers=layers)  # type: ignore[arg-type] # as above
+
+    def __repr__(self) -> str:
+        first = self._shared.layers[0]
+        stored = "empty"
+        if first.is_initialized:
+            stored = f"{first.batch_size} x {first.length} tokens in {first.dtype}"
+        reusing = sum(layer.config is not None for layer in self._shared.layers)
+        return (
+            f"MacCache({len(self._shared.layers)} layers, {reusing} that reuse, "
+            f"max_length={self._shared.max_length}, mode={self.mode!r}): {stored}"
+        )
 
     @property
     def mode(self) -> Mode:
@@ -102,9 +129,9 @@ class MacCache(Cache):
     def mode(self, mode: Mode) -> None:
         modes = get_args(Mode)
         if mode not in modes:
-            raise ValueError(f"mode is {mode!r}, must be one of {modes}")
-        if mode == "reuse" and self.layers[0].config is None:
-            raise ValueError("mode 'reuse' needs a MacCache made with a `config`")
+            raise Refusal(f"mode is {mode!r}, must be one of {modes}")
+        if mode == "reuse" and not self._reuses:
+            raise Refusal("mode 'reuse' needs a MacCache made with a `config`")
         self._shared.mode = mode
 
     def update(
@@ -116,20 +143,63 @@ class MacCache(Cache):
             ValueError: the model's attention implementation is not "mac", the batch has another
                 size than the cache, or `max_length` is exceeded.
         """
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer is self._shared.layers[0]:
+            self._begin()
+        try:
+            if layer is None or layer.kind == "none":
+                raise Refusal(
+                    f"layer {layer_idx} has keys and values, but not in the model that the "
+                    "MacCache was made for; make another MacCache"
+                )
+            if layer.length != self._shared.length:
+                raise Refusal(
+                    f"layer {layer_idx} was given keys and values twice in one forward, which a "
+                    "MacCache cannot tell from two tokens; use transformers' own cache"
+                )
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except Refusal:
+            self._shared.roll_back()
+            raise
+
+    def _begin(self) -> None:
+        """A forward begins: ValueError if the model, or the cache, is not fit for it."""
         model = self._model()
         if model is not None:
             implementation = model.config.get_text_config(decoder=True)._attn_implementation
             if implementation != "mac":
-                raise ValueError(
+                raise Refusal(
                     f"the model's attention implementation is {implementation!r}, which would only "
                     "store in a MacCache; call model.set_attn_implementation('mac') first"
                 )
-        if layer_idx == 0 and self.layers[-1].length != self.layers[0].length:
-            raise ValueError(
-                "a forward was interrupted and left the layers of this MacCache with different "
-                "lengths; call reset() and prefill again"
+        self._shared.begin()
+        self._follow_rotations()
+
+    def _follow_rotations(self) -> None:
+        """Take over frequencies of the model that have changed, or ValueError: it is too late."""
+        # Layers share their rotations.
+        rotations = {id(r): r for r in self._rotations.values() if r is not None}
+        changed = {key: r for key, r in rotations.items() if r.changed()}
+        if changed and self._shared.length:
+            raise Refusal(
+                "the model's rotary frequencies have changed (model.to(dtype) rounds them) "
+                "while this MacCache held tokens; call reset() and prefill again"
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        for rotation in changed.values():
+            rotation.follow()
+        for index, its in self._rotations.items():
+            if its is not None and id(its) in changed:
+                self.layers[index].rotary = its.embedding
+                self.layers[index].reuse = None
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        """ValueError: convolutions, recurrences and indexers keep more than keys and values."""
+        raise Refusal(
+            "a layer keeps a convolution, a recurrence or an indexer, and a MacCache only keys and "
+            "values; use transformers' own cache"
+        )
+
+    update_recurrent_state = update_indexer = update_conv_state
 
     def layer_stats(self) -> list[mac_attn.ReuseStats | None]:
         """What reuse has saved in each layer; None for a layer that never reuses."""
@@ -143,9 +213,22 @@ class MacCache(Cache):
         """
         stats = [layer for layer in self.layer_stats() if layer is not None]
         if not stats:
-            raise ValueError("no statistics: the MacCache has no `config` or was never used")
+            raise Refusal("no statistics: the MacCache has no `config` or was never used")
         per_slot = torch.stack([layer.per_slot for layer in stats]).sum(0)
         return mac_attn.ReuseStats(per_slot, stats[0].num_qo_heads, stats[0].num_kv_heads)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns in use, left padding included."""
+        return self._keeper(layer_idx).length
+
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int) -> tuple[int, int]:
+        """(length, offset) of the keys that the next `update` of `query_length` tokens returns."""
+        return self._keeper(layer_idx).get_mask_sizes(query_length)
+
+    def _keeper(self, layer_idx: int) -> MacLayer:
+        """The layer, or for one that keeps nothing, the first one that does."""
+        layer = self.layers[layer_idx]
+        return layer if layer.kind != "none" else self._shared.layers[0]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens per request that the cache can hold, the same for every layer."""
@@ -165,7 +248,7 @@ class MacCache(Cache):
         if not moved:
             return
         src, dst = (list(side) for side in zip(*moved, strict=True))
-        for layer in self.layers:
+        for layer in self._shared.layers:
             layer.copy_rows(src, dst)
         self._select_padding(rows)
 
@@ -180,12 +263,13 @@ class MacCache(Cache):
 
     def _batch(self) -> int:
         """Requests in the cache; 0 before its first use."""
-        return self.layers[0].batch_size if self.layers[0].is_initialized else 0
+        first = self._shared.layers[0]
+        return first.batch_size if first.is_initialized else 0
 
     def _select_rows(self, rows: list[int]) -> None:
         if self._shared.batch_size is not None:
             self._shared.batch_size = len(rows)
-        for layer in self.layers:
+        for layer in self._shared.layers:
             layer.select_rows(rows)
         self._select_padding(rows)
 
@@ -194,23 +278,47 @@ class MacCache(Cache):
         self._shared.layout.set_padding([padding[row] for row in rows] if padding else [])
 
 
-def _layer_configs(
-    config: mac_attn.ReuseConfig | Sequence[mac_attn.ReuseConfig] | None, layers: int
-) -> list[mac_attn.ReuseConfig | None]:
-    if config is None or isinstance(config, mac_attn.ReuseConfig):
-        return [config] * layers
-    if len(config) != layers:
-        raise ValueError(
-            f"config has {len(config)} entries, must have 1 or {layers}, the number of layers"
+def _per_layer(name: str, value: Any, kind: type, layers: int) -> list[Any]:
+    """One of `kind` for every layer, from one for all or a list of them; None stands for none."""
+    if value is None or isinstance(value, kind):
+        return [value] * layers
+    if not isinstance(value, Sequence):
+        check_type(name, value, kind)
+    if len(value) != layers:
+        raise Refusal(
+            f"{name} has {len(value)} entries, must be one for all layers or a list of {layers}, "
+            "one for each layer"
         )
-    for one in config:
-        check_type("config", one, mac_attn.ReuseConfig)
-    return list(config)
+    for one in value:
+        if one is not None or name == "config":
+            check_type(name, one, kind)
+    return list(value)
 
 
-def _layer_types(config: PretrainedConfig) -> list[str]:
-    """The kind of attention of every layer, in the words of transformers' `layer_types`."""
-    if (layer_types := getattr(config, "layer_types", None)) is not None:
-        return list(layer_types)
-    is_sliding = getattr(config, "sliding_window", None) is not None
-    return [_SLIDING if is_sliding else _FULL] * config.num_hidden_layers
+def _kinds(config: PretrainedConfig) -> list[Kind]:
+    """The kind of every layer."""
+    names = getattr(config, "layer_types", None)
+    if names is None:
+        names = ["sliding_attention" if _window(config) else "full_attention"]
+        names *= config.num_hidden_layers
+    if unknown := set(names) - set(_KINDS):
+        raise Refusal(
+            f"the model has layers of type {sorted(unknown)}, which keep something else than keys "
+            "and values of every token, all that a MacCache can keep; use transformers' own cache"
+        )
+    kinds = [_KINDS[name] for name in names]
+    # Layers that attend to the keys of an earlier one, in the words of Gemma 4 and of Gemma 3n.
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is None:
+        own = len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)
+        modes = [None if i < own else "reuse" for i in range(len(kinds))]
+    kinds = ["none" if m == "reuse" else k for k, m in zip(kinds, modes, strict=True)]
+    if set(kinds) == {"none"}:
+        raise Refusal("no layer of the model keeps keys and values: there is nothing to cache")
+    return kinds
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    """Tokens that local layers see, or None."""
+    window: int | None = getattr(config, "sliding_window", None)
+    return window or getattr(config, "attention_chunk_size", None)

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 import mac_attn
+from mac_attn._checks import check_int
 
-from .layout import RequestLayout
+from .gradients import without_gradients
+from .shared import Mode, Shared
+from .support import Refusal
 
-Mode = Literal["reuse", "exact", "sdpa", "packed-sdpa"]
+Kind = Literal["full", "local", "none"]
 
-
-class Shared:
-    """What the layers of one MacCache have in common."""
-
-    def __init__(
-        self,
-        max_length: int,
-        batch_size: int | None,
-        rotary: mac_attn.RotaryEmbedding | None,
-        mode: Mode,
-    ) -> None:
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.rotary = rotary
-        self.mode: Mode = mode
-        self.layout = RequestLayout(max_length)
+# Why keys that have just been stored were not attended by mac_attn, should it stay like that.
+_STRANGERS: dict[Kind, str] = {
+    "full": "the model changes keys between its cache and its attention",
+    "local": "they have sliding-window or chunked attention",
+}
 
 
 class MacLayer(CacheLayerMixin):
     """KV store and reuse rings of one attention layer; `MacCache` makes them.
 
     `key_store` and `value_store` are dense `[batch, max_length, Hkv, D]` (token-major: a paged NHD
-    cache with one page per request), allocated by the first `update`. `keys` and `values` are what
-    transformers expects of a preallocated layer: all of them as `[batch, Hkv, max_length, D]`.
+    cache with one page per request), allocated by the first `update`; the rings by the first
+    attention. `keys` and `values` are views of the tokens in use, `[batch, Hkv, n, D]`. They may be
+    written, which empties the rings; another tensor cannot take their place.
     """
 
     key_store: Tensor
@@ -50,81 +44,239 @@ class MacLayer(CacheLayerMixin):
     def __init__(
         self,
         shared: Shared,
-        group_size: int,
-        is_full_attention: bool,
+        index: int,
+        kind: Kind,
+        window: int | None,
         config: mac_attn.ReuseConfig | None,
+        rotary: mac_attn.RotaryEmbedding | None,
     ) -> None:
-        super().__init__()
+        # Not super().__init__(), which would assign `keys` and `values`.
         self.shared = shared
-        self.group_size = group_size
-        self.is_full_attention = is_full_attention
+        self.index = index
+        self.kind = kind
+        self.window = window  # of a local layer, where the config tells
         self.config = config
+        self.rotary = rotary
         self.length = 0
+        self.is_initialized = False
         self.reuse: mac_attn.ReuseCache | None = None
+        self.stranger: str | None = None  # why the last keys were attended without mac_attn
+        self._is_local = False
+        self._unclaimed = False
+        self._versions: tuple[int, int] | None = None
+
+    def __repr__(self) -> str:
+        stored = "empty"
+        if self.is_initialized:
+            batch, _, heads, dim = self.key_store.shape
+            stored = f"[{batch}, {heads}, {self.length}, {dim}] {self.dtype}"
+        return f"MacLayer({self.kind}, {stored}, reuse={self.reuse is not None})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._notice_edits()
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._sign()
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self._view(self.key_store) if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._refuse_assignment("keys")
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._view(self.value_store) if self.is_initialized else None
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._refuse_assignment("values")
+
+    def _view(self, store: Tensor) -> Tensor:
+        return store[:, : self.length].transpose(1, 2)
+
+    def _refuse_assignment(self, name: str) -> None:
+        raise Refusal(
+            f"`{name}` of a MacCache cannot be assigned, as its rings remember what attention to "
+            "the tokens gave: crop() forgets the last tokens, writing into the tensor empties the "
+            "rings, and for anything else use transformers' DynamicCache"
+        )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, heads, dtype and device of the first keys `[B, Hkv, T, D]`."""
-        if key_states.shape != value_states.shape:
-            raise ValueError(
-                f"MacCache needs keys and values of one shape; got {tuple(key_states.shape)} and "
-                f"{tuple(value_states.shape)}"
-            )
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype = _dtype(key_states, value_states)
+        self.device = key_states.device
         self.batch_size = self.shared.batch_size or key_states.shape[0]
-        self._allocate(*key_states.shape[1::2])
+        self._allocate(*(states.shape[1::2] for states in (key_states, value_states)))
         self.is_initialized = True
 
     # A cache made under inference_mode would hold inference tensors, which nothing outside that
     # mode may update in place.
     @torch.inference_mode(False)
-    def _allocate(self, num_kv_heads: int, head_dim: int) -> None:
-        shape = (self.batch_size, self.shared.max_length, num_kv_heads, head_dim)
-        self.key_store = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.value_store = torch.empty_like(self.key_store)
-        self.keys = self.key_store.transpose(1, 2)
-        self.values = self.value_store.transpose(1, 2)
-        self.slots = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)
-        if self.is_full_attention and self.config is not None:
-            self.reuse = mac_attn.ReuseCache(
-                self.config,
-                num_slots=self.batch_size,
-                num_qo_heads=num_kv_heads * self.group_size,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
+    def _allocate(self, *heads_and_dims: torch.Size) -> None:
+        self.key_store, self.value_store = (
+            torch.empty(
+                (self.batch_size, self.shared.max_length, *size),
                 dtype=self.dtype,
                 device=self.device,
-                rotary=self.shared.rotary,
             )
+            for size in heads_and_dims
+        )
+        self.slots = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)
+        self.reuse = None
+        self._sign()
+
+    @torch.inference_mode(False)
+    def _allocate_rings(self, num_qo_heads: int) -> mac_attn.ReuseCache:
+        assert self.config is not None
+        return mac_attn.ReuseCache(
+            self.config,
+            num_slots=self.batch_size,
+            num_qo_heads=num_qo_heads,
+            num_kv_heads=self.key_store.shape[2],
+            head_dim=self.key_store.shape[3],
+            dtype=self.dtype,
+            device=self.device,
+            rotary=self.rotary,
+            layer=self.index,
+        )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values `[B, Hkv, T, D]` in place; views of all, `[B, Hkv, n, D]`."""
+        self._check(key_states, value_states)
         batch, _, new, _ = key_states.shape
-        another_batch = self.length == 0 and self.shared.batch_size is None
-        if not self.is_initialized or (another_batch and batch != self.batch_size):
+        another = self.shared.batch_size is None and batch != getattr(self, "batch_size", batch)
+        another |= not self.is_initialized or self.dtype != _dtype(key_states, value_states)
+        if self.length == 0 and (another or key_states.device != self.device):
             self.lazy_initialization(key_states, value_states)
         if batch != self.batch_size:
-            raise ValueError(
+            raise Refusal(
                 f"the MacCache holds {self.batch_size} requests, the model was given {batch}; "
                 "pass MacCache(batch_size=batch * num_beams) or call reset() before another batch"
             )
         end = self.length + new
         if end > self.shared.max_length:
-            raise ValueError(
+            raise Refusal(
                 f"the MacCache is full: {self.length} tokens and {new} more exceed its max_length "
                 f"{self.shared.max_length}; make it with a larger MacCache(max_length=...)"
             )
+        self._notice_edits()
         self.key_store[:, self.length : end] = key_states.detach().transpose(1, 2)
         self.value_store[:, self.length : end] = value_states.detach().transpose(1, 2)
+        self._sign()
         self.length = end
-        keys = self.key_store[:, :end].transpose(1, 2)
-        # The attention function gets no cache, only this tensor, so the tensor brings its layer
-        # along. An attribute marks exactly this object: a model that changes the keys on the way (a
-        # copy, a cast, repeated heads) loses it and falls back to SDPA, which is right for whatever
-        # it made. A table by storage address would claim those too, and could outlive the storage.
-        keys.mac_layer = self  # type: ignore[attr-defined]
-        return keys, self.value_store[:, :end].transpose(1, 2)
+        self._unclaimed = True
+        self.stranger = _STRANGERS[self.kind]
+        keys = without_gradients(self._view(self.key_store), key_states)
+        values = without_gradients(self._view(self.value_store), value_states)
+        # The attention function gets no cache, only these tensors, so they bring their layer along.
+        # An attribute marks exactly this object: a model that changes the keys on the way (a copy,
+        # a cast, repeated heads) loses it and falls back to SDPA, which is right for whatever it
+        # made. A table by storage address would claim those too, and could outlive the storage.
+        keys.mac_layer = values.mac_layer = self  # type: ignore[attr-defined]
+        return keys, values
+
+    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        """ValueError unless these are keys and values of the model that the layer has seen."""
+        if key_states.ndim != 4 or key_states.shape[:3:2] != value_states.shape[:3:2]:
+            raise Refusal(
+                "MacCache needs keys and values [batch, heads, tokens, dim] of the same tokens; "
+                f"got {list(key_states.shape)} and {list(value_states.shape)}"
+            )
+        if not self.is_initialized:
+            return
+        for name, states, store in (
+            ("keys", key_states, self.key_store),
+            ("values", value_states, self.value_store),
+        ):
+            have, want = states.shape[1::2], store.shape[2:]
+            if have != want:
+                raise Refusal(
+                    f"{name} of layer {self.index} have {have[0]} heads of {have[1]}, the MacCache "
+                    f"was made for a model that has {want[0]} of {want[1]}; make another MacCache"
+                )
+        dtype, device = _dtype(key_states, value_states), key_states.device
+        if self.length and (dtype, device) != (self.dtype, self.device):
+            raise Refusal(
+                f"keys and values are {dtype} on {device}, the MacCache holds {self.length} "
+                f"tokens in {self.dtype} on {self.device}; call reset() first"
+            )
+
+    def _sign(self) -> None:
+        """Remember the stores as mac_attn has left them."""
+        self._versions = None
+        if self.is_initialized and not self.key_store.is_inference():
+            self._versions = (self.key_store._version, self.value_store._version)
+
+    def _notice_edits(self) -> None:
+        """Empty the rings if somebody else has written into the stores since."""
+        versions = self._versions
+        self._sign()
+        if self.reuse is not None and versions not in (None, self._versions):
+            self.reuse.reset()
+
+    def claim(
+        self, query: Tensor, value: Tensor, attention_mask: Tensor | None, *, local: bool
+    ) -> Mode | None:
+        """The mode in which to attend to the keys that `update` returned; None leaves it to SDPA.
+
+        Raises:
+            ValueError: for a mask, or for heads, that mac_attn does not do.
+        """
+        if self.kind == "local":
+            self._check_local(attention_mask)
+            return None
+        if local:
+            self.stranger = "they have a sliding window"
+            return None
+        if getattr(value, "mac_layer", None) is not self:
+            self.stranger = "the model changes values between its cache and its attention"
+            return None
+        if query.dtype != self.dtype:
+            self.stranger = f"queries are {query.dtype}, keys and values {self.dtype}"
+            return None
+        if reason := _undecodable(
+            self.device.type, self.dtype, query.shape[1], *self.key_store.shape[2:]
+        ):
+            raise Refusal(
+                f"layer {self.index}: {reason}\nmac_attn.decode cannot serve these heads; use "
+                "attn_implementation='sdpa' with transformers' own cache"
+            )
+        self.stranger = None
+        self.shared.layout.observe(attention_mask, query.shape[0], query.shape[2], self.length)
+        if self.shared.record is not None:
+            self.shared.record(self.index, query)
+        # Layers that share the keys of this one attend exactly: the rings are of its own queries.
+        first, self._unclaimed = self._unclaimed, False
+        mode: Mode = self.shared.mode
+        if mode != "reuse":
+            return mode
+        if not first or self.config is None:
+            return "exact"
+        if self.reuse is None:
+            self.reuse = self._allocate_rings(query.shape[1])
+        return "reuse"
+
+    def _check_local(self, mask: Tensor | None) -> None:
+        """ValueError if the mask of a local layer is not local.
+
+        Moshi leaves that to transformers' own cache, which forgets the keys outside the window.
+        """
+        if self.window is None or self.length <= self.window or self._is_local:
+            return
+        old = None if mask is None else mask[..., -1, : self.length - self.window]
+        if old is None or bool((old if old.dtype == torch.bool else old == 0).any()):
+            raise Refusal(
+                f"layer {self.index} has a window of {self.window} tokens, but its mask shows it "
+                "all of them, which needs a cache that forgets; use transformers' own"
+            )
+        self._is_local = True  # looked at once
 
     def _paging(self) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         layout = self.shared.layout
@@ -134,26 +286,21 @@ class MacLayer(CacheLayerMixin):
             layout.seq_lens(self.length, self.device),
         )
 
-    def observe(self, attention_mask: Tensor | None, query: Tensor) -> None:
-        """Learn the padding from the mask of a forward; ValueError for another kind of mask."""
-        self.shared.layout.observe(attention_mask, query.shape[0], query.shape[2], self.length)
-
-    def decode(self, query: Tensor, sm_scale: float | None) -> Tensor:
+    def decode(self, query: Tensor, sm_scale: float | None, *, reuse: bool) -> Tensor:
         """Attention of one new query per request, `[B, Hq, 1, D]`; returns `[B, 1, Hq, D]`."""
-        query = query.detach()[:, :, 0]
-        reuse = self.reuse if self.shared.mode == "reuse" else None
-        slots = None if reuse is None else self.slots
+        q = query.detach()[:, :, 0]
         kv_cache, block_table, seq_lens = self._paging()
-        out = mac_attn.decode(
-            query, kv_cache, block_table, seq_lens, reuse=reuse, slots=slots, sm_scale=sm_scale
-        )
+        options: dict[str, Any] = {}
+        if reuse:
+            q_match = q if self.rotary is None else None
+            options = {"reuse": self.reuse, "slots": self.slots, "q_match": q_match}
+        out = mac_attn.decode(q, kv_cache, block_table, seq_lens, sm_scale=sm_scale, **options)
         assert isinstance(out, Tensor)  # a pair only with `return_lse`
-        return out.unsqueeze(1)
+        return without_gradients(out.unsqueeze(1), query)
 
     def seed(self, query: Tensor, sm_scale: float | None) -> None:
         """Write ring entries for the last of the queries `[B, Hq, T, D]` that joined the cache."""
-        if self.reuse is None:
-            return
+        assert self.reuse is not None
         kv_cache, block_table, seq_lens = self._paging()
         query = query.detach().transpose(1, 2)
         new = min(query.shape[1], self.reuse.cfg.window)
@@ -163,13 +310,15 @@ class MacLayer(CacheLayerMixin):
         parts = [(0, len(counts), new)] if whole else [(b, b + 1, n) for b, n in enumerate(counts)]
         for first, last, count in parts:
             if count:
+                queries = query[first:last, -count:]
                 mac_attn.seed(
                     self.reuse,
-                    query[first:last, -count:],
+                    queries,
                     kv_cache,
                     block_table[first:last],
                     seq_lens[first:last],
                     slots=self.slots[first:last],
+                    q_match=queries if self.rotary is None else None,
                     sm_scale=sm_scale,
                 )
 
@@ -192,20 +341,26 @@ class MacLayer(CacheLayerMixin):
         return self.length + new, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens (not positive, as transformers passes it).
+        """Forget tokens as the DynamicCache of the installed transformers does.
 
-        A positive number is the length to keep, as early releases of transformers 5 pass it.
+        `-n` forgets the last n, or all where there are fewer. A positive number was the length to
+        keep in early releases of transformers 5, and is a ValueError in later ones.
         """
-        length = tokens_to_remove if tokens_to_remove > 0 else self.length + tokens_to_remove
-        if length < 0:
-            raise ValueError(
-                f"tokens_to_remove is {tokens_to_remove}, must be at least {-self.length}"
-            )
-        if length >= self.length:
-            return
-        self.length = length
-        if self.reuse is not None:
-            self.reuse.truncate(self.slots, self.shared.layout.seq_lens(self.length, self.device))
+        check_int("tokens_to_remove", tokens_to_remove, low=-(2**31))
+        twin = DynamicLayer()
+        if self.length:
+            twin.update(*[torch.empty(1, 1, self.length, 1, device="meta")] * 2)
+        twin.crop(tokens_to_remove)
+        self.shorten(twin.get_seq_length())
+
+    def shorten(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+        if length < self.length:
+            self.length = length
+            self._unclaimed = False
+            if self.reuse is not None:
+                lens = self.shared.layout.seq_lens(length, self.device)
+                self.reuse.truncate(self.slots, lens)
 
     def reset(self) -> None:
         """Empty the layer; its memory is kept for a batch of the same size."""
@@ -217,8 +372,10 @@ class MacLayer(CacheLayerMixin):
         """Overwrite the requests `dst[i]` with `src[i]`, all at once."""
         if not self.is_initialized:
             return
+        self._notice_edits()
         for store in (self.key_store, self.value_store):
             store[dst, : self.length] = store[src, : self.length]
+        self._sign()
         if self.reuse is not None:
             # `fork` starts the statistics of a copy anew; here they are those of the whole search.
             counters = self.reuse.counters.clone()
@@ -232,12 +389,36 @@ class MacLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             return
-        keys, values, reuse = self.key_store, self.value_store, self.reuse
+        self._notice_edits()
+        stores, reuse = (self.key_store, self.value_store), self.reuse
         self.batch_size = len(rows)
-        self._allocate(*keys.shape[2:])
-        self.key_store[:, : self.length] = keys[rows, : self.length]
-        self.value_store[:, : self.length] = values[rows, : self.length]
-        if reuse is not None and self.reuse is not None:
-            index = torch.tensor(rows, device=self.device)
-            for new, old in zip(self.reuse._rings(), reuse._rings(), strict=True):
-                new.copy_(old.index_select(0, index))
+        self._allocate(*(store.shape[2:] for store in stores))
+        self.key_store[:, : self.length] = stores[0][rows, : self.length]
+        self.value_store[:, : self.length] = stores[1][rows, : self.length]
+        self._sign()
+        if reuse is not None:
+            self.reuse = self._allocate_rings(reuse.num_qo_heads)
+            self.reuse.import_slots(self.slots, reuse.export_slots(rows))
+            self.reuse.counters.zero_()
+
+
+def _dtype(keys: Tensor, values: Tensor) -> torch.dtype:
+    """What holds both: under autocast rotated keys are wider than values."""
+    return torch.promote_types(keys.dtype, values.dtype)
+
+
+@cache
+def _undecodable(
+    device: str, dtype: torch.dtype, num_qo_heads: int, num_kv_heads: int, head_dim: int
+) -> str | None:
+    """Why `mac_attn.decode` refuses heads like these, in its own words; None: it does not."""
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    kv = torch.zeros(1, 1, num_kv_heads, head_dim, **options)
+    ints = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    try:
+        mac_attn.decode(
+            torch.zeros(1, num_qo_heads, head_dim, **options), (kv, kv), ints, ints[0] + 1
+        )
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .support import Refusal
 
 
 class RequestLayout:
@@ -27,6 +30,9 @@ class RequestLayout:
         self._block_tables: dict[torch.device, Tensor] = {}
         self._seq_lens: dict[torch.device, tuple[int, Tensor]] = {}
         self._checked: tuple[weakref.ref[Tensor], int] | None = None  # (mask, length)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_checked": None}  # a weak reference has no place in a pickle
 
     def set_padding(self, padding: list[int]) -> None:
         """Set the left padding of every request, in columns."""
@@ -63,7 +69,7 @@ class RequestLayout:
             known = self.padding or [before] * batch
             # A request without a single real token so far may still turn out to be padded further.
             if any(old < before and old != now for old, now in zip(known, padding, strict=True)):
-                raise ValueError(
+                raise Refusal(
                     f"attention_mask: left padding per request is {padding}, but the {before} "
                     f"tokens in the MacCache came with {known}; pass the same mask at every call"
                 )
@@ -110,7 +116,7 @@ class RequestLayout:
 def _left_padding(mask: Tensor, batch: int, new: int, length: int) -> list[int]:
     """Left padding per request of a 4D mask; ValueError if the mask is anything else."""
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (new, length):
-        raise ValueError(
+        raise Refusal(
             f"attention_mask has shape {tuple(mask.shape)}, must be [{batch}, 1, {new}, {length}]"
         )
     if mask.dtype == torch.bool:
@@ -127,7 +133,7 @@ def _left_padding(mask: Tensor, batch: int, new: int, length: int) -> list[int]:
     valid = valid & ((visible == expected) | (rows < padding)).all()
     *counts, ok = torch.cat([padding.flatten(), valid.view(1)]).tolist()
     if not ok:
-        raise ValueError(
+        raise Refusal(
             "attention_mask: MacCache supports causal attention to left-padded prompts "
             "(padding_side='left'); this mask has right padding, holes, packed sequences or a bias"
         )

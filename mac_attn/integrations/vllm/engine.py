@@ -22,7 +22,7 @@ from .metrics import WorkerCounters
 from .options import Options
 from .rotary import is_rotated, rotary_of
 from .slots import Place, Row, SlotTable
-from .support import engine_reason, layer_reason, shares_kv
+from .support import backend_reason, engine_reason, layer_reason, shares_kv
 
 # A child of vLLM's logger, so that its lines are formatted and shown as vLLM's are.
 logger = logging.getLogger("vllm.mac_attn")
@@ -46,7 +46,6 @@ class Engine:
         self.rings: dict[str, mac_attn.ReuseCache] = {}
         self._rotaries: dict[Any, mac_attn.RotaryEmbedding] = {}
         self._counters: WorkerCounters | None = None
-        self._device_counters: torch.Tensor | None = None
         self._logged = (time.monotonic(), 0)
         self._published = 0.0
         self._was_full = False
@@ -102,8 +101,9 @@ class Engine:
         if self._counters is None:
             return
         now = time.monotonic()
-        if self._device_counters is not None and now - self._published > 1:
-            self._counters.counters.copy_(self._device_counters)
+        if self.runner.device.type == "cpu" or now - self._published > 1:
+            counters = torch.stack([ring.counters for ring in self.rings.values()])
+            self._counters.counters.copy_(counters)
             self._published = now
         seconds = self.options.log_seconds
         since, steps = self._logged
@@ -124,6 +124,9 @@ class Engine:
         parents = _parents(self.runner.get_model())
         shared = shares_kv(layers)
         for name, layer in layers.items():
+            if not hasattr(layer.impl, "mac"):
+                left[backend_reason(layer)] += 1
+                continue
             if name in shared:
                 left["layers that share their KV cache"] += 1
                 continue
@@ -136,8 +139,8 @@ class Engine:
         if self.rings:
             self._share_counters()
             self._say(len(layers))
-        elif not left:
-            self._warn("off: the model has no layer of vLLM's backends CPU_ATTN and FLASH_ATTN")
+        else:
+            self._warn("off: no layer is served")
 
     def _warn(self, text: str, *values: object) -> None:
         if self._speaks:
@@ -164,6 +167,7 @@ class Engine:
             device=device,
             rotary=rotary,
             max_batch_size=max(self.options.num_slots, most_rows(config)),
+            layer=extract_layer_index(name),
         )
         self.rings[name] = ring
         layer.impl.mac = Served(self, ring, rotated)
@@ -185,7 +189,7 @@ class Engine:
         return replace(config, threshold=config.threshold[first : first + heads])
 
     def _share_counters(self) -> None:
-        """Let all rings count in one tensor; on the CPU that is the file the metrics read."""
+        """Make the file that the metrics are read from."""
         config = self.runner.vllm_config.parallel_config
         rings = list(self.rings.values())
         heads = (rings[0].num_qo_heads, rings[0].num_kv_heads)
@@ -195,11 +199,6 @@ class Engine:
         self._counters = WorkerCounters.create(
             config.data_parallel_index, config.rank, heads, len(rings), self.slots.num_slots
         )
-        counters = self._counters.counters
-        if self.runner.device.type != "cpu":
-            counters = self._device_counters = torch.zeros_like(counters, device=rings[0].device)
-        for ring, own in zip(rings, counters, strict=True):
-            ring.counters = own
 
     def _say(self, num_layers: int) -> None:
         if not self._speaks:
@@ -235,13 +234,9 @@ def engine_of(vllm_config: Any, layer_names: list[str]) -> Engine | None:
 
 
 def _attention_layers(vllm_config: Any) -> dict[str, Any]:
-    """The layers with an impl of this package, by name."""
+    """The attention layers by name, whatever their backend."""
     layers = vllm_config.compilation_config.static_forward_context
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if isinstance(layer, Attention) and hasattr(layer.impl, "mac")
-    }
+    return {name: layer for name, layer in layers.items() if isinstance(layer, Attention)}
 
 
 def _parents(model: nn.Module) -> dict[int, nn.Module]:

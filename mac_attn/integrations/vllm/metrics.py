@@ -49,7 +49,7 @@ class WorkerCounters:
     Attributes:
         engine, rank: which worker: of a data-parallel engine, its rank.
         num_qo_heads, num_kv_heads: heads of a layer on this rank.
-        counters: [layers, slots, 6] int64, `mac_attn.stats.COUNTERS`.
+        counters: [layers, slots, 8] int64, `mac_attn.stats.COUNTERS`.
     """
 
     engine: int

@@ -64,6 +64,14 @@ def layer_reason(layer: Any, dtype: torch.dtype, device: torch.device) -> str | 
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def backend_reason(layer: Any) -> str:
+    """What keeps a layer without a backend of this package with vLLM's, and the way out."""
+    return (
+        f"vLLM's backend {layer.attn_backend.get_name()}, its default on some GPUs;"
+        " --attention-backend FLASH_ATTN has them served"
+    )
+
+
 def shares_kv(layers: dict[str, Any]) -> set[str]:
     """Names of the layers that read another's KV cache, and of those others."""
     found: set[str] = set()

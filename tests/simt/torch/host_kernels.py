@@ -47,6 +47,8 @@ def load_as_c() -> ModuleType:
             "-DMAC_SIMT",
             "-DMAC_ATTN_WITH_CUDA",
             '-DMAC_ATTN_VERSION=\\"simt\\"',
+            '-DMAC_ATTN_TORCH=\\"simt\\"',
+            '-DMAC_ATTN_CUDA_ARCHES=\\"9.0+PTX\\"',
         ],
         extra_ldflags=["-ldl", "-pthread"],
         build_directory=str(FOLDER),

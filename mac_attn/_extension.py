@@ -1,0 +1,53 @@
+"""A look at the compiled extension before it is opened: with another torch it may not load, or err.
+
+The file says which torch it was built for, in `kBuiltFor` of csrc/ops.cpp.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import torch
+
+MARK = b"mac_attn built for torch "
+HOW = "`pip install --no-build-isolation .` in the folder of its sources builds it"
+
+
+def check(library: Path | None) -> None:
+    """Raises ImportError if `library` is missing, or is not for the torch that is installed."""
+    if library is None:
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise ImportError(f"mac_attn is not built for this Python {python}: {HOW}")
+    _, found, rest = library.read_bytes().partition(MARK)
+    if not found:
+        raise ImportError(
+            f"{library} does not fit this mac_attn, it is from another version: {HOW}"
+        )
+    built_for = rest[: rest.index(b"\n")].decode()
+    if built_for != torch.__version__:
+        raise ImportError(
+            f"mac_attn was built for torch {built_for}, but torch {torch.__version__} is"
+            f" installed: {HOW} for that ({library})"
+        )
+
+
+def _open() -> None:
+    # Beside this file only: an editable install elsewhere would offer its own.
+    spec = PathFinder.find_spec(f"{__package__}._C", [str(Path(__file__).parent)])
+    library = None if spec is None or spec.origin is None else Path(spec.origin)
+    check(library)
+    from . import _C
+
+    # A second copy is handed the module of the first one, by its name.
+    if library is not None and not library.samefile(_C.library):
+        raise ImportError(
+            f"another copy of mac_attn is loaded in this process ({_C.library}), so {library}"
+            " cannot be: keep one of them on sys.path"
+        )
+    _C.build_info()  # a MAC_ATTN_SIMD that names no level is a ValueError now, not in a decode step
+
+
+if f"{__package__}._C" not in sys.modules:
+    _open()

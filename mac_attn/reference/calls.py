@@ -1,0 +1,125 @@
+"""Calls for a batch of requests, as users make them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .reuse import HeadStep, ReferenceReuse
+from .sample import Choose, draw_sample, first_tau
+from .states import KVCache, attention_state, gather_kv
+
+
+@dataclass
+class Step:
+    """What one decode step answers."""
+
+    out: Tensor  # [B, Hq, D] float64
+    lse: Tensor  # [B, Hq] float64, natural log
+    source: Tensor  # [B, Hq] int64, the matched position; -1 is a miss
+    heads: list[list[HeadStep]]  # [B][Hkv]; of a padding row none
+
+
+def decode(
+    q: Tensor,
+    kv_cache: KVCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    reuse: ReferenceReuse | None = None,
+    slots: Tensor | None = None,
+    q_match: Tensor | None = None,
+    request_ids: Tensor | None = None,
+    sm_scale: float | None = None,
+    logits_soft_cap: float = 0.0,
+    kv_layout: str = "NHD",
+    choose: Choose = draw_sample,
+) -> Step:
+    """One decode step, as `mac_attn.decode`; without `reuse` exact attention.
+
+    q and q_match `[B, Hq, D]` of any float dtype, block_table `[B, max_pages]`, seq_lens, slots and
+    request_ids `[B]`. `choose` draws the samples: a backend's may differ where keys are nearly
+    equal, so that who compares one passes a function that judges and then answers the backend's.
+    Raises ValueError if `reuse` comes without `slots` or `q_match`.
+    """
+    softmax = (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale, logits_soft_cap)
+    q = q.cpu().double()
+    result = Step(
+        out=torch.zeros_like(q),
+        lse=q.new_full(q.shape[:2], -torch.inf),
+        source=torch.full(q.shape[:2], -1),
+        heads=[[] for _ in range(len(q))],
+    )
+    for b, n in enumerate(seq_lens.tolist()):
+        if n == 0:
+            continue  # a padding row: the empty state, and its slot stays as it was
+        k, v = gather_kv(kv_cache, block_table[b], n, kv_layout)
+        kv = list(zip(k.unbind(1), v.unbind(1), strict=True))
+        groups = q[b].chunk(len(kv))
+        if reuse is None or (slots is not None and slots[b] == -1):
+            states = [
+                attention_state(group, *pair, *softmax)
+                for group, pair in zip(groups, kv, strict=True)
+            ]
+            result.out[b], result.lse[b] = (torch.cat(part) for part in zip(*states, strict=True))
+            continue
+        if slots is None or q_match is None:
+            raise ValueError("slots and q_match are needed with reuse")
+        slot = reuse.slots[int(slots[b])]
+        reuse.resume(slot, n - 1, -1 if request_ids is None else int(request_ids[b]))
+        queries = q_match[b].cpu().double().chunk(len(kv))
+        result.heads[b] = [
+            reuse.step(slot.rings[h], groups[h], queries[h], *kv[h], softmax, (b, h), choose)
+            for h in range(len(kv))
+        ]
+        slot.end = n
+        for name in ("out", "lse", "source"):
+            getattr(result, name)[b] = torch.cat([getattr(head, name) for head in result.heads[b]])
+    return result
+
+
+def seed(
+    reuse: ReferenceReuse,
+    q: Tensor,
+    kv_cache: KVCache,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    slots: Tensor,
+    q_match: Tensor,
+    request_ids: Tensor | None = None,
+    sm_scale: float | None = None,
+    logits_soft_cap: float = 0.0,
+    kv_layout: str = "NHD",
+    choose: Choose = draw_sample,
+) -> None:
+    """Write entries of the last T prompt queries, as `mac_attn.seed`.
+
+    q and q_match `[B, T, Hq, D]` of positions `n - T .. n - 1`; `choose` as in `decode`. Every k-th
+    query, k = ceil(T / entries), is a miss in turn, the last one among them. The first is weighed
+    against its own log-sum-exp, and tau begins anew.
+    """
+    softmax = (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale, logits_soft_cap)
+    length = q.shape[1]
+    every = -(-length // reuse.cfg.entries)
+    for b, n in enumerate(seq_lens.tolist()):
+        if n == 0:
+            continue
+        slot = reuse.slots[int(slots[b])]
+        reuse.resume(slot, n - length, -1 if request_ids is None else int(request_ids[b]))
+        slot.end = n
+        k, v = gather_kv(kv_cache, block_table[b], n, kv_layout)
+        rotated, queries = (
+            x[b].cpu().double().unflatten(1, (reuse.num_kv_heads, -1)) for x in (q, q_match)
+        )
+        for h, ring in enumerate(slot.rings):
+            ring.tau, ring.last_lse = first_tau(max(1, reuse.cfg.anchors)), None
+            for i in range((length - 1) % every, length, every):
+                pair = k[: n - length + i + 1, h], v[: n - length + i + 1, h]
+                if ring.last_lse is None:
+                    _, ring.last_lse = attention_state(rotated[i, h], *pair, *softmax)
+                reuse.step(
+                    ring, rotated[i, h], queries[i, h], *pair, softmax, (b, h), choose, miss=True
+                )

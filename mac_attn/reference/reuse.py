@@ -1,0 +1,228 @@
+"""The steps of reuse, for one KV head of one request at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .rings import Entry, Ring, Slot, rest_state
+from .sample import CANDIDATE_ROOM, MOST_TAU, Choose, Draw, Sample, first_tau, next_tau, uniforms
+from .states import attention_logits, attention_state, merge_states
+
+if TYPE_CHECKING:
+    from mac_attn.config import ReuseConfig
+
+
+@dataclass
+class HeadStep:
+    """What a step answers for one KV head, and what its match saw (so that a near tie shows)."""
+
+    out: Tensor  # [G, D] float64
+    lse: Tensor  # [G] float64, natural log
+    source: Tensor  # [G] int64, the matched position; -1 is a miss
+    tokens: int = 0  # whose key and value were read, anchors included
+    anchors: int = 0  # read by a hit
+    stored: bool = False  # whether an entry was
+    rest: Tensor | None = None  # [G] float64, share of the reused sum that its anchors left
+    candidates: list[int] = field(default_factory=list)  # positions, the youngest first
+    scores: Tensor | None = None  # [G, C]; a hit has the smallest, below 1
+
+
+class ReferenceReuse:
+    """Reuse rings of `num_slots` requests; the counterpart of `mac_attn.ReuseCache`.
+
+    Of `cfg`, a `ReuseConfig`, only the attributes are read. Raises ValueError for head counts that
+    do not divide, and for anchors with decisions per head or chains of reuse.
+    """
+
+    def __init__(
+        self,
+        cfg: ReuseConfig,
+        *,
+        num_slots: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        layer: int = 0,
+    ) -> None:
+        if num_qo_heads % num_kv_heads:
+            raise ValueError(
+                f"num_qo_heads must be a multiple of {num_kv_heads} KV heads, got {num_qo_heads}"
+            )
+        if cfg.anchors > 0 and (cfg.granularity == "head" or cfg.max_reuse_depth != 1):
+            raise ValueError(f"anchors must be 0 with heads or chains, got {cfg.anchors}")
+        self.cfg, self.layer = cfg, layer
+        self.num_qo_heads, self.num_kv_heads = num_qo_heads, num_kv_heads
+        self.group_size = num_qo_heads // num_kv_heads
+        # How many neighbouring query heads decide together: those of a KV head, or each alone.
+        self.unit = self.group_size if cfg.granularity == "group" else 1
+        self.slots = [self.empty_slot() for _ in range(num_slots)]
+
+    def empty_slot(self) -> Slot:
+        """A slot without a history."""
+        return Slot([Ring([None] * self.cfg.entries) for _ in range(self.num_kv_heads)])
+
+    def old_end(self, position: int) -> int:
+        """E(c): the entry of position c stands for the tokens `[0, E(c))`."""
+        return max(0, position + 1 - self.cfg.band)
+
+    def entries(self, slot: int, kv_head: int = 0) -> dict[int, Entry]:
+        """What a ring holds by position, the youngest first."""
+        return {e.position: e for e in self.slots[slot].rings[kv_head].youngest()}
+
+    def reset(self, slots: Sequence[int] | None = None) -> None:
+        """Empty the given slots; None is all of them."""
+        for i in range(len(self.slots)) if slots is None else slots:
+            self.slots[i] = self.empty_slot()
+
+    def fork(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Copy slot `src[i]` to `dst[i]`, as beam search does."""
+        copies = [self.slots[i].copy() for i in src]
+        for i, slot in zip(dst, copies, strict=True):
+            self.slots[i] = slot
+
+    def truncate(self, slots: Sequence[int], seq_lens: Sequence[int]) -> None:
+        """Forget the positions from `seq_lens[i]` on (rejected draft tokens)."""
+        for i, n in zip(slots, seq_lens, strict=True):
+            slot = self.slots[i]
+            slot.end = min(slot.end, int(n))
+            for ring in slot.rings:
+                ring.places = [e if e and e.position < int(n) else None for e in ring.places]
+
+    def resume(self, slot: Slot, position: int, request: int) -> None:
+        """History rule: what a slot holds counts only if the new tokens start where it ended."""
+        if slot.end != position or slot.request != request:
+            slot.rings = self.empty_slot().rings
+        slot.request = request
+
+    def thresholds(self, query: Tensor, kv_head: int) -> Tensor:
+        """Threshold θ `[G]` on the squared distance, for a pre-RoPE query `[G, D]`."""
+        number = torch.as_tensor(self.cfg.threshold, dtype=torch.float64).cpu().flatten()
+        number = number.expand(self.num_qo_heads).unflatten(0, (self.num_kv_heads, -1))[kv_head]
+        if self.cfg.threshold_mode == "absolute":
+            theta = 2.0 * query.shape[1] * (1.0 - number) ** 2
+        else:
+            theta = number * query.square().sum(-1)
+        return torch.where(theta.isfinite(), theta, torch.nan)  # NaN never hits
+
+    def scores(self, ring: Ring, query: Tensor, kv_head: int, n: int) -> tuple[list[Entry], Tensor]:
+        """Candidates of a query `[G, D]`, the youngest first, and their scores `[G, C]`.
+
+        Heads that decide together share a score. An entry too deep for a head scores inf there.
+        """
+        p = n - 1
+        entries = [e for e in ring.youngest() if p - self.cfg.window <= e.position < p]
+        if not entries or n < self.cfg.min_context:
+            return [], query.new_empty(query.shape[0], 0)
+        distance = (query - torch.stack([e.query for e in entries])).square().sum(-1)  # [C, G]
+        ratio = distance / self.thresholds(query, kv_head)  # a threshold of 0: inf or NaN, no hit
+        shared = ratio.unflatten(1, (-1, self.unit)).mean(-1, keepdim=True)
+        scores = shared.expand(-1, -1, self.unit).flatten(1).clone()
+        if self.cfg.max_reuse_depth is not None:
+            scores[torch.stack([e.depth for e in entries]) >= self.cfg.max_reuse_depth] = torch.inf
+        return entries, scores.T
+
+    def match(self, entries: list[Entry], scores: Tensor) -> Entry | None:
+        """The entry that a head reuses, by its scores `[C]`: the least, a tie to the youngest."""
+        best, best_score = None, 1.0
+        for entry, score in zip(entries, scores.tolist(), strict=True):
+            if score < best_score:  # NaN fails every comparison, so it never wins
+                best, best_score = entry, score
+        return best
+
+    def sample(
+        self, ring: Ring, logits: Tensor, position: int, where: tuple[int, int], choose: Choose
+    ) -> Sample | None:
+        """What the miss of a position draws from its old tokens, by their logits `[G, E]`.
+
+        None if there are none, or no log-sum-exp or tau to go by. Steers the ring's tau.
+        """
+        tau, size, lse = ring.tau, self.cfg.anchors, ring.last_lse
+        if not 0 < tau <= MOST_TAU or logits.shape[1] == 0:
+            return None
+        if lse is None or not lse.isfinite().all():
+            return None
+        sample = choose(self.draw(logits, lse, tau, position, where))
+        ring.tau = next_tau(tau, sample.count, size)
+        return sample
+
+    def draw(
+        self, logits: Tensor, lse: Tensor, tau: float, position: int, where: tuple[int, int]
+    ) -> Draw:
+        """A draw from tokens with logits `[G, E]`, weighed against log-sum-exps `[G]`."""
+        weights = torch.exp(logits - lse[:, None]).amax(0)
+        keys = weights / uniforms(position, where[1], self.layer, logits.shape[1])
+        return Draw(*where, position, weights, keys, tau, self.cfg.anchors)
+
+    def step(
+        self,
+        ring: Ring,
+        q: Tensor,
+        query: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax: tuple[float, float],
+        where: tuple[int, int],
+        choose: Choose,
+        miss: bool = False,
+    ) -> HeadStep:
+        """Match, amend and complete the newest token of one request, for one KV head.
+
+        q and the pre-RoPE query `[G, D]`, k and v `[n, D]`, softmax `(sm_scale, logits_soft_cap)`,
+        `where` the row of the batch and the KV head; with `miss` nothing is matched.
+        """
+        n = k.shape[0]
+        p, old = n - 1, self.old_end(n - 1)
+        entries, scores = self.scores(ring, query, where[1], 0 if miss else n)
+        result = HeadStep(
+            out=torch.empty_like(q),
+            lse=q.new_empty(len(q)),
+            source=torch.full((len(q),), -1),
+            candidates=[e.position for e in entries],
+            scores=scores,
+        )
+        carried, carried_lse = torch.empty_like(q), q.new_empty(len(q))
+        depth = torch.zeros(len(q), dtype=torch.int64)
+        for first in range(0, len(q), self.unit):
+            heads = slice(first, first + self.unit)
+            matched = self.match(entries, scores[first])
+            fresh, start = torch.arange(old, n), 0
+            if matched is None:
+                state = attention_state(q[heads], k[:old], v[:old], *softmax)
+            else:
+                start = self.old_end(matched.position)
+                result.source[heads] = matched.position
+                depth[heads] = matched.depth[heads] + 1
+                if self.cfg.anchors:
+                    fresh = torch.cat([matched.anchors, torch.arange(start, n)])
+                    result.anchors = len(matched.anchors)
+                    *rest, result.rest = rest_state(matched, q, k, v, softmax)
+                    state = rest[0], rest[1]
+                else:
+                    middle = attention_state(q[heads], k[start:old], v[start:old], *softmax)
+                    state = merge_states(matched.out[heads], matched.lse[heads], *middle)
+            carried[heads], carried_lse[heads] = state
+            recent = attention_state(q[heads], k[fresh], v[fresh], *softmax)
+            result.out[heads], result.lse[heads] = merge_states(*state, *recent)
+            result.tokens = max(result.tokens, n - start + result.anchors)
+
+        entry = Entry(p, query, q, carried, carried_lse, depth)
+        limit = self.cfg.max_reuse_depth
+        result.stored = old > 0 and (limit is None or bool((depth < limit).any()))
+        if self.cfg.anchors:
+            if (result.source < 0).all():
+                logits = attention_logits(q, k[:old], *softmax)
+                sample = self.sample(ring, logits, p, where, choose)
+                if sample is None or sample.count > CANDIDATE_ROOM * self.cfg.anchors:
+                    result.stored = False
+                else:
+                    entry = replace(entry, anchors=sample.anchors, weights=sample.weights)
+            if not 0 < ring.tau <= MOST_TAU:
+                ring.tau = first_tau(self.cfg.anchors)
+        if result.stored:
+            ring.store(entry)
+        ring.last_lse = result.lse
+        return result

@@ -1,0 +1,78 @@
+"""The sample of old tokens that an entry keeps, and the threshold that steers its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CANDIDATE_ROOM = 4  # in multiples of S: an entry with more candidates is not stored
+MOST_TAU = 64.0
+
+
+def _mix(x: Tensor, last: bool = True) -> Tensor:
+    """lowbias32 of numbers below 2^32 in int64; products wrap at 2^64, which keeps the low bits."""
+    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ x >> 16 if last else x
+
+
+def uniforms(position: int, kv_head: int, layer: int, count: int) -> Tensor:
+    """u of the tokens `[0, count)`, float64 multiples of 2^-24 in (0, 1], by a hash.
+
+    It differs between entries (their `position`), KV heads and layers.
+    """
+    seed = torch.tensor(position)
+    for summand in (0, kv_head, layer):
+        seed = _mix((seed + summand) & 0xFFFFFFFF)
+    hashed = _mix((seed + torch.arange(count)) & 0xFFFFFFFF, last=False)
+    return ((hashed >> 8) + 1).double() * 2.0**-24
+
+
+@dataclass
+class Draw:
+    """The old tokens of one KV head as a sample of at most `anchors` is drawn from them."""
+
+    row: int  # of the batch
+    kv_head: int
+    position: int  # whose entry the sample is for
+    weights: Tensor  # [E] float64: w, the largest softmax weight over the group; NaN is never drawn
+    keys: Tensor  # [E] float64: w / u
+    tau: float  # what a candidate's key exceeds
+    anchors: int  # S
+
+
+@dataclass
+class Sample:
+    """Tokens kept, and how many others each stands for."""
+
+    anchors: Tensor  # int64 [<= S] positions, ascending
+    weights: Tensor  # float64 [<= S]: a = 1 / pi - 1
+    count: int  # candidates
+    threshold: float  # t: those with larger keys were kept
+
+
+def draw_sample(draw: Draw) -> Sample:
+    """Keep the candidates, or of more than S those above the (S + 1)-th largest key."""
+    candidates = draw.keys[draw.keys > draw.tau]
+    count, threshold = candidates.numel(), draw.tau
+    if count > draw.anchors:
+        threshold = float(candidates.topk(draw.anchors + 1).values[-1])
+    kept = (draw.keys > threshold).nonzero().flatten()
+    return Sample(kept, (threshold / draw.weights[kept] - 1).clamp(min=0), count, threshold)
+
+
+Choose = Callable[[Draw], Sample]
+
+
+def first_tau(anchors: int) -> float:
+    """tau of a slot that has drawn no sample yet."""
+    return 1 / anchors
+
+
+def next_tau(tau: float, count: int, anchors: int) -> float:
+    """tau after a miss with `count` candidates, so that the next one has about 1.5 S."""
+    steered = tau * min(4.0, max(0.25, count / (1.5 * anchors)))
+    return min(MOST_TAU, max(steered, 1 / (64 * anchors)))
