@@ -328,6 +328,10 @@ void test_samples(DType dtype) {
       test(spec, {one_run()[0], one_run()[0]});
     }
   }
+  for (const int group_size : {1, 8, 13}) {  // a token's heads lie with several lanes
+    spec.group_size = group_size, spec.candidates = 1.5, ++spec.seed, test(spec, one_run());
+  }
+  spec.group_size = 3;
   spec.anchors = 1, spec.candidates = 3, test(spec, one_run());
   spec.sharpness = 0, spec.anchors = 20, spec.heavy_tokens = 0;  // all of one weight
   for (const double candidates : {0.5, 2.0}) spec.candidates = candidates, test(spec, one_run());
