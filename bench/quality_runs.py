@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mac_attn.integrations.transformers import MacCache
+from mac_attn.stats import COUNTERS
 
 BLOCK = 16  # tokens whose losses are kept as one mean: those of neighbours are not independent
 _CHECK_EVERY = 8  # steps between looks at whether all answers have ended: each waits for the GPU
@@ -57,7 +58,8 @@ class Subject:
 def counters(cache: MacCache) -> Tensor:
     """Tokens read so far by each request and what exact attention would have read, `[B, 2]`."""
     layers = [layer.reuse.counters for layer in cache.layers if layer.reuse is not None]
-    return torch.stack(layers).sum(0)[:, -2:]
+    columns = [COUNTERS.index(name) for name in ("kv_tokens_read", "kv_tokens_full")]
+    return torch.stack(layers).sum(0)[:, columns]
 
 
 def kv_read(mode: Mode, cache: MacCache) -> list[float]:

@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     engine = _plugin_engine()
     if engine is not None:
         counters = sum(ring.counters.sum(0).cpu() for ring in engine.rings.values())
-        _, _, _, hits, read, full = counters.tolist()
+        _, _, _, hits, read, full, _, _ = counters.tolist()
         heads = sum(
             int(ring.counters[:, 0].sum()) * ring.num_qo_heads for ring in engine.rings.values()
         )

@@ -120,10 +120,11 @@ def step_floor(
         if cfg is None:
             continue
         # Anchors belong to a KV head, of which all heads hit or none: its first one tells.
-        group_hits = sum(c != _MISS for c in source[::group_size]) if cfg.anchors else 0
-        anchors += group_hits * cfg.anchors * (2 * row + _INT32 + _FLOAT32)
-        flops += group_hits * 2 * group_size * cfg.anchors * 4 * head_dim
-        states_read += group_hits * group_size * row
+        hits = [c for c in source[::group_size] if c != _MISS] if cfg.anchors else []
+        listed = sum(sample_size(c, cfg) for c in hits)
+        anchors += listed * (2 * row + _INT32 + _FLOAT32)
+        flops += listed * 2 * group_size * 4 * head_dim
+        states_read += len(hits) * group_size * row
         stored = num_candidates(n, cfg)
         first = num_qo_heads if cfg.granularity == "head" else num_kv_heads
         # Tags belong to a KV head.
@@ -134,7 +135,7 @@ def step_floor(
         new = stores_entry(n, source, cfg, group_size)
         entry = group_size * (row + state) + _INT32  # with its tag
         if cfg.anchors:
-            entry += group_size * row + cfg.anchors * (_INT32 + _FLOAT32)
+            entry += group_size * row + sample_size(n - 1, cfg) * (_INT32 + _FLOAT32)
         states_write += sum(new) * entry
         # slot_end and slot_request, and per KV head how many entries there are; with anchors what
         # samples are drawn by. The counters are read and written.
@@ -155,12 +156,23 @@ def step_floor(
     )
 
 
+def sample_size(position: int, cfg: ReuseConfig) -> int:
+    """Most anchors of an entry of this position: an eighth of its old tokens (csrc/sample.h)."""
+    return min(cfg.anchors, max(1, (position + 1 - cfg.band) // 8))
+
+
 def num_candidates(seq_len: int, cfg: ReuseConfig) -> int:
-    """Entries that match may choose from: of positions c with p - window <= c < p and E(c) > 0."""
+    """Entries that match may choose from: of positions c with p - window <= c < p and E(c) > 0.
+
+    With anchors only those with which a hit reads at most half of the tokens.
+    """
     position = seq_len - 1
     if seq_len < max(1, cfg.min_context):
         return 0
-    oldest = max(position - cfg.window, cfg.band)
+    reach = cfg.window
+    if cfg.anchors:
+        reach = min(reach, seq_len // 2 - cfg.band - sample_size(position, cfg))
+    oldest = max(position - reach, cfg.band)
     return max(0, min(cfg.entries, position - oldest))
 
 

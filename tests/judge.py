@@ -16,7 +16,7 @@ from torch import Tensor
 import mac_attn
 from mac_attn.reference import Draw, ReferenceReuse, Sample, draw_sample, next_tau
 
-ROOM = 4  # of candidates, in multiples of S
+ROOM = 4  # of candidates, in multiples of what a sample keeps
 
 
 def sample_tolerance(device: torch.device | str) -> float:
@@ -48,7 +48,7 @@ class Judge:
 
     def __call__(self, draw: Draw) -> Sample:
         """The backend's sample, if the keys allow it."""
-        slot, head, size = self.slots[draw.row], draw.kv_head, draw.anchors
+        slot, head, size = self.slots[draw.row], draw.kv_head, draw.size
         own, keys = draw_sample(draw), draw.keys.nan_to_num(nan=0.0)
         counts = [int((keys > draw.tau * (1 + x)).sum()) for x in (self.tolerance, -self.tolerance)]
         possible = set(range(counts[0], counts[1] + 1))
@@ -59,8 +59,11 @@ class Judge:
         ring, room = self.reference.slots[slot].rings[head], self.cache.cfg.entries
         place = ring.stored % room
         stored = int(self.cache.ring_position[slot, head, place]) == draw.position
-        if self.steered and room > 1:  # a tag may be left from another history of the slot
+        # A tag may be left from another history of the slot.
+        if self.steered and room > 1:
             stored = stored and int(self.cache.ring_stored[slot, head]) != ring.stored
+        elif not self.steered and min(possible) > ROOM * size:
+            stored = False
         possible = {c for c in possible if (c <= ROOM * size) == stored}
         assert possible, f"{counts} candidates of {size} are {'' if stored else 'not '}stored"
         count = own.count if own.count in possible else min(possible)

@@ -175,7 +175,9 @@ def test_calibrate_a_model_and_use_it(tmp_path: Path) -> None:
     model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
     assert [layer.reuse.cfg for layer in cache.layers] == list(found.configs)
     assert cache.stats().steps == 2 * 7
-    with pytest.raises(ValueError, match="must have 1 or 2, the number of layers"):
+    with pytest.raises(
+        ValueError, match="config has 3 entries, must be one for all layers or a list of 2"
+    ):
         MacCache(model, max_length=8, config=loaded.configs[:1] * 3)
     with pytest.raises(ValueError, match="layer is 2, must be from 0 to 1"):
         ReuseConfig.from_calibration(found, 2)

@@ -76,7 +76,7 @@ def test_head_step_by_hand():
 
 
 def test_all_hits_do_not_depend_on_the_context():
-    cfg = mac_attn.ReuseConfig(band=256)
+    cfg = mac_attn.ReuseConfig(entries=100, window=1000, band=256, anchors=256)
     floors = [
         step_floor([n], cfg=cfg, sources=[[n - 2] * 4], **MODEL) for n in (4096, 8192, 126976)
     ]
@@ -94,6 +94,10 @@ def test_candidates():
     assert [num_candidates(n, config()) for n in lengths] == [0, 0, 0, 9, 10, 10, 10]
     few = config(entries=4, window=100)
     assert [num_candidates(n, few) for n in lengths] == [0, 0, 0, 4, 4, 4, 4]
+    # With anchors: age + 20 + min(8, an eighth of the old tokens) may not exceed half of n.
+    sampled = config(window=100, anchors=8)
+    lengths = (44, 45, 46, 60, 100, 256, 1000)
+    assert [num_candidates(n, sampled) for n in lengths] == [0, 0, 0, 5, 22, 100, 100]
 
 
 def test_only_what_may_be_reused_is_stored():

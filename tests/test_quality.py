@@ -37,17 +37,24 @@ def test_modes_are_parsed(tmp_path):
     from mac_attn.calibrate import Calibration
 
     exact, mac, changed, quest = parsed(
-        ("exact", "MAC", "MAC:threshold=0.1,max_reuse_depth=null,granularity=group", "quest")
+        (
+            "exact",
+            "MAC",
+            "MAC:threshold=0.1,max_reuse_depth=1,granularity=group",
+            "quest",
+        )
     )
     assert mac.config == SMALL and exact.config is None and exact.share == 1
-    assert changed.config.threshold == 0.1 and changed.config.max_reuse_depth is None
+    assert changed.config.threshold == 0.1
+    (chains,) = parsed(["MAC:anchors=0,max_reuse_depth=null"])
+    assert chains.config.max_reuse_depth is None
     assert changed.config.band == SMALL.band and quest.share == 0.5
     assert mac.seed_key == changed.seed_key != parsed(["MAC:band=9"])[0].seed_key
     assert parsed(["streaming:share=0.25"])[0].share == 0.25
     path = tmp_path / "model.json"
     Calibration((ReuseConfig(), ReuseConfig(threshold=0.3)), 0.1, 0.1, 0.5).save(path)
     (calibrated,) = parsed([f"MAC:calibration={path}"])
-    assert [c.threshold for c in calibrated.config] == [0.1, 0.3]
+    assert [c.threshold for c in calibrated.config] == [ReuseConfig().threshold, 0.3]
     assert [c.min_context for c in calibrated.config] == [SMALL.min_context] * 2
     for wrong, message in (
         ("other", "mode is 'other'"),

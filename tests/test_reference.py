@@ -147,7 +147,7 @@ class Slow:
         self.depth: dict[int, list[int]] = {}
         self.samples: dict[int, dict[int, float]] = {}  # a by token
         self.stored: list[int] = []
-        self.tau, self.lse = 1 / max(1, cfg.anchors), None
+        self.tau, self.lse = 1.0, None  # of a sample of one: the chain begins without old tokens
         self.hits = 0
 
     def step(self, p: int) -> tuple[list[int], Tensor]:
@@ -193,7 +193,7 @@ class Slow:
         """a of each kept token, or None where nothing can be kept."""
         if self.lse is None or p < self.cfg.band:
             return None
-        size, tau = self.cfg.anchors, self.tau
+        size, tau = min(self.cfg.anchors, max(1, (p + 1 - self.cfg.band) // 8)), self.tau
         weight = [
             max(math.exp(logits[g, i] - self.lse[g]) for g in range(2))
             for i in range(p + 1 - self.cfg.band)
@@ -216,6 +216,10 @@ class Slow:
         together = [head] if cfg.granularity == "head" else pair
         best, best_score = -1, 1.0
         for c in self.stored[-cfg.entries :]:
+            old = p + 1 - cfg.band
+            size = min(cfg.anchors, max(1, old // 8))
+            if cfg.anchors and p - c + cfg.band + size > (p + 1) // 2:
+                continue
             if c < p - cfg.window or self.depth[c][g] >= (cfg.max_reuse_depth or math.inf):
                 continue
             total = 0.0

@@ -157,17 +157,34 @@ def test_one_token_with_all_the_weight(device):
 
 
 @pytest.mark.parametrize("anchors", [200, 1000])
-def test_more_anchors_than_tokens(anchors, device):
-    """Whatever is worth a candidate is kept, and the hit is nearly or wholly exact."""
-    case = Case(device, anchors=anchors)
-    case.decode(100)
-    case.set_tau(1 / 64 / anchors)
-    assert case.stored(case.decode(101)) == [True, True]
-    step = case.decode(102, like=100)
-    assert all(head.anchors == 101 - BAND for head in step.heads[0])
-    everything = case.twins.reference.entries(1, 0)[100]
-    assert everything.anchors.tolist() == list(range(101 - BAND))
-    assert not everything.weights.any()
+def test_more_anchors_than_the_context_has_tokens(anchors, device):
+    """A sample is an eighth of the old tokens at most, and a hit reads at most half of all."""
+    case = Case(device, anchors=anchors, window=100, entries=40)
+    case.decode(70)
+    for n in range(71, 96):
+        case.decode(n)
+    for head in range(HEADS[1]):
+        entries = case.twins.reference.entries(1, head)
+        sizes = {c: len(e.anchors) for c, e in entries.items()}
+        assert all(size <= (c + 1 - BAND) // 8 for c, size in sizes.items())
+        assert max(sizes.values()) > 5, sizes
+    newest = [next(iter(case.twins.reference.entries(1, head))) for head in range(HEADS[1])]
+    step = case.decode(96, like=min(newest))
+    for head in step.heads[0]:
+        assert head.tokens <= 96 // 2
+
+
+def test_a_hit_that_would_read_more_than_half_is_a_miss(device):
+    case = Case(device, window=100, entries=100)
+    for n in range(60, 100):
+        case.decode(n)
+    # At n = 100: age + 16 + 6 <= 50.
+    case.q_match[99] = case.q_match[99 - 29].clone()
+    assert (case.twins.decode(case.kv, [100], case.q[99], case.q_match[99], [1]).source == -1).all()
+    case = Case(device, window=100, entries=100)
+    for n in range(60, 100):
+        case.decode(n)
+    case.decode(100, like=99 - 28)
 
 
 def bad_keys(case: Case, tokens: list[int], value: float) -> None:

@@ -29,7 +29,6 @@ struct CompleteWork {
   int request, kv_head, seq_len, slot;
   bool bad, reuses;     // reuses: the request has a ring and tokens, and no error
   int stored, sampled;  // Matched::stored, amend's answer
-  int size;             // of a sample at most
   int hits, start;      // heads that hit; the first token read
   bool stores;          // the new entry may be reused
   int place;            // of it; may be a matched one's
@@ -105,8 +104,7 @@ MAC_DEVICE void look_at_heads(const CompleteParams& p, CompleteWork& work, int s
   work.hits = static_cast<int>(ptx::reduce_add(work.hits));
   work.start = static_cast<int>(~ptx::reduce_max(~static_cast<uint32_t>(work.start)));
   const int old_end = band_start(work.seq_len - 1, p.band);
-  work.size = sample_size(S, old_end);
-  const bool drawn = S == 0 || (work.sampled >= 0 && work.sampled <= kCandidateRoom * work.size);
+  const bool drawn = S == 0 || (work.sampled >= 0 && work.sampled <= kCandidateRoom * sample_size(S, old_end));
   work.stores = ptx::ballot(shallow) && old_end > 0 && drawn;
   const int stored = work.stored < 0 ? 0 : work.stored;
   work.place = stored < M ? stored : stored - M;
@@ -120,9 +118,10 @@ MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& wo
   *p.ring.stored(slot, work.kv_head) = work.stores ? next_stored(stored, p.ring.layout.shape.entries) : stored;
   if (work.stores) *p.ring.position(slot, work.kv_head, work.place) = n - 1;
   if (S > 0) {
+    const int size = sample_size(S, band_start(n - 1, p.band));
     float* tau = p.ring.tau(slot, work.kv_head);
-    const float base = work.stored != kNoHistory && usable_tau(*tau) ? *tau : first_tau(work.size);
-    *tau = work.hits == 0 && work.sampled >= 0 ? next_tau(base, work.sampled, work.size) : base;
+    const float base = work.stored != kNoHistory && usable_tau(*tau) ? *tau : first_tau(size);
+    *tau = work.hits == 0 && work.sampled >= 0 ? next_tau(base, work.sampled, size) : base;
   }
   int64_t* counters = p.ring.counters(slot);
   const int anchors = S > 0 && work.hits > 0 ? work.sampled : 0;

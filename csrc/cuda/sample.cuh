@@ -95,12 +95,11 @@ struct Sampler {
 struct SampleScratch {
   uint32_t key[kCandidateRoom * kMaxAnchors];  // positive floats, whose bits are ordered like them
   unsigned long long chosen[kMaxAnchors];      // position and lead, so that the order is the positions'
-  int warp_count[2][kWarps];
-  int num_chosen;
 };
 
 // The (wanted + 1)-th largest of the keys, of which there are more than `wanted`. The whole block takes part.
 MAC_DEVICE uint32_t first_key_cut(SampleScratch& scratch, int count, int wanted) {
+  __shared__ int warp_counts[2][kWarps];
   uint32_t cut = 0;
 #pragma unroll 1
   for (int bit = 30; bit >= 0; --bit) {
@@ -109,7 +108,7 @@ MAC_DEVICE uint32_t first_key_cut(SampleScratch& scratch, int count, int wanted)
 #pragma unroll 4
     for (int i = threadIdx.x; i < count; i += kThreads) above += scratch.key[i] >= trial;
     above = ptx::reduce_add(above);
-    int (&warp_count)[kWarps] = scratch.warp_count[bit % 2];
+    int (&warp_count)[kWarps] = warp_counts[bit % 2];
     if (ptx::lane_id() == 0) warp_count[threadIdx.x / 32] = above;
     ptx::sync_block();
     above = 0;
@@ -145,6 +144,7 @@ MAC_DEVICE void sort_chosen(SampleScratch& scratch, int count) {
 // risen to, by tau. The whole block takes part.
 MAC_DEVICE int choose_sample(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, bool served,
                              SampleScratch& scratch, float& raise) {
+  __shared__ int num_chosen;
   const int size = sample_size(p.num_anchors, piece.work.old_end), group = piece.kv_group(p);
   const int sampled = ptx::load_volatile(w.sampled + group);
   const int count = served && sampled <= kCandidateRoom * size ? sampled : 0;
@@ -155,7 +155,7 @@ MAC_DEVICE int choose_sample(const AmendParams& p, const AmendWorkspace& w, cons
     const Candidate c = candidates[i];
     scratch.key[i] = float_bits(c.lead - ptx::lg2(uniform(seed, c.token)));
   }
-  if (threadIdx.x == 0) scratch.num_chosen = 0;
+  if (threadIdx.x == 0) num_chosen = 0;
   ptx::sync_block();
   if (threadIdx.x == 0) {
     w.sampled[group] = 0;  // as the next call wants to find it; all have read it
@@ -167,11 +167,11 @@ MAC_DEVICE int choose_sample(const AmendParams& p, const AmendWorkspace& w, cons
     if (count > size && scratch.key[i] <= cut) continue;
     const Candidate c = candidates[i];
     const auto token = static_cast<unsigned long long>(c.token);
-    scratch.chosen[ptx::atomic_add(&scratch.num_chosen, 1)] = token << 32 | float_bits(c.lead);
+    scratch.chosen[ptx::atomic_add(&num_chosen, 1)] = token << 32 | float_bits(c.lead);
   }
   ptx::sync_block();
   raise = bits_float(cut);
-  const int chosen = scratch.num_chosen;
+  const int chosen = num_chosen;
   sort_chosen(scratch, chosen);
   return chosen;
 }

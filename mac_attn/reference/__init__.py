@@ -13,7 +13,7 @@ stands for the old tokens `[0, E(c))`.
 from .calls import Step, decode, seed
 from .reuse import HeadStep, ReferenceReuse
 from .rings import LEAST_REST, Entry, Ring, Slot, rest_state
-from .sample import Draw, Sample, draw_sample, first_tau, next_tau, uniforms
+from .sample import Draw, Sample, draw_sample, first_tau, next_tau, sample_size, uniforms
 from .states import attention_logits, attention_state, gather_kv, merge_states
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "merge_states",
     "next_tau",
     "rest_state",
+    "sample_size",
     "seed",
     "uniforms",
 ]

@@ -115,8 +115,10 @@ def seed(
             x[b].cpu().double().unflatten(1, (reuse.num_kv_heads, -1)) for x in (q, q_match)
         )
         for h, ring in enumerate(slot.rings):
-            ring.tau, ring.last_lse = first_tau(max(1, reuse.cfg.anchors)), None
-            for i in range((length - 1) % every, length, every):
+            chosen = range((length - 1) % every, length, every)
+            first = n - length + chosen[0]
+            ring.tau, ring.last_lse = first_tau(max(1, reuse.sample_size(first))), None
+            for i in chosen:
                 pair = k[: n - length + i + 1, h], v[: n - length + i + 1, h]
                 if ring.last_lse is None:
                     _, ring.last_lse = attention_state(rotated[i, h], *pair, *softmax)

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from .rings import Entry, Ring, Slot, rest_state
-from .sample import CANDIDATE_ROOM, MOST_TAU, Choose, Draw, Sample, first_tau, next_tau, uniforms
+from .sample import (
+    CANDIDATE_ROOM,
+    MOST_TAU,
+    Choose,
+    Draw,
+    Sample,
+    first_tau,
+    next_tau,
+    sample_size,
+    uniforms,
+)
 from .states import attention_logits, attention_state, merge_states
 
 if TYPE_CHECKING:
@@ -69,6 +79,10 @@ class ReferenceReuse:
         """E(c): the entry of position c stands for the tokens `[0, E(c))`."""
         return max(0, position + 1 - self.cfg.band)
 
+    def sample_size(self, position: int) -> int:
+        """How many old tokens an entry of this position keeps at most."""
+        return sample_size(self.cfg.anchors, self.old_end(position))
+
     def entries(self, slot: int, kv_head: int = 0) -> dict[int, Entry]:
         """What a ring holds by position, the youngest first."""
         return {e.position: e for e in self.slots[slot].rings[kv_head].youngest()}
@@ -114,7 +128,10 @@ class ReferenceReuse:
         Heads that decide together share a score. An entry too deep for a head scores inf there.
         """
         p = n - 1
-        entries = [e for e in ring.youngest() if p - self.cfg.window <= e.position < p]
+        reach = self.cfg.window
+        if self.cfg.anchors:  # a hit must not read more than half of the tokens
+            reach = min(reach, n // 2 - self.cfg.band - self.sample_size(p))
+        entries = [e for e in ring.youngest() if p - reach <= e.position < p]
         if not entries or n < self.cfg.min_context:
             return [], query.new_empty(query.shape[0], 0)
         distance = (query - torch.stack([e.query for e in entries])).square().sum(-1)  # [C, G]
@@ -140,13 +157,13 @@ class ReferenceReuse:
 
         None if there are none, or no log-sum-exp or tau to go by. Steers the ring's tau.
         """
-        tau, size, lse = ring.tau, self.cfg.anchors, ring.last_lse
+        tau, lse = ring.tau, ring.last_lse
         if not 0 < tau <= MOST_TAU or logits.shape[1] == 0:
             return None
         if lse is None or not lse.isfinite().all():
             return None
         sample = choose(self.draw(logits, lse, tau, position, where))
-        ring.tau = next_tau(tau, sample.count, size)
+        ring.tau = next_tau(tau, sample.count, self.sample_size(position))
         return sample
 
     def draw(
@@ -155,7 +172,7 @@ class ReferenceReuse:
         """A draw from tokens with logits `[G, E]`, weighed against log-sum-exps `[G]`."""
         weights = torch.exp(logits - lse[:, None]).amax(0)
         keys = weights / uniforms(position, where[1], self.layer, logits.shape[1])
-        return Draw(*where, position, weights, keys, tau, self.cfg.anchors)
+        return Draw(*where, position, weights, keys, tau, self.sample_size(position))
 
     def step(
         self,
@@ -216,12 +233,12 @@ class ReferenceReuse:
             if (result.source < 0).all():
                 logits = attention_logits(q, k[:old], *softmax)
                 sample = self.sample(ring, logits, p, where, choose)
-                if sample is None or sample.count > CANDIDATE_ROOM * self.cfg.anchors:
+                if sample is None or sample.count > CANDIDATE_ROOM * self.sample_size(p):
                     result.stored = False
                 else:
                     entry = replace(entry, anchors=sample.anchors, weights=sample.weights)
             if not 0 < ring.tau <= MOST_TAU:
-                ring.tau = first_tau(self.cfg.anchors)
+                ring.tau = first_tau(self.sample_size(p))
         if result.stored:
             ring.store(entry)
         ring.last_lse = result.lse

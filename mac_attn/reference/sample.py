@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CANDIDATE_ROOM = 4  # in multiples of S: an entry with more candidates is not stored
+LARGEST_SHARE = 8  # a sample is no more than one in so many of the old tokens, but one
+CANDIDATE_ROOM = 4  # in multiples of its size: an entry with more candidates is not stored
 MOST_TAU = 64.0
 
 
@@ -31,9 +32,14 @@ def uniforms(position: int, kv_head: int, layer: int, count: int) -> Tensor:
     return ((hashed >> 8) + 1).double() * 2.0**-24
 
 
+def sample_size(anchors: int, old: int) -> int:
+    """How many tokens a sample of `old` ones keeps at most, where there is room for `anchors`."""
+    return min(anchors, max(1, old // LARGEST_SHARE))
+
+
 @dataclass
 class Draw:
-    """The old tokens of one KV head as a sample of at most `anchors` is drawn from them."""
+    """The old tokens of one KV head as a sample of at most `size` is drawn from them."""
 
     row: int  # of the batch
     kv_head: int
@@ -41,7 +47,7 @@ class Draw:
     weights: Tensor  # [E] float64: w, the largest softmax weight over the group; NaN is never drawn
     keys: Tensor  # [E] float64: w / u
     tau: float  # what a candidate's key exceeds
-    anchors: int  # S
+    size: int
 
 
 @dataclass
@@ -55,11 +61,11 @@ class Sample:
 
 
 def draw_sample(draw: Draw) -> Sample:
-    """Keep the candidates, or of more than S those above the (S + 1)-th largest key."""
+    """Keep the candidates, or of more than `size` those above the next largest key."""
     candidates = draw.keys[draw.keys > draw.tau]
     count, threshold = candidates.numel(), draw.tau
-    if count > draw.anchors:
-        threshold = float(candidates.topk(draw.anchors + 1).values[-1])
+    if count > draw.size:
+        threshold = float(candidates.topk(draw.size + 1).values[-1])
     kept = (draw.keys > threshold).nonzero().flatten()
     return Sample(kept, (threshold / draw.weights[kept] - 1).clamp(min=0), count, threshold)
 
@@ -67,12 +73,12 @@ def draw_sample(draw: Draw) -> Sample:
 Choose = Callable[[Draw], Sample]
 
 
-def first_tau(anchors: int) -> float:
+def first_tau(size: int) -> float:
     """tau of a slot that has drawn no sample yet."""
-    return 1 / anchors
+    return 1 / size
 
 
-def next_tau(tau: float, count: int, anchors: int) -> float:
-    """tau after a miss with `count` candidates, so that the next one has about 1.5 S."""
-    steered = tau * min(4.0, max(0.25, count / (1.5 * anchors)))
-    return min(MOST_TAU, max(steered, 1 / (64 * anchors)))
+def next_tau(tau: float, count: int, size: int) -> float:
+    """tau after a miss with `count` candidates, so that the next one has about 1.5 times `size`."""
+    steered = tau * min(4.0, max(0.25, count / (1.5 * size)))
+    return min(MOST_TAU, max(steered, 1 / (64 * size)))

@@ -75,8 +75,6 @@ void test_mixes(DType dtype) {
     spec.near = 0.5, spec.seed += anchors;
     CHECK(test(spec, one_run()) > 0);
   }
-  spec = {};
-  spec.dtype = dtype;
   // More CTAs than candidates.
   spec = {};
   spec.dtype = dtype, spec.splits = 32, test(spec, one_run());
