@@ -160,8 +160,10 @@ class Prefill:
 
     def _on_store(self, config: ReuseConfig | Sequence[ReuseConfig] | None, copy: bool) -> MacCache:
         cache = MacCache(self.model, max_length=self.base.get_max_length(), config=config)
-        for new, old in zip(cache.layers, self.base.layers, strict=True):
+        layers = zip(cache.layers, self.base.layers, self._queries, strict=True)
+        for new, old, (query, _) in layers:
             _place(new, old, copy)
+            new.allocate_rings(query.shape[1])
         cache._shared.layout.set_padding([0] * self.batch)
         return cache
 
@@ -174,8 +176,8 @@ def _place(layer: MacLayer, on: MacLayer, copy: bool) -> None:
         layer.value_store[:, : on.length] = on.value_store[:, : on.length]
     else:
         layer.key_store, layer.value_store = on.key_store, on.value_store
-        layer.keys, layer.values = on.keys, on.values
     layer.length = on.length
+    layer.sign()
 
 
 _chosen: Mode | None = None  # the baseline that decode steps use

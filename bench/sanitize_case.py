@@ -45,12 +45,14 @@ def run(case: Case, device: str) -> list[Tensor]:
     table = torch.randperm(batch * per_request, generator=generator, dtype=torch.int32)
     table = table.view(batch, per_request).to(device)
     cfg = mac_attn.ReuseConfig(
-        window=32,
+        entries=24,
+        window=64,
         band=48,
         anchors=anchors,
         threshold=0.5,
         granularity=granularity,  # type: ignore[arg-type]
         min_context=64,
+        max_reuse_depth=1 if anchors else None,
     )
     reuse = mac_attn.ReuseCache(
         cfg,

@@ -17,7 +17,7 @@ namespace mac_attn {
 // How many an entry keeps at most, of `anchors` places: no more than a share of its old tokens, as a hit has to be
 // worth taking.
 MAC_HOST_DEVICE constexpr int32_t sample_size(int32_t anchors, int32_t old_end) {
-  constexpr int32_t kShare = 8;
+  constexpr int32_t kShare = 6;
   const int32_t most = old_end / kShare > 1 ? old_end / kShare : 1;
   return anchors < most ? anchors : most;
 }

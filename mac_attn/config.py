@@ -59,10 +59,10 @@ class ReuseConfig:
         ValueError, TypeError: an argument is out of range or of the wrong type.
     """
 
-    entries: int = 128
+    entries: int = 64
     window: int = 2048
     band: int = 256
-    anchors: int = 1024
+    anchors: int = 2048
     threshold: float | Sequence[float] | Tensor = 0.4
     threshold_mode: Literal["relative", "absolute"] = "relative"
     granularity: Literal["group", "head"] = "group"

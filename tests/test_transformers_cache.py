@@ -57,6 +57,7 @@ def test_batch_changes_size(device: torch.device) -> None:
     cache = MacCache(model, max_length=64, config=ALWAYS)
     model(ids, attention_mask=mask, past_key_values=cache)
     cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([True, True, True, True]))
     cache.batch_select_indices(torch.tensor([2, 1, -1]))
     expected = MacCache(model, max_length=64, config=ALWAYS)
     model(ids[rows], attention_mask=mask[rows], past_key_values=expected)
@@ -284,11 +285,13 @@ def test_arguments_are_checked(device: torch.device) -> None:
 
 def test_training_is_refused(device: torch.device) -> None:
     model = tiny_model(device).train()
+    cache = MacCache(model, max_length=64)
     with torch.enable_grad(), pytest.raises(ValueError, match="for inference"):
-        model(prompts(device), past_key_values=MacCache(model, max_length=64))
+        model(prompts(device), past_key_values=cache)
 
 
 def test_rotary_embeddings_that_change_are_refused(device: torch.device) -> None:
+    MacCache(tiny_model(device), max_length=64)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = tiny_model(device, rope_parameters=rope)
     with pytest.raises(ValueError, match="dynamic"):

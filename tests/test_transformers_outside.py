@@ -176,6 +176,29 @@ def test_a_model_of_another_size_is_refused(options: dict[str, Any], reason: str
     assert cache.get_seq_length() == 0
 
 
+def test_a_wrapped_model() -> None:
+    """As torch.compile, PEFT and others leave it."""
+    model, ids = tiny_model(CPU), prompts(CPU)
+    compiled = torch.compile(model, backend="eager")
+    cache, expected = MacCache(compiled, max_length=80, config=ALWAYS), filled(model, ids)
+    compiled(ids, past_key_values=cache)
+    tokens = prompts(CPU, 2, 4)
+    got = next_logits(compiled, cache, tokens)
+    torch.testing.assert_close(got, next_logits(model, expected, tokens), **ROUNDING)
+    assert cache.stats().hit_rate == 1
+    with pytest.raises(ValueError, match="Linear without a transformers model"):
+        MacCache(torch.nn.Linear(2, 2), max_length=80)
+
+
+def test_a_static_cache_is_as_with_sdpa() -> None:
+    model, ids = tiny_model(CPU), prompts(CPU)
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    options |= {"cache_implementation": "static", "disable_compile": True}
+    got = model.generate(ids, **options)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(got, model.generate(ids, **options))
+
+
 # Copies, pickles
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -83,6 +84,23 @@ def test_layers_that_share_keys() -> None:
     assert cache.get_seq_length() == cache.get_seq_length(3) == 48
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(got, run(model, ids, transformers.DynamicCache()), **ROUNDING)
+
+
+def test_other_counts_of_heads_in_some_layers() -> None:
+    model = tiny_model(CPU)
+    config = copy.deepcopy(model.config)
+    config.num_attention_heads, config.num_key_value_heads = 8, 4
+    attention = type(model.model.layers[1].self_attn)(config, layer_idx=1)
+    torch.nn.init.normal_(attention.q_proj.weight, std=0.3)
+    model.model.layers[1].self_attn = attention.eval()
+    ids = prompts(CPU, 1, 48)
+    cache = MacCache(model, max_length=64, config=ALWAYS)
+    run(model, ids, cache)
+    assert [s.num_qo_heads for s in cache.layer_stats() if s is not None] == [4, 8]
+    assert cache.stats().hit_rate == 1
+    got = run(model, ids, MacCache(model, max_length=64, config=None))
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(got, model(input_ids=ids).logits, **ROUNDING)
 
 
 # Right, or refused, with and without a MacCache
@@ -240,12 +258,23 @@ def test_an_unknown_rotation_is_refused_and_can_be_given() -> None:
     torch.testing.assert_close(got, run(model, ids, transformers.DynamicCache()), **ROUNDING)
 
 
+def test_a_wrong_rotation_is_refused() -> None:
+    model = mac_model("glm")
+    half = RotaryEmbedding.from_transformers(model)
+    interleaved = RotaryEmbedding.from_transformers(model, interleaved=True)
+    for given in (half, [None, interleaved]):
+        with pytest.raises(ValueError, match="rotary: layer 0 .* in neighbouring dimensions"):
+            MacCache(model, max_length=64, rotary=given)
+    MacCache(model, max_length=64, rotary=interleaved)
+
+
 def test_a_model_that_does_not_run_alone_says_so() -> None:
     model = tiny_model(CPU)
     model.model.embed_tokens.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=r"16 tokens.*raised ZeroDivisionError(.|\n)*`rotary`"):
         MacCache(model, max_length=64)
     MacCache(model, max_length=64, config=None)
+    MacCache(model, max_length=64, rotary=RotaryEmbedding.from_transformers(model))
 
 
 def test_the_probe_leaves_no_trace() -> None:

@@ -83,7 +83,7 @@ AmendCase::AmendCase(const AmendSpec& spec)
         std::vector<int> all;
         for (int token = 0; token < first; ++token) all.push_back(token);
         data_.shuffle(all);
-        const int most = std::min(spec.anchors, first);
+        const int most = reference::sample_size(spec.anchors, first);
         all.resize(spec.full_lists || data_.below(3) ? most : data_.below(most + 1));
         std::sort(all.begin(), all.end());
         for (int i = 0; i < spec.anchors; ++i) {
@@ -133,7 +133,8 @@ void AmendCase::prepare_miss(int request, int kv_head) {
   const reference::Vector u = uniforms(request, kv_head);
   for (int i = 0; i < end; ++i) keys[i] /= u[i];
   std::sort(keys.begin(), keys.end(), std::greater<>());
-  const int count = std::min(static_cast<int>(spec_.candidates * spec_.anchors), end);
+  const int size = reference::sample_size(spec_.anchors, end);
+  const int count = std::min(static_cast<int>(spec_.candidates * size), end);
   const double upper = count > 0 ? keys[count - 1] : 4 * keys[0], lower = count < end ? keys[count] : upper / 4;
   const double tau = std::exp(2 * data_.normal() - 3);
   const double shift = std::log(std::sqrt(upper * lower) / tau);
@@ -316,10 +317,12 @@ void AmendCase::check_sample(int request, int kv_head) const {
           (attends ? static_cast<int>(entry_sample(request, kv_head).tokens.size()) : kNotSampled));
     return;
   }
-  const std::string complaint = reference::judge_sample(got, weights(request, kv_head), uniforms(request, kv_head),
-                                                        tau(request, kv_head), S, kSampleSlack);
-  if (!complaint.empty())
+  const std::string complaint =
+      reference::judge_sample(got, weights(request, kv_head), uniforms(request, kv_head), tau(request, kv_head),
+                              reference::sample_size(S, old_end(request)), kSampleSlack);
+  if (!complaint.empty()) {
     std::printf("sample of request %d, KV head %d: %s\n", request, kv_head, complaint.c_str());
+  }
   CHECK(complaint.empty());
 }
 

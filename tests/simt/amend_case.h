@@ -17,7 +17,7 @@ struct AmendSpec {
   std::vector<int> ages = {0};
   bool per_head = false;
   bool full_lists = false;  // else a matched entry may have fewer anchors than there is room for
-  double candidates = 1.4;  // about so many of a miss, in multiples of `anchors`
+  double candidates = 1.4;  // about so many of a miss, in multiples of its sample
   double soft_cap = 0;
   double sharpness = 1;  // standard deviation of a logit
   int heavy_tokens = 0;  // of each KV head: tokens whose logit for one of the heads is far above the others

@@ -81,7 +81,8 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
     for (int h = 0; h < H; ++h) {
       const int hits = source_[b * heads() + h * G] != kMiss;
       stored_.push_back(hits ? 1 + data_.below(2 * M - 1) : data_.below(3) ? data_.below(2 * M) : kNoHistory);
-      const int sampled[] = {kNotSampled, 0, 1, S, 4 * S, 4 * S + 1};
+      const int size = reference::sample_size(S, reference::old_end(position, spec.band));
+      const int sampled[] = {kNotSampled, 0, 1, size, 4 * size, 4 * size + 1};
       sampled_.push_back(S == 0 ? kNotSampled : hits ? data_.below(S + 1) : sampled[data_.below(6)]);
       if (data_.below(5) == 0) *r.tau(slots[b], h) = data_.below(2) ? NAN : 0.f;
     }
@@ -217,6 +218,7 @@ void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carr
                                 RingTensors& want) const {
   const int n = seq_lens[request], slot = slots[request], G = spec_.group_size, S = spec_.anchors;
   const int number = group(request, kv_head), sampled = sampled_[number];
+  const int size = reference::sample_size(S, reference::old_end(n - 1, spec_.band));
   const Ring to = want.view(), got = ring.view();
   int hits = 0, first = n;
   bool shallow = false;
@@ -229,16 +231,16 @@ void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carr
     last_lse = lse_[request * heads() + head];  // compared by check_head
   }
   const bool stores =
-      reference::old_end(n - 1, spec_.band) > 0 && shallow && (S == 0 || (sampled >= 0 && sampled <= 4 * S));
+      reference::old_end(n - 1, spec_.band) > 0 && shallow && (S == 0 || (sampled >= 0 && sampled <= 4 * size));
   if (stores) expect_entry(request, kv_head, carried, want);
   const int stored = std::max(stored_[number], 0), next = stored + stores;
   *to.stored(slot, kv_head) = next < 2 * spec_.entries ? next : next - spec_.entries;
   if (S > 0) {
     const float tau = *to.tau(slot, kv_head), now = *got.tau(slot, kv_head);
-    double expected = stored_[number] != kNoHistory && tau > 0 && tau <= 64 ? tau : 1. / S;
+    double expected = stored_[number] != kNoHistory && tau > 0 && tau <= 64 ? tau : 1. / size;
     if (hits == 0 && sampled >= 0) {
-      expected *= std::min(4.0, std::max(0.25, sampled / (1.5 * S)));
-      expected = std::min(64.0, std::max(1. / 64 / S, expected));
+      expected *= std::min(4.0, std::max(0.25, sampled / (1.5 * size)));
+      expected = std::min(64.0, std::max(1. / 64 / size, expected));
     }
     CHECK(std::abs(now - expected) <= 1e-6 * expected);
     *to.tau(slot, kv_head) = now;

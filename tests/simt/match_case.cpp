@@ -15,8 +15,9 @@ std::string MatchSpec::name() const {
   return std::string("match ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") +
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
          " D=" + std::to_string(head_dim) + " M=" + std::to_string(entries) + " window=" + std::to_string(window) +
-         " W=" + std::to_string(band) + (per_head ? " per head" : "") + (relative ? " relative " : " absolute ") +
-         std::to_string(rho) + " depth=" + std::to_string(max_reuse_depth) + (twins ? " twins" : "") +
+         " W=" + std::to_string(band) + " S=" + std::to_string(anchors) + (per_head ? " per head" : "") +
+         (relative ? " relative " : " absolute ") + std::to_string(rho) +
+         " depth=" + std::to_string(max_reuse_depth) + (twins ? " twins" : "") +
          " splits=" + std::to_string(splits) + " seed=" + std::to_string(seed);
 }
 
@@ -27,7 +28,7 @@ MatchCase::MatchCase(const MatchSpec& spec)
         Data data(spec.seed + 1000);
         const Shape shape{static_cast<int32_t>(spec.seq_lens.size()), spec.num_kv_heads, spec.group_size,
                           spec.head_dim};
-        return RingTensors(spec.dtype, shape, shape.batch + 2, spec.entries, 0, data);
+        return RingTensors(spec.dtype, shape, shape.batch + 2, spec.entries, spec.anchors, data);
       }()),
       spec_(spec),
       data_(spec.seed),
@@ -55,7 +56,7 @@ MatchCase::MatchCase(const MatchSpec& spec)
         const bool hole = kind < 1000 * spec.holes;
         *r.position(slot, h, place) = std::max(c, -1);
         if (hole) *r.position(slot, h, place) = data_.below(2) ? -1 : position + data_.below(3);
-        const bool trap = hole || c < position - spec.window || c < spec.band || ago >= *r.stored(slot, h);
+        const bool trap = hole || c < oldest(b) || ago >= *r.stored(slot, h);
         if (trap || kind > 1000 * (1 - spec.near)) set_entry(b, h, place, trap ? 0 : data_.below(10) / 20.);
       }
       for (int ago = 1; spec.twins && ago + 7 < M; ago += 2) {  // of equal entries, the youngest is to be taken
@@ -110,6 +111,16 @@ int MatchCase::count_hits() const {
   return static_cast<int>(source_.size() - std::count(source_.begin(), source_.end(), kMiss));
 }
 
+int MatchCase::oldest(int request) const {
+  const int n = seq_lens[request];
+  const int size = reference::sample_size(spec_.anchors, reference::old_end(n - 1, spec_.band));
+  int position = std::max(0, n - 1 - spec_.window);
+  while (reference::old_end(position, spec_.band) == 0) ++position;
+  // A hit reads the band, what came since, and the sample.
+  while (spec_.anchors > 0 && position < n && spec_.band + n - 1 - position + size > n / 2) ++position;
+  return position;
+}
+
 int MatchCase::stored(int request, int kv_head) const {
   const int slot = slots[request], n = seq_lens[request];
   if (errors[request] || n <= 0 || slot == kNoSlot) return kNoHistory;
@@ -133,8 +144,7 @@ bool MatchCase::is_candidate(int request, int head, int place) const {
   const Ring r = ring.view();
   const int current = seq_lens[request] - 1, slot = slots[request], G = spec_.group_size;
   const int position = *r.position(slot, head / G, place);
-  return position >= 0 && position >= current - spec_.window && position < current &&
-         reference::old_end(position, spec_.band) > 0 &&
+  return position >= oldest(request) && position < current &&
          r.depth(slot, head / G, place)[head % G] < spec_.max_reuse_depth;
 }
 

@@ -12,6 +12,7 @@ struct MatchSpec {
   int entries = 40, window = 60, band = 16, min_context = 1, max_reuse_depth = 1 << 30;
   bool per_head = false, relative = true;
   bool request_ids = true;
+  int anchors = 0;     // with them a hit must not read more than half of the tokens
   double rho = 0.2;    // the threshold, as a share of a query's expected square
   double near = 0.15;  // share of the entries that lie near the query
   double holes = 0.1;  // share of the entries that are none: they hold the very query, as a trap
@@ -41,6 +42,7 @@ class MatchCase {
  private:
   int heads() const { return spec_.num_kv_heads * spec_.group_size; }
   void check_decision(int request, int first_head, int num_heads) const;
+  int oldest(int request) const;               // position that may be reused
   int stored(int request, int kv_head) const;  // the answer, from the slot's history
   bool is_candidate(int request, int head, int place) const;
   reference::Vector query_of(int request, int head, int place) const;

@@ -62,6 +62,10 @@ State merge(const State& a, const State& b) {
   return state;
 }
 
+int sample_size(int anchors, int end) {
+  return std::min(anchors, std::max(1, end / 8));
+}
+
 double uniform(int position, int kv_head, int layer, int token) {
   constexpr uint64_t kBits32 = 0xffffffff;
   const auto scramble = [](uint64_t x) {

@@ -161,8 +161,9 @@ void test_mixes(DType dtype) {
   spec.anchors = 0, test(spec, one_run());
   spec.without_ring = {};
   spec.seq_lens = {2300}, spec.ages = {0}, spec.num_kv_heads = 1;
-  spec.anchors = cuda::kMaxAnchors, test(spec, one_run());
-  spec.candidates = 2.2, test(spec, one_run());
+  spec.anchors = 200, spec.candidates = 2.2, test(spec, one_run());
+  spec.seq_lens = {8 * cuda::kMaxAnchors + spec.band}, spec.group_size = 1, spec.anchors = cuda::kMaxAnchors;
+  spec.candidates = 3.9, test(spec, one_run());
   spec.ages = {10}, test(spec, one_run());
   spec.seq_lens = {90}, spec.group_size = cuda::kMaxGroup, spec.anchors = 0, test(spec, one_run());
   spec.page_size = 16, spec.group_size = 3;
@@ -287,7 +288,7 @@ void test_faults(DType dtype) {
 void test_estimate(DType dtype) {
   constexpr int kHashes = 300;
   AmendSpec spec;
-  spec.dtype = dtype, spec.seq_lens = {110}, spec.num_kv_heads = 1, spec.group_size = 2, spec.anchors = 40;
+  spec.dtype = dtype, spec.seq_lens = {340}, spec.num_kv_heads = 1, spec.group_size = 2, spec.anchors = 40;
   spec.candidates = 0.5;
   const CaseReport report(spec.name());
   AmendCase amend(spec);
@@ -327,6 +328,10 @@ void test_samples(DType dtype) {
       test(spec, {one_run()[0], one_run()[0]});
     }
   }
+  for (const int group_size : {1, 8, 13}) {  // a token's heads lie with several lanes
+    spec.group_size = group_size, spec.candidates = 1.5, ++spec.seed, test(spec, one_run());
+  }
+  spec.group_size = 3;
   spec.anchors = 1, spec.candidates = 3, test(spec, one_run());
   spec.sharpness = 0, spec.anchors = 20, spec.heavy_tokens = 0;  // all of one weight
   for (const double candidates : {0.5, 2.0}) spec.candidates = candidates, test(spec, one_run());

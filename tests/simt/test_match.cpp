@@ -68,6 +68,13 @@ void test_mixes(DType dtype) {
       }
     }
   }
+  // Anchors, which shorten the reach in a short context.
+  for (const int anchors : {1, 8, 300}) {
+    spec = {};
+    spec.dtype = dtype, spec.anchors = anchors, spec.seq_lens = {400, 120, 60, 33, 32, 17}, spec.band = 10;
+    spec.near = 0.5, spec.seed += anchors;
+    CHECK(test(spec, one_run()) > 0);
+  }
   // More CTAs than candidates.
   spec = {};
   spec.dtype = dtype, spec.splits = 32, test(spec, one_run());

@@ -2,7 +2,7 @@
 //
 //   stage=match|amend  dtype=bf16|fp16  batch=  num_kv_heads=  group_size=  head_dim=  page_size=  seq_len=
 //   age=       0: every head misses; else every head reuses the entry of position seq_len - 1 - age
-//   anchors=  entries=  band=  ctas=
+//   anchors=  window=, as many entries  band=  ctas=
 //
 // The answer is checked against the reference as well; the exit status tells.
 #include <algorithm>
@@ -36,7 +36,7 @@ class Arguments {
   std::map<std::string, std::string> values_ = {
       {"stage", "amend"},  {"dtype", "bf16"},   {"batch", "1"},      {"num_kv_heads", "2"}, {"group_size", "4"},
       {"head_dim", "128"}, {"page_size", "16"}, {"seq_len", "1024"}, {"age", "0"},          {"anchors", "0"},
-      {"entries", "64"},   {"band", "64"},      {"ctas", "8"}};
+      {"window", "64"},    {"band", "64"},      {"ctas", "8"}};
 };
 
 template <typename Spec>
@@ -52,7 +52,7 @@ Spec spec_of(const Arguments& arguments) {
 
 void run_match(const Arguments& arguments) {
   MatchSpec spec = spec_of<MatchSpec>(arguments);
-  spec.near = spec.holes = 0, spec.gap = 1, spec.entries = spec.window = arguments.number("entries");
+  spec.near = spec.holes = 0, spec.gap = 1, spec.entries = spec.window = arguments.number("window");
   const int batch = arguments.number("batch"), age = arguments.number("age");
   spec.splits = std::max(1, arguments.number("ctas") / (batch * spec.num_kv_heads));
   MatchCase match(spec);

@@ -4,13 +4,13 @@
 
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="mac")
     cache = MacCache(model, max_length=8192)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
     print(cache.stats())
 
 Prefill is torch SDPA, followed by `mac_attn.seed` with the last queries of the prompt; a step with
 one new token is `mac_attn.decode`, which finds the pre-RoPE query by itself. Several tokens on a
 cache in use (chunked prefill, draft tokens) are SDPA and `seed` again. Without a MacCache, "mac" is
-SDPA.
+SDPA. A model for which either would be wrong is refused; docs/transformers.md lists them.
 """
 
 from transformers.masking_utils import AttentionMaskInterface

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -14,7 +14,7 @@ import mac_attn
 from mac_attn._checks import check_int, check_type
 
 from .layer import Kind, MacLayer
-from .rotation import PROBE_TOKENS, Link, Rotation, find_rotations
+from .rotation import PROBE_TOKENS, Link, Rotation, check_rotations, find_rotations
 from .shared import Mode, Shared
 from .support import Refusal, check_model
 
@@ -41,8 +41,8 @@ class MacCache(Cache):
     with transformers' own caches. For inference: it keeps no gradients, and a backward pass raises.
 
     Args:
-        model: the model, with attention implementation "mac". With a `config` and no `rotary` it is
-            run once, on 16 tokens, to see how each layer rotates its queries.
+        model: the model, or a wrapper of it, with attention implementation "mac". With a `config`
+            it is run once, on 16 tokens, to see how each layer rotates queries.
         max_length: tokens per request that the cache can hold, padding included.
         batch_size: requests per batch (times beams or returned sequences). None takes it from the
             first forward, and anew after `reset()`.
@@ -69,14 +69,19 @@ class MacCache(Cache):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         *,
         max_length: int,
         batch_size: int | None = None,
         config: mac_attn.ReuseConfig | Sequence[mac_attn.ReuseConfig] | None = _DEFAULT_CONFIG,
         rotary: Rotary = None,
     ) -> None:
-        check_type("model", model, PreTrainedModel)
+        check_type("model", model, nn.Module)
+        # The model itself, or what is inside a wrapper (torch.compile, PEFT).
+        inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+        if inner is None:
+            raise Refusal(f"model is a {type(model).__name__} without a transformers model in it")
+        model = inner
         check_int("max_length", max_length, low=1)
         if batch_size is not None:
             check_int("batch_size", batch_size, low=1)
@@ -90,8 +95,11 @@ class MacCache(Cache):
         self._model = Link(model)
         self._rotations: dict[int, Rotation | None] = {}
         strangers: list[str | None] = [None] * len(kinds)
-        if config is not None and rotary is None:
+        if config is not None:
             probe = MacCache(model, max_length=PROBE_TOKENS, config=None)
+        if config is not None and rotary is not None:
+            check_rotations(model, probe, rotaries)
+        elif config is not None:
             self._rotations = find_rotations(model, probe)
             strangers = [layer.stranger for layer in probe.layers]
             # What the probe did not see is never decoded here; see Shared.warn_of_strangers.
@@ -215,7 +223,10 @@ class MacCache(Cache):
         if not stats:
             raise Refusal("no statistics: the MacCache has no `config` or was never used")
         per_slot = torch.stack([layer.per_slot for layer in stats]).sum(0)
-        return mac_attn.ReuseStats(per_slot, stats[0].num_qo_heads, stats[0].num_kv_heads)
+        # Every layer has made the same steps, but not all need have the same heads.
+        heads = zip(*((layer.num_qo_heads, layer.num_kv_heads) for layer in stats), strict=True)
+        mean = [sum(counts) / len(stats) for counts in heads]
+        return mac_attn.ReuseStats(per_slot, *mean)  # which need not be whole
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns in use, left padding included."""
@@ -258,8 +269,7 @@ class MacCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the requests `indices`, in that order."""
-        batch = list(range(self._batch()))
-        self._select_rows([batch[i] for i in indices.tolist()])
+        self._select_rows(torch.arange(self._batch())[indices.cpu()].tolist())
 
     def _batch(self) -> int:
         """Requests in the cache; 0 before its first use."""

@@ -78,7 +78,7 @@ class MacLayer(CacheLayerMixin):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._sign()
+        self.sign()
 
     @property
     def keys(self) -> Tensor | None:
@@ -128,22 +128,23 @@ class MacLayer(CacheLayerMixin):
         )
         self.slots = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)
         self.reuse = None
-        self._sign()
+        self.sign()
 
     @torch.inference_mode(False)
-    def _allocate_rings(self, num_qo_heads: int) -> mac_attn.ReuseCache:
-        assert self.config is not None
-        return mac_attn.ReuseCache(
-            self.config,
-            num_slots=self.batch_size,
-            num_qo_heads=num_qo_heads,
-            num_kv_heads=self.key_store.shape[2],
-            head_dim=self.key_store.shape[3],
-            dtype=self.dtype,
-            device=self.device,
-            rotary=self.rotary,
-            layer=self.index,
-        )
+    def allocate_rings(self, num_qo_heads: int) -> None:
+        """Empty rings for the queries of that many heads, if the layer is to reuse at all."""
+        if self.config is not None:
+            self.reuse = mac_attn.ReuseCache(
+                self.config,
+                num_slots=self.batch_size,
+                num_qo_heads=num_qo_heads,
+                num_kv_heads=self.key_store.shape[2],
+                head_dim=self.key_store.shape[3],
+                dtype=self.dtype,
+                device=self.device,
+                rotary=self.rotary,
+                layer=self.index,
+            )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -169,7 +170,7 @@ class MacLayer(CacheLayerMixin):
         self._notice_edits()
         self.key_store[:, self.length : end] = key_states.detach().transpose(1, 2)
         self.value_store[:, self.length : end] = value_states.detach().transpose(1, 2)
-        self._sign()
+        self.sign()
         self.length = end
         self._unclaimed = True
         self.stranger = _STRANGERS[self.kind]
@@ -208,7 +209,7 @@ class MacLayer(CacheLayerMixin):
                 f"tokens in {self.dtype} on {self.device}; call reset() first"
             )
 
-    def _sign(self) -> None:
+    def sign(self) -> None:
         """Remember the stores as mac_attn has left them."""
         self._versions = None
         if self.is_initialized and not self.key_store.is_inference():
@@ -217,7 +218,7 @@ class MacLayer(CacheLayerMixin):
     def _notice_edits(self) -> None:
         """Empty the rings if somebody else has written into the stores since."""
         versions = self._versions
-        self._sign()
+        self.sign()
         if self.reuse is not None and versions not in (None, self._versions):
             self.reuse.reset()
 
@@ -260,7 +261,7 @@ class MacLayer(CacheLayerMixin):
         if not first or self.config is None:
             return "exact"
         if self.reuse is None:
-            self.reuse = self._allocate_rings(query.shape[1])
+            self.allocate_rings(query.shape[1])
         return "reuse"
 
     def _check_local(self, mask: Tensor | None) -> None:
@@ -303,7 +304,8 @@ class MacLayer(CacheLayerMixin):
         assert self.reuse is not None
         kv_cache, block_table, seq_lens = self._paging()
         query = query.detach().transpose(1, 2)
-        new = min(query.shape[1], self.reuse.cfg.window)
+        # The nearest are the cheapest to reuse; older ones add few hits (docs/fidelity.md).
+        new = min(query.shape[1], self.reuse.cfg.window, 4 * self.reuse.cfg.entries)
         counts = [min(new, n) for n in self.shared.layout.lengths(self.length)]
         # A request with fewer tokens has padding among the last queries: then they go one by one.
         whole = all(count == new for count in counts)
@@ -375,7 +377,7 @@ class MacLayer(CacheLayerMixin):
         self._notice_edits()
         for store in (self.key_store, self.value_store):
             store[dst, : self.length] = store[src, : self.length]
-        self._sign()
+        self.sign()
         if self.reuse is not None:
             # `fork` starts the statistics of a copy anew; here they are those of the whole search.
             counters = self.reuse.counters.clone()
@@ -395,9 +397,10 @@ class MacLayer(CacheLayerMixin):
         self._allocate(*(store.shape[2:] for store in stores))
         self.key_store[:, : self.length] = stores[0][rows, : self.length]
         self.value_store[:, : self.length] = stores[1][rows, : self.length]
-        self._sign()
+        self.sign()
         if reuse is not None:
-            self.reuse = self._allocate_rings(reuse.num_qo_heads)
+            self.allocate_rings(reuse.num_qo_heads)
+            assert self.reuse is not None
             self.reuse.import_slots(self.slots, reuse.export_slots(rows))
             self.reuse.counters.zero_()
 

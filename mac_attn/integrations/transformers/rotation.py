@@ -60,6 +60,11 @@ class Rotation:
     seen: Tensor  # the module's inv_freq when `embedding` was made
     embedding: RotaryEmbedding
 
+    @property
+    def words(self) -> str:
+        pairs = "neighbouring dimensions" if self.interleaved else "halves"
+        return f"in {pairs}{', backwards' if self.reverse else ''}"
+
     def changed(self) -> bool:
         """Whether the module has other frequencies than `embedding`."""
         inv_freq = self._inv_freq()
@@ -89,21 +94,41 @@ def find_rotations(model: PreTrainedModel, cache: MacCache) -> dict[int, Rotatio
         ValueError: the model could not be run like that, a layer rotates in no way that is known
             here, or its frequencies change with the length, or are for positions of several kinds.
     """
-    queries = _probe(model, cache)
     candidates, refused = _candidates(model)
     found: dict[int, Rotation | None] = {}
-    for index, query in queries.items():
-        errors = [_error(query, c.embedding if c else None) for c in candidates]
-        best = min(range(len(errors)), key=errors.__getitem__)
-        # Half precision rounds a query and its rotation to 2^-8; another rotation is off by 1.
-        if not errors[best] <= (1e-3 if query.dtype == torch.float32 else 0.05):
+    for index, query in _probe(model, cache).items():
+        fitting = [c for c in candidates if _fits(query, c.embedding if c else None)]
+        if not fitting:
             reason = refused or (
                 "its queries depend on the position, and not by a rotation that the model's rotary "
                 f"modules ({len(rotary_modules(model))} with `inv_freq`) stand for"
             )
             raise Refusal(f"layer {index} cannot reuse: {reason}. {_WAY_OUT}")
-        found[index] = candidates[best]
+        errors = [_error(query, c.embedding if c else None) for c in fitting]
+        found[index] = fitting[errors.index(min(errors))]
     return found
+
+
+def check_rotations(
+    model: PreTrainedModel, cache: MacCache, given: list[RotaryEmbedding | None]
+) -> None:
+    """ValueError where a rotation that was given is not the layer's, which another is.
+
+    What the probe cannot tell is left to whoever gave them.
+    """
+    try:
+        queries = _probe(model, cache)
+    except Refusal:
+        return
+    candidates, _ = _candidates(model)
+    for index, query in queries.items():
+        if not _fits(query, given[index]):
+            for other in candidates:
+                if _fits(query, other.embedding if other else None):
+                    raise Refusal(
+                        f"rotary: layer {index} does not rotate its queries like that, but "
+                        f"{other.words if other else 'not at all'}; leave `rotary` out"
+                    )
 
 
 def _probe(model: PreTrainedModel, cache: MacCache) -> dict[int, Tensor]:
@@ -184,6 +209,11 @@ def _candidates(model: PreTrainedModel) -> tuple[list[Rotation | None], str | No
 def _embedding(module: nn.Module, prefix: str, interleaved: bool, reverse: bool) -> RotaryEmbedding:
     rotary = RotaryEmbedding.of_module(module, prefix, interleaved=interleaved)
     return RotaryEmbedding(-rotary.inv_freq, interleaved, rotary.scale) if reverse else rotary
+
+
+def _fits(query: Tensor, rotary: RotaryEmbedding | None) -> bool:
+    # Half precision rounds a query and its rotation to 2^-8; another rotation is off by 1.
+    return _error(query, rotary) <= (1e-3 if query.dtype == torch.float32 else 0.05)
 
 
 def _error(query: Tensor, rotary: RotaryEmbedding | None) -> float:
