@@ -157,8 +157,8 @@ def step_floor(
 
 
 def sample_size(position: int, cfg: ReuseConfig) -> int:
-    """Most anchors of an entry of this position: an eighth of its old tokens (csrc/sample.h)."""
-    return min(cfg.anchors, max(1, (position + 1 - cfg.band) // 8))
+    """Most anchors of an entry of this position: a sixth of its old tokens (csrc/sample.h)."""
+    return min(cfg.anchors, max(1, (position + 1 - cfg.band) // 6))
 
 
 def num_candidates(seq_len: int, cfg: ReuseConfig) -> int:

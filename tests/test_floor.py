@@ -94,10 +94,10 @@ def test_candidates():
     assert [num_candidates(n, config()) for n in lengths] == [0, 0, 0, 9, 10, 10, 10]
     few = config(entries=4, window=100)
     assert [num_candidates(n, few) for n in lengths] == [0, 0, 0, 4, 4, 4, 4]
-    # With anchors: age + 20 + min(8, an eighth of the old tokens) may not exceed half of n.
+    # With anchors: age + 20 + min(8, a sixth of the old tokens) may not exceed half of n.
     sampled = config(window=100, anchors=8)
     lengths = (44, 45, 46, 60, 100, 256, 1000)
-    assert [num_candidates(n, sampled) for n in lengths] == [0, 0, 0, 5, 22, 100, 100]
+    assert [num_candidates(n, sampled) for n in lengths] == [0, 0, 0, 4, 22, 100, 100]
 
 
 def test_only_what_may_be_reused_is_stored():

@@ -193,7 +193,7 @@ class Slow:
         """a of each kept token, or None where nothing can be kept."""
         if self.lse is None or p < self.cfg.band:
             return None
-        size, tau = min(self.cfg.anchors, max(1, (p + 1 - self.cfg.band) // 8)), self.tau
+        size, tau = min(self.cfg.anchors, max(1, (p + 1 - self.cfg.band) // 6)), self.tau
         weight = [
             max(math.exp(logits[g, i] - self.lse[g]) for g in range(2))
             for i in range(p + 1 - self.cfg.band)
@@ -217,7 +217,7 @@ class Slow:
         best, best_score = -1, 1.0
         for c in self.stored[-cfg.entries :]:
             old = p + 1 - cfg.band
-            size = min(cfg.anchors, max(1, old // 8))
+            size = min(cfg.anchors, max(1, old // 6))
             if cfg.anchors and p - c + cfg.band + size > (p + 1) // 2:
                 continue
             if c < p - cfg.window or self.depth[c][g] >= (cfg.max_reuse_depth or math.inf):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LARGEST_SHARE = 8  # a sample is no more than one in so many of the old tokens, but one
+LARGEST_SHARE = 6  # a sample is no more than one in so many of the old tokens, but one
 CANDIDATE_ROOM = 4  # in multiples of its size: an entry with more candidates is not stored
 MOST_TAU = 64.0
 
