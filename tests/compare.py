@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from cases import PagedKV, one_thread
-from judge import Judge, adopt, sample_tolerance
+from judge import Judge, adopt, sample_tolerance, seed_tolerance
 from torch import Tensor
 
 import mac_attn
@@ -152,6 +152,7 @@ class Twins:
         self.out = out_tolerance(dtype, device)
         self.hits = self.decisions = 0
         self.sampling = sample_tolerance(device)
+        self.seeding = seed_tolerance(device, dtype)
 
     @property
     def hit_rate(self) -> float:
@@ -220,7 +221,7 @@ class Twins:
         """Seed both; arguments as for `mac_attn.seed`."""
         mac_attn.seed(self.cache, *call, **rows)
         slots = rows["slots"].tolist()
-        judge = Judge(self.cache, self.reference, slots, self.sampling, steered=False)
+        judge = Judge(self.cache, self.reference, slots, self.seeding, steered=False)
         with one_thread():
             reference.seed(self.reference, *call, **rows, choose=judge)
         adopt(self.cache, self.reference, slots, self.state)
