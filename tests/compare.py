@@ -8,11 +8,7 @@ from typing import Any
 
 import torch
 from cases import PagedKV, one_thread
-<<<<<<< HEAD
 from judge import Judge, adopt, sample_tolerance, seed_with_taus
-=======
-from judge import Judge, adopt, sample_tolerance, seed_tolerance
->>>>>>> cuda18
 from torch import Tensor
 
 import mac_attn
@@ -156,7 +152,6 @@ class Twins:
         self.out = out_tolerance(dtype, device)
         self.hits = self.decisions = 0
         self.sampling = sample_tolerance(device)
-        self.seeding = seed_tolerance(device, dtype)
 
     @property
     def hit_rate(self) -> float:
@@ -225,12 +220,8 @@ class Twins:
         """Seed both; arguments as for `mac_attn.seed`."""
         taus = seed_with_taus(self.cache, *call, **rows)
         slots = rows["slots"].tolist()
-<<<<<<< HEAD
         # Weights go by log-sum-exps that are not taken over from the backend between the steps.
         judge = Judge(self.cache, self.reference, slots, self.sampling + self.state.absolute, taus)
-=======
-        judge = Judge(self.cache, self.reference, slots, self.seeding, steered=False)
->>>>>>> cuda18
         with one_thread():
             reference.seed(self.reference, *call, **rows, choose=judge)
         adopt(self.cache, self.reference, slots, self.state)

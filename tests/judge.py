@@ -28,15 +28,6 @@ def sample_tolerance(device: torch.device | str) -> float:
     return 1e-4 if torch.device(device).type == "cpu" else 1e-3
 
 
-def seed_tolerance(device: torch.device | str, dtype: torch.dtype) -> float:
-    """The same in a seed, whose steps go by one another's log-sum-exps without being adopted.
-
-    On the GPU those are of weights rounded to the dtype; two heads' may be off in opposite ways.
-    """
-    rounding = 0.0 if torch.device(device).type == "cpu" else torch.finfo(dtype).eps
-    return sample_tolerance(device) + rounding
-
-
 class Judge:
     """`choose` of the reference for a call that the backend has made already.
 

@@ -15,11 +15,7 @@ import numpy as np
 import torch
 from cases import GARBAGE_PAGES, one_thread
 from compare import added_counters, check_ring, out_tolerance, state_tolerance
-<<<<<<< HEAD
 from judge import Judge, adopt, sample_tolerance, seed_with_taus
-=======
-from judge import Judge, adopt, sample_tolerance, seed_tolerance
->>>>>>> cuda18
 from poison import poisoned_rerun
 from torch import Tensor
 
@@ -117,7 +113,6 @@ class Server:
         )
         self.reference = ReferenceReuse(cfg, **shape)
         self.sampling = sample_tolerance(kernels or device)
-        self.seeding = seed_tolerance(kernels or device, dtype)
         self.k_pool, self.v_pool = pool(num_kv_heads, head_dim), pool(num_kv_heads, head_dim)
         self.q_pool = pool(num_qo_heads, head_dim)
         signs = torch.randint(0, 2, (PROTOTYPES, num_qo_heads, head_dim), generator=generator)
@@ -304,13 +299,9 @@ class Server:
         rows = {**self.rows([request]), "q_match": q_match}
         taus = seed_with_taus(self.cache, *call, **rows)
         if request.checked:
-<<<<<<< HEAD
             # Log-sum-exps between the steps are not taken over from the backend.
             tolerance = self.sampling + self.state_tolerance.absolute
             judge = Judge(self.cache, self.reference, [request.slot], tolerance, taus)
-=======
-            judge = Judge(self.cache, self.reference, [request.slot], self.seeding, steered=False)
->>>>>>> cuda18
             with one_thread():
                 reference.seed(self.reference, *call, **rows, choose=judge)
             adopt(self.cache, self.reference, [request.slot], self.state_tolerance)
