@@ -63,7 +63,7 @@ class ReuseConfig:
     window: int = 2048
     band: int = 256
     anchors: int = 2048
-    threshold: float | Sequence[float] | Tensor = 0.4
+    threshold: float | Sequence[float] | Tensor = 0.3
     threshold_mode: Literal["relative", "absolute"] = "relative"
     granularity: Literal["group", "head"] = "group"
     min_context: int = 2048
