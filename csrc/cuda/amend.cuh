@@ -178,7 +178,7 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
       float lead = 0.f, bound = 0.f;
       if (draws) {
         lead = sampler.lead(x);
-        bound = ptx::lg2(uniform(sampler.seed, first + sampler.token_of_lane()));
+        bound = ptx::lg2(uniform(sampler.shared->seed, first + sampler.token_of_lane()));
       }
       add_values(state, x, stage);
       if (draws && ptx::ballot(lead > bound)) sampler.take(p, w, group, first, lead, bound);
