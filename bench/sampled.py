@@ -2,10 +2,14 @@
 
     python bench/sampled.py CAPTURE [--layers 0 8 16] [--entries 64] [--samples 1024 2048]
 
-Decisions need only distances of queries, so they are replayed for all (layer, KV head) pairs at
-once; the errors of a hit are computed afterwards, densely, for every few steps of the last ones.
-CAPTURE is a file of `torch.save` with q and qm (before the rotation) `[L, R, Hq, D]` of the last R
-positions, k and v `[L, n, Hkv, D]`, and scale, the factor of the logits.
+`bench/replay.py` runs the ops themselves, over hundreds of steps; this replays thousands, float32,
+with what the ops do not have as options, and so is where defaults are looked for. Decisions need
+only distances of queries, so they are replayed for all (layer, KV head) pairs at once; the errors
+of a hit are computed afterwards, densely, for every few of the last steps. Samples are priority
+samples by the exact log-sum-exp: the ops go by that of the step before.
+
+CAPTURE is a file of `sampled_capture.py`: q and qm (before the rotation) `[L, R, Hq, D]` of the
+last R positions, k and v `[L, n, Hkv, D]`, and scale, the factor of the logits.
 """
 
 from __future__ import annotations
@@ -24,19 +28,24 @@ from torch import Tensor
 class Options:
     threshold: float = 0.4
     window: int = 2048
-    entries: int = 10**6
-    samples: int = 512
+    entries: int = 64
+    samples: int = 2048
     band: int = 256
     seeds: int = 0  # how many prompt queries are seeded; 0: as many as there are entries
     seed_over: int = 0  # the last so many positions they are spread over; 0: the last `seeds`
-    cost_share: float = 10.0  # a hit only if it reads less than this share of n
+    cost_share: float = 0.5  # a hit only if it reads at most this share of n
     pick: str = "closest"  # or "cheapest": the youngest within the threshold
     warm: int = 10**6  # decode steps before the counted ones (at most what there is)
     mode: str = "priority"  # or "heaviest"
     shared_hash: bool = False
     clamp: float = math.inf
-    mix: float = 0.3  # share of the plain sampled estimate in the rest
+    mix: float = 0.0  # share of the plain sampled estimate in the rest
     age_weight: float = 0.0  # of age / n in the score by which an entry is chosen
+
+
+def sample_size(samples: Any, old: Any) -> Any:
+    """How many of `old` tokens a sample keeps at most: a sixth (csrc/sample.h)."""
+    return np.clip(old // 6, 1, samples)
 
 
 class Replay:
@@ -66,6 +75,9 @@ class Replay:
         self.first = self.n - self.R  # position of row 0
         self.max_window = max_window
         self.T = self.R - max_window  # decode steps
+        if self.T < count:
+            least = max_window + count
+            raise ValueError(f"{path} has {self.R} rows of queries, must have at least {least}")
         self.dist = self._distances(metric)
 
     def _distances(self, metric: str) -> np.ndarray:
@@ -112,8 +124,8 @@ class Replay:
             n = self.first + row + 1
             b = row - ring  # [H, M]
             ok = b <= window
-            if o.cost_share < 5:
-                ok &= b + o.band + o.samples <= o.cost_share * n
+            size = sample_size(o.samples, n - o.band) if o.mode == "priority" else 0
+            ok &= b + o.band + size <= o.cost_share * n
             bc = np.where(ok, b, 0)
             d = self.dist[heads[:, None], t, bc]
             hit = ok & (d < o.threshold)
@@ -159,11 +171,9 @@ class Replay:
             e = torch.cat(errors[S]) if errors[S] else torch.zeros(1)
             total = e.numel() + zeros * draws
             allerr = torch.cat([e, torch.zeros(zeros * draws)])
-            read = np.where(
-                miss,
-                nbar[:, None],
-                np.minimum(nbar[:, None], o.band + back[t_all] + (S if S else 0)),
-            )
+            fresh = o.band + back[t_all]
+            size = sample_size(S, nbar[:, None] - fresh) if S else 0
+            read = np.where(miss, nbar[:, None], np.minimum(nbar[:, None], fresh + size))
             rows.append(
                 dict(
                     S=S,
@@ -219,10 +229,9 @@ class Replay:
                     inside = torch.zeros_like(old)
                     a = None
                 else:
-                    kept = top.indices[:, :S]
-                    S_ = min(S, most)
-                    tau = top.values[:, S_ : S_ + 1]
-                    inside = torch.zeros_like(old).scatter_(1, kept, True) & old
+                    size = (end // 6).clamp(1, min(S, most)) if o.mode == "priority" else None
+                    tau = top.values[:, S:][:, :1] if size is None else top.values.gather(1, size)
+                    inside = (key > tau) & old
                     a = (
                         (tau / w - 1).clamp_(min=0).masked_fill_(~inside, 0)
                         if o.mode != "heaviest"
@@ -267,10 +276,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.3, 0.4, 0.5])
     parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--mix", type=float, default=0.0, help="of the plain sampled estimate")
     parser.add_argument("--stride", type=int, default=16, help="steps whose errors are computed")
     given = parser.parse_args()
     replay = Replay(given.capture, given.layers, stride=given.stride, max_window=given.window)
-    before = Options(threshold=0.1, window=512, entries=512, mode="heaviest")
+    before = Options(
+        threshold=0.1, window=512, entries=512, samples=64, mode="heaviest", cost_share=1.0
+    )
     show("0.1, 64 heaviest", replay.evaluate(before, replay.decide(before), [64]))
     for entries in given.entries:
         for threshold in given.thresholds:
@@ -279,7 +291,7 @@ def main() -> None:
                 window=given.window,
                 entries=entries,
                 samples=min(given.samples),
-                cost_share=0.5,
+                mix=given.mix,
             )
             name = f"{threshold}, M {entries}"
             show(name, replay.evaluate(o, replay.decide(o), given.samples))
