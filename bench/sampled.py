@@ -75,8 +75,7 @@ class Replay:
         self.first = self.n - self.R  # position of row 0
         self.max_window = max_window
         self.T = self.R - max_window  # decode steps
-        if self.T < count:
-            least = max_window + count
+        if (least := max_window + count) > self.R:
             raise ValueError(f"{path} has {self.R} rows of queries, must have at least {least}")
         self.dist = self._distances(metric)
 
