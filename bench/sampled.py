@@ -1,6 +1,6 @@
 """Replay of sampled hits in plain PyTorch: decisions of every step, errors of a share of them.
 
-    python bench/sampled.py CAPTURE [--layers 0 8 16] [--entries 64] [--samples 1024 2048]
+    python bench/sampled.py CAPTURE [--layers 0 8 16] [--entries 128] [--samples 1024 2048]
 
 `bench/replay.py` runs the ops themselves, over hundreds of steps; this replays thousands, float32,
 with what the ops do not have as options, and so is where defaults are looked for. Decisions need
@@ -26,10 +26,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Options:
-    threshold: float = 0.4
+    threshold: float = 0.25
     window: int = 2048
-    entries: int = 64
-    samples: int = 2048
+    entries: int = 128
+    samples: int = 1024
     band: int = 256
     seeds: int = 0  # how many prompt queries are seeded; 0: as many as there are entries
     seed_over: int = 0  # the last so many positions they are spread over; 0: the last `seeds`
@@ -271,9 +271,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("capture")
     parser.add_argument("--layers", type=int, nargs="+")
-    parser.add_argument("--entries", type=int, nargs="+", default=[64])
-    parser.add_argument("--samples", type=int, nargs="+", default=[1024, 2048])
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.3, 0.4, 0.5])
+    parser.add_argument("--entries", type=int, nargs="+", default=[128])
+    parser.add_argument("--samples", type=int, nargs="+", default=[1024])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.2, 0.25, 0.3, 0.4])
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--mix", type=float, default=0.0, help="of the plain sampled estimate")
     parser.add_argument("--stride", type=int, default=16, help="steps whose errors are computed")
@@ -291,6 +291,7 @@ def main() -> None:
                 entries=entries,
                 samples=min(given.samples),
                 mix=given.mix,
+                seed_over=given.window,
             )
             name = f"{threshold}, M {entries}"
             show(name, replay.evaluate(o, replay.decide(o), given.samples))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,8 +149,9 @@ class ReuseCache:
         self.auditor: Audit | None = None
         self._allocate()
 
-    def _allocate(self) -> None:
-        parts, slot_bytes = _C.ring_layout(
+    def _layout(self) -> tuple[dict[str, tuple[int, str, list[int], list[int]]], int]:
+        """Where the parts of a slot lie, and its bytes: csrc/ring.h."""
+        return _C.ring_layout(
             self.num_kv_heads,
             self.group_size,
             self.head_dim,
@@ -157,6 +159,9 @@ class ReuseCache:
             self.cfg.anchors,
             self.dtype.itemsize,
         )
+
+    def _allocate(self) -> None:
+        _, slot_bytes = self._layout()
         # What the CUDA kernels keep between launches: csrc/backend_cuda.cpp.
         each = 2 * self.num_qo_heads + 3 * self.num_kv_heads + 1
         numbers = self.max_batch_size * each + 1 if self.device.type != "cpu" else 0
@@ -171,6 +176,12 @@ class ReuseCache:
                 f"{self.num_slots * slot_bytes / 2**20:.1f} MiB on {self.device}, "
                 "which could not be allocated"
             ) from error
+        self._view()
+        self._empty(torch.ones(self.num_slots, dtype=torch.bool, device=self.device))
+
+    def _view(self) -> None:
+        """Make the views of `ring`."""
+        parts, slot_bytes = self._layout()
         for name, (begin, type_name, sizes, strides) in parts.items():
             dtype = self.dtype if type_name == "T" else getattr(torch, type_name)
             view = self.ring.view(dtype).as_strided(
@@ -181,7 +192,14 @@ class ReuseCache:
             setattr(self, name, view)
         # As the ops take it.
         self.ring_arguments = (self.ring, self.num_kv_heads, self.cfg.entries, self.cfg.anchors)
-        self._empty(torch.ones(self.num_slots, dtype=torch.bool, device=self.device))
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy makes views of its own ring
+        views = {*self._layout()[0], "ring_arguments"}
+        return {name: part for name, part in vars(self).items() if name not in views}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._view()
 
     @property
     def nbytes(self) -> int:

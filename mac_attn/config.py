@@ -59,11 +59,11 @@ class ReuseConfig:
         ValueError, TypeError: an argument is out of range or of the wrong type.
     """
 
-    entries: int = 64
+    entries: int = 128
     window: int = 2048
     band: int = 256
-    anchors: int = 2048
-    threshold: float | Sequence[float] | Tensor = 0.4
+    anchors: int = 1024
+    threshold: float | Sequence[float] | Tensor = 0.25
     threshold_mode: Literal["relative", "absolute"] = "relative"
     granularity: Literal["group", "head"] = "group"
     min_context: int = 2048

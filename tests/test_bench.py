@@ -99,7 +99,7 @@ def test_spreads():
     assert set(misses.sum(1).tolist()) <= {1, 2}
 
 
-@pytest.mark.parametrize("age", [1, 2, 60, 100])
+@pytest.mark.parametrize("age", [1, 2, "half", "oldest"])
 def test_a_put_back_step_can_be_repeated(age):
     from workload import Case, PlantedRing, Workload, hit_mask, reuse_config
 
@@ -107,7 +107,9 @@ def test_a_put_back_step_can_be_repeated(age):
 
     case = Case(8, 2, 2304, batch=2, head_dim=64)
     work = Workload(case, torch.device("cpu"))
-    ring = PlantedRing(work, reuse_config("group", 16), age)
+    cfg = reuse_config("group", 16)
+    age = {"half": cfg.entries // 2, "oldest": cfg.entries}.get(age, age)
+    ring = PlantedRing(work, cfg, age)
     mask = hit_mask(case, "group", 0.5, "even")
     outs = []
     for _ in range(3):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import pickle
 from typing import Any
 
@@ -114,3 +116,23 @@ def test_unread_bad_slots(unread):  # noqa: F811
     assert unchanged(unread, before, [2, 3, 4])
     with pytest.raises(ValueError, match="slots held"):
         unread.check()
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
+def test_a_copy_has_a_ring_and_views_of_its_own(how, device):
+    cache = make_cache(device=device)
+    before = fill(cache)
+    if how == "deepcopy":
+        twin = copy.deepcopy(cache)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(cache))
+    else:
+        file = io.BytesIO()
+        torch.save(cache, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert_copied(twin, [0, 1, 2, 3, 4], before, [0, 1, 2, 3, 4], but=())
+    twin.reset([1])
+    assert is_empty(twin, 1) and unchanged(cache, before, [0, 1, 2, 3, 4])
+    assert twin.ring_arguments[0] is twin.ring
+    assert twin.ring_out.untyped_storage().data_ptr() == twin.ring.data_ptr()

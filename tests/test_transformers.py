@@ -19,6 +19,7 @@ from tiny_models import (  # noqa: E402
     NEW,
     PAD,
     ROUNDING,
+    SAMPLED,
     SMALL,
     Model,
     assert_same,
@@ -67,6 +68,18 @@ def test_reuses_from_the_first_step(device: torch.device, family: str) -> None:
     layers = cache.layer_stats()
     assert len(layers) == 2
     assert sum(layer.steps for layer in layers if layer) == stats.steps
+
+
+def test_hits_attend_samples(device: torch.device) -> None:
+    model, ids = tiny_model(device), prompts(device, 2, 100)
+    cache = MacCache(model, max_length=128, config=SAMPLED)
+    output = generate(model, ids, cache)
+    assert torch.stack(output.logits).isfinite().all()
+    stats = cache.stats()
+    assert stats.hit_rate > 0.8
+    assert 0 < stats.anchors_read <= 4 * stats.kv_head_hits
+    seeds = {layer.reuse.layer for layer in cache.layers}
+    assert seeds == {0, 1}  # each layer draws on its own
 
 
 def test_a_repetitive_text_hits_sometimes(device: torch.device) -> None:

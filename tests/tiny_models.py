@@ -18,7 +18,9 @@ NEW = 24
 # Small enough that prompts of 40 tokens have something to reuse.
 SMALL = {"entries": 32, "window": 32, "band": 8, "anchors": 4, "min_context": 0}
 NEVER = ReuseConfig(**SMALL, threshold=0.0)
-ALWAYS = ReuseConfig(**SMALL, threshold=1e6)
+# With anchors a hit may not read more than half of the tokens: of so few it sometimes would.
+ALWAYS = ReuseConfig(**SMALL | {"anchors": 0}, threshold=1e6)
+SAMPLED = ReuseConfig(**SMALL, threshold=1e6)
 
 # Kernels that differ in the order of summation differ by a few units of 2^-24, which two layers
 # with these large weights grow to 5e-5 of logits around 2.4. One token more or less changes 0.1.

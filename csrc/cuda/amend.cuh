@@ -123,7 +123,7 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
   T* shared = static_cast<T*>(dynamic_shared());
   T* query = shared + kWarps * Stage::kCount * Stage::kElements;
   T* replaced_query = query + kQueryElements<kHeadDim, kHeadBlocks>;
-  const int warp = threadIdx.x / 32, group = piece.kv_group(p), last_old = piece.work.tiles_of_old() - 1;
+  const int warp = threadIdx.x / 32, last_old = piece.work.tiles_of_old() - 1;
   T* stages = shared + warp * Stage::kCount * Stage::kElements;
   Sampler<kHeadBlocks> sampler;
   WarpState<T, kHeadDim, kHeadBlocks> state;
@@ -178,10 +178,10 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
       float lead = 0.f, bound = 0.f;
       if (draws) {
         lead = sampler.lead(x);
-        bound = ptx::lg2(uniform(sampler.seed, first + sampler.token_of_lane()));
+        bound = ptx::lg2(uniform(sampler.shared->seed, first + sampler.token_of_lane()));
       }
       add_values(state, x, stage);
-      if (draws && ptx::ballot(lead > bound)) sampler.take(p, w, group, first, lead, bound);
+      if (draws && ptx::ballot(lead > bound)) sampler.take(p, w, piece.kv_group(p), first, lead, bound);
       if constexpr (kReplaces) {
         if (tokens.anchors) {
           add_light(state, x, a);
@@ -196,7 +196,7 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
                           Stage::kCount * Stage::kBytes};
     const int64_t partial = int64_t{piece.number} * kNumSpans;
     if (tile == last_old || (at_end && tile < last_old)) {
-      if (sampler.draws) sampler.hand_over(p, w, group);
+      if (sampler.draws) sampler.hand_over(p, w, piece.kv_group(p));
       if constexpr (kReplaces) {
         if (tokens.anchors) write_partial(w, replaced.state, scratch, partial + kOld);
       }

@@ -32,10 +32,10 @@ struct Sampler {
   static constexpr int kRoom = 64, kMostOfStrip = kWarpTokens;
   struct Shared {                // of the warp
     float bar[8 * kHeadBlocks];  // log2 logit of each head at which w is tau
+    uint32_t seed;               // here, as registers are short with the largest heads
     Candidate gathered[kRoom];
   };
   bool draws;
-  uint32_t seed;
   int count;
   Shared* shared;
 
@@ -44,7 +44,7 @@ struct Sampler {
     const float tau = piece.begin < piece.work.old_tiles ? sample_tau(p, piece) : 0.f;
     draws = tau > 0.f, count = 0, shared = &room;
     if (!draws) return;
-    seed = sample_seed(piece.work.seq_len - 1, piece.kv_head, p.layer);
+    if (ptx::lane_id() == 0) room.seed = sample_seed(piece.work.seq_len - 1, piece.kv_head, p.layer);
     const float* last_lse = p.ring.last_lse(p.requests.slots[piece.request], piece.kv_head);
     const int g = ptx::lane_id();
     if (g < 8 * kHeadBlocks) room.bar[g] = g < p.shape.group_size ? last_lse[g] * kLog2E + ptx::lg2(tau) : INFINITY;

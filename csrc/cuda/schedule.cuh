@@ -39,8 +39,6 @@ struct KvHeadWork {
   int old_tiles, anchor_tiles, tiles;
 
   MAC_DEVICE bool hit() const { return start > 0; }
-  // Of a hit's list, at most.
-  MAC_DEVICE int most_anchors(const AmendParams& p) const { return sample_size(p.num_anchors, start); }
   // The tiles that leave a partial state of kOld.
   MAC_DEVICE int tiles_of_old() const { return old_tiles + anchor_tiles; }
 };
@@ -91,7 +89,7 @@ struct TileTokens {
 MAC_DEVICE TileTokens tile_tokens(const AmendParams& p, const KvHeadWork& work, int tile) {
   if (tile < work.old_tiles) return {work.start + tile * kTileTokens, work.old_end, false};
   tile -= work.old_tiles;
-  if (tile < work.anchor_tiles) return {tile * kTileTokens, work.most_anchors(p), true};
+  if (tile < work.anchor_tiles) return {tile * kTileTokens, p.num_anchors, true};
   tile -= work.anchor_tiles;
   return {work.old_end + tile * kTileTokens, work.seq_len, false};
 }

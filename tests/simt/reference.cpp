@@ -63,7 +63,7 @@ State merge(const State& a, const State& b) {
 }
 
 int sample_size(int anchors, int end) {
-  return std::min(anchors, std::max(1, end / 8));
+  return std::min(anchors, std::max(1, end / 6));
 }
 
 double uniform(int position, int kv_head, int layer, int token) {

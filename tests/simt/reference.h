@@ -37,7 +37,7 @@ State attend(const Vector& query, const Rows& keys, const Rows& values, const st
 // State of the union of two disjoint sets of tokens.
 State merge(const State& a, const State& b);
 
-// How many tokens an entry keeps at most that stands for [0, end) and has `anchors` places: an eighth of them.
+// How many tokens an entry keeps at most that stands for [0, end) and has `anchors` places: a sixth of them.
 int sample_size(int anchors, int end);
 
 // u of a token, as the hash of the entry's position, the KV head and the layer has it.

@@ -304,8 +304,7 @@ class MacLayer(CacheLayerMixin):
         assert self.reuse is not None
         kv_cache, block_table, seq_lens = self._paging()
         query = query.detach().transpose(1, 2)
-        # The nearest are the cheapest to reuse; older ones add few hits (docs/fidelity.md).
-        new = min(query.shape[1], self.reuse.cfg.window, 4 * self.reuse.cfg.entries)
+        new = min(query.shape[1], self.reuse.cfg.window)
         counts = [min(new, n) for n in self.shared.layout.lengths(self.length)]
         # A request with fewer tokens has padding among the last queries: then they go one by one.
         whole = all(count == new for count in counts)
