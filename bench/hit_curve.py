@@ -234,7 +234,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--granularity", nargs="+", choices=["head", "group"], default=["head", "group"]
     )
     parser.add_argument(
-        "--anchors", type=int, nargs="+", default=[0, 64], help="with group decisions"
+        "--anchors", type=int, nargs="+", default=[0, 1024], help="with group decisions"
     )
     parser.add_argument(
         "--age",

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--granularity", choices=["head", "group"], default="group")
-    parser.add_argument("--anchors", type=int, default=64)
+    parser.add_argument("--anchors", type=int, default=1024)
     parser.add_argument("--age", type=int, default=1)
     parser.add_argument("--rate", type=float, default=0.95)
     options = parser.parse_args(argv)

@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--granularity", choices=["head", "group"], default="group")
-    parser.add_argument("--anchors", type=int, nargs="+", default=[0, 64])
+    parser.add_argument("--anchors", type=int, nargs="+", default=[0, 1024])
     parser.add_argument("--age", type=int, default=1, help="see hit_curve.py")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--quick", action="store_true", help="the first two cases, few rounds")
