@@ -65,4 +65,4 @@ except RuntimeError as error:
 
 @pytest.mark.parametrize("regime", ["threshold", "either", "priority"])
 def test_samples_estimate_without_bias(regime):
-    assert run("estimate", regime) == f"{regime}: unbiased"
+    assert run(str(TRAFFIC), "estimate", regime) == f"{regime}: unbiased"
