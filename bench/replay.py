@@ -104,7 +104,7 @@ def measure(captured: Capture, names: Sequence[str], quick: bool) -> dict[str, A
             "search": baselines.SEARCH.get(name, 0.0),
             "error_per_layer": error.mean(2).tolist(),
         }
-    ring = ring_share(captured, OURS.window)
+    ring = ring_share(captured, OURS.entries)
     return {"curves": curves, "equal": equal, "ratio": ratio, "baselines": others, "ring": ring}
 
 
@@ -169,14 +169,14 @@ def at_full_reads(
     return replace(config, threshold=(low + high) / 2)
 
 
-def ring_share(captured: Capture, window: int) -> list[float]:
+def ring_share(captured: Capture, entries: int) -> list[float]:
     """Ring queries a step looks through, over the bytes of all keys and values: least and most.
 
     With group decisions the first head of a candidate may be enough to leave it.
     """
     group = captured.num_qo_heads // captured.num_kv_heads
     mean_length = captured.num_tokens - captured.steps / 2
-    return [window / (2 * mean_length), group * window / (2 * mean_length)]
+    return [entries / (2 * mean_length), group * entries / (2 * mean_length)]
 
 
 def load_capture(text: str, tokens: int, steps: int, path: Path | None, cache: Path) -> Capture:

@@ -42,8 +42,8 @@ class ReuseConfig:
             paper: 0 is the paper.
         threshold: how far apart two queries may be, one number or one per query head (a sequence or
             tensor `[num_qo_heads]`, kept as a tuple). 0 in the relative and 1 in the absolute mode
-            never hit. 0.1 is the safe choice; 0.2 reads about half as much of the cache and loses
-            more (docs/fidelity.md).
+            never hit. With the default perplexity stays within rounding's reach of exact; higher
+            ones read less and lose more, from 0.4 on sometimes much more (docs/fidelity.md).
         threshold_mode: "relative": the squared distance must be below `threshold * |query|²`.
             "absolute" (the paper): below `2 * head_dim * (1 - threshold)²`, the threshold being
             the paper's τ in `[0, 1]`.
