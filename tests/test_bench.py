@@ -38,7 +38,7 @@ def test_hit_curve(tmp_path):
         ("head", 0, 1.0): 24,
         **{
             ("group", anchors, rate): 4 * kv_heads
-            for anchors in (0, 64)
+            for anchors in (0, 1024)
             for rate, kv_heads in ((0.0, 0), (0.3, 2), (0.9, 5), (1.0, 6))
         },
     }
@@ -46,7 +46,7 @@ def test_hit_curve(tmp_path):
         assert 0 < point["mac_us_low"] <= point["mac_us"] <= point["mac_us_high"]
         assert point["speedup_flashinfer"] is None and point["speedup_authors"] is None
         assert point["over_floor"] >= point["over_floor_max"] > 0
-    for setting in (("head", 0), ("group", 0), ("group", 64)):
+    for setting in (("head", 0), ("group", 0), ("group", 1024)):
         shares = [
             point["bytes_over_exact"]
             for point in case["points"]
