@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mac_attn import ReuseConfig
 from mac_attn.integrations.transformers import AttentionTimer, MacCache, Mode
+from mac_attn.integrations.transformers.rotation import cache_name
 
 EXACT: Final = "exact"
 REUSE: Final = "reuse"
@@ -62,6 +63,7 @@ class _Decoder:
 
     def __init__(self, model: PreTrainedModel, prefilled: MacCache, mode: Mode) -> None:
         self.model = model
+        self.name = cache_name(model.forward)
         self.cache = copy.deepcopy(prefilled)
         self.cache.mode = mode
         self.trace = Trace()
@@ -71,7 +73,7 @@ class _Decoder:
         ids = torch.tensor([[token]], device=self.model.device)
         with AttentionTimer() as timer:
             start = time.perf_counter()
-            logits: Tensor = self.model(ids, past_key_values=self.cache).logits[0, -1].float()
+            logits: Tensor = self.model(ids, **{self.name: self.cache}).logits[0, -1].float()
             attention_seconds = (
                 timer.lap()
             )  # on a GPU this waits for the attention of the last layer
@@ -116,7 +118,8 @@ def measure(
     base = MacCache(model, max_length=ids.shape[1] + new_tokens, config=config)
     with _layer_progress(model, f"prefill {ids.shape[1]:,} tokens"):
         start = time.perf_counter()
-        logits = model(ids, past_key_values=base, logits_to_keep=1).logits[0, -1].float()
+        output = model(ids, **{cache_name(model.forward): base}, logits_to_keep=1)
+        logits = output.logits[0, -1].float()
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         prefill_seconds = time.perf_counter() - start
