@@ -8,6 +8,7 @@ draws, asks a `Judge`: it checks the backend's list against the keys, and answer
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -98,6 +99,9 @@ def near(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=3e-6)
 
 
+_patching = threading.Lock()  # two threads that seed would undo one another's patch
+
+
 def seed_with_taus(
     cache: mac_attn.ReuseCache, *call: Any, **rows: Any
 ) -> dict[tuple[int, int], Tensor]:
@@ -110,7 +114,7 @@ def seed_with_taus(
         steps.append(cache.ring_tau.clone())
         return result
 
-    with pytest.MonkeyPatch.context() as patch:
+    with _patching, pytest.MonkeyPatch.context() as patch:
         patch.setattr(mac_attn.ops, "complete", recorded)
         mac_attn.seed(cache, *call, **rows)
     length, lens = call[0].shape[1], call[3].tolist()
