@@ -52,8 +52,8 @@ def test_what_is_read():
     assert (amend.registers, amend.static_shared, amend.spilled) == (252, 6656, 0)
     assert amend.main_loop() == ["LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "HMMA.16816.F32", "BRA"]
     assert len(amend.opcodes) == 6
-    # Two stages of 4 x (16 + 16) rows of 256 elements; 16 padded rows of the query; 2 bytes each.
-    assert amend.dynamic_shared == (2 * 128 * 256 + 16 * 264) * 2
+    # Two stages of 4 x (16 + 16) rows of 256 elements; 16 padded rows of each query; 2 bytes each.
+    assert amend.dynamic_shared == (2 * 128 * 256 + 2 * 16 * 264) * 2
     assert amend.ctas == 1
     assert (match.name, match.count("LDG")) == ("match bf16 128", 1)
     # 78 registers are 80 a thread: 3 x 256 threads; shared memory has room for more.
