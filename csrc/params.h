@@ -154,7 +154,7 @@ constexpr int32_t band_start(int32_t p, int32_t band) {
 // that with anchors a hit reads no more than half of the tokens.
 constexpr int32_t oldest_candidate(int32_t p, int32_t window, int32_t band, int32_t anchors) {
   const int32_t cheap = (p + 1) / 2 - band - sample_size(anchors, band_start(p, band));
-  const int32_t reach = anchors > 0 && cheap < window ? cheap : window;
+  const int32_t most = anchors > 0 && cheap < window ? cheap : window, reach = most > 0 ? most : 0;
   return p - reach > band ? p - reach : band;
 }
 
