@@ -177,9 +177,10 @@ class Call:
 
     def other_values(self, value: Tensor) -> Tensor:
         value = whole = value.clone(memory_format=torch.contiguous_format)
-        if value.dtype == torch.uint8 and value.ndim and value.shape[-1] % 4 == 0:
-            # Rings hold numbers of all types.
-            value = value.view(torch.float32 if self.draw.ConsumeBool() else torch.int32)
+        if value.dtype == torch.uint8 and value.numel() > 0 and value.numel() % 4 == 0:
+            # Rings hold numbers of all types. Flat, as a row of its own may have any stride.
+            flat = value.view(-1)
+            value = flat.view(torch.float32 if self.draw.ConsumeBool() else torch.int32)
         for _ in range(self.draw.ConsumeIntInRange(1, 3)):
             if value.numel() == 0:
                 break
