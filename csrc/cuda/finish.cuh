@@ -133,7 +133,17 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
       if (w.error_flag) ptx::atomic_or(w.error_flag, status);
     }
   }
-  if (p.num_anchors > 0) write_sample(p, w, piece, !status, *static_cast<SampleScratch*>(scratch));
+  if (p.num_anchors == 0) return;
+  const int candidates = ptx::load_volatile(w.sampled + group);
+  const int sampled = !status && sample_tau(p, piece) > 0.f ? candidates : kNotSampled;
+  ptx::sync_block();
+  if (threadIdx.x == 0) {
+    w.sampled[group] = 0;  // as the next call wants to find it; all have read it
+    if (sampled >= 0) p.sampled[group] = sampled;
+  }
+  const int64_t first = static_cast<int64_t>(group) * p.num_anchors;
+  write_sample(p, w, piece, sampled, *static_cast<SampleScratch*>(scratch), p.anchors + first,
+               p.anchor_weights + first);
 }
 
 // A CTA has written the partial states of its piece; if it is the last one of all, it finishes the KV head.
