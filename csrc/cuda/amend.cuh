@@ -10,6 +10,8 @@
 // candidates.
 #pragma once
 
+#include <type_traits>
+
 #include "finish.cuh"
 #include "ptx/barrier.h"
 #include "warp_state.cuh"
@@ -114,8 +116,14 @@ struct Replaced {
   }
 };
 
+// Whether registers are short: what can is then kept in shared memory.
+template <int kHeadDim, int kHeadBlocks>
+constexpr bool kShortOfRegisters = kHeadDim * kHeadBlocks >= kMostReplaced;
+
 template <typename T, int kHeadDim, int kHeadBlocks>
-MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const Piece& piece) {
+MAC_DEVICE void amend_piece(
+    const AmendParams& p, const AmendWorkspace& w,
+    std::conditional_t<kShortOfRegisters<kHeadDim, kHeadBlocks>, const Piece&, const Piece> piece) {
   using Stage = Stage<kHeadDim>;
   constexpr bool kReplaces = Replaced<T, kHeadDim, kHeadBlocks>::kFits;
   __shared__ int starts[8 * kHeadBlocks];
@@ -123,7 +131,7 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
   T* shared = static_cast<T*>(dynamic_shared());
   T* query = shared + kWarps * Stage::kCount * Stage::kElements;
   T* replaced_query = query + kQueryElements<kHeadDim, kHeadBlocks>;
-  const int warp = threadIdx.x / 32, last_old = piece.work.tiles_of_old() - 1;
+  const int warp = threadIdx.x / 32;
   T* stages = shared + warp * Stage::kCount * Stage::kElements;
   Sampler<kHeadBlocks> sampler;
   WarpState<T, kHeadDim, kHeadBlocks> state;
@@ -195,6 +203,7 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
     const Scratch scratch{reinterpret_cast<unsigned char*>(shared + slot * Stage::kElements),
                           Stage::kCount * Stage::kBytes};
     const int64_t partial = int64_t{piece.number} * kNumSpans;
+    const int last_old = piece.work.tiles_of_old() - 1;
     if (tile == last_old || (at_end && tile < last_old)) {
       if (sampler.draws) sampler.hand_over(p, w, piece.kv_group(p));
       if constexpr (kReplaces) {
@@ -204,7 +213,6 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
     }
     if (at_end) {
       if (piece.span(tile) == kFresh) write_partial(w, state, scratch, partial + kFresh);
-      leave_kv_head<kHeadDim>(p, w, piece, shared);
       break;
     }
     slot = slot + 1 == Stage::kCount ? 0 : slot + 1;
@@ -256,19 +264,30 @@ __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
     amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
   if (p.matched.source) prefetch_bands<T, kHeadDim>(p, w);
   ptx::grid_dependency_wait();  // match's answer
-  const Share share = share_out(p, w);
+  constexpr bool kShort = kShortOfRegisters<kHeadDim, kHeadBlocks>;
+  __shared__ Share shares[kShort ? kThreads : 1];
+  const Share own = share_out(p, w);
+  if (kShort) shares[threadIdx.x] = own;
+  const Share& share = kShort ? shares[threadIdx.x] : own;
   ptx::grid_dependency_launch();
   __shared__ int next;
+  __shared__ Piece piece;
   const int ctas = gridDim.x;
   int number = blockIdx.x;
 #pragma unroll 1
   while (number < share.all_pieces) {
-    const Piece piece = find_piece(p, w, share, number);
+    find_piece(p, w, share, number, piece);
     int drawn = 0;
-    if (threadIdx.x == 0 && share.all_pieces > ctas) drawn = ptx::atomic_add(w.drawn, 1);
+    if (threadIdx.x == 0 && share.all_pieces > ctas) {
+      drawn = ptx::atomic_add(w.drawn, 1);
+      if (kShort) next = drawn;
+    }
     amend_piece<T, kHeadDim, kHeadBlocks>(p, w, piece);
+    // Read once more, so that no register holds it meanwhile.
+    leave_kv_head<kHeadDim>(p, w, Piece(piece), dynamic_shared());
     if (share.all_pieces <= ctas) break;
     if (threadIdx.x == 0) {
+      if (kShort) drawn = next;
       next = ctas + drawn;
       // There are as many draws as pieces, one after each; the last one of all leaves the counter as it was.
       if (drawn == share.all_pieces - 1) *w.drawn = 0;

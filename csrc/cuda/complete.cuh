@@ -161,14 +161,25 @@ MAC_DEVICE void store_head(const CompleteParams& p, const CompleteWork& work, in
                            const CompleteHead<kHeadDim>& head) {
   constexpr int D = kHeadDim;
   const int lane = ptx::lane_id(), kv_head = work.kv_head, qo_head = kv_head * p.shape.group_size + g;
-  const auto copy = [&](const HeadsView& heads, T* to) {
-    const T* row =
-        static_cast<const T*>(heads.data) + work.request * heads.batch_stride + qo_head * heads.head_stride;
-#pragma unroll
-    for (int d = lane; d < D; d += 32) to[g * D + d] = row[d];
+  const auto row_of = [&](const HeadsView& heads) {
+    return static_cast<const T*>(heads.data) + work.request * heads.batch_stride + qo_head * heads.head_stride;
   };
-  copy(p.query, p.ring.query<T>(work.slot, kv_head, work.place));
-  if (p.ring.layout.shape.anchors > 0) copy(p.rotated, p.ring.rotated<T>(work.slot, kv_head, work.place));
+  // All are on their way before the first is stored, which the compiler cannot know to be elsewhere.
+  const bool anchors = p.ring.layout.shape.anchors > 0;
+  const T* query = row_of(p.query);
+  const T* rotated = anchors ? row_of(p.rotated) : query;
+  T first[head.kLaneElements], second[head.kLaneElements];
+#pragma unroll
+  for (int i = 0; i < head.kLaneElements; ++i) {
+    if (lane + 32 * i < D) first[i] = query[lane + 32 * i], second[i] = rotated[lane + 32 * i];
+  }
+#pragma unroll
+  for (int i = 0; i < head.kLaneElements; ++i) {
+    const int element = g * D + lane + 32 * i;
+    if (lane + 32 * i >= D) continue;
+    p.ring.query<T>(work.slot, kv_head, work.place)[element] = first[i];
+    if (anchors) p.ring.rotated<T>(work.slot, kv_head, work.place)[element] = second[i];
+  }
 #pragma unroll
   for (int i = 0; i < head.kLaneElements; ++i) {
     if (lane + 32 * i < D) p.ring.out(work.slot, kv_head, work.place)[g * D + lane + 32 * i] = head.carried[i];
@@ -176,6 +187,29 @@ MAC_DEVICE void store_head(const CompleteParams& p, const CompleteWork& work, in
   if (lane != 0) return;
   p.ring.lse(work.slot, kv_head, work.place)[g] = head.carried_lse;
   p.ring.depth(work.slot, kv_head, work.place)[g] = head.depth;
+}
+
+// Writes the anchors of the new entry, several of them at a time as above. The whole block takes part.
+MAC_DEVICE void store_anchors(const CompleteParams& p, const CompleteWork& work, int64_t group) {
+  constexpr int kAtOnce = 4;
+  const int S = p.ring.layout.shape.anchors, threads = blockDim.x;
+  int32_t* anchors = p.ring.anchors(work.slot, work.kv_head, work.place);
+  float* weights = p.ring.anchor_weights(work.slot, work.kv_head, work.place);
+#pragma unroll 1
+  for (int begin = threadIdx.x; begin < S; begin += kAtOnce * threads) {
+    int32_t token[kAtOnce];
+    float a[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = begin + j * threads;
+      if (i < S) token[j] = p.anchors[group * S + i], a[j] = p.anchor_weights[group * S + i];
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = begin + j * threads;
+      if (i < S) anchors[i] = token[j], weights[i] = a[j];
+    }
+  }
 }
 
 template <typename T, int kHeadDim>
@@ -236,12 +270,7 @@ __global__ void __launch_bounds__(32 * kMaxCompleteWarps, 1)
   }
   if (!work.reuses) return;
   if (threadIdx.x == blockDim.x - 1) complete_history(p, work);
-  const int S = p.ring.layout.shape.anchors;
-#pragma unroll 4
-  for (int i = threadIdx.x; work.stores && i < S; i += blockDim.x) {
-    p.ring.anchors(work.slot, work.kv_head, work.place)[i] = p.anchors[group * S + i];
-    p.ring.anchor_weights(work.slot, work.kv_head, work.place)[i] = p.anchor_weights[group * S + i];
-  }
+  if (work.stores) store_anchors(p, work, group);
 }
 
 }  // namespace mac_attn::cuda

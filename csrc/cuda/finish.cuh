@@ -142,8 +142,8 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
     if (sampled >= 0) p.sampled[group] = sampled;
   }
   const int64_t first = static_cast<int64_t>(group) * p.num_anchors;
-  write_sample(p, w, piece, sampled, *static_cast<SampleScratch*>(scratch), p.anchors + first,
-               p.anchor_weights + first);
+  write_sample<kHeadDim>(p, w, piece, sampled, *static_cast<SampleScratch*>(scratch), p.anchors + first,
+                         p.anchor_weights + first);
 }
 
 // A CTA has written the partial states of its piece; if it is the last one of all, it finishes the KV head.

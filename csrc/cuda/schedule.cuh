@@ -179,9 +179,9 @@ MAC_DEVICE Share share_out(const AmendParams& p, const AmendWorkspace& w) {
   return share;
 }
 
-// The piece of a number below `all_pieces`. The whole block takes part.
-MAC_DEVICE Piece find_piece(const AmendParams& p, const AmendWorkspace& w, const Share& share, int number) {
-  __shared__ Piece found;
+// The piece of a number below `all_pieces`, in shared memory. The whole block takes part.
+MAC_DEVICE void find_piece(const AmendParams& p, const AmendWorkspace& w, const Share& share, int number,
+                           Piece& found) {
   ptx::sync_block();  // the last one is no longer needed
   if (number >= share.first && number < share.first + share.pieces) {
     int first = share.first;
@@ -205,7 +205,6 @@ MAC_DEVICE Piece find_piece(const AmendParams& p, const AmendWorkspace& w, const
     }
   }
   ptx::sync_block();
-  return found;
 }
 
 }  // namespace mac_attn::cuda
