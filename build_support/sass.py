@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 LIMITS = {
     "sm_80": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 167936},
     "sm_90": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 233472},
+    "sm_100": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 233472},
+    "sm_120": {"registers": 65536, "threads": 1536, "ctas": 24, "shared": 102400},
 }
 KERNEL = re.compile(
     r"(?P<stage>match|amend|complete|unrotate)_kernelI\w*?(?P<dtype>bf16|fp16)E"
