@@ -114,14 +114,13 @@ def print_case(result: dict[str, Any]) -> None:
     )
     for p in result["points"]:
         setting = str(Setting(p["granularity"], p["anchors"]))
+        authors = f"{_times(p['speedup_authors']):>8} " if with_authors else ""
         print(
             f"  {setting:17} {p['rate']:5.3g} {p['hits']:5}/{p['heads']:<5} "
             f"{p['kv_head_hits']:6} {p['mac_us']:9.1f} "
             f"{(p['mac_us_high'] - p['mac_us_low']) / p['mac_us']:7.1%} {p['over_exact']:7.3f} "
             f"{_times(p['speedup_best_peer']):>10} {_times(p['speedup_flashinfer']):>11} "
-            + f"{_times(p['speedup_authors']):>8} "
-            * with_authors
-            + f"{p['bytes_over_exact']:7.2%} "
+            f"{authors}{p['bytes_over_exact']:7.2%} "
             f"{p['floor_us']:10.1f} {p['over_floor']:11.2f}"
         )
     sys.stdout.flush()
