@@ -166,7 +166,13 @@ def write_csv(path: Path, cases: list[dict[str, Any]]) -> None:
             for name, us in peer["variants"].items():
                 peers[f"{peer['name']}, {name} us"] = us
         where = {key: case[key] for key in ("layout", "batch", "context")}
-        rows += [{**where, **point, **peers} for point in case["points"]]
+        rows += [
+            {
+                name: f"{value:.6g}" if isinstance(value, float) else value
+                for name, value in {**where, **point, **peers}.items()
+            }
+            for point in case["points"]
+        ]
     names = dict.fromkeys(name for row in rows for name in row)  # a variant may fail in some cases
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(names))
