@@ -4,13 +4,13 @@
 
 | variant | of FlashInfer 0.7.4 | runs on |
 |---|---|---|
-| CUDA cores, fa2, fa3, cuDNN | BatchDecodeWithPagedKVCacheWrapper, by `use_tensor_cores` and |
-| | `backend`; fa3 on Hopper only, cuDNN where its frontend is installed | any |
+| CUDA cores, fa2, fa3, cuDNN | its decode wrapper, by `backend` | any; fa3: Hopper |
 | BatchAttention | its persistent kernel for mixed batches | any |
 | XQA, trtllm-gen | trtllm_batch_decode_with_kv_cache | Hopper on; Blackwell |
 
-Not here: `cute-dsl` and `cake`, for Blackwell alone. Each plans once, at its first call and outside
-what is timed: an engine plans once for all layers of a step. So a failure is this variant's alone.
+Not here: `cute-dsl` and `cake`, for Blackwell alone, and the wrapper's `cutile`, which its
+documentation does not name. Each plans once, at its first call and outside what is timed: an engine
+plans once for all layers of a step. So a failure is this variant's alone.
 """
 
 from __future__ import annotations
