@@ -39,7 +39,6 @@ struct Sampler {
   int count;
   Shared* shared;
 
-  // A barrier of the warp has to follow.
   MAC_DEVICE void begin(const AmendParams& p, const Piece& piece, Shared& room) {
     const float tau = piece.begin < piece.work.old_tiles ? sample_tau(p, piece) : 0.f;
     draws = tau > 0.f, count = 0, shared = &room;
@@ -48,6 +47,7 @@ struct Sampler {
     const float* last_lse = p.ring.last_lse(p.requests.slots[piece.request], piece.kv_head);
     const int g = ptx::lane_id();
     if (g < 8 * kHeadBlocks) room.bar[g] = g < p.shape.group_size ? last_lse[g] * kLog2E + ptx::lg2(tau) : INFINITY;
+    ptx::sync_warp();
   }
   // Which token of a strip a lane answers for, with one other: they have half of its heads each.
   MAC_DEVICE static int token_of_lane() { return ptx::lane_id() / 4 + ptx::lane_id() % 2 * 8; }
