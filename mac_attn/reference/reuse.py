@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .rings import Entry, Ring, Slot, rest_state
+from .rings import Entry, Ring, Slot, hit_state
 from .sample import (
     CANDIDATE_ROOM,
     MOST_TAU,
     Choose,
     Draw,
     Sample,
+    counted,
     first_tau,
     next_tau,
     sample_size,
@@ -217,14 +218,16 @@ class ReferenceReuse:
                     fresh = torch.cat([matched.anchors, torch.arange(start, n)])
                     counts = torch.cat([matched.counts, torch.ones(n - start).double()])
                     result.anchors = len(matched.anchors)
-                    *rest, result.rest = rest_state(matched, q, k, v, softmax)
-                    state = rest[0], rest[1]
                 else:
                     middle = attention_state(q[heads], k[start:old], v[start:old], *softmax)
                     state = merge_states(matched.out[heads], matched.lse[heads], *middle)
-            carried[heads], carried_lse[heads] = state
             recent = attention_state(q[heads], k[fresh], v[fresh], *softmax, counts=counts)
-            result.out[heads], result.lse[heads] = merge_states(*state, *recent)
+            if matched is not None and self.cfg.anchors:
+                out, lse, result.rest = hit_state(matched, recent, q, k, v, softmax)
+                result.out[heads], result.lse[heads] = out, lse
+            else:
+                carried[heads], carried_lse[heads] = state
+                result.out[heads], result.lse[heads] = merge_states(*state, *recent)
             result.tokens = max(result.tokens, n - start + result.anchors)
 
         entry = Entry(p, query, q, carried, carried_lse, depth)
@@ -241,7 +244,7 @@ class ReferenceReuse:
                         entry,
                         anchors=sample.anchors,
                         weights=sample.weights,
-                        counts=sample.counts,
+                        counts=counted(sample.weights, self.sample_size(p), old),
                     )
             if not 0 < ring.tau <= MOST_TAU:
                 ring.tau = first_tau(self.sample_size(p))
