@@ -30,14 +30,13 @@ int32_t write_hit(const CompleteParams& p, int request, int kv_head, int g) {
   const int64_t slot = p.requests.slots[request], row = static_cast<int64_t>(request) * Hq + head;
   const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
   const int place = p.matched.place[row];
-  const HitWeights w = hit_weights(p.ring.lse(slot, kv_head, place)[g], p.state_lse[row], p.log_ratio[row],
-                                   p.state_lse[fresh_row]);
+  const HitWeights w =
+      hit_weights(p.ring.lse(slot, kv_head, place)[g], p.state_lse[row], p.log_ratio[row], p.state_lse[fresh_row]);
   const float* entry = p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * D;
   const float *replaced = p.states + row * D, *fresh = p.states + fresh_row * D;
   T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
   for (int d = 0; d < D; d += kLanes) {
-    store(out + d,
-          load(entry + d) * w.entry + load(replaced + d) * w.replaced + load(fresh + d) * w.fresh);
+    store(out + d, load(entry + d) * w.entry + load(replaced + d) * w.replaced + load(fresh + d) * w.fresh);
   }
   p.lse[row] = w.lse;
   return next_depth(p.ring.depth(slot, kv_head, place)[g]);
@@ -124,6 +123,7 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
   const bool stores = old_end > 0 && least_depth < p.max_reuse_depth && drawn;
   if (stores) store_entry<T>(p, request, kv_head, stored % M, carried);
   *p.ring.stored(slot, kv_head) = stores ? next_stored(stored, M) : stored;
+  if (p.matched.stored[group] == kNoHistory) *p.ring.spread(slot, kv_head) = 0.f;  // another request's
   if (S > 0) {
     float& tau = *p.ring.tau(slot, kv_head);
     if (p.matched.stored[group] == kNoHistory || !usable_tau(tau)) tau = first_tau(size);

@@ -71,11 +71,12 @@ bool nothing_left(double entry, double replaced, double light);
 double log_ratio(const Vector& now, const Vector& then, const Rows& keys, const Sample& sample,
                  const Softmax& softmax);
 
-// How many tokens each of an entry's sample of the old tokens [0, end) is counted as: 1 + b, 1 / b = 1 / a + size / end.
+// How many tokens each of an entry's sample of the old tokens [0, end) is counted as: 1 + b, 1 / b = 1 / a + size /
+// end.
 Vector counts(const Sample& sample, int anchors, int end);
 
-// A hit with anchors: an entry's sums over [0, E(c)) without those of `replaced`, moved by `log_ratio`, and the fresh
-// ones. Just those, if nothing is left of the entry's or would be left of the fresh ones.
+// A hit with anchors: an entry's sums over [0, E(c)) without those of `replaced`, moved by `log_ratio`, and the
+// fresh ones. Just those, if nothing is left of the entry's or would be left of the fresh ones.
 State hit(const State& entry, const State& replaced, double log_ratio, const State& fresh);
 
 // One candidate of a match decision over one or several heads.
@@ -83,7 +84,7 @@ struct MatchHead {
   Vector query;
   double theta;  // NaN: never a hit
 };
-double match_theta(const Vector& query, double threshold, bool relative);
+double match_theta(const Vector& query, double threshold, bool relative, double max_drift, double spread);
 double match_score(const std::vector<MatchHead>& heads, const Rows& stored);
 
 }  // namespace mac_attn::reference
