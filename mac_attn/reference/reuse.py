@@ -206,7 +206,7 @@ class ReferenceReuse:
         for first in range(0, len(q), self.unit):
             heads = slice(first, first + self.unit)
             matched = self.match(entries, scores[first])
-            fresh, start = torch.arange(old, n), 0
+            fresh, counts, start = torch.arange(old, n), None, 0
             if matched is None:
                 state = attention_state(q[heads], k[:old], v[:old], *softmax)
             else:
@@ -215,6 +215,7 @@ class ReferenceReuse:
                 depth[heads] = matched.depth[heads] + 1
                 if self.cfg.anchors:
                     fresh = torch.cat([matched.anchors, torch.arange(start, n)])
+                    counts = torch.cat([matched.counts, torch.ones(n - start).double()])
                     result.anchors = len(matched.anchors)
                     *rest, result.rest = rest_state(matched, q, k, v, softmax)
                     state = rest[0], rest[1]
@@ -222,7 +223,7 @@ class ReferenceReuse:
                     middle = attention_state(q[heads], k[start:old], v[start:old], *softmax)
                     state = merge_states(matched.out[heads], matched.lse[heads], *middle)
             carried[heads], carried_lse[heads] = state
-            recent = attention_state(q[heads], k[fresh], v[fresh], *softmax)
+            recent = attention_state(q[heads], k[fresh], v[fresh], *softmax, counts=counts)
             result.out[heads], result.lse[heads] = merge_states(*state, *recent)
             result.tokens = max(result.tokens, n - start + result.anchors)
 
@@ -236,7 +237,12 @@ class ReferenceReuse:
                 if sample is None or sample.count > CANDIDATE_ROOM * self.sample_size(p):
                     result.stored = False
                 else:
-                    entry = replace(entry, anchors=sample.anchors, weights=sample.weights)
+                    entry = replace(
+                        entry,
+                        anchors=sample.anchors,
+                        weights=sample.weights,
+                        counts=sample.counts,
+                    )
             if not 0 < ring.tau <= MOST_TAU:
                 ring.tau = first_tau(self.sample_size(p))
         if result.stored:

@@ -24,6 +24,7 @@ class Entry:
     depth: Tensor  # [G] int64, 0 for a miss, else the source's depth + 1
     anchors: Tensor = torch.empty(0, dtype=torch.int64)  # [<= S] positions, all < E(c)
     weights: Tensor = torch.empty(0, dtype=torch.float64)  # [<= S]: a
+    counts: Tensor = torch.empty(0, dtype=torch.float64)  # [<= S]: 1 + b, see `sample.counted`
 
 
 @dataclass
@@ -69,15 +70,16 @@ def rest_state(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What an entry's state is without its anchors A, moved from its query to q `[G, D]`.
 
-    Its mean stays, and its sum grows by rho, the quotient of `sum_A a exp(s)` for q and for the
-    entry's query. k and v `[n, D]`. Returns o `[G, D]`, lse `[G]` and the share of the entry's sum
-    that is left `[G]`.
+    Every anchor leaves it `counts` times, for itself and for the others that it answers for. The mean
+    of what is left stays, and its sum grows by rho, the quotient of `sum_A a exp(s)` for q and for
+    the entry's query. k and v `[n, D]`. Returns o `[G, D]`, lse `[G]` and the share of the entry's
+    sum that is left `[G]`.
     """
     k, v = k[entry.anchors], v[entry.anchors]
     lifted = [attention_logits(x, k, *softmax) + entry.weights.log() for x in (q, entry.rotated)]
     now, then = (x.logsumexp(-1) for x in lifted)
     log_ratio = torch.where(then == -torch.inf, 0.0, now - then)
-    replaced, replaced_lse = attention_state(entry.rotated, k, v, *softmax)
+    replaced, replaced_lse = attention_state(entry.rotated, k, v, *softmax, counts=entry.counts)
     taken = torch.exp(replaced_lse - entry.lse)
     share = 1 - taken
     empty = (entry.lse == -torch.inf) | (share < LEAST_REST)

@@ -56,6 +56,7 @@ class Sample:
 
     anchors: Tensor  # int64 [<= S] positions, ascending
     weights: Tensor  # float64 [<= S]: a = 1 / pi - 1
+    counts: Tensor  # float64 [<= S]: 1 + b, see `counted`
     count: int  # candidates
     threshold: float  # t: those with larger keys were kept
 
@@ -67,7 +68,17 @@ def draw_sample(draw: Draw) -> Sample:
     if count > draw.size:
         threshold = float(candidates.topk(draw.size + 1).values[-1])
     kept = (draw.keys > threshold).nonzero().flatten()
-    return Sample(kept, (threshold / draw.weights[kept] - 1).clamp(min=0), count, threshold)
+    weights = (threshold / draw.weights[kept] - 1).clamp(min=0)
+    return Sample(kept, weights, counted(weights, draw.size, len(draw.keys)), count, threshold)
+
+
+def counted(weights: Tensor, size: int, old: int) -> Tensor:
+    """How many tokens each of a sample of at most `size` of `old` ones is counted as: 1 + b.
+
+    `1 / b = 1 / a + size / old`: a token that stands for many others answers for no more of them than
+    one of an even sample would, as the rarer it was the less its own value says about theirs.
+    """
+    return 1 + weights / (1 + weights * (size / old))
 
 
 Choose = Callable[[Draw], Sample]

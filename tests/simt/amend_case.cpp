@@ -349,15 +349,17 @@ void AmendCase::check_head(int request, int head) const {
   const int first = reuses ? reference::old_end(source, spec_.band) : 0;
   reference::Vector old_query = query_.row(request, head);
   std::vector<int> old, fresh;
+  reference::Vector counts;
   int end = old_end(request);
   if (reuses && spec_.anchors > 0) {
     old = fresh = entry_sample(request, h).tokens;
     old_query = entry_query(request, head), end = first;
+    counts = reference::counts(entry_sample(request, h), spec_.anchors, first);
   }
   for (int token = first; token < n; ++token) (token < end ? old : fresh).push_back(token);
   const reference::State want[kNumSpans] = {
-      reference::attend(old_query, keys, values, old, softmax_),
-      reference::attend(query_.row(request, head), keys, values, fresh, softmax_)};
+      reference::attend(old_query, keys, values, old, softmax_, counts),
+      reference::attend(query_.row(request, head), keys, values, fresh, softmax_, counts)};
   for (const Span span : {kOld, kFresh}) {
     // NaN in one state may show in both: they end up in one sum.
     if (std::isnan(want[1 - span].lse)) continue;

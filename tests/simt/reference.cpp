@@ -31,13 +31,14 @@ double logit(const Vector& query, const Vector& key, const Softmax& softmax) {
 }
 
 State attend(const Vector& query, const Rows& keys, const Rows& values, const std::vector<int>& tokens,
-             const Softmax& softmax) {
+             const Softmax& softmax, const Vector& counts) {
   State state;
   state.out.assign(query.size(), 0.0);
   state.spread.assign(query.size(), 0.0);
   Vector logits;
   for (const int token : tokens) {
-    logits.push_back(logit(query, keys[token], softmax));
+    const size_t i = logits.size();
+    logits.push_back(logit(query, keys[token], softmax) + (i < counts.size() ? std::log(counts[i]) : 0));
     state.lse = log_add(state.lse, logits.back());
   }
   for (size_t i = 0; i < tokens.size(); ++i) {
@@ -145,6 +146,14 @@ double log_ratio(const Vector& now, const Vector& then, const Rows& keys, const 
     sum_then = log_add(sum_then, std::log(sample.a[i]) + logit(then, key, softmax));
   }
   return sum_then == -INFINITY ? 0 : sum_now - sum_then;
+}
+
+Vector counts(const Sample& sample, int anchors, int end) {
+  Vector counts;
+  for (const double a : sample.a) {
+    counts.push_back(1 + (a > 0 ? 1 / (1 / a + static_cast<double>(sample_size(anchors, end)) / end) : 0));
+  }
+  return counts;
 }
 
 State rest(const State& entry, const State& replaced, double log_ratio) {

@@ -31,8 +31,9 @@ int old_end(int position, int band);
 
 double logit(const Vector& query, const Vector& key, const Softmax& softmax);
 
+// The first tokens count as often as `counts` says, the others once.
 State attend(const Vector& query, const Rows& keys, const Rows& values, const std::vector<int>& tokens,
-             const Softmax& softmax);
+             const Softmax& softmax, const Vector& counts = {});
 
 // State of the union of two disjoint sets of tokens.
 State merge(const State& a, const State& b);
@@ -64,6 +65,9 @@ std::string judge_sample(const Sample& sample, const Vector& weights, const Vect
 // none.
 double log_ratio(const Vector& now, const Vector& then, const Rows& keys, const Sample& sample,
                  const Softmax& softmax);
+
+// How many tokens each of an entry's sample of the old tokens [0, end) is counted as: 1 + b, 1 / b = 1 / a + size / end.
+Vector counts(const Sample& sample, int anchors, int end);
 
 // What is left of an entry's state over [0, E(c)) without the tokens that `replaced` stands for, moved by
 // `log_ratio`.
