@@ -56,7 +56,6 @@ class Sample:
 
     anchors: Tensor  # int64 [<= S] positions, ascending
     weights: Tensor  # float64 [<= S]: a = 1 / pi - 1
-    counts: Tensor  # float64 [<= S]: 1 + b, see `counted`
     count: int  # candidates
     threshold: float  # t: those with larger keys were kept
 
@@ -68,8 +67,7 @@ def draw_sample(draw: Draw) -> Sample:
     if count > draw.size:
         threshold = float(candidates.topk(draw.size + 1).values[-1])
     kept = (draw.keys > threshold).nonzero().flatten()
-    weights = (threshold / draw.weights[kept] - 1).clamp(min=0)
-    return Sample(kept, weights, counted(weights, draw.size, len(draw.keys)), count, threshold)
+    return Sample(kept, (threshold / draw.weights[kept] - 1).clamp(min=0), count, threshold)
 
 
 def counted(weights: Tensor, size: int, old: int) -> Tensor:
@@ -78,7 +76,7 @@ def counted(weights: Tensor, size: int, old: int) -> Tensor:
     `1 / b = 1 / a + size / old`: a token that stands for many others answers for no more of them than
     one of an even sample would, as the rarer it was the less its own value says about theirs.
     """
-    return 1 + weights / (1 + weights * (size / old))
+    return 1 + weights / (1 + weights * (size / max(old, 1)))
 
 
 Choose = Callable[[Draw], Sample]

@@ -329,8 +329,17 @@ void AmendCase::check_sample(int request, int kv_head) const {
 double AmendCase::expected_log_ratio(int request, int head) const {
   const int h = head / spec_.group_size;
   if (spec_.anchors == 0 || !hits(request, h)) return 0;
-  return reference::log_ratio(query_.row(request, head), entry_query(request, head), keys_[request][h],
-                              entry_sample(request, h), softmax_);
+  const reference::Sample sample = entry_sample(request, h);
+  const reference::Vector old_query = entry_query(request, head);
+  const reference::Rows &keys = keys_[request][h], &values = values_[request][h];
+  const double entry =
+      ring.view().lse(slots_[request], h, place_[request * heads() + head])[head % spec_.group_size];
+  const reference::Vector counts = reference::counts(sample, spec_.anchors, start(request, h));
+  const reference::State replaced = reference::attend(old_query, keys, values, sample.tokens, softmax_, counts);
+  if (reference::nothing_left(entry, replaced.lse, reference::light(old_query, keys, sample, softmax_))) {
+    return -INFINITY;
+  }
+  return reference::log_ratio(query_.row(request, head), old_query, keys, sample, softmax_);
 }
 
 void AmendCase::check_request(int request) const {
