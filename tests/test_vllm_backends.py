@@ -20,12 +20,12 @@ from vllm.v1.attention.backends import flash_attn  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
+from mac_attn.integrations.serving.slots import Place, Row  # noqa: E402
 from mac_attn.integrations.vllm import cuda, cuda_plan, plugin, support, worker  # noqa: E402
 from mac_attn.integrations.vllm import engine as engine_module  # noqa: E402
 from mac_attn.integrations.vllm.attend import Served  # noqa: E402
 from mac_attn.integrations.vllm.engine import Engine  # noqa: E402
 from mac_attn.integrations.vllm.options import Options  # noqa: E402
-from mac_attn.integrations.vllm.slots import Place, Row  # noqa: E402
 
 
 def test_registering_takes_the_place_of_two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,23 +135,12 @@ def test_layers_that_share_their_cache() -> None:
     assert support.shares_kv(layers) == {"a", "b"}
 
 
-def _engine(config: mac_attn.ReuseConfig, rank: int = 0, seed: int = 128) -> Engine:
+def _engine(config: mac_attn.ReuseConfig) -> Engine:
     """An engine of one layer, without a model."""
     engine = object.__new__(Engine)
-    parallel = SimpleNamespace(rank=rank, tensor_parallel_size=2)
-    engine.runner = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
-    engine.options = Options(seed=seed)
+    engine.options = Options(seed=128)
     engine.rings = {"layer": SimpleNamespace(cfg=config)}  # type: ignore[dict-item]
     return engine
-
-
-def test_thresholds_per_head_are_those_of_the_rank() -> None:
-    config = mac_attn.ReuseConfig(threshold=[0.1 * i for i in range(16)])
-    for rank in range(2):
-        own = _engine(config, rank)._of_this_rank(config, _layer())
-        assert own.threshold == tuple(0.1 * i for i in range(8 * rank, 8 * rank + 8))
-    same = mac_attn.ReuseConfig(threshold=0.3)
-    assert _engine(same)._of_this_rank(same, _layer()) == same
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from vllm_batches import common_metadata
 
 import mac_attn
 from mac_attn.integrations import vllm as package
+from mac_attn.integrations.serving.rotary import is_rotated, rotary_of
+from mac_attn.integrations.serving.slots import Row, SlotTable
 from mac_attn.integrations.vllm import metrics, requests
 from mac_attn.integrations.vllm.options import Options
-from mac_attn.integrations.vllm.rotary import is_rotated, rotary_of
-from mac_attn.integrations.vllm.slots import Row, SlotTable
 
 
 class TestOptions:
@@ -39,8 +39,16 @@ class TestOptions:
             }
         )
         assert options is not None
-        assert options.layer_config(7) == mac_attn.ReuseConfig(threshold=0.1, band=64)
+        assert options.layer_config(7, 8, 0, 1) == mac_attn.ReuseConfig(threshold=0.1, band=64)
         assert (options.num_slots, options.seed, options.log_seconds) == (3, 0, 0.5)
+
+    def test_thresholds_per_head_are_those_of_the_rank(self) -> None:
+        options = Options(config=mac_attn.ReuseConfig(threshold=[0.1 * i for i in range(16)]))
+        for rank in range(2):
+            own = options.layer_config(0, 8, rank, 2)
+            assert own.threshold == tuple(0.1 * i for i in range(8 * rank, 8 * rank + 8))
+        same = mac_attn.ReuseConfig(threshold=0.3)
+        assert Options(config=same).layer_config(0, 8, 1, 2) == same
 
     @pytest.mark.parametrize(
         ("name", "value"),

@@ -6,7 +6,6 @@ import functools
 import logging
 import time
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 import mac_attn
 
+from ..serving.rotary import is_rotated, rotary_of
+from ..serving.slots import Place, Row, SlotTable
 from . import requests
 from .attend import Served
 from .metrics import WorkerCounters
 from .options import Options
-from .rotary import is_rotated, rotary_of
-from .slots import Place, Row, SlotTable
 from .support import backend_reason, engine_reason, layer_reason, shares_kv
 
 # A child of vLLM's logger, so that its lines are formatted and shown as vLLM's are.
@@ -157,8 +156,10 @@ class Engine:
             raise ValueError("no rotary embedding beside it")
         rotated = is_rotated(parent)
         rotary = self._rotary(module) if rotated else None
+        number, parallel = extract_layer_index(name), config.parallel_config
+        ranks = parallel.tensor_parallel_size
         ring = mac_attn.ReuseCache(
-            self._of_this_rank(self.options.layer_config(extract_layer_index(name)), layer),
+            self.options.layer_config(number, layer.num_heads, parallel.rank % ranks, ranks),
             num_slots=self.options.num_slots,
             num_qo_heads=layer.num_heads,
             num_kv_heads=layer.num_kv_heads,
@@ -167,7 +168,7 @@ class Engine:
             device=device,
             rotary=rotary,
             max_batch_size=max(self.options.num_slots, most_rows(config)),
-            layer=extract_layer_index(name),
+            layer=number,
         )
         self.rings[name] = ring
         layer.impl.mac = Served(self, ring, rotated)
@@ -178,15 +179,6 @@ class Engine:
             max_model_len = self.runner.vllm_config.model_config.max_model_len
             self._rotaries[module] = rotary_of(module, max_model_len)
         return self._rotaries[module]
-
-    def _of_this_rank(self, config: mac_attn.ReuseConfig, layer: Any) -> mac_attn.ReuseConfig:
-        """Options whose thresholds are those of the heads that this rank has of a layer."""
-        parallel = self.runner.vllm_config.parallel_config
-        heads, ranks = layer.num_heads, parallel.tensor_parallel_size
-        if not isinstance(config.threshold, tuple) or len(config.threshold) != heads * ranks:
-            return config
-        first = parallel.rank % ranks * heads
-        return replace(config, threshold=config.threshold[first : first + heads])
 
     def _share_counters(self) -> None:
         """Make the file that the metrics are read from."""

@@ -1,0 +1,2 @@
+def activate():
+    return "sglang_cpu_platform.CpuPlatform"
