@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from mac_attn import ReuseStats
-from mac_attn.stats import COUNTERS
+from mac_attn.stats import COUNTERS as COLUMNS
+
+from ..serving.totals import COUNTERS, totals
 
 FOLDER = "MAC_ATTN_VLLM_METRICS_DIR"
 
@@ -63,7 +65,7 @@ class WorkerCounters:
         cls, engine: int, rank: int, heads: tuple[int, int], layers: int, num_slots: int
     ) -> WorkerCounters:
         """New counters, all 0, in a file that `read_all` finds."""
-        shape = (layers, num_slots, len(COUNTERS))
+        shape = (layers, num_slots, len(COLUMNS))
         path = folder() / f"engine{engine}-rank{rank}"
         path.with_suffix(".i64").write_bytes(bytes(8 * torch.Size(shape).numel()))
         about = {"engine": engine, "rank": rank, "heads": heads, "shape": shape}
@@ -100,40 +102,27 @@ class Collector:
         engines: dict[int, list[WorkerCounters]] = {}
         for worker in WorkerCounters.read_all():
             engines.setdefault(worker.engine, []).append(worker)
-        totals = {engine: _totals(workers) for engine, workers in engines.items()}
-        for name, text in _COUNTERS.items():
+        totals_of = {
+            engine: totals(worker.stats() for worker in workers)
+            for engine, workers in engines.items()
+        }
+        for name, text in COUNTERS.items():
             counter = CounterMetricFamily(f"mac_attn:{name}", text, labels=["engine"])
-            for engine, total in totals.items():
+            for engine, total in totals_of.items():
                 counter.add_metric([str(engine)], total[name])
             yield counter
         for name, (part, whole, text) in _SHARES.items():
             gauge = GaugeMetricFamily(f"mac_attn:{name}", text, labels=["engine"])
-            for engine, total in totals.items():
+            for engine, total in totals_of.items():
                 if total[whole]:
                     gauge.add_metric([str(engine)], total[part] / total[whole])
             yield gauge
 
 
-_COUNTERS = {
-    "query_heads": "Query heads of decode steps with a ring, counted for every layer and rank.",
-    "query_head_hits": "Those that reused a recent query's attention.",
-    "kv_tokens_full": "Keys that exact attention would have read in those steps.",
-    "kv_tokens_read": "Keys that were read.",
-}
 _SHARES = {
     "hit_rate": ("query_head_hits", "query_heads", "Share of the query heads that hit."),
     "kv_read_share": ("kv_tokens_read", "kv_tokens_full", "Share of the keys that were read."),
 }
-
-
-def _totals(workers: list[WorkerCounters]) -> dict[str, int]:
-    stats = [worker.stats() for worker in workers]
-    return {
-        "query_heads": sum(s.steps * s.num_qo_heads for s in stats),
-        "query_head_hits": sum(s.query_head_hits for s in stats),
-        "kv_tokens_full": sum(s.kv_tokens_full for s in stats),
-        "kv_tokens_read": sum(s.kv_tokens_read for s in stats),
-    }
 
 
 def register_collector() -> None:

@@ -1,2 +1,0 @@
-def activate():
-    return "sglang_cpu_platform.CpuPlatform"
