@@ -1,11 +1,13 @@
-"""A real SGLang scheduler in this process, with its model runner, pools and radix cache, on the CPU.
+"""A real SGLang scheduler in one process: model runner, pools and radix cache, on the CPU.
 
     .venv-sglang/bin/python tests/sglang_scheduler.py JOB.json ANSWERS.json
 
-JOB.json holds `server`, arguments of SGLang's ServerArgs, and `requests`: each with its `prompt`
-(token numbers), how many tokens it wants (`length`), the turn of the scheduler at which it comes
-(`turn`), its `rid`, and the number of tokens after which it is cancelled (`cancel`, or null).
-ANSWERS.json gets the tokens of every request, what the scheduler did, and what the rings counted.
+JOB.json holds `server`, arguments of SGLang's ServerArgs; `rounds`, lists of requests that are run
+one list after the other; and `graphs`, whether steps of decode are graphs (sglang_tape.py). Of a
+request there are its `rid`, its `prompt` (token numbers), how many tokens it wants (`length`), the
+turn of the scheduler at which it comes (`turn`), and after how many tokens it is cancelled
+(`cancel`, or null). `one_number` spoils the rings: every request has the same number in them.
+ANSWERS.json gets the tokens of every request and what was seen of the scheduler and of the rings.
 SGLang holds its configuration for a whole process, hence one for every job.
 """
 
@@ -84,33 +86,26 @@ def turn(scheduler: Any) -> bool:
 
 def serve(scheduler: Any, requests: list[dict[str, Any]]) -> dict[str, Any]:
     """Run requests to their end; their tokens and what was seen on the way."""
-    made: dict[int, Any] = {}
-    cancelled: set[int] = set()
-    number, most, modes = 0, 0, set()
-    while True:
-        for index, request in enumerate(requests):
-            if index not in made and request["turn"] <= number:
-                made[index] = submit(scheduler, request)
-            after = request["cancel"]
-            if index in made and index not in cancelled and after is not None:
-                if len(made[index].output_ids) >= after:
-                    cancelled.add(index)
-                    cancel(scheduler, request["rid"])
-        busy = turn(scheduler)
-        if scheduler.last_batch:
-            modes.add(scheduler.last_batch.forward_mode.name)
-        most = max(most, len(scheduler.running_batch.reqs))
-        number += 1
-        if not busy and len(made) == len(requests):
-            break
+    made: list[Any] = []
+    cancelled: set[str] = set()
+    most_running, number, busy = 0, 0, True
+    while busy or len(made) < len(requests):
         assert number < 5000, "the requests do not come to an end"
-    pools = {made[index].rid: made[index].retraction_count for index in made}
+        coming = requests[len(made) :]
+        made += [submit(scheduler, request) for request in coming if request["turn"] <= number]
+        for request, req in zip(requests, made, strict=False):
+            after, rid = request["cancel"], request["rid"]
+            if after is not None and rid not in cancelled and len(req.output_ids) >= after:
+                cancelled.add(rid)
+                cancel(scheduler, rid)
+        busy = turn(scheduler)
+        most_running = max(most_running, len(scheduler.running_batch.reqs))
+        number += 1
     return {
-        "tokens": [list(made[index].output_ids) for index in range(len(requests))],
-        "cached": [made[index].cached_tokens for index in range(len(requests))],
-        "retracted": sum(pools.values()),
-        "most_running": most,
-        "modes": sorted(modes),
+        "tokens": [list(req.output_ids) for req in made],
+        "cached": sum(req.cached_tokens for req in made),
+        "retracted": sum(req.retraction_count for req in made),
+        "most_running": most_running,
     }
 
 
@@ -139,7 +134,17 @@ def rings(scheduler: Any) -> dict[str, Any]:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     scheduler = start(job["server"])
-    answers = serve(scheduler, job["requests"])
+    if job["one_number"]:
+        from mac_attn.integrations.serving.slots import SlotTable
+
+        SlotTable._next_number = lambda self: 1  # type: ignore[method-assign]
+    tapes = None
+    if job["graphs"]:
+        from sglang_tape import record
+
+        tapes = record(scheduler.tp_worker.model_runner)
+    answers: dict[str, Any] = {"rounds": [serve(scheduler, one) for one in job["rounds"]]}
+    answers["replays"] = 0 if tapes is None else tapes.replays
     answers["rings"] = rings(scheduler)
     Path(sys.argv[2]).write_text(json.dumps(answers))
     sys.stdout.flush()
