@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from sglang_traffic import random_llama, request, traffic
 
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("SGLang is not installed; `make sglang` has it", allow_module_level=True)
@@ -31,44 +31,7 @@ EXACT = {**SMALL, "threshold": 0}
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 8 query and 4 KV heads."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def request(prompt: list[int], length: int, rid: str, **more: Any) -> dict[str, Any]:
-    return {"prompt": prompt, "length": length, "rid": rid, "turn": 0, "cancel": None, **more}
-
-
-def traffic() -> list[dict[str, Any]]:
-    """Mixed lengths; every third shares a prefix, every fifth is cancelled after four tokens."""
-    draw = random.Random(0)
-    prefix = [draw.randrange(512) for _ in range(150)]
-    requests = []
-    for i in range(12):
-        prompt = [draw.randrange(512) for _ in range(draw.choice((20, 90, 200, 300)))]
-        prompt = prefix + prompt[:50] if i % 3 == 0 else prompt
-        cancel = 4 if i % 5 == 4 else None
-        length = draw.choice((10, 30, 40))
-        requests.append(request(prompt, length, f"request {i}", turn=2 * i, cancel=cancel))
-    return requests
+    return random_llama(tmp_path_factory.mktemp("llama"))
 
 
 def run(
@@ -130,11 +93,11 @@ def native(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[i
 
 def check_exact(native: list[list[int]], answers: dict[str, Any]) -> None:
     (seen,) = answers["rounds"]
-    for request, expected, tokens in zip(traffic(), native, seen["tokens"], strict=True):
-        if request["cancel"] is None:
-            assert len(tokens) == request["length"]
+    for one, expected, tokens in zip(traffic(), native, seen["tokens"], strict=True):
+        if one["cancel"] is None:
+            assert len(tokens) == one["length"]
         length = min(len(tokens), len(expected))  # a cancelled one may stop a token later
-        assert tokens[:length] == expected[:length], request["rid"]
+        assert tokens[:length] == expected[:length], one["rid"]
     assert seen["cached"] > 0, "the radix cache had no part in it"
     assert seen["most_running"] > 3, "there were slots for all"
     rings = answers["rings"]

@@ -169,6 +169,7 @@ def decoding_with_mac(base: Any) -> Any:
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
             """Prepare a step that runs eagerly."""
+            self.mac.batch = None
             super().init_forward_metadata(forward_batch)
             if self.mac.batch is not forward_batch:  # else it was made of the method below
                 self.mac.prepare(forward_batch, False)
