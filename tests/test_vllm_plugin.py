@@ -27,6 +27,7 @@ class TestOptions:
         assert Options.from_env({}) is None
         assert Options.from_env({"MAC_ATTN_VLLM": "0"}) is None
         assert Options.from_env({"MAC_ATTN_VLLM": "1"}) == Options()
+        assert Options.from_env({"MAC_ATTN_VLLM": "custom"}) == Options(by_name=True)
 
     def test_values(self) -> None:
         options = Options.from_env(

@@ -1,4 +1,4 @@
-"""What the plugin takes for granted of vLLM's classes, read from vLLM's sources without running them.
+"""What the plugin takes for granted of vLLM, read from its sources without running them.
 
     python tests/vllm_signatures.py FOLDER VERSION
 
@@ -93,7 +93,7 @@ def methods(found: ast.ClassDef) -> dict[str, ast.FunctionDef]:
 
 
 def arguments(method: ast.FunctionDef) -> list[str]:
-    """The names of its arguments, those with a default followed by `=`; `*` and `**` as they are."""
+    """The names of its arguments, those with a default followed by `=`, with `*` and `**`."""
     args = method.args
     plain = [*args.posonlyargs, *args.args]
     first = len(plain) - len(args.defaults)

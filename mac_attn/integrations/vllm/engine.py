@@ -124,7 +124,7 @@ class Engine:
         shared = shares_kv(layers)
         for name, layer in layers.items():
             if not hasattr(layer.impl, "mac"):
-                left[backend_reason(layer)] += 1
+                left[backend_reason(layer, self.options.by_name)] += 1
                 continue
             if name in shared:
                 left["layers that share their KV cache"] += 1

@@ -17,9 +17,12 @@ class Options(options.Options):
 
     Attributes:
         seed: of this many last prompt tokens ring entries are made in prefill; 0 is none.
+        by_name: the backend is vLLM's CUSTOM, for the command line to choose, and not in the place
+            of vLLM's own.
     """
 
     seed: int = 0
+    by_name: bool = False
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Options | None:
@@ -30,7 +33,7 @@ class Options(options.Options):
         switch = env.get(PREFIX, "").strip().lower()
         if switch in ("", "0", "false", "off"):
             return None
-        if switch not in ("1", "true", "on"):
-            raise ValueError(f"{PREFIX} is {switch!r}, must be 1 or 0")
+        if switch not in ("1", "true", "on", "custom"):
+            raise ValueError(f"{PREFIX} is {switch!r}, must be 1, 0 or custom")
         seed = int(number(env, f"{PREFIX}_SEED", cls.seed, low=0, whole=True))
-        return replace(cls.read(env, PREFIX), seed=seed)
+        return replace(cls.read(env, PREFIX), seed=seed, by_name=switch == "custom")

@@ -55,12 +55,21 @@ def layer_reason(layer: Any, dtype: torch.dtype, device: torch.device) -> str | 
     return reason or heads_reason(layer.head_size, dtype, device.type)
 
 
-def backend_reason(layer: Any) -> str:
-    """What keeps a layer without a backend of this package with vLLM's, and the way out."""
-    return (
-        f"vLLM's backend {layer.attn_backend.get_name()}, its default on some GPUs;"
-        " --attention-backend FLASH_ATTN has them served"
-    )
+def backend_reason(layer: Any, by_name: bool) -> str:
+    """What keeps a layer without a backend of this package with vLLM's, and the way out.
+
+    Args:
+        layer: the `Attention` module.
+        by_name: whether this package's is CUSTOM, else in the place of FLASH_ATTN.
+    """
+    way = "--attention-backend FLASH_ATTN has them served"
+    if by_name:
+        way = (
+            """--attention-config.backend_per_kind '{"full_attention": "CUSTOM"}' has them served"""
+        )
+    name = layer.attn_backend.get_name()
+    default = ", its default on compute capability 10" if name == "FLASHINFER" else ""
+    return f"vLLM's backend {name}{default}; on a GPU {way} has them served"
 
 
 def shares_kv(layers: dict[str, Any]) -> set[str]:
