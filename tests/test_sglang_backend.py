@@ -88,6 +88,7 @@ def new_engine(runner: Any, places: list[Place | None], rotated: bool = False) -
     )
     engine: Any = object.__new__(Engine)
     engine.runner, engine.options = runner, Options(num_slots=4)
+    engine._args, engine.slots = runner.server_args, engine_module.SlotTable(4)
     engine.layers = {0: Served(ring, rotated)}
     engine.places = lambda rows: [*places, *[None] * (rows - len(places))]
     engine.report = lambda: None

@@ -27,6 +27,7 @@ def test_options_are_read_under_the_prefix_of_the_engine() -> None:
         ("MAC_ATTN_SGLANG_CONFIG", '{"threshhold": 0}'),
         ("MAC_ATTN_SGLANG_CALIBRATION", "/nowhere.json"),
         ("MAC_ATTN_SGLANG_SLOTS", "0"),
+        ("MAC_ATTN_SGLANG_SHARE", "2"),
         ("MAC_ATTN_SGLANG_LOG_SECONDS", "-1"),
     ],
 )

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def run(
     *,
     page_size: int = 1,
     graphs: bool = False,
-    slots: int = 3,
+    slots: int | None = 3,
     one_number: bool = False,
     **environment: str,
 ) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def run(
     environment = {
         **os.environ,
         "MAC_ATTN_SGLANG_CONFIG": json.dumps(config or {}),
-        "MAC_ATTN_SGLANG_SLOTS": str(slots),
+        "MAC_ATTN_SGLANG_SLOTS": "" if slots is None else str(slots),
         "OMP_NUM_THREADS": "2",
         **environment,
     }
@@ -121,6 +122,20 @@ def test_exact_reuse_answers_what_sglang_answers(
         assert answers["replays"] > 40
     else:
         assert answers["replays"] == 0
+
+
+def test_slots_by_a_share_of_the_kv_cache(
+    llama: Path, native: list[list[int]], tmp_path: Path
+) -> None:
+    """2,048 tokens of 4 KV heads of 32 in two layers are 4 MiB; of a half of it the log tells."""
+    share = {"MAC_ATTN_SGLANG_SHARE": "0.5"}
+    answers = run(tmp_path, llama, [traffic()], EXACT, slots=None, **share)
+    check_exact(native, answers)
+    found = re.search(r"(\d+) slots of ([\d.]+) MiB, ([\d.]+) MiB in all, 50% of", answers["log"])
+    assert found is not None
+    assert int(found[1]) == int(2 / float(found[2]))
+    assert 0.9 < float(found[3]) <= 2.1  # the rings, and a little beside them
+    assert "further requests are exact" in answers["log"]
 
 
 def test_retracted_requests(llama: Path, native: list[list[int]], tmp_path: Path) -> None:

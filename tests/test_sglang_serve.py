@@ -171,6 +171,7 @@ def test_a_server_answers_what_it_answers_without(
         assert have[:length] == want[:length], request["rid"]
     assert counted["mac_attn:query_heads_total"] > 0
     assert counted["mac_attn:query_head_hits_total"] == 0
+    assert counted["mac_attn:requests_turned_away_total"] > 0
     read, full = (counted[f"mac_attn:kv_tokens_{part}_total"] for part in ("read", "full"))
     assert read == full > 0
     log = (tmp_path / "mac").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +21,16 @@ class Options:
     Attributes:
         config: what to reuse when, in every layer that `calibration` does not set.
         calibration: a file of `mac_attn.calibrate`, with options for each layer, or None.
-        num_slots: requests that have rings at a time; those beyond them decode exactly.
+        num_slots: requests that have rings at a time; those beyond them decode exactly. None is as
+            many as `share` holds.
+        share: of the memory that the engine gives its KV cache, how much the rings take.
         log_seconds: shortest time between two lines of statistics in the log; 0 is none.
     """
 
     config: ReuseConfig = ReuseConfig()
     calibration: Path | None = None
-    num_slots: int = 16
+    num_slots: int | None = None
+    share: float = 0.1
     log_seconds: float = 10.0
 
     def layer_config(self, layer: int, num_qo_heads: int, rank: int, ranks: int) -> ReuseConfig:
@@ -58,17 +62,26 @@ class Options:
             raise ValueError(f"{config} and {calibration} are both set, must be one or neither")
         if path is not None and not path.is_file():
             raise ValueError(f"{calibration} is {str(path)!r}, must be a file")
-        num_slots = number(env, f"{prefix}_SLOTS", cls.num_slots, low=1, whole=True)
+        slots, share = f"{prefix}_SLOTS", f"{prefix}_SHARE"
+        if env.get(slots) and env.get(share):
+            raise ValueError(f"{slots} and {share} are both set, must be one or neither")
         return cls(
             config=_config(config, env.get(config, "")),
             calibration=path,
-            num_slots=int(num_slots),
+            num_slots=int(number(env, slots, 1, low=1, whole=True)) if env.get(slots) else None,
+            share=number(env, share, cls.share, low=0.001, high=1),
             log_seconds=number(env, f"{prefix}_LOG_SECONDS", cls.log_seconds, low=0),
         )
 
 
 def number(
-    env: Mapping[str, str], name: str, default: float, *, low: float, whole: bool = False
+    env: Mapping[str, str],
+    name: str,
+    default: float,
+    *,
+    low: float,
+    high: float = sys.float_info.max,
+    whole: bool = False,
 ) -> float:
     """The number that a variable holds. Raises ValueError, naming it, for what is none."""
     text = env.get(name, "").strip()
@@ -78,9 +91,10 @@ def number(
         value = int(text) if whole else float(text)
     except ValueError:
         value = low - 1
-    if not low <= value < float("inf"):
+    if not low <= value <= high:
         kind = "an integer" if whole else "a number"
-        raise ValueError(f"{name} is {text!r}, must be {kind} of at least {low:g}")
+        limits = f"of at least {low:g}" if high > 1 else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} is {text!r}, must be {kind} {limits}")
     return value
 
 

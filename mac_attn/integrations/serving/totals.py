@@ -13,6 +13,9 @@ COUNTERS = {
     "kv_tokens_read": "Keys that were read.",
 }
 
+TURNED_AWAY = "requests_turned_away"
+TURNED_AWAY_TEXT = "Requests that wanted a ring and had none, as others had them all."
+
 
 def totals(stats: Iterable[ReuseStats]) -> dict[str, int]:
     """The counters of `COUNTERS`, added up."""

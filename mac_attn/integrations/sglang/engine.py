@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sglang.srt.arg_groups.model_override_base import resolved_view
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 import mac_attn
 
+from ..serving.budget import Shape, slots_within
 from ..serving.options import Options
 from ..serving.rotary import is_rotated, rotary_of
 from ..serving.slots import Place, Row, SlotTable
@@ -42,6 +44,16 @@ class Served:
     rotated: bool
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A layer that gets rings: their size, its number in the model, and how its queries come."""
+
+    shape: Shape
+    layer_id: int
+    rotated: bool
+    rotary: mac_attn.RotaryEmbedding | None
+
+
 class Engine:
     """The rings of the layers of one model runner.
 
@@ -56,15 +68,16 @@ class Engine:
     def __init__(self, runner: Any, options: Options) -> None:
         self.runner = runner
         self.options = options
-        self.slots = SlotTable(options.num_slots)
+        self.slots = SlotTable(0)
         self.layers: dict[int, Served] = {}
         self._places: list[Place | None] | None = None
         self._silent = 0
         self._was_full = False
         self._rotaries: dict[Any, mac_attn.RotaryEmbedding] = {}
+        self._args = resolved_view(runner.server_args)
         self._attach()
         if self.layers:
-            self._metrics = Metrics(runner.server_args.enable_metrics)
+            self._metrics = Metrics(self._args.enable_metrics)
             self._logged = (time.monotonic(), 0)
             self._read = 0.0
             self._listen()
@@ -77,9 +90,9 @@ class Engine:
 
     def most_rows(self) -> int:
         """Rows of a step of decode at most, padding for a CUDA graph included."""
-        graph = self.runner.server_args.cuda_graph_config
+        graph = self._args.cuda_graph_config
         captured = (graph.decode.max_bs or 0) if graph is not None else 0
-        return int(max(self.options.num_slots, self.runner.req_to_token_pool.size, captured))
+        return int(max(self.slots.num_slots, self.runner.req_to_token_pool.size, captured))
 
     def places(self, rows: int) -> list[Place | None]:
         """The ring slot of every row of the batch announced last, None for those attended exactly.
@@ -117,21 +130,21 @@ class Engine:
             mac_attn.ReuseStats(part, ring.num_qo_heads, ring.num_kv_heads)
             for part, ring in zip(counters, rings, strict=True)
         ]
-        self._metrics.update(stats)
+        self._metrics.update(stats, self.slots.turned_away)
         total = sum(one.steps for one in stats)
         if due and total > steps and self._speaks:
             self._log(stats)
         if due:
             self._logged = (now, total)
 
-    @staticmethod
-    def _log(stats: list[mac_attn.ReuseStats]) -> None:
+    def _log(self, stats: list[mac_attn.ReuseStats]) -> None:
         """Log what the layers have saved, those with the same number of heads together."""
         for heads in sorted({(one.num_qo_heads, one.num_kv_heads) for one in stats}):
             alike = [one for one in stats if (one.num_qo_heads, one.num_kv_heads) == heads]
             per_slot = torch.stack([one.per_slot for one in alike]).sum(0)
             summed = mac_attn.ReuseStats(per_slot, *heads)
-            logger.info("MAC-Attention, %d layers: %s", len(alike), summed)
+            without = f"{self.slots.turned_away} requests without a slot"
+            logger.info("MAC-Attention, %d layers: %s; %s", len(alike), summed, without)
 
     def _announce(self, batch: Any) -> None:
         """What SGLang calls before it runs a batch of any kind."""
@@ -152,9 +165,7 @@ class Engine:
         if not decode:
             return
         self._places = places
-        if not self._was_full and any(
-            want and not place for want, place in zip(wants, places, strict=True)
-        ):
+        if self.slots.turned_away and not self._was_full:
             self._was_full = True
             self._warn("all %d slots are in use: further requests are exact", self.slots.num_slots)
 
@@ -190,18 +201,24 @@ class Engine:
         layers = _attention_layers(self.runner.model)
         users = Counter(layer.layer_id for layer, _ in layers)
         left: Counter[str] = Counter()
+        plans: list[_Plan] = []
         for layer, parent in layers:
             try:
                 if users[layer.layer_id] > 1:
                     raise ValueError("layers that share their KV cache")
-                self._serve(layer, parent)
+                plans.append(self._plan(layer, parent))
             except ValueError as error:
                 left[str(error)] += 1
-            except MemoryError as error:
-                self.layers.clear()
-                hint = "fewer MAC_ATTN_SGLANG_SLOTS or a smaller --mem-fraction-static make room"
-                self._warn("off: %s; %s", error, hint)
-                return
+        try:
+            if plans:
+                self.slots = SlotTable(self._num_slots([plan.shape for plan in plans]))
+            for plan in plans:
+                self._serve(plan)
+        except MemoryError as error:
+            self.layers.clear()
+            hint = "fewer MAC_ATTN_SGLANG_SLOTS or a smaller --mem-fraction-static make room"
+            self._warn("off: %s; %s", error, hint)
+            return
         for reason, count in left.items():
             self._warn("%d layers are left to SGLang's attention: %s", count, reason)
         if self.layers:
@@ -209,31 +226,50 @@ class Engine:
         else:
             self._warn("off: no layer is served")
 
-    def _serve(self, layer: Any, parent: nn.Module) -> None:
-        """Give a layer its rings. Raises ValueError with the reason why it gets none."""
+    def _plan(self, layer: Any, parent: nn.Module) -> _Plan:
+        """The rings that a layer is to get. Raises ValueError with the reason why it gets none."""
         if (reason := layer_reason(layer, parent, self.runner)) is not None:
             raise ValueError(reason)
         module = getattr(parent, "rotary_emb", None)
         rotated = is_rotated(parent)
         if rotated and module is None:
             raise ValueError("no rotary embedding beside it")
-        parallel = get_parallel()
+        parallel, heads, size = get_parallel(), layer.tp_q_head_num, layer.qk_head_dim
+        options = self.options.layer_config(
+            layer.layer_id, heads, parallel.attn_tp_rank, parallel.attn_tp_size
+        )
+        options.threshold_per_head(heads, size)  # raises for another number
+        shape = Shape(options, heads, layer.tp_k_head_num, size, self.runner.dtype)
+        return _Plan(shape, layer.layer_id, rotated, self._rotary(module) if rotated else None)
+
+    def _num_slots(self, layers: list[Shape]) -> int:
+        """How many slots there are, by their number in the options or their share of the memory."""
+        if self.options.num_slots is not None:
+            return self.options.num_slots
+        token = sum(2 * one.num_kv_heads * one.head_dim * one.dtype.itemsize for one in layers)
+        memory = self.runner.max_total_num_tokens * token
+        if self.runner.device != "cpu":  # and of what is left, no more than they leave
+            free, _ = torch.cuda.mem_get_info()
+            memory = min(memory, int(free / 2 / self.options.share))
+        return slots_within(self.options.share, memory, layers, self.runner.req_to_token_pool.size)
+
+    def _serve(self, plan: _Plan) -> None:
+        """Give a layer its rings. Raises MemoryError where they do not fit."""
+        shape = plan.shape
         ring = mac_attn.ReuseCache(
-            self.options.layer_config(
-                layer.layer_id, layer.tp_q_head_num, parallel.attn_tp_rank, parallel.attn_tp_size
-            ),
-            num_slots=self.options.num_slots,
-            num_qo_heads=layer.tp_q_head_num,
-            num_kv_heads=layer.tp_k_head_num,
-            head_dim=layer.qk_head_dim,
-            dtype=self.runner.dtype,
+            shape.config,
+            num_slots=self.slots.num_slots,
+            num_qo_heads=shape.num_qo_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
             device=self.runner.device,
-            rotary=self._rotary(module) if rotated else None,
+            rotary=plan.rotary,
             max_batch_size=self.most_rows(),
-            layer=layer.layer_id,
+            layer=plan.layer_id,
         )
         self._check_memory(ring)
-        self.layers[layer.layer_id] = Served(ring, rotated)
+        self.layers[plan.layer_id] = Served(ring, plan.rotated)
 
     def _check_memory(self, ring: mac_attn.ReuseCache) -> None:
         """Raise MemoryError if rings take more than they leave, for CUDA graphs and activations."""
@@ -258,13 +294,15 @@ class Engine:
             return
         rings = [served.ring for served in self.layers.values()]
         size = sum(ring.nbytes for ring in rings) / 2**20
+        share = "" if self.options.num_slots else f", {self.options.share:.0%} of the KV cache's"
         logger.info(
-            "MAC-Attention serves %d of %d layers: %d slots of %.1f MiB, %.1f MiB in all; %s",
+            "MAC-Attention serves %d of %d layers: %d slots of %.1f MiB, %.1f MiB in all%s; %s",
             len(rings),
             num_layers,
             self.slots.num_slots,
             size / self.slots.num_slots,
             size,
+            share,
             "calibrated options" if self.options.calibration else rings[0].cfg,
         )
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from mac_attn import ReuseStats
 from mac_attn.stats import COUNTERS as COLUMNS
 
-from ..serving.totals import COUNTERS, totals
+from ..serving.totals import COUNTERS, TURNED_AWAY, TURNED_AWAY_TEXT, totals
 
 FOLDER = "MAC_ATTN_VLLM_METRICS_DIR"
 
@@ -52,6 +52,7 @@ class WorkerCounters:
         engine, rank: which worker: of a data-parallel engine, its rank.
         num_qo_heads, num_kv_heads: heads of a layer on this rank.
         counters: [layers, slots, 8] int64, `mac_attn.stats.COUNTERS`.
+        turned_away: [1] int64, requests that wanted a slot and had none.
     """
 
     engine: int
@@ -59,6 +60,7 @@ class WorkerCounters:
     num_qo_heads: int
     num_kv_heads: int
     counters: Tensor
+    turned_away: Tensor
 
     @classmethod
     def create(
@@ -67,7 +69,7 @@ class WorkerCounters:
         """New counters, all 0, in a file that `read_all` finds."""
         shape = (layers, num_slots, len(COLUMNS))
         path = folder() / f"engine{engine}-rank{rank}"
-        path.with_suffix(".i64").write_bytes(bytes(8 * torch.Size(shape).numel()))
+        path.with_suffix(".i64").write_bytes(bytes(8 * (torch.Size(shape).numel() + 1)))
         about = {"engine": engine, "rank": rank, "heads": heads, "shape": shape}
         path.with_suffix(".json").write_text(json.dumps(about))
         return cls._map(path.with_suffix(".json"))
@@ -76,11 +78,12 @@ class WorkerCounters:
     def _map(cls, about_path: Path) -> WorkerCounters:
         about = json.loads(about_path.read_text())
         shape = torch.Size(about["shape"])
-        counters = torch.from_file(
-            str(about_path.with_suffix(".i64")), shared=True, size=shape.numel(), dtype=torch.int64
-        )
+        path, size = str(about_path.with_suffix(".i64")), shape.numel()
+        numbers = torch.from_file(path, shared=True, size=size + 1, dtype=torch.int64)
+        counters, turned_away = numbers[:size].view(shape), numbers[size:]
         num_qo_heads, num_kv_heads = about["heads"]
-        return cls(about["engine"], about["rank"], num_qo_heads, num_kv_heads, counters.view(shape))
+        where = (about["engine"], about["rank"])
+        return cls(*where, num_qo_heads, num_kv_heads, counters, turned_away)
 
     @classmethod
     def read_all(cls) -> list[WorkerCounters]:
@@ -111,6 +114,10 @@ class Collector:
             for engine, total in totals_of.items():
                 counter.add_metric([str(engine)], total[name])
             yield counter
+        away = CounterMetricFamily(f"mac_attn:{TURNED_AWAY}", TURNED_AWAY_TEXT, labels=["engine"])
+        for engine, workers in engines.items():  # each of whose ranks has the same requests
+            away.add_metric([str(engine)], max(int(worker.turned_away) for worker in workers))
+        yield away
         for name, (part, whole, text) in _SHARES.items():
             gauge = GaugeMetricFamily(f"mac_attn:{name}", text, labels=["engine"])
             for engine, total in totals_of.items():
