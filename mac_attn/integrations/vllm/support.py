@@ -62,11 +62,9 @@ def backend_reason(layer: Any, by_name: bool) -> str:
         layer: the `Attention` module.
         by_name: whether this package's is CUSTOM, else in the place of FLASH_ATTN.
     """
-    way = "--attention-backend FLASH_ATTN has them served"
+    way = "--attention-backend FLASH_ATTN"
     if by_name:
-        way = (
-            """--attention-config.backend_per_kind '{"full_attention": "CUSTOM"}' has them served"""
-        )
+        way = """--attention-config.backend_per_kind '{"full_attention": "CUSTOM"}'"""
     name = layer.attn_backend.get_name()
     default = ", its default on compute capability 10" if name == "FLASHINFER" else ""
     return f"vLLM's backend {name}{default}; on a GPU {way} has them served"
