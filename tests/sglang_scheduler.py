@@ -88,7 +88,7 @@ def serve(scheduler: Any, requests: list[dict[str, Any]]) -> dict[str, Any]:
     """Run requests to their end; their tokens and what was seen on the way."""
     made: list[Any] = []
     cancelled: set[str] = set()
-    most_running, number, busy = 0, 0, True
+    most_running, mixed, number, busy = 0, 0, 0, True
     while busy or len(made) < len(requests):
         assert number < 5000, "the requests do not come to an end"
         coming = requests[len(made) :]
@@ -99,6 +99,8 @@ def serve(scheduler: Any, requests: list[dict[str, Any]]) -> dict[str, Any]:
                 cancelled.add(rid)
                 cancel(scheduler, rid)
         busy = turn(scheduler)
+        if scheduler.last_batch:
+            mixed += scheduler.last_batch.forward_mode.is_mixed()
         most_running = max(most_running, len(scheduler.running_batch.reqs))
         number += 1
     return {
@@ -106,6 +108,7 @@ def serve(scheduler: Any, requests: list[dict[str, Any]]) -> dict[str, Any]:
         "cached": sum(req.cached_tokens for req in made),
         "retracted": sum(req.retraction_count for req in made),
         "most_running": most_running,
+        "mixed": mixed,
     }
 
 

@@ -210,6 +210,9 @@ def test_what_is_not_served_is_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mac.forward_decode(*new, layer(), step) is new[0]
     assert seen[2][1]["sinks"] is not None
     assert said == ["layer 0 is left to SGLang's attention: it is called with sinks"]
+    del engine.report  # the class's, which has nothing left to report
+    engine._metrics, engine._logged, engine._read = SimpleNamespace(enabled=True), (0.0, 0), 0.0
+    mac.init_forward_metadata(step)
     mac.mac.most_rows = 2
     mac.init_forward_metadata(step)
     assert mac.mac.rows is None
@@ -324,9 +327,15 @@ def test_places_follow_requests_and_not_rows() -> None:
     (again, _) = announced(engine, decode, ["a"], [12])
     assert again.slot == a.slot
     assert again.number not in (a.number, b.number)
+    # Lengths that are not told.
+    batch = SimpleNamespace(forward_mode=decode, rids=["a", "b"], seq_lens_cpu=torch.tensor([9]))
+    engine._announce(batch)
+    assert engine.places(2) == [None, None]
+    (anew, _) = announced(engine, decode, ["a"], [13])
+    assert anew.number != again.number
     # The one longest away makes room.
     (c, _) = announced(engine, decode, ["c"], [30])
-    assert c.slot == b.slot
+    assert c.slot in (a.slot, b.slot)
     assert c.number not in (a.number, b.number, again.number)
 
 

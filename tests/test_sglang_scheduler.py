@@ -45,6 +45,7 @@ def run(
     graphs: bool = False,
     slots: int | None = 3,
     one_number: bool = False,
+    options: dict[str, Any] | None = None,
     **environment: str,
 ) -> dict[str, Any]:
     """The answers of a scheduler; without a `config` that of SGLang's own backend."""
@@ -62,6 +63,7 @@ def run(
         "chunked_prefill_size": 256,
         "disable_overlap_schedule": True,
         "cuda_graph_bs_decode": [1, 2, 4, 6],
+        **(options or {}),
     }
     job = {"server": server, "rounds": rounds, "graphs": graphs, "one_number": one_number}
     (folder / "job.json").write_text(json.dumps(job))
@@ -122,6 +124,16 @@ def test_exact_reuse_answers_what_sglang_answers(
         assert answers["replays"] > 40
     else:
         assert answers["replays"] == 0
+
+
+def test_batches_of_prefill_and_decode(
+    llama: Path, native: list[list[int]], tmp_path: Path
+) -> None:
+    """Tokens that are decoded beside a prompt's are SGLang's; a ring starts anew after them."""
+    mixed = {"enable_mixed_chunk": True}
+    answers = run(tmp_path, llama, [traffic()], EXACT, graphs=True, options=mixed)
+    check_exact(native, answers)
+    assert answers["rounds"][0]["mixed"] > 5
 
 
 def test_slots_by_a_share_of_the_kv_cache(

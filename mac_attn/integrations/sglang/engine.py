@@ -123,6 +123,8 @@ class Engine:
         # Reading them waits for the GPU.
         if not due and not (self._metrics.enabled and now - self._read >= 1):
             return
+        if not self.layers:  # all were left meanwhile
+            return
         self._read = now
         rings = [served.ring for served in self.layers.values()]
         counters = torch.stack([ring.counters for ring in rings]).cpu()
@@ -149,16 +151,14 @@ class Engine:
     def _announce(self, batch: Any) -> None:
         """What SGLang calls before it runs a batch of any kind."""
         self._places = None
-        if not batch.rids:  # a dummy, or nobody's
+        rids = batch.rids
+        if not rids or not self.layers:  # a dummy, or nobody's
             return
-        lens = [0] * len(batch.rids)
-        if batch.seq_lens_cpu is not None:
-            lens = batch.seq_lens_cpu[: len(lens)].tolist()
-        decode = batch.forward_mode.is_decode() and batch.seq_lens_cpu is not None
-        # Whatever is no step of decode follows no step of decode: a new number.
-        rows = [
-            Row(rid, n - 1 if decode else -1, n, n) for rid, n in zip(batch.rids, lens, strict=True)
-        ]
+        lens = [] if batch.seq_lens_cpu is None else batch.seq_lens_cpu[: len(rids)].tolist()
+        decode = batch.forward_mode.is_decode() and len(lens) == len(rids)
+        if not decode:  # nothing follows from such a batch but that tokens were computed elsewhere
+            lens = [0] * len(rids)
+        rows = [Row(rid, n - 1 if decode else -1, n, n) for rid, n in zip(rids, lens, strict=True)]
         wants = [decode and n > self._shortest for n in lens]
         # Who is over is not told; who is away longest makes room.
         places = self.slots.place(rows, wants, lambda rid: True)
