@@ -139,23 +139,39 @@ def metrics(port: int) -> dict[str, float]:
     return found
 
 
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def native(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """What a server without the plugin answers."""
+    with server(llama, tmp_path_factory.mktemp("native") / "log", [], {}) as port:
+        tokens = generate_all(port)
+        assert metrics(port) == {}
+    assert len({tuple(some) for some in tokens}) > 20  # it does not answer all alike
+    return tokens
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_server_answers_what_it_answers_without(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    llama: Path, native: list[list[int]], tmp_path: Path, ranks: int
 ) -> None:
     """24 requests at once, 8 running, 3 slots; what is read is at its endpoint and in its log."""
-    model = random_llama(tmp_path_factory.mktemp("llama"))
-    with server(model, tmp_path / "native", [], {}) as port:
-        expected = generate_all(port)
-        assert metrics(port) == {}
-    assert len({tuple(tokens) for tokens in expected}) > 20  # it does not answer all alike
-
+    cores = sorted(os.sched_getaffinity(0))[:ranks]
+    if len(cores) < ranks:
+        pytest.skip("SGLang wants a core for every rank")
     environment = {
         "MAC_ATTN_SGLANG_CONFIG": json.dumps({**SMALL, "threshold": 0}),
         "MAC_ATTN_SGLANG_SLOTS": "3",
         "MAC_ATTN_SGLANG_LOG_SECONDS": "1",
     }
     arguments = ["--decode-attention-backend", "mac"]
-    with server(model, tmp_path / "mac", arguments, environment) as port:
+    if ranks > 1:
+        arguments += ["--tp-size", str(ranks)]
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores))
+    with server(llama, tmp_path / "mac", arguments, environment) as port:
         tokens = generate_all(port)
         counted: dict[str, float] = {}
         for _ in range(60):  # they are read with a step of decode, once a second
@@ -164,7 +180,7 @@ def test_a_server_answers_what_it_answers_without(
             if counted.get("mac_attn:query_heads_total"):
                 break
             time.sleep(0.2)
-    for request, want, have in zip(REQUESTS, expected, tokens, strict=True):
+    for request, want, have in zip(REQUESTS, native, tokens, strict=True):
         if request["cancel"] is None:
             assert len(have) == request["length"]
         length = min(len(want), len(have))
@@ -180,14 +196,11 @@ def test_a_server_answers_what_it_answers_without(
     assert "decode_backend=mac, prefill_backend=torch_native" in log
 
 
-def test_a_wrong_option_ends_the_start(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    model = random_llama(tmp_path_factory.mktemp("llama"))
+def test_a_wrong_option_ends_the_start(llama: Path, tmp_path: Path) -> None:
     arguments = ["--decode-attention-backend", "mac"]
     environment = {"MAC_ATTN_SGLANG_SLOTS": "many"}
     with (
         pytest.raises(AssertionError, match="MAC_ATTN_SGLANG_SLOTS is 'many', must be an integer"),
-        server(model, tmp_path / "log", arguments, environment),
+        server(llama, tmp_path / "log", arguments, environment),
     ):
         pass
