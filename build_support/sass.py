@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 LIMITS = {
     "sm_80": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 167936},
     "sm_90": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 233472},
+    "sm_100": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 233472},
+    "sm_120": {"registers": 65536, "threads": 1536, "ctas": 24, "shared": 102400},
 }
 KERNEL = re.compile(
-    r"(?P<stage>match|amend|complete|unrotate)_kernelI\w*?(?P<dtype>bf16|fp16)E"
-    r"(?:Li(?P<dim>\d+)E)?(?:Li(?P<blocks>\d)E)?"
+    r"(?P<stage>match|amend|complete|unrotate|clear)_kernel(?:I\w*?(?P<dtype>bf16|fp16)E"
+    r"(?:Li(?P<dim>\d+)E)?(?:Li(?P<blocks>\d)E)?)?"
 )
 WARPS = 4  # of an amend CTA; kWarps in csrc/cuda/schedule.cuh
 WARP_TOKENS = 16  # kWarpTokens in csrc/cuda/kernels.h
@@ -30,7 +32,7 @@ class Kernel:
 
     arch: str
     stage: str
-    dtype: str
+    dtype: str  # empty: any
     head_dim: int  # 0: any
     head_blocks: int | None
     registers: int = 0
@@ -42,11 +44,12 @@ class Kernel:
     @property
     def name(self) -> str:
         blocks = f", {8 * self.head_blocks} heads" if self.head_blocks else ""
-        return f"{self.stage} {self.dtype} {self.head_dim or ''}{blocks}".rstrip()
+        words = [self.stage, self.dtype, str(self.head_dim or "") + blocks]
+        return " ".join(word for word in words if word)
 
     @property
     def threads(self) -> int:
-        return 256 if self.stage == "match" else 128
+        return 256 if self.stage in ("match", "clear") else 128
 
     @property
     def dynamic_shared(self) -> int:
@@ -98,11 +101,13 @@ def missing(kernels: list[Kernel]) -> list[str]:
     """Which of the kernels that there must be for every architecture are not there."""
     wanted = [
         (stage, dtype, head_dim, blocks)
-        for stage, all_blocks in (("match", [None]), ("amend", [1, 2]), ("complete", [None]))
+        for stage, all_blocks in (("match", [None]), ("amend", [1, 2]))
         for dtype in ("bf16", "fp16")
         for head_dim in (64, 80, 96, 128, 256)
         for blocks in all_blocks
-    ] + [("unrotate", dtype, 0, None) for dtype in ("bf16", "fp16")]
+    ]
+    wanted += [(s, dtype, 0, None) for s in ("complete", "unrotate") for dtype in ("bf16", "fp16")]
+    wanted.append(("clear", "", 0, None))
     there = {(k.arch, k.stage, k.dtype, k.head_dim, k.head_blocks) for k in kernels}
     return [
         f"{Kernel(arch, *names).name} ({arch}) is missing"
@@ -120,7 +125,7 @@ def _kernel(arch: str, symbol: str) -> Kernel | None:
     return Kernel(
         arch,
         found["stage"],
-        found["dtype"],
+        found["dtype"] or "",
         int(found["dim"] or 0),
         int(blocks) if blocks else None,
     )

@@ -4,13 +4,15 @@
 
 namespace mac_attn::cuda {
 
-cudaError_t launch_amend_bf16(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t stream) {
-  return launch_amend_type<bf16>(p, w, ctas, stream);
+cudaError_t launch_amend_bf16(const AmendParams& p, const AmendWorkspace& w, const CompleteParams& c, int32_t ctas,
+                              cudaStream_t stream) {
+  return launch_amend_type<bf16>(p, w, c, ctas, stream);
 }
 
-cudaError_t launch_amend(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t stream) {
-  return p.dtype == DType::kBFloat16 ? launch_amend_bf16(p, w, ctas, stream)
-                                     : launch_amend_fp16(p, w, ctas, stream);
+cudaError_t launch_amend(const AmendParams& p, const AmendWorkspace& w, const CompleteParams& c, int32_t ctas,
+                         cudaStream_t stream) {
+  return p.dtype == DType::kBFloat16 ? launch_amend_bf16(p, w, c, ctas, stream)
+                                     : launch_amend_fp16(p, w, c, ctas, stream);
 }
 
 // As many CTAs as the device is to hold at a time. Both dtypes have the same shared memory and launch bounds.

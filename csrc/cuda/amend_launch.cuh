@@ -28,13 +28,16 @@ cudaError_t with_amend_kernel(int head_dim, int group_size, const Use& use) {
 }
 
 template <typename T>
-cudaError_t launch_amend_type(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t stream) {
+cudaError_t launch_amend_type(const AmendParams& p, const AmendWorkspace& w, const CompleteParams& c, int32_t ctas,
+                              cudaStream_t stream) {
   return with_amend_kernel<T>(p.shape.head_dim, p.shape.group_size, [&](auto* kernel, int shared) {
-    return launch(kernel, dim3(ctas), kThreads, shared, stream, p, w);
+    return launch(kernel, dim3(ctas), kThreads, shared, stream, p, w, c);
   });
 }
 
-cudaError_t launch_amend_bf16(const AmendParams&, const AmendWorkspace&, int32_t ctas, cudaStream_t);
-cudaError_t launch_amend_fp16(const AmendParams&, const AmendWorkspace&, int32_t ctas, cudaStream_t);
+cudaError_t launch_amend_bf16(const AmendParams&, const AmendWorkspace&, const CompleteParams&, int32_t ctas,
+                              cudaStream_t);
+cudaError_t launch_amend_fp16(const AmendParams&, const AmendWorkspace&, const CompleteParams&, int32_t ctas,
+                              cudaStream_t);
 
 }  // namespace mac_attn::cuda
