@@ -248,7 +248,6 @@ def full_runner(page_size: int = 16, **changes: Any) -> Any:
         ({}, None),
         ({"is_draft_worker": True}, "a draft model"),
         ({"speculative_algorithm": "EAGLE"}, "speculative decoding"),
-        ({"use_mla_backend": True}, "multi-head latent attention"),
         ({"is_generation": False}, "a model that does not generate"),
         ({"enable_two_batch_overlap": True}, "two-batch overlap"),
         ({"disaggregation_mode": "decode"}, "prefill and decode on different servers"),
@@ -299,6 +298,9 @@ def test_a_runner_that_is_not_served_keeps_sglangs_backend(
     assert type(backend.create(runner, Options())) is TorchNativeAttnBackend
     assert runner.decode_attention_backend_str == "mac"
     assert said == ["off: speculative decoding is left to SGLang's attention"]
+    runner.use_mla_backend = True
+    with pytest.raises(ValueError, match="latent attention: leave --decode-attention-backend mac"):
+        backend.create(runner, Options())
     runner.prefill_attention_backend_str = "mac"
     with pytest.raises(ValueError, match="backend for prefill is 'mac', must be another"):
         backend.create(runner, Options())

@@ -28,13 +28,19 @@ def create(runner: Any, options: Options) -> Any:
     """The decode backend of a model runner; SGLang's own where no layer is served.
 
     Raises:
-        ValueError: the backend is chosen for prefill too.
+        ValueError: the backend is chosen for prefill too, or for a model with multi-head latent
+            attention, whose parts ask for the name of the backend and do not know this one.
     """
     prefill, decode = runner.prefill_attention_backend_str, runner.decode_attention_backend_str
     if prefill == NAME:
         raise ValueError(
             f"the attention backend for prefill is {NAME!r}, must be another: "
             f"--decode-attention-backend {NAME}, and SGLang's default or any other for prefill"
+        )
+    if runner.use_mla_backend:
+        raise ValueError(
+            f"the attention backend for decode is {NAME!r}, must be another for a model with "
+            f"multi-head latent attention: leave --decode-attention-backend {NAME} away"
         )
     try:
         runner.decode_attention_backend_str = prefill  # which a backend may ask while it is made

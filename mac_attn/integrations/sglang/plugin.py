@@ -27,7 +27,7 @@ def _create(runner: Any) -> Any:
 
     Raises:
         ValueError: a variable MAC_ATTN_SGLANG* has a value that does not fit, or the backend is
-            chosen for prefill. Both end the server while it starts.
+            chosen for what it cannot be. Either ends the server while it starts.
     """
     from ..serving.options import Options
     from .backend import create

@@ -17,7 +17,6 @@ def runner_reason(runner: Any) -> str | None:
     reasons = {
         "a draft model": runner.is_draft_worker,
         "speculative decoding": args.speculative_algorithm is not None,
-        "multi-head latent attention": runner.use_mla_backend,
         "a model that does not generate": not runner.is_generation,
         "an encoder-decoder model": runner.model_config.is_encoder_decoder,
         "two-batch overlap": args.enable_two_batch_overlap,
