@@ -70,7 +70,8 @@ class SlotTable:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self.turned_away = 0
-        self._without: dict[Hashable, int] = {}  # who is, and the last step it wanted one
+        # Who is, and the last step it wanted one; hashes, so that no request is kept alive.
+        self._without: dict[int, int] = {}
         self._tenants: list[_Tenant | None] = [None] * num_slots
         self._slot_of: dict[Hashable, int] = {}
         self._numbers = 0
@@ -94,7 +95,8 @@ class SlotTable:
                 the same.
         """
         self._step += not same_step
-        for row in rows:  # first, so that no request of this step loses its slot to another
+        # First, so that who is of this step loses its slot to nobody but one that is much longer.
+        for row in rows:
             if (slot := self._slot_of.get(row.key)) is not None:
                 self._continue(self._tenants[slot], row)
         wanting = [row for row, wanted in zip(rows, wants, strict=True) if wanted]
@@ -109,8 +111,8 @@ class SlotTable:
         """Count a request that wanted a slot, if it has none."""
         if key in self._slot_of:
             return
-        self.turned_away += key not in self._without
-        self._without[key] = self._step
+        self.turned_away += hash(key) not in self._without
+        self._without[hash(key)] = self._step
         if len(self._without) > 4096:  # those long gone are forgotten
             newest = sorted(self._without.items(), key=lambda item: item[1])[2048:]
             self._without = dict(newest)
