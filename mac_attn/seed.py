@@ -14,6 +14,7 @@ from . import ops
 from ._checks import check_number, check_tensor, check_type
 from .cache import ReuseCache
 from .ops import Matched
+from .spread import key_spread
 from .paging import KVCache, kv_views
 from .rope import pre_rope_query
 
@@ -38,7 +39,8 @@ def seed(
     The prompt's keys and values are in the cache already. If T exceeds the entries of a ring, every
     k-th token has one, k = ceil(T / entries), the last one among them. If a slot ended where the T
     tokens begin, in the same request, its older entries stay; else it starts anew. Each entry costs
-    one exact decode step. Statistics do not count them.
+    one exact decode step. Statistics do not count them. How far the keys spread is measured as well,
+    see `ReuseConfig.max_drift`.
 
     Args:
         reuse: the layer's cache.
@@ -130,6 +132,11 @@ def seed(
         miss(t, stored)
         stored = reuse.ring_stored.index_select(0, rows)
     reuse.counters.copy_(counted)
+    # The first pass has forgotten what another request may have left.
+    spread = key_spread(k, block_table, seq_lens) * sm_scale**2
+    rows = torch.where(active & (slots >= 0) & (slots < reuse.num_slots), slots, reuse.num_slots)
+    padded = torch.cat([reuse.ring_spread, spread.new_zeros(1, reuse.num_kv_heads)])
+    reuse.ring_spread.copy_(padded.index_copy(0, rows.long(), spread)[:-1])
 
 
 def _check_values(

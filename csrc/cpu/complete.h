@@ -1,7 +1,8 @@
 // Complete: merge the parts, write the output and, if it may be reused, the new entry.
 //
-//   carried = old on a miss; reused (+) old on a hit without anchors; with them what rest_weights leaves of reused
-//   out = carried (+) fresh        entry p = (q_match, q, carried, anchors, depth)
+//   carried = old on a miss; reused (+) old on a hit without anchors
+//   out = carried (+) fresh; by hit_weights on a hit with anchors, which nobody reuses
+//   entry p = (q_match, q, carried, anchors, depth)
 //
 // Tasks: (request, KV head). Traffic: two states, one record of the ring read and perhaps one entry written.
 
@@ -20,6 +21,25 @@ void write_out(const CompleteParams& p, int request, int head, const float* carr
   T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
   write_row(out, carried, w.first, p.states + fresh_row * D, w.second, D);
   p.lse[row] = w.lse;
+}
+
+// One query head's output on a hit with anchors; returns its depth.
+template <typename T>
+int32_t write_hit(const CompleteParams& p, int request, int kv_head, int g) {
+  const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads(), head = kv_head * p.shape.group_size + g;
+  const int64_t slot = p.requests.slots[request], row = static_cast<int64_t>(request) * Hq + head;
+  const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
+  const int place = p.matched.place[row];
+  const HitWeights w =
+      hit_weights(p.ring.lse(slot, kv_head, place)[g], p.state_lse[row], p.log_ratio[row], p.state_lse[fresh_row]);
+  const float* entry = p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * D;
+  const float *replaced = p.states + row * D, *fresh = p.states + fresh_row * D;
+  T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
+  for (int d = 0; d < D; d += kLanes) {
+    store(out + d, load(entry + d) * w.entry + load(replaced + d) * w.replaced + load(fresh + d) * w.fresh);
+  }
+  p.lse[row] = w.lse;
+  return next_depth(p.ring.depth(slot, kv_head, place)[g]);
 }
 
 // What a group carries on: states [G, D] with their lse and depths.
@@ -41,8 +61,7 @@ MAC_INLINE void carry(const CompleteParams& p, int64_t slot, int kv_head, int64_
   }
   const int place = p.matched.place[row];
   const float reused_lse = p.ring.lse(slot, kv_head, place)[g];
-  const MergeWeights w = p.ring.layout.shape.anchors > 0 ? rest_weights(reused_lse, old_lse, p.log_ratio[row])
-                                                         : merge_weights(reused_lse, old_lse);
+  const MergeWeights w = merge_weights(reused_lse, old_lse);
   write_row(out, p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * D, w.first, old, w.second, D);
   to.lse[g] = w.lse;
   to.depth[g] = next_depth(p.ring.depth(slot, kv_head, place)[g]);
@@ -89,17 +108,22 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
   int hits = 0, start = n, least_depth = INT32_MAX;
   for (int g = 0; g < G; ++g) {
     const int32_t source = p.matched.source[group * G + g];
-    carry(p, slot, kv_head, group * G + g, g, carried);
-    write_out<T>(p, request, first + g, carried.out + static_cast<int64_t>(g) * D, carried.lse[g]);
+    if (S > 0 && p.matched.source[group * G + g] != kMiss) {
+      carried.depth[g] = write_hit<T>(p, request, kv_head, g);
+    } else {
+      carry(p, slot, kv_head, group * G + g, g, carried);
+      write_out<T>(p, request, first + g, carried.out + static_cast<int64_t>(g) * D, carried.lse[g]);
+    }
     hits += source != kMiss;
     start = std::min(start, source == kMiss ? 0 : band_start(source, p.band));
     least_depth = std::min(least_depth, carried.depth[g]);
   }
   const int old_end = band_start(n - 1, p.band), size = sample_size(S, old_end);
-  const bool drawn = S == 0 || (sampled >= 0 && sampled <= kCandidateRoom * size);
+  const bool drawn = S == 0 || (hits == 0 && sampled >= 0 && sampled <= kCandidateRoom * size);
   const bool stores = old_end > 0 && least_depth < p.max_reuse_depth && drawn;
   if (stores) store_entry<T>(p, request, kv_head, stored % M, carried);
   *p.ring.stored(slot, kv_head) = stores ? next_stored(stored, M) : stored;
+  if (p.matched.stored[group] == kNoHistory) *p.ring.spread(slot, kv_head) = 0.f;  // another request's
   if (S > 0) {
     float& tau = *p.ring.tau(slot, kv_head);
     if (p.matched.stored[group] == kNoHistory || !usable_tau(tau)) tau = first_tau(size);

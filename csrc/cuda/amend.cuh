@@ -96,21 +96,26 @@ struct Replaced {
     state.load_query(p.ring.rotated<T>(slot, piece.kv_head, piece.work.place), kHeadDim, p.shape.group_size,
                      shared);
   }
-  // a of the lane's two tokens of a strip, from place `first` of the list on.
-  MAC_DEVICE static void load_weights(const AmendParams& p, const Piece& piece, int first, float (&a)[2]) {
+  // Of the strip from place `first` of the list on.
+  MAC_DEVICE static Counted load_weights(const AmendParams& p, const Piece& piece, int first) {
     const int64_t slot = p.requests.slots[piece.request];
     const float* list = p.ring.anchor_weights(slot, piece.kv_head, piece.work.place);
+    const float density = sample_density(p.num_anchors, piece.work.start);
+    Counted of{};
     for (int i = 0; i < 2; ++i) {
       const int place = first + ptx::lane_id() / 4 + 8 * i;
-      a[i] = place < p.num_anchors ? list[place] : 0.f;
+      const float a = place < p.num_anchors ? list[place] : 0.f, count = counted(a, density);
+      of.lift[i] = ptx::lg2(count), of.light[i] = ptx::divide(a, count);
     }
+    return of;
   }
   MAC_DEVICE void attend(const AmendParams& p, const int* starts, const T* stage, const T* query, int first_token,
-                         uint32_t valid, const float (&a)[2]) {
+                         uint32_t valid, const Counted& counted) {
     float x[kHeadBlocks][4];
     warp_logits(p, state, starts, stage, query, first_token, valid, x);
+    lift(x, counted);
     raise_max(state, x);
-    add_light(state, x, a);
+    add_light(state, x, counted);
     add_values(state, x, stage);
     state.anchors += ptx::count_bits(valid & 0xffffu);
   }
@@ -170,8 +175,8 @@ MAC_DEVICE void amend_piece(
       sampler.begin(p, piece, sampler_shared[warp]);
       if (kReplaces && tokens.anchors) replaced.load_query(p, piece, replaced_query);
     }
-    float a[2];
-    if (kReplaces && tokens.anchors) replaced.load_weights(p, piece, first, a);
+    Counted counted;
+    if (kReplaces && tokens.anchors) counted = replaced.load_weights(p, piece, first);
     ptx::cp_async_wait<Stage::kCount - 1>();
     ptx::sync_warp();  // the stage is filled for all lanes
 
@@ -181,6 +186,7 @@ MAC_DEVICE void amend_piece(
       const auto there = static_cast<uint32_t>(valid >> (kWarpTokens * Stage::kCount));
       const int first_token = tokens.anchors ? piece.work.start : first;  // where all heads attend to all of them
       warp_logits(p, state, starts, stage, query, first_token, there, x);
+      if (kReplaces && tokens.anchors) lift(x, counted);
       raise_max(state, x);
       const bool draws = sampler.draws && piece.span(tile) == kOld;
       float lead = 0.f, bound = 0.f;
@@ -192,8 +198,8 @@ MAC_DEVICE void amend_piece(
       if (draws && ptx::ballot(lead > bound)) sampler.take(p, w, piece.kv_group(p), first, lead, bound);
       if constexpr (kReplaces) {
         if (tokens.anchors) {
-          add_light(state, x, a);
-          replaced.attend(p, starts, stage, replaced_query, first_token, there, a);
+          add_light(state, x, counted);
+          replaced.attend(p, starts, stage, replaced_query, first_token, there, counted);
         }
       }
     }

@@ -1,7 +1,8 @@
 // Complete on the GPU: merge the parts, write the output and, if it may be reused, the new ring entry.
 //
-//   carried = old on a miss; reused (+) old on a hit without anchors; with them what rest_weights leaves of reused
-//   out = carried (+) fresh        entry p = (q_match, q, carried, anchors, depth)
+//   carried = old on a miss; reused (+) old on a hit without anchors
+//   out = carried (+) fresh; by hit_weights on a hit with anchors, which nobody reuses
+//   entry p = (q_match, q, carried, anchors, depth)
 //
 // Grid: one CTA for each (request, KV head), whose warps take the query heads. Traffic: two states, one record of
 // the ring read and perhaps one entry written, all small.
@@ -70,13 +71,23 @@ struct CompleteHead {
     reused_lse = p.ring.lse(work.slot, work.kv_head, place)[g];
     depth = p.ring.depth(work.slot, work.kv_head, place)[g];
   }
-  // Makes of `carried` what the head carries on.
+  // Makes of `carried` what the head carries on; with anchors nothing, and of `fresh` the output.
   MAC_DEVICE void carry(const CompleteParams& p, const CompleteWork& work) {
     const bool hit = work.reuses && place != kMiss;
     depth = hit ? next_depth(depth) : 0;
     if (!hit) return;
-    const MergeWeights weights = p.ring.layout.shape.anchors > 0 ? rest_weights(reused_lse, carried_lse, log_ratio)
-                                                                 : merge_weights(reused_lse, carried_lse);
+    if (p.ring.layout.shape.anchors > 0) {
+      const HitWeights weights = hit_weights(reused_lse, carried_lse, log_ratio, fresh_lse);
+      fresh_lse = weights.lse, carried_lse = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kLaneElements; ++i) {
+        if (ptx::lane_id() + 32 * i >= D) continue;
+        fresh[i] = reused[i] * weights.entry + carried[i] * weights.replaced + fresh[i] * weights.fresh;
+        carried[i] = 0.f;
+      }
+      return;
+    }
+    const MergeWeights weights = merge_weights(reused_lse, carried_lse);
     carried_lse = weights.lse;
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) {
@@ -104,7 +115,8 @@ MAC_DEVICE void look_at_heads(const CompleteParams& p, CompleteWork& work, int s
   work.hits = static_cast<int>(ptx::reduce_add(work.hits));
   work.start = static_cast<int>(~ptx::reduce_max(~static_cast<uint32_t>(work.start)));
   const int old_end = band_start(work.seq_len - 1, p.band);
-  const bool drawn = S == 0 || (work.sampled >= 0 && work.sampled <= kCandidateRoom * sample_size(S, old_end));
+  const bool drawn =
+      S == 0 || (work.hits == 0 && work.sampled >= 0 && work.sampled <= kCandidateRoom * sample_size(S, old_end));
   work.stores = ptx::ballot(shallow) && old_end > 0 && drawn;
   const int stored = work.stored < 0 ? 0 : work.stored;
   work.place = stored < M ? stored : stored - M;
@@ -117,6 +129,7 @@ MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& wo
   const int stored = work.stored < 0 ? 0 : work.stored;
   *p.ring.stored(slot, work.kv_head) = work.stores ? next_stored(stored, p.ring.layout.shape.entries) : stored;
   if (work.stores) *p.ring.position(slot, work.kv_head, work.place) = n - 1;
+  if (work.stored == kNoHistory) *p.ring.spread(slot, work.kv_head) = 0.f;  // another request's
   if (S > 0) {
     const int size = sample_size(S, band_start(n - 1, p.band));
     float* tau = p.ring.tau(slot, work.kv_head);

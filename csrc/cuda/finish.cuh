@@ -120,6 +120,11 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
       const float now = log2_total(merged.max[kFresh], merged.light[kFresh]);
       const float then = log2_total(merged.max[kOld], merged.light[kOld]);
       p.log_ratio[qo_row] = known ? (now - then) * kLn2 : 0.f;
+      if (piece.work.anchor_tiles > 0 && !status) {
+        const float entry = p.ring.lse(p.requests.slots[piece.request], piece.kv_head, piece.work.place)[g];
+        const float replaced = log2_total(merged.max[kOld], merged.sum[kOld]) * kLn2;
+        if (nothing_left(entry, replaced, then * kLn2)) p.log_ratio[qo_row] = -INFINITY;
+      }
       if (g == 0) {
         const bool attends = piece.work.anchor_tiles > 0 && !status;
         p.sampled[group] = attends ? static_cast<int>(merged.anchors) : kNotSampled;

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .rings import Entry, Ring, Slot, rest_state
+from .rings import Entry, Ring, Slot, hit_state
 from .sample import (
     CANDIDATE_ROOM,
     MOST_TAU,
     Choose,
     Draw,
     Sample,
+    counted,
     first_tau,
     next_tau,
     sample_size,
@@ -25,6 +26,9 @@ from .states import attention_logits, attention_state, merge_states
 
 if TYPE_CHECKING:
     from mac_attn.config import ReuseConfig
+
+
+UNKNOWN_VARIANCE = 12.0  # of a query's logits, before the spread of the keys is known
 
 
 @dataclass
@@ -112,14 +116,22 @@ class ReferenceReuse:
             slot.rings = self.empty_slot().rings
         slot.request = request
 
-    def thresholds(self, query: Tensor, kv_head: int) -> Tensor:
-        """Threshold θ `[G]` on the squared distance, for a pre-RoPE query `[G, D]`."""
+    def thresholds(self, query: Tensor, kv_head: int, spread: float) -> Tensor:
+        """Threshold θ `[G]` on the squared distance, for a pre-RoPE query `[G, D]`.
+
+        It is no more than the distance at which logits are expected to move by `max_drift`; without
+        a spread, that of a query whose logits have the variance UNKNOWN_VARIANCE.
+        """
         number = torch.as_tensor(self.cfg.threshold, dtype=torch.float64).cpu().flatten()
         number = number.expand(self.num_qo_heads).unflatten(0, (self.num_kv_heads, -1))[kv_head]
         if self.cfg.threshold_mode == "absolute":
             theta = 2.0 * query.shape[1] * (1.0 - number) ** 2
         else:
             theta = number * query.square().sum(-1)
+        if self.cfg.max_drift is not None:
+            known = torch.full_like(theta, spread)
+            unknown = UNKNOWN_VARIANCE / query.square().sum(-1)
+            theta = theta.minimum(self.cfg.max_drift / (known if spread > 0 else unknown))
         return torch.where(theta.isfinite(), theta, torch.nan)  # NaN never hits
 
     def scores(self, ring: Ring, query: Tensor, kv_head: int, n: int) -> tuple[list[Entry], Tensor]:
@@ -135,7 +147,9 @@ class ReferenceReuse:
         if not entries or n < self.cfg.min_context:
             return [], query.new_empty(query.shape[0], 0)
         distance = (query - torch.stack([e.query for e in entries])).square().sum(-1)  # [C, G]
-        ratio = distance / self.thresholds(query, kv_head)  # a threshold of 0: inf or NaN, no hit
+        ratio = distance / self.thresholds(
+            query, kv_head, ring.spread
+        )  # a threshold of 0: inf or NaN, no hit
         shared = ratio.unflatten(1, (-1, self.unit)).mean(-1, keepdim=True)
         scores = shared.expand(-1, -1, self.unit).flatten(1).clone()
         if self.cfg.max_reuse_depth is not None:
@@ -206,7 +220,7 @@ class ReferenceReuse:
         for first in range(0, len(q), self.unit):
             heads = slice(first, first + self.unit)
             matched = self.match(entries, scores[first])
-            fresh, start = torch.arange(old, n), 0
+            fresh, counts, start = torch.arange(old, n), None, 0
             if matched is None:
                 state = attention_state(q[heads], k[:old], v[:old], *softmax)
             else:
@@ -215,15 +229,18 @@ class ReferenceReuse:
                 depth[heads] = matched.depth[heads] + 1
                 if self.cfg.anchors:
                     fresh = torch.cat([matched.anchors, torch.arange(start, n)])
+                    counts = torch.cat([matched.counts, torch.ones(n - start).double()])
                     result.anchors = len(matched.anchors)
-                    *rest, result.rest = rest_state(matched, q, k, v, softmax)
-                    state = rest[0], rest[1]
                 else:
                     middle = attention_state(q[heads], k[start:old], v[start:old], *softmax)
                     state = merge_states(matched.out[heads], matched.lse[heads], *middle)
-            carried[heads], carried_lse[heads] = state
-            recent = attention_state(q[heads], k[fresh], v[fresh], *softmax)
-            result.out[heads], result.lse[heads] = merge_states(*state, *recent)
+            recent = attention_state(q[heads], k[fresh], v[fresh], *softmax, counts=counts)
+            if matched is not None and self.cfg.anchors:
+                out, lse, result.rest = hit_state(matched, recent, q, k, v, softmax)
+                result.out[heads], result.lse[heads] = out, lse
+            else:
+                carried[heads], carried_lse[heads] = state
+                result.out[heads], result.lse[heads] = merge_states(*state, *recent)
             result.tokens = max(result.tokens, n - start + result.anchors)
 
         entry = Entry(p, query, q, carried, carried_lse, depth)
@@ -236,7 +253,12 @@ class ReferenceReuse:
                 if sample is None or sample.count > CANDIDATE_ROOM * self.sample_size(p):
                     result.stored = False
                 else:
-                    entry = replace(entry, anchors=sample.anchors, weights=sample.weights)
+                    entry = replace(
+                        entry,
+                        anchors=sample.anchors,
+                        weights=sample.weights,
+                        counts=counted(sample.weights, self.sample_size(p), old),
+                    )
             if not 0 < ring.tau <= MOST_TAU:
                 ring.tau = first_tau(self.sample_size(p))
         if result.stored:

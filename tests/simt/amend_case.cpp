@@ -329,8 +329,17 @@ void AmendCase::check_sample(int request, int kv_head) const {
 double AmendCase::expected_log_ratio(int request, int head) const {
   const int h = head / spec_.group_size;
   if (spec_.anchors == 0 || !hits(request, h)) return 0;
-  return reference::log_ratio(query_.row(request, head), entry_query(request, head), keys_[request][h],
-                              entry_sample(request, h), softmax_);
+  const reference::Sample sample = entry_sample(request, h);
+  const reference::Vector old_query = entry_query(request, head);
+  const reference::Rows &keys = keys_[request][h], &values = values_[request][h];
+  const double entry =
+      ring.view().lse(slots_[request], h, place_[request * heads() + head])[head % spec_.group_size];
+  const reference::Vector counts = reference::counts(sample, spec_.anchors, start(request, h));
+  const reference::State replaced = reference::attend(old_query, keys, values, sample.tokens, softmax_, counts);
+  if (reference::nothing_left(entry, replaced.lse, reference::light(old_query, keys, sample, softmax_))) {
+    return -INFINITY;
+  }
+  return reference::log_ratio(query_.row(request, head), old_query, keys, sample, softmax_);
 }
 
 void AmendCase::check_request(int request) const {
@@ -349,15 +358,17 @@ void AmendCase::check_head(int request, int head) const {
   const int first = reuses ? reference::old_end(source, spec_.band) : 0;
   reference::Vector old_query = query_.row(request, head);
   std::vector<int> old, fresh;
+  reference::Vector counts;
   int end = old_end(request);
   if (reuses && spec_.anchors > 0) {
     old = fresh = entry_sample(request, h).tokens;
     old_query = entry_query(request, head), end = first;
+    counts = reference::counts(entry_sample(request, h), spec_.anchors, first);
   }
   for (int token = first; token < n; ++token) (token < end ? old : fresh).push_back(token);
   const reference::State want[kNumSpans] = {
-      reference::attend(old_query, keys, values, old, softmax_),
-      reference::attend(query_.row(request, head), keys, values, fresh, softmax_)};
+      reference::attend(old_query, keys, values, old, softmax_, counts),
+      reference::attend(query_.row(request, head), keys, values, fresh, softmax_, counts)};
   for (const Span span : {kOld, kFresh}) {
     // NaN in one state may show in both: they end up in one sum.
     if (std::isnan(want[1 - span].lse)) continue;
