@@ -8,7 +8,7 @@ from torch import Tensor
 from . import ops
 from ._checks import FLOAT_DTYPES, INT32_MAX, check_tensor, check_type
 from .cache import ReuseCache
-from .paging import KVCache, kv_arguments, kv_views
+from .paging import KVCache, Scale, kv_arguments, kv_scales, kv_views
 from .rope import pre_rope_query
 
 
@@ -25,6 +25,8 @@ def decode(
     sm_scale: float | None = None,
     logits_soft_cap: float = 0.0,
     kv_layout: str = "NHD",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -40,8 +42,9 @@ def decode(
             multiple of 16, at most 256. Only the last dimension has to be contiguous.
         kv_cache: a pair (k_cache, v_cache), each [num_pages, page_size, num_kv_heads, head_dim] for
             kv_layout "NHD" or [num_pages, num_kv_heads, page_size, head_dim] for "HND", or one
-            tensor with the pair in dimension 1. In q's dtype; read in place. num_kv_heads divides
-            num_qo_heads: query head h reads KV head h // (num_qo_heads / num_kv_heads).
+            tensor with the pair in dimension 1. In q's dtype or float8_e4m3fn; read in place.
+            num_kv_heads divides num_qo_heads: query head h reads KV head
+            h // (num_qo_heads / num_kv_heads).
         block_table: [B, max_pages] int32, the pages of each request in order. Entries past the
             pages in use are never read.
         seq_lens: [B] int32, tokens per request, the new one included. 0 marks a padding row, whose
@@ -56,6 +59,10 @@ def decode(
         sm_scale: factor of the logits, default 1 / sqrt(head_dim).
         logits_soft_cap: cap * tanh(logit / cap) when above 0.
         kv_layout: "NHD" or "HND", see `kv_cache`.
+        k_scale, v_scale: with a float8 cache what its numbers stand for: key = k_scale * number,
+            value = v_scale * number. float32, [] or [1], or [num_kv_heads] for one of each KV head;
+            a Python float is made a tensor in every call. Finite and above 0, which is checked on
+            the CPU; on CUDA a NaN is a NaN in all keys, or values, of its heads.
         out: [B, num_qo_heads, head_dim] in q's dtype, written in place.
         return_lse: also return the log-sum-exp of the logits: natural log, float32,
             [B, num_qo_heads].
@@ -69,7 +76,7 @@ def decode(
         TypeError: an argument is no tensor or has another dtype than it must.
     """
     arguments = (q, kv_cache, block_table, seq_lens, reuse, slots, q_match, request_ids)
-    options = (sm_scale, logits_soft_cap, kv_layout, out)
+    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, out)
     try:
         out, lse = _decode(*arguments, *options)
     except Exception:
@@ -91,9 +98,12 @@ def _decode(
     sm_scale: float | None,
     logits_soft_cap: float,
     kv_layout: str,
+    k_scale: Scale,
+    v_scale: Scale,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    attention = (q, *kv_arguments(kv_cache, kv_layout), block_table, seq_lens)
+    scales = kv_scales(k_scale, v_scale, q)
+    attention = (q, *kv_arguments(kv_cache, kv_layout), *scales, block_table, seq_lens)
     if sm_scale is None:
         sm_scale = q.size(-1) ** -0.5
     if reuse is None:
@@ -118,6 +128,8 @@ def _decode(
             sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap,
             kv_layout=kv_layout,
+            k_scale=scales[0],
+            v_scale=scales[1],
         )
     return out, lse
 
@@ -145,7 +157,8 @@ def _check(
         check_type("reuse", reuse, ReuseCache)
         ops.check_query("q", q, reuse)
         heads = reuse.num_kv_heads
-    check_tensor("k_cache", k_cache, ("pages", "page", heads, q.size(2)), q.dtype, device)
+    dtypes = (q.dtype, torch.float8_e4m3fn)
+    check_tensor("k_cache", k_cache, ("pages", "page", heads, q.size(2)), dtypes, device)
     check_tensor("block_table", block_table, (batch, "max_pages"), torch.int32, device)
     check_tensor("seq_lens", seq_lens, (batch,), torch.int32, device)
     if out is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import INT_DTYPES, check_choice, check_int, check_tensor
+from ._checks import INT_DTYPES, check_choice, check_int, check_number, check_tensor
 
 KVCache = Tensor | tuple[Tensor, Tensor]
+Scale = Tensor | float | None  # of a float8 cache
 
 _LAYOUTS = ("NHD", "HND")
 _NHD = ("num_pages", "page_size", "num_kv_heads", "head_dim")
@@ -59,6 +60,27 @@ def kv_arguments(kv_cache: KVCache, kv_layout: str) -> tuple[Tensor, Tensor | No
     if v is None:  # of a pair; the ops would take `k` for both
         check_tensor("v_cache", v)
     return k, v, kv_layout == "HND"
+
+
+def kv_scales(k_scale: Scale, v_scale: Scale, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The scales of a float8 cache as tensors, which the ops check further.
+
+    Raises ValueError or TypeError for a number that is not finite and above 0, and for a tensor of
+    another dtype than float32 or on another device than q.
+    """
+    if k_scale is None and v_scale is None:
+        return None, None
+    return _scale("k_scale", k_scale, q), _scale("v_scale", v_scale, q)
+
+
+def _scale(name: str, scale: Scale, q: Tensor) -> Tensor | None:
+    if scale is None:
+        return None
+    if isinstance(scale, Tensor):
+        check_tensor(name, scale, dtype=torch.float32, device=q.device)
+        return scale
+    check_number(name, scale, low=torch.finfo(torch.float32).tiny)
+    return torch.full((), scale, dtype=torch.float32, device=q.device)
 
 
 def from_flashinfer(
