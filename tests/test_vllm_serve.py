@@ -239,6 +239,19 @@ def test_the_benchmark_of_decode_steps(
     assert all(row["ms"] > 0 for row in rows.values())
 
 
+def test_a_float8_cache(llama: Path, logs: Path) -> None:
+    """vLLM's kernel sums in another order, and rounds more: the first tokens are the same."""
+    arguments = [*COMMON, "--kv-cache-dtype", "fp8"]
+    space, requests = {"VLLM_CPU_KVCACHE_SPACE": "1"}, traffic(6)
+    with Server(llama, arguments, space, logs / "fp8") as server:
+        expected = server.complete_all(requests)
+    with Server(llama, arguments, {**space, **plugin(EXACT)}, logs / "mac-fp8") as server:
+        answers = server.complete_all(requests)
+        assert server.metrics()["mac_attn:query_heads_total"] > 0
+    assert "MAC-Attention serves 3 of 3 layers" in (logs / "mac-fp8").read_text()
+    ties(expected, answers, requests)
+
+
 def test_speculative_decoding_is_refused(llama: Path, logs: Path) -> None:
     """Once, with the reason; the server answers with vLLM's attention."""
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}

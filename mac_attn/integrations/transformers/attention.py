@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .layer import MacLayer
+from .layer import FLOAT8, MacLayer
 from .shared import Mode
 from .support import Refusal, check_config, check_keywords, check_module
 from .timer import measured
@@ -52,6 +52,11 @@ def mac_attention_forward(
     try:
         check_module(module)
         check_keywords(kwargs)
+        if layer is None and key.dtype == FLOAT8:
+            raise Refusal(
+                "the model changes keys between its cache and its attention, which keys of a "
+                "MacCache with kv_dtype=torch.float8_e4m3fn do not bear; leave it out"
+            )
         new, length = query.shape[2], key.shape[2]
         if attention_mask is None and 1 < new < length and _is_causal(module, is_causal):
             # SDPA would let the first query see the first key alone, the second two, and so on.
@@ -71,6 +76,8 @@ def mac_attention_forward(
         raise
 
     with measured(query.device):
+        if layer is not None and layer.is_float8 and (mode is None or "sdpa" in mode or new > 1):
+            key, value = layer.wide()  # a copy, for this call
         if layer is None or mode is None or mode == "sdpa" or new > 1:
             output, _ = sdpa_attention_forward(
                 module,

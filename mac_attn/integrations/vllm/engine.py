@@ -170,7 +170,10 @@ class Engine:
             layer=extract_layer_index(name),
         )
         self.rings[name] = ring
-        layer.impl.mac = Served(self, ring, rotated)
+        # Queries must come as they are; those of prefill are rounded where vLLM's kernel is called.
+        quant, layer.query_quant = getattr(layer, "query_quant", None), None
+        float8 = layer.kv_cache_torch_dtype != dtype
+        layer.impl.mac = Served(self, ring, rotated, float8, quant)
 
     def _rotary(self, module: Any) -> mac_attn.RotaryEmbedding:
         """The rotation of a module, which the layers share as a rule."""

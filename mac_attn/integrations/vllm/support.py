@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from mac_attn.info import info
 
+_FLOAT8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn; it keeps them as bytes
 _CUDA_HEAD_SIZES = (64, 80, 96, 128, 256)
 
 
@@ -54,7 +55,8 @@ def layer_reason(layer: Any, dtype: torch.dtype, device: torch.device) -> str | 
         "sliding-window attention": any(window != -1 for window in windows),
         "ALiBi": impl.alibi_slopes is not None,
         "attention sinks": getattr(impl, "sinks", None) is not None,
-        f"KV cache of type {layer.kv_cache_dtype}": layer.kv_cache_torch_dtype != dtype,
+        f"KV cache of type {layer.kv_cache_dtype}": layer.kv_cache_torch_dtype != dtype
+        and layer.kv_cache_dtype not in _FLOAT8,
         "values of another size than keys": layer.head_size_v != layer.head_size,
         f"heads of {layer.head_size}": layer.head_size not in _CUDA_HEAD_SIZES
         if cuda
