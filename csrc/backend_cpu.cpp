@@ -71,6 +71,9 @@ void amend(const AmendParams& p, const AmendLimits& limits) {
 }
 
 void complete(const CompleteParams& p) {
+  for (int32_t h = 0; p.sinks && h < p.shape.num_qo_heads(); ++h) {
+    TORCH_CHECK_VALUE(p.sinks[h] < INFINITY, "sinks[", h, "] is ", p.sinks[h], ", must be below infinity");
+  }
   if (p.matched.source) {
     check_seq_lens(p.shape, p.requests, INT32_MAX);
     check_slots(p.shape, p.requests, p.ring.num_slots);

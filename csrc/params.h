@@ -143,8 +143,9 @@ struct CompleteParams {
   const int32_t* anchors;  // [B, H, S]
   const float* anchor_weights;
   const int32_t* sampled;
-  HeadsView query;    // pre-RoPE, stored in the ring
-  HeadsView rotated;  // post-RoPE, stored if S > 0
+  const float* sinks;  // [Hq] a logit that each head attends to besides, whose value is 0; or null
+  HeadsView query;     // pre-RoPE, stored in the ring
+  HeadsView rotated;   // post-RoPE, stored if S > 0
   Ring ring;
   int32_t band;
   int32_t max_reuse_depth;

@@ -27,6 +27,7 @@ def decode(
     kv_layout: str = "NHD",
     k_scale: Scale = None,
     v_scale: Scale = None,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -63,9 +64,13 @@ def decode(
             value = v_scale * number. float32, [] or [1], or [num_kv_heads] for one of each KV head;
             a Python float is made a tensor in every call. Finite and above 0, which is checked on
             the CPU; on CUDA a NaN is a NaN in all keys, or values, of its heads.
+        sinks: [num_qo_heads] float32, a logit of each query head that is attended to besides the
+            tokens and has a value of 0, as learned by gpt-oss: one more term of the softmax's sum,
+            after `sm_scale` and `logits_soft_cap`. -inf is none; NaN and inf are refused, on the
+            CPU. A padding row has none. Ring entries do not hold it.
         out: [B, num_qo_heads, head_dim] in q's dtype, written in place.
-        return_lse: also return the log-sum-exp of the logits: natural log, float32,
-            [B, num_qo_heads].
+        return_lse: also return the log-sum-exp of the logits, a sink among them: natural log,
+            float32, [B, num_qo_heads].
 
     Returns:
         [B, num_qo_heads, head_dim] in q's dtype, or (out, lse).
@@ -76,12 +81,12 @@ def decode(
         TypeError: an argument is no tensor or has another dtype than it must.
     """
     arguments = (q, kv_cache, block_table, seq_lens, reuse, slots, q_match, request_ids)
-    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, out)
+    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, sinks, out)
     try:
         out, lse = _decode(*arguments, *options)
     except Exception:
         # The op has checked everything before it wrote anything, but knows no Python objects.
-        _check(*arguments, kv_layout, out)
+        _check(*arguments, kv_layout, sinks, out)
         raise
     return (out, lse) if return_lse else out
 
@@ -100,6 +105,7 @@ def _decode(
     kv_layout: str,
     k_scale: Scale,
     v_scale: Scale,
+    sinks: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     scales = kv_scales(k_scale, v_scale, q)
@@ -107,14 +113,14 @@ def _decode(
     if sm_scale is None:
         sm_scale = q.size(-1) ** -0.5
     if reuse is None:
-        return ops.decode_exact(*attention, sm_scale, logits_soft_cap, out)
+        return ops.decode_exact(*attention, sm_scale, logits_soft_cap, sinks, out)
 
     # match:    source = the recent query to reuse, or none, by `q_match`; without it the op turns
     #           `q` back
     # amend:    attention of `q` to the tokens from E(source) on, or to all; the new entry's anchors
     # complete: out, lse = that and the reused state merged; the new entry goes into the ring
     source, out, lse = ops.match_amend_complete(
-        *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, out
+        *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, sinks, out
     )
     if reuse.auditor is not None and slots is not None:  # the op has refused None
         reuse.auditor.record(
@@ -125,6 +131,7 @@ def _decode(
             block_table,
             seq_lens,
             slots,
+            sinks,
             sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap,
             kv_layout=kv_layout,
@@ -144,6 +151,7 @@ def _check(
     q_match: Tensor | None,
     request_ids: Tensor | None,
     kv_layout: str,
+    sinks: Tensor | None,
     out: Tensor | None,
 ) -> None:
     """Raise ValueError or TypeError naming the first argument that is wrong, if one is."""
@@ -161,6 +169,8 @@ def _check(
     check_tensor("k_cache", k_cache, ("pages", "page", heads, q.size(2)), dtypes, device)
     check_tensor("block_table", block_table, (batch, "max_pages"), torch.int32, device)
     check_tensor("seq_lens", seq_lens, (batch,), torch.int32, device)
+    if sinks is not None:
+        check_tensor("sinks", sinks, (q.size(1),), torch.float32, device)
     if out is not None:
         check_tensor("out", out, tuple(q.shape), q.dtype, device, rows=True)
     if reuse is None:

@@ -171,6 +171,7 @@ def complete(
     q_match: Tensor | None = None,
     slots: Tensor | None = None,
     request_ids: Tensor | None = None,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge the parts by log-sum-exp and store the new ring entries (paper §3.3, "complete").
@@ -183,6 +184,7 @@ def complete(
         dtype: of the output, when neither `reuse` nor `out` says it.
         reuse, q_match, slots, request_ids: as for `match`, whose answer `matched` is.
         q: [B, num_qo_heads, head_dim] post-RoPE queries, as given to `amend`.
+        sinks: [num_qo_heads] float32, as for `mac_attn.decode`.
         out: [B, num_qo_heads, head_dim], written in place, or None for a new tensor.
 
     Returns:
@@ -193,7 +195,8 @@ def complete(
         dtype = reuse.dtype if reuse is not None else dtype
         out = torch.empty_like(amended.states[0], dtype=dtype)
     if reuse is None:
-        torch.ops.mac_attn.complete_exact(amended.states, amended.state_lse, seq_lens, out, lse)
+        states, state_lse = amended[:2]
+        torch.ops.mac_attn.complete_exact(states, state_lse, seq_lens, sinks, out, lse)
         return out, lse
     if matched is None:
         raise ValueError("matched is None, must be what match answered, as reuse is given")
@@ -214,6 +217,7 @@ def complete(
         entries,
         reuse.cfg.band,
         reuse.match_options[-1],
+        sinks,
         reuse.workspace,
         out,
         lse,
@@ -236,6 +240,7 @@ def match_amend_complete(
     reuse: ReuseCache,
     sm_scale: float,
     logits_soft_cap: float,
+    sinks: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three stages in one op: what a call costs besides is then paid once.
@@ -265,6 +270,7 @@ def match_amend_complete(
         reuse.layer,
         sm_scale,
         logits_soft_cap,
+        sinks,
         reuse.workspace,
         reuse.error_flag,
         *(_NO_ROTARY if q_match is not None or reuse.rotary is None else reuse.rotary.arguments),
@@ -288,11 +294,12 @@ def decode_exact(
     seq_lens: Tensor,
     sm_scale: float,
     logits_soft_cap: float,
+    sinks: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`amend` and `complete` without reuse in one op; returns (`out` or a new tensor, lse)."""
     cache = (k_cache, v_cache, hnd, k_scale, v_scale)
-    arguments = (q, *cache, block_table, seq_lens, sm_scale, logits_soft_cap)
+    arguments = (q, *cache, block_table, seq_lens, sm_scale, logits_soft_cap, sinks)
     decode, decode_into, _, _ = _COMPILED if torch.compiler.is_compiling() else _EAGER
     if out is None:
         out, lse = decode(*arguments)

@@ -1,7 +1,7 @@
 // Complete: merge the parts, write the output and, if it may be reused, the new entry.
 //
 //   carried = old on a miss; reused (+) old on a hit without anchors; with them what rest_weights leaves of reused
-//   out = carried (+) fresh        entry p = (q_match, q, carried, anchors, depth)
+//   out = carried (+) fresh (+) sink        entry p = (q_match, q, carried, anchors, depth)
 //
 // Tasks: (request, KV head). Traffic: two states, one record of the ring read and perhaps one entry written.
 
@@ -10,16 +10,20 @@ MAC_INLINE void write_row(T* to, const float* a, float wa, const float* b, float
   for (int d = 0; d < head_dim; d += kLanes) store(to + d, load(a + d) * wa + load(b + d) * wb);
 }
 
-// One query head's output from its carried state.
+// One query head's output from its carried state. Returns the log-sum-exp of the tokens, without a sink.
 template <typename T>
-void write_out(const CompleteParams& p, int request, int head, const float* carried, float carried_lse) {
+float write_out(const CompleteParams& p, int request, int head, const float* carried, float carried_lse) {
   const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
   const int64_t row = static_cast<int64_t>(request) * Hq + head;
   const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
   const MergeWeights w = merge_weights(carried_lse, p.state_lse[fresh_row]);
   T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
-  write_row(out, carried, w.first, p.states + fresh_row * D, w.second, D);
-  p.lse[row] = w.lse;
+  const bool has_sink = p.sinks && p.requests.seq_lens[request] != 0;
+  const MergeWeights tokens = has_sink ? merge_weights(w.lse, p.sinks[head]) : MergeWeights{1.f, 0.f, w.lse};
+  const float first = w.first * tokens.first, second = w.second * tokens.first;
+  write_row(out, carried, first, p.states + fresh_row * D, second, D);
+  p.lse[row] = tokens.lse;
+  return w.lse;
 }
 
 // What a group carries on: states [G, D] with their lse and depths.
@@ -90,7 +94,8 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
   for (int g = 0; g < G; ++g) {
     const int32_t source = p.matched.source[group * G + g];
     carry(p, slot, kv_head, group * G + g, g, carried);
-    write_out<T>(p, request, first + g, carried.out + static_cast<int64_t>(g) * D, carried.lse[g]);
+    const float* state = carried.out + static_cast<int64_t>(g) * D;
+    p.ring.last_lse(slot, kv_head)[g] = write_out<T>(p, request, first + g, state, carried.lse[g]);
     hits += source != kMiss;
     start = std::min(start, source == kMiss ? 0 : band_start(source, p.band));
     least_depth = std::min(least_depth, carried.depth[g]);
@@ -105,7 +110,6 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
     if (p.matched.stored[group] == kNoHistory || !usable_tau(tau)) tau = first_tau(size);
     if (hits == 0 && sampled >= 0) tau = next_tau(tau, sampled, size);
   }
-  std::copy(p.lse + group * G, p.lse + (group + 1) * G, p.ring.last_lse(slot, kv_head));
 
   // Its own part of the slot's counters: tasks of the request's other KV heads count at the same time.
   const auto count = [&](Counter which, int64_t number) {

@@ -37,6 +37,7 @@ def decode(
     kv_layout: str = "NHD",
     k_scale: Scale = None,
     v_scale: Scale = None,
+    sinks: Tensor | None = None,
     choose: Choose = draw_sample,
 ) -> Step:
     """One decode step, as `mac_attn.decode`; without `reuse` exact attention.
@@ -79,7 +80,17 @@ def decode(
         slot.end = n
         for name in ("out", "lse", "source"):
             getattr(result, name)[b] = torch.cat([getattr(head, name) for head in result.heads[b]])
+    if sinks is not None:
+        add_sinks(result, sinks.cpu().double(), seq_lens.cpu() > 0)
     return result
+
+
+def add_sinks(step: Step, sinks: Tensor, active: Tensor) -> None:
+    """Add a logit `[Hq]` whose value is 0 to the softmax of the active requests `[B]`."""
+    lse = torch.logaddexp(step.lse, sinks)
+    share = torch.where(lse == -torch.inf, 0.0, torch.exp(step.lse - lse))
+    step.out = torch.where(active[:, None, None], step.out * share[..., None], step.out)
+    step.lse = torch.where(active[:, None], lse, step.lse)
 
 
 def seed(

@@ -114,6 +114,9 @@ class Call:
             "max_reuse_depth": lambda: 1 if S else 2**31 - 1,
             "sm_scale": lambda: 0.25,
             "logits_soft_cap": lambda: self.draw.PickValueInList([0.0, 2.0]),
+            "sinks": lambda: self.draw.PickValueInList(
+                [None, self.normal(H * G, dtype=torch.float32)]
+            ),
             "workspace": lambda: None,
             "error_flag": lambda: None,
             "inv_freq": lambda: None,
@@ -174,6 +177,8 @@ class Call:
             self.args[name] = self.draw.PickValueInList(list(FLOATS))
         elif name == "request_ids":
             self.args[name] = self.ints(self.batch, low=-1, high=4, dtype=torch.int64)
+        elif name == "sinks":
+            self.args[name] = torch.full((self.kv_heads * self.group,), 3.0)
         elif name in ("k_scale", "v_scale"):
             self.args[name] = torch.ones(self.kv_heads)
         elif name == "inv_freq":

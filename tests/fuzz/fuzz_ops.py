@@ -82,6 +82,7 @@ def exact_decode(call: Call) -> None:
         logits_soft_cap=a["logits_soft_cap"],
         k_scale=a["k_scale"],
         v_scale=a["v_scale"],
+        sinks=a["sinks"],
         out=a["out"],
     )
 
