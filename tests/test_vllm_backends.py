@@ -93,7 +93,7 @@ def _layer(**changes: Any) -> Any:
         ({"sliding_window": 128}, "sliding-window attention"),
         ({"sliding_window": (127, 0)}, "sliding-window attention"),
         ({"alibi_slopes": torch.ones(8)}, "ALiBi"),
-        ({"sinks": torch.ones(8)}, "attention sinks"),
+        ({"sinks": torch.ones(8)}, None),
         ({"attn_type": "encoder_only"}, "encoder_only attention"),
         ({"kv_cache_dtype": "fp8", "kv_cache_torch_dtype": torch.uint8}, None),
         ({"kv_cache_dtype": "fp8_e4m3", "kv_cache_torch_dtype": torch.uint8}, None),

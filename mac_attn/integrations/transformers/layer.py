@@ -315,11 +315,13 @@ class MacLayer(CacheLayerMixin):
     def _scaling(self) -> dict[str, Any]:
         return {"k_scale": self.scales[0], "v_scale": self.scales[1]} if self.is_float8 else {}
 
-    def decode(self, query: Tensor, sm_scale: float | None, *, reuse: bool) -> Tensor:
+    def decode(
+        self, query: Tensor, sm_scale: float | None, sinks: Tensor | None, *, reuse: bool
+    ) -> Tensor:
         """Attention of one new query per request, `[B, Hq, 1, D]`; returns `[B, 1, Hq, D]`."""
         q = query.detach()[:, :, 0]
         kv_cache, block_table, seq_lens = self._paging()
-        options = self._scaling()
+        options = self._scaling() | {"sinks": sinks}
         if reuse:
             q_match = q if self.rotary is None else None
             options |= {"reuse": self.reuse, "slots": self.slots, "q_match": q_match}

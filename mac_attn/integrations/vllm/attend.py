@@ -94,6 +94,7 @@ def decode(
         rows.block_table,
         rows.seq_lens,
         out=out,
+        sinks=_sinks(layer.impl),
         **reuse,
         **_scaling(layer),
     )
@@ -155,6 +156,11 @@ def pages(layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         kv_cache = kv_cache.view(torch.float8_e4m3fn)
     key, value = kv_cache.split(layer.impl.head_size, dim=-1)
     return key, value
+
+
+def _sinks(impl: Any) -> Tensor | None:
+    sinks: Tensor | None = getattr(impl, "sinks", None)
+    return None if sinks is None else sinks.float()
 
 
 def _scaling(layer: Any) -> dict[str, Any]:

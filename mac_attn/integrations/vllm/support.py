@@ -54,7 +54,6 @@ def layer_reason(layer: Any, dtype: torch.dtype, device: torch.device) -> str | 
         f"{layer.attn_type} attention": layer.attn_type != AttentionType.DECODER,
         "sliding-window attention": any(window != -1 for window in windows),
         "ALiBi": impl.alibi_slopes is not None,
-        "attention sinks": getattr(impl, "sinks", None) is not None,
         f"KV cache of type {layer.kv_cache_dtype}": layer.kv_cache_torch_dtype != dtype
         and layer.kv_cache_dtype not in _FLOAT8,
         "values of another size than keys": layer.head_size_v != layer.head_size,
