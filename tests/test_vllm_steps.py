@@ -176,6 +176,25 @@ def test_a_mixed_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor]) -> None:
     assert (seed.first, seed.last) == (5, 8)
 
 
+def test_sinks_of_a_layer_are_in_its_answers(batch: tuple[Common, Tensor, Tensor]) -> None:
+    common, query, kv_cache = batch
+    layer = _layer()
+    layer.impl.sinks = torch.tensor([0.5, -3.0, 2.0, 4.0], dtype=torch.bfloat16)
+    rows = attend.Rows(common.block_table_tensor[:3], common.seq_lens[:3])
+    got = attend.decode(layer, rows, query[:3], kv_cache)
+    pages = kv_cache.split(DIM, dim=-1)
+    plain, lse = mac_attn.decode(
+        query[:3],
+        (pages[0], pages[1]),
+        rows.block_table,
+        rows.seq_lens,
+        kv_layout="HND",
+        return_lse=True,
+    )
+    share = (lse - layer.impl.sinks.float()).sigmoid()
+    torch.testing.assert_close(got, plain * share[..., None])
+
+
 def test_queries_that_are_not_rotated_are_matched_as_they_are(
     batch: tuple[Common, Tensor, Tensor],
 ) -> None:
