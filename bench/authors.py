@@ -1,7 +1,11 @@
 """What the method's authors publish of their own kernel, to stand beside ours.
 
 github.com/YJHMITWEB/MAC-Attention, results/cuda_graph_hit_curves (July 2026): one H100, both sides
-as CUDA-graph replay, bfloat16, head_dim 128, page size 1, window 512, band 256. Microseconds.
+as CUDA-graph replays back to back, so with what the L2 cache still holds, bfloat16, head_dim 128,
+page size 1, band 256. Microseconds. As their source has it: hits are 64 steps old
+(`--bench-match-lag-mean`), so that one attends afresh to 320 tokens; the ring has 2,048 entries
+(`--capacity`; 512 is their server's setting); FlashInfer is its CUDA-core kernel, not the faster
+one. `hit_curve.py --authors` measures ours in that setting.
 """
 
 from __future__ import annotations

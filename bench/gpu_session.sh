@@ -13,12 +13,12 @@
 #   quick       bench/hit_curve.py --quick
 #   stages      bench/stages.py
 #   curve       bench/hit_curve.py, the whole sweep, or what CURVE_OPTIONS leaves of it
-#   curve_256   hits that are 256 steps old: so the authors' all-hit rows attend afresh to 512 tokens a KV head
+#   authors     bench/hit_curve.py --authors
 #   profile     ncu: bytes, bandwidth and stalls of each kernel
 # Each has a time limit; one that fails does not stop the others. FOLDER receives a log for each step, tables,
 # CSV, JSON and pictures. What is installed and built stays in the working tree for the next call.
 set -u
-all=(install build smoke tests memcheck racecheck synccheck initcheck flashinfer quick stages curve curve_256 profile)
+all=(install build smoke tests memcheck racecheck synccheck initcheck flashinfer quick stages curve authors profile)
 cd "$(dirname "$0")/.."
 root=$PWD
 out= wheels=
@@ -62,11 +62,12 @@ export LIBRARY_PATH=$root/build/gpu-lib${LIBRARY_PATH:+:$LIBRARY_PATH}
 
 install() {
   [ -n "$wheels" ] || { echo "no folder of wheels given (-w)"; return 1; }
-  # --no-deps: FlashInfer names packages (cutlass DSL, cuDNN, cuda-tile) that its decode kernels do not use.
+  # --no-deps: FlashInfer and cuDNN's frontend name packages (CUTLASS DSL, cuda-tile, NVSHMEM) that decode does not use.
   "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --upgrade \
     --target "$site" --find-links "$wheels" \
-    flashinfer-python apache-tvm-ffi nvidia-ml-py einops tabulate click requests urllib3 idna certifi \
-    charset-normalizer packaging tqdm ninja pytest iniconfig pluggy pygments hypothesis sortedcontainers
+    flashinfer-python apache-tvm-ffi nvidia-cudnn-frontend nvidia-ml-py einops tabulate click requests urllib3 idna \
+    certifi charset-normalizer packaging tqdm filelock typing-extensions ninja pytest iniconfig pluggy pygments \
+    hypothesis sortedcontainers
 }
 
 build() {
@@ -77,23 +78,7 @@ build() {
 }
 
 flashinfer() {
-  "$python" - << 'EOF'
-import time
-from concurrent.futures import ThreadPoolExecutor
-
-import torch
-from flashinfer.jit import gen_batch_decode_module, gen_batch_prefill_module
-
-dtypes = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.int32)
-modules = [
-    gen_batch_decode_module(*dtypes, 128, 128, 0, False, False),
-    gen_batch_prefill_module("fa2", *dtypes, 128, 128, 0, False, False, False),
-]
-start = time.time()
-with ThreadPoolExecutor() as pool:
-    list(pool.map(lambda module: module.build_and_load(), modules))
-print(f"compiled and loaded in {time.time() - start:.0f} s")
-EOF
+  "$python" bench/flashinfer_decode.py
 }
 
 tests() {
@@ -136,9 +121,8 @@ curve() {
   "$python" bench/hit_curve.py ${CURVE_OPTIONS:-} --json "$out/curve.json" --csv "$out/curve.csv" --png "$out"
 }
 
-curve_256() {
-  "$python" bench/hit_curve.py --age 256 --rates 0.95 1 --contexts 126976 --json "$out/curve_256.json" \
-    --csv "$out/curve_256.csv"
+authors() {
+  "$python" bench/hit_curve.py --authors --json "$out/authors.json" --csv "$out/authors.csv"
 }
 
 profile() {
@@ -157,7 +141,7 @@ profile() {
 }
 
 declare -A limit=([install]=120 [build]=400 [smoke]=120 [tests]=500 [memcheck]=240 [racecheck]=240 [synccheck]=240
-  [initcheck]=240 [flashinfer]=400 [quick]=180 [stages]=240 [curve]=580 [curve_256]=240 [profile]=300)
+  [initcheck]=240 [flashinfer]=400 [quick]=180 [stages]=240 [curve]=580 [authors]=240 [profile]=300)
 export python wheels site out root
 export -f "${all[@]}" sanitize
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader 2> /dev/null

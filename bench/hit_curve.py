@@ -1,16 +1,17 @@
 """Time of a decode step against its hit rate, beside exact decode, other libraries and the floor.
 
-    python bench/hit_curve.py [--quick] [--json FILE] [--csv FILE] [--png FOLDER]
+    python bench/hit_curve.py [--quick | --authors] [--json FILE] [--csv FILE] [--png FOLDER]
 
-The sweep of the method's authors: per-head hits with an exact quota (and group decisions, with and
-without anchors), contexts 32K to 127K, batches 1, 16 and 64. Hits are planted in the rings, never
-switched on in the kernels (workload.py), and counted afterwards. How the time is taken:
-timing.py. What the columns mean: bench/README.md.
+Hits per head with an exact quota (and group decisions, with and without anchors), contexts 8K to
+127K, batches 1 to 64. Hits are planted in the rings, never switched on in the kernels
+(workload.py), and counted afterwards. How the time is taken: timing.py. What the columns mean, and
+what the method's authors measured (`--authors`): bench/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -28,12 +29,12 @@ from torch import Tensor
 from workload import Case, PlantedRing, Workload, hit_mask, reuse_config
 
 RATES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.875, 0.9, 0.95, 0.96875, 1.0]
-# Where an option is not given: the authors' sweep on a GPU, what fits a machine's memory on a CPU.
+# Where an option is not given. On a CPU what fits a machine's memory.
 DEFAULTS = {
     "cuda": {
-        "contexts": [32768, 65536, 98304, 126976],
-        "batches": [1, 16, 64],
-        "layouts": ["32/4", "32/8"],
+        "contexts": [8192, 32768, 126976],
+        "batches": [1, 4, 16, 64],
+        "layouts": ["32/8", "32/4", "64/8"],
         "rounds": 60,
         "warmup": 12,
     },
@@ -61,6 +62,17 @@ QUICK = {
         "rounds": 7,
         "warmup": 1,
     },
+}
+# The authors' setting (authors.py), at the points that they publish.
+AUTHORS = {
+    "rates": [0.0, 0.95, 1.0],
+    "contexts": [32768, 126976],
+    "batches": [1, 16, 64],
+    "layouts": ["32/4", "32/8"],
+    "anchors": [0],
+    "age": 64,
+    "entries": 2048,
+    "page_size": 1,
 }
 
 
@@ -104,11 +116,11 @@ def measure_case(
 ) -> dict[str, Any]:
     work = Workload(case, options.device)
     progress.say(f"{case}: peers")
-    peers = make_peers(work, slow=not options.quick)
+    peers = make_peers(work, slow=not options.quick, authors=options.authors)
     progress.say(str(case))
     points = []
     for setting in options.settings:
-        cfg = reuse_config(setting.granularity, setting.anchors)
+        cfg = reuse_config(setting.granularity, setting.anchors, options.entries)
         ring = PlantedRing(work, cfg, options.age)
         call = partial(work.mac, ring.reuse)
         for rate in options.rates:
@@ -193,7 +205,7 @@ def _point_result(
     floor = case.floor(point.ring.reuse.cfg, point.mask, options.age)
     exact_floor = case.floor()
     authors = None
-    if options.device.type == "cuda":
+    if options.authors:
         authors = authors_speedup(case.layout, case.batch, case.context, point.rate)
     by_group = point.mask.view(case.batch, case.num_kv_heads, case.group_size)
     return {
@@ -229,23 +241,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--layouts", nargs="+", help="query/KV heads, for example 32/4 32/8")
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--page-size", type=int, help="16")
     parser.add_argument(
         "--granularity", nargs="+", choices=["head", "group"], default=["head", "group"]
     )
     parser.add_argument(
-        "--anchors", type=int, nargs="+", default=[0, 1024], help="with group decisions"
+        "--anchors", type=int, nargs="+", help="with group decisions (0 1024, and so two curves)"
     )
+    parser.add_argument("--entries", type=int, help="of a ring (512 without anchors, 128 with)")
     parser.add_argument(
         "--age",
         type=int,
-        default=1,
         help="how many steps ago the reused query was: a hit attends afresh to band + age tokens",
     )
     parser.add_argument("--spread", choices=["run", "even"], default="run", help="see hit_mask")
     parser.add_argument("--rounds", type=int, help="timed rounds of every step")
     parser.add_argument("--warmup", type=int)
-    parser.add_argument("--quick", action="store_true", help="a small set, within a minute")
+    parser.add_argument("--warm", action="store_true", help="do not clear the caches in between")
+    preset = parser.add_mutually_exclusive_group()
+    preset.add_argument("--quick", action="store_true", help="a small set, within a minute")
+    preset.add_argument(
+        "--authors", action="store_true", help="the setting of the method's authors, warm caches"
+    )
     parser.add_argument("--json", type=Path, help="write everything here")
     parser.add_argument("--csv", type=Path, help="write a row for every point here")
     parser.add_argument("--png", type=Path, help="draw a picture of every layout in this folder")
@@ -254,9 +271,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.device = torch.device(
         options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     )
-    defaults = {"rates": RATES, **DEFAULTS[options.device.type]}
+    defaults = {
+        **{"rates": RATES, "anchors": [0, 1024], "age": 1, "page_size": 16},
+        **DEFAULTS[options.device.type],
+    }
     if options.quick:
         defaults.update(QUICK[options.device.type])
+    if options.authors:
+        defaults.update(AUTHORS)
+        options.warm = True
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -273,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     command = "python bench/hit_curve.py " + " ".join(sys.argv[1:] if argv is None else argv)
     torch.manual_seed(0)
-    timer = make_timer(options.device, options.rounds, options.warmup)
+    timer = make_timer(options.device, options.rounds, options.warmup, warm=options.warm)
     bandwidth = timer.bandwidth()
     build = machine(options.device)
     cases = [
@@ -283,10 +306,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for batch in options.batches
     ]
     print(f"{build['device']}; mac_attn {build['mac_attn']}, torch {build['torch']}")
+    if build["flashinfer-python"]:
+        print(f"FlashInfer {build['flashinfer-python']}, cuDNN {build['cudnn']}")
     print(f"command: {command}")
+    caches = "warm" if options.warm else "cold"
     print(
-        f"head_dim {options.head_dim}, bfloat16, pages of {options.page_size}, shuffled; the "
-        f"reused query is {options.age} step(s) old; misses: {options.spread}; "
+        f"{caches} caches, head_dim {options.head_dim}, bfloat16, pages of {options.page_size}, "
+        f"shuffled; the reused query is {options.age} step(s) old; misses: {options.spread}; "
         f"median of {options.rounds} after {options.warmup} to warm up"
     )
     print(f"floor: {bandwidth.bytes_per_s / 1e9:.1f} GB/s, {bandwidth.how}")
@@ -307,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results["cases"].append(result)
         progress.print_case(result)
         if options.device.type == "cuda":
+            gc.collect()  # a peer's objects may refer to one another, and hold the case's tensors
             torch.cuda.empty_cache()
         # After every case: a run that is cut short leaves what it has.
         if options.json:

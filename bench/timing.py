@@ -1,4 +1,4 @@
-"""How long a step takes when nothing it reads lies in a cache, on either device.
+"""How long a step takes, on either device, when nothing it reads lies in a cache (or all may).
 
 CUDA: the step is captured in a CUDA graph. One round is
     put back | overwrite the L2 cache, read it over | event | the step's graph | event
@@ -10,6 +10,9 @@ CPU: the steps take turns, and before each a plain loop reads a buffer larger th
 caches on the same threads. What that loop takes is the bandwidth that the steps are compared with:
 on a shared machine another one a minute later is another. Steps that take long are measured in
 fewer of the rounds.
+
+Warm: nothing is read or overwritten in between; a step finds in the caches what the one before it
+left. On CUDA the GPU spins instead, so that it is busy while the CPU enqueues.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ FLUSH_BYTES = 256 * 2**20  # several times the L2 of an H200 (50 MB)
 # 305 after this.
 CPU_FLUSH_BYTES = 768 * 2**20
 COPY_BYTES = 2**30
+SPIN_CYCLES = 400_000  # 200 us at 2 GHz; enqueuing a round takes some 100
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,10 @@ class CudaTimer:
     `budget_s` limits the rounds of one step: at least 5, however long it takes.
     """
 
-    def __init__(self, rounds: int, warmup: int, budget_s: float = 5.0) -> None:
-        self.rounds, self.warmup, self.budget_s = rounds, warmup, budget_s
+    def __init__(
+        self, rounds: int, warmup: int, budget_s: float = 5.0, *, warm: bool = False
+    ) -> None:
+        self.rounds, self.warmup, self.budget_s, self.warm = rounds, warmup, budget_s, warm
         self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
         self._graphs: dict[Callable[[], object], torch.cuda.CUDAGraph] = {}
 
@@ -110,10 +116,13 @@ class CudaTimer:
             count = self.warmup if part == 0 else rounds
             events = []
             for i in range(count):
+                if self.warm:
+                    torch.cuda._sleep(SPIN_CYCLES)
                 if step.put_back is not None:
                     step.put_back()
-                self._flush.fill_(i)
-                self._flush.sum()
+                if not self.warm:
+                    self._flush.fill_(i)
+                    self._flush.sum()
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 graph.replay()
@@ -156,10 +165,12 @@ class CudaTimer:
 
 
 class CpuTimer:
-    """Times steps in turns, each on data that no cache holds. `budget_s` as for `CudaTimer`."""
+    """Times steps in turns, each on data that no cache holds. Arguments as for `CudaTimer`."""
 
-    def __init__(self, rounds: int, warmup: int, budget_s: float = 5.0) -> None:
-        self.rounds, self.warmup, self.budget_s = rounds, warmup, budget_s
+    def __init__(
+        self, rounds: int, warmup: int, budget_s: float = 5.0, *, warm: bool = False
+    ) -> None:
+        self.rounds, self.warmup, self.budget_s, self.warm = rounds, warmup, budget_s, warm
         self._flush = torch.ones(CPU_FLUSH_BYTES // 4, dtype=torch.float32)
         self._flush_times: list[float] = []
         self._loop: Callable[[torch.Tensor], object] = torch.Tensor.sum
@@ -197,7 +208,8 @@ class CpuTimer:
     def _timed(self, step: Step) -> float:
         if step.put_back is not None:
             step.put_back()
-        self._clear_caches()
+        if not self.warm:
+            self._clear_caches()
         start = time.perf_counter()
         step.call()
         return time.perf_counter() - start
@@ -217,9 +229,9 @@ class CpuTimer:
 Timer = CudaTimer | CpuTimer
 
 
-def make_timer(device: torch.device, rounds: int, warmup: int) -> Timer:
+def make_timer(device: torch.device, rounds: int, warmup: int, *, warm: bool = False) -> Timer:
     timer = CudaTimer if device.type == "cuda" else CpuTimer
-    return timer(max(1, rounds), max(1, warmup))
+    return timer(max(1, rounds), max(1, warmup), warm=warm)
 
 
 def read_loop() -> Callable[[torch.Tensor], object]:

@@ -8,7 +8,7 @@ for those heads that are to hit. The kernels run as they always do and find it o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -144,16 +144,24 @@ class Workload:
         return k, v
 
 
-def reuse_config(granularity: str, anchors: int) -> mac_attn.ReuseConfig:
+def reuse_config(
+    granularity: str, anchors: int, entries: int | None = None
+) -> mac_attn.ReuseConfig:
     """The paper's setting with decisions per head (it has no anchors), ours with group decisions.
 
-    Band 256 in both, as in the authors' sweep; 512 entries without anchors, as there.
+    Band 256 in both, as in the authors' sweep. Entries, if not given: 512 without anchors, as in
+    the authors' server (2,048 in their sweep), and with them our default.
     """
-    if granularity == "head":
-        return mac_attn.ReuseConfig.paper()
-    if anchors == 0:
-        return mac_attn.ReuseConfig(anchors=0, entries=512)
-    return mac_attn.ReuseConfig(anchors=anchors)
+    cfg = (
+        mac_attn.ReuseConfig.paper()
+        if granularity == "head"
+        else mac_attn.ReuseConfig(anchors=anchors)
+    )
+    if entries is None and anchors == 0:
+        entries = 512
+    if entries is None:
+        return cfg
+    return replace(cfg, entries=entries, window=max(cfg.window, entries))
 
 
 def hit_mask(case: Case, granularity: str, rate: float, spread: str) -> Tensor:

@@ -36,17 +36,39 @@ MAC_HOST_DEVICE inline MergeWeights merge_weights(float lse1, float lse2) {
   return {w1 / sum, w2 / sum, high + std::log(sum)};
 }
 
-// What is left of an entry's state when the tokens attended anew leave it, moved to the new query:
-//     out = out_entry first + out_replaced second,   lse = ln(exp(lse_entry) - exp(lse_replaced)) + log_ratio.
-// Below this share of the entry's sum it would be rounding errors, and counts as empty.
+// A hit with anchors, from log-sum-exps of the entry's state, of the anchors as its query attends to them and of all
+// that the new query attends to. Without the anchors the entry's sums move by `log_ratio` and join the fresh ones:
+//     out = out_entry entry + out_replaced replaced + out_fresh fresh.
+// As anchors answer for others (sample.h), now and then they leave with more than there was: the sums are signed.
+// What would take most of the fresh sum away is left out.
+constexpr float kLeastOfFresh = 0.25f;
+
+struct HitWeights {
+  float entry;
+  float replaced;
+  float fresh;
+  float lse;
+};
+
+MAC_HOST_DEVICE inline HitWeights hit_weights(float entry, float replaced, float log_ratio, float fresh) {
+  const float taken = std::exp(replaced - entry), moved = entry + log_ratio;
+  const HitWeights without{0.f, 0.f, 1.f, fresh};
+  if (moved == -std::numeric_limits<float>::infinity()) return without;
+  const float high = moved > fresh ? moved : fresh;
+  const float old_sum = std::exp(moved - high), fresh_sum = std::exp(fresh - high);
+  const float sum = old_sum * (1.f - taken) + fresh_sum;
+  if (sum < kLeastOfFresh * fresh_sum) return without;
+  return {old_sum / sum, -taken * old_sum / sum, fresh_sum / sum, high + std::log(sum)};
+}
+
+// Whether what the anchors leave of an entry's sum is little more than rounding errors: the difference, and by what
+// the anchors stand for, `log_light`, so that a difference that happens to be none does not count. Then log_ratio
+// is -inf.
 constexpr float kLeastRest = 1.f / 1024;
 
-MAC_HOST_DEVICE inline MergeWeights rest_weights(float entry, float replaced, float log_ratio) {
-  constexpr float kEmpty = -std::numeric_limits<float>::infinity();
-  if (entry == kEmpty) return {0.f, 0.f, kEmpty};
-  const float taken = std::exp(replaced - entry), share = 1.f - taken;
-  if (share < kLeastRest) return {0.f, 0.f, kEmpty};
-  return {1.f / share, -taken / share, entry + std::log(share) + log_ratio};
+MAC_HOST_DEVICE inline bool nothing_left(float entry, float replaced, float log_light) {
+  const float rest = 1.f - std::exp(replaced - entry);
+  return rest < kLeastRest && rest > -kLeastRest && std::exp(log_light - entry) < kLeastRest;
 }
 
 }  // namespace mac_attn

@@ -69,7 +69,7 @@ def check_clear(step: Step, margin: float = 1e-5) -> None:
                 gap = (finite[1] - finite[0]) / finite[0] if finite[0] else math.inf
                 assert gap > margin, f"scores {finite[:2]} are a near tie"
         if head.rest is not None:
-            near = (head.rest - reference.LEAST_REST).abs() < 10 * margin
+            near = (head.rest.abs() - reference.LEAST_REST).abs() < 10 * margin
             assert not near.any(), f"the rest {head.rest} is as little as what counts as empty"
 
 

@@ -160,16 +160,17 @@ def check(problem: Problem, draws: Draws, rounding: float) -> None:
     ratio, truth = ratios[0] / ratios[1], exact[0] / exact[1]
     check_bias(ratio - truth, "rho")
 
-    error = []  # what the output is off by, beside one that knows rho
+    size = min(problem.cfg.anchors, old // 6)
+    counts = torch.where(taken, 1 + 1 / (1 / a + size / old), 0.0)
+    error = []  # what the output is off by, beside the exact one
     for g in range(GROUP):
-        now, then = problem.now[g], problem.then[g, :old]
-        shifts = torch.stack([truth[g], ratio[g]]).log()[..., None]  # [2, N, 1]
-        logits = torch.where(taken, now[:old], then + shifts)
-        logits = torch.cat([logits, now[old:].expand(2, count, -1)], dim=-1)
-        want = logits.softmax(-1) @ problem.v.double()
-        off = (draws.out[:, g].double() - want[1]).abs().max()
+        now, then = problem.now[g].exp(), problem.then[g, :old].exp()
+        weights = counts * now[:old] + ratio[g][:, None] * (1 - counts) * then
+        weights = torch.cat([weights, now[old:].expand(count, -1)], dim=-1)
+        want = weights @ problem.v.double() / weights.sum(-1, keepdim=True)
+        off = (draws.out[:, g].double() - want).abs().max()
         assert off < rounding, f"out of head {g} is not that of its sample: {off}"
-        error.append(draws.out[:, g].double() - want[0])
+        error.append(draws.out[:, g].double() - now @ problem.v.double() / now.sum())
     check_bias(torch.stack(error).permute(0, 2, 1), "out")
 
 

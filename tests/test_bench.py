@@ -58,6 +58,23 @@ def test_hit_curve(tmp_path):
     assert len(rows) == 1 + len(case["points"])
 
 
+def test_the_authors_setting(tmp_path):
+    import hit_curve
+
+    result = hit_curve.main([*TINY, "--authors", "--batches", "1", "--rounds", "3"])
+    options = result["options"]
+    assert (options["age"], options["entries"], options["page_size"]) == (64, 2048, 1)
+    assert options["warm"] is True
+    (case,) = result["cases"]
+    (peer,) = case["peers"]  # their FlashInfer alone, timed or named with the reason
+    assert peer["name"] == "FlashInfer" and (peer["variants"] or peer["problems"])
+    assert {(p["granularity"], p["anchors"]) for p in case["points"]} == {("head", 0), ("group", 0)}
+    # A hit attends afresh to band and age, keys and values of 2 KV heads of 64 in two bytes each.
+    (all_hit,) = (p for p in case["points"] if p["granularity"] == "group" and p["rate"] == 1)
+    fresh = (256 + 64) * 2 * 2 * 64 * 2
+    assert fresh < all_hit["bytes"] < 2305 * 2 * 2 * 64 * 2
+
+
 def test_stages(tmp_path):
     import stages
 

@@ -139,6 +139,7 @@ struct Running {
   float* out;             // [kHeads, D]
   float* light;           // [kHeads] sum of a exp(logit - max)
   const float* a;         // [kBlock] of anchors, else null
+  const float* counts;    // [kBlock] how many tokens each of those is counted as
   const float* last_lse;  // [kHeads] while a sample is drawn, else null
   float* weight;          // [kBlock] then raised to each head's exp(logit - last_lse)
   float scale;            // of the logits
@@ -173,12 +174,17 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
       store(row + t, weight);
       sum += weight;
     }
-    state.sum[h] = state.sum[h] * rescale[h] + hsum(sum);
     if (state.a) {
-      vf light = vf{};
-      for (int t = 0; t < kBlock; t += kLanes) light += load(row + t) * load(state.a + t);
+      vf light = sum = vf{};
+      for (int t = 0; t < kBlock; t += kLanes) {
+        const vf weight = load(row + t), counted = weight * load(state.counts + t);
+        light += weight * load(state.a + t);
+        store(row + t, counted);
+        sum += counted;
+      }
       state.light[h] = state.light[h] * rescale[h] + hsum(light);
     }
+    state.sum[h] = state.sum[h] * rescale[h] + hsum(sum);
     if (state.last_lse) {
       const float factor = std::exp(base - state.last_lse[h]);
       for (int t = 0; t < kBlock; t += kLanes) {
@@ -247,11 +253,11 @@ MAC_INLINE int num_tiles(int group_size) {
 }
 
 // The first `heads` query heads of a KV head attend to rows, the first of which is `token`, or to anchors of these
-// weights `a`.
+// weights `a`, counted as `counts`.
 template <typename T>
 void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state,
-            int kv_head, int heads, int token, const float* a, const Rows<T>& rows, const Rows<T>& next,
-            Stream& stream) {
+            int kv_head, int heads, int token, const float* a, const float* counts, const Rows<T>& rows,
+            const Rows<T>& next, Stream& stream) {
   using Q = typename QueryType<T>::type;
   const int G = p.shape.group_size, D = p.shape.head_dim;
   const int64_t group_index = static_cast<int64_t>(task.request) * p.shape.num_kv_heads + kv_head;
@@ -268,6 +274,7 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
                           state.out + static_cast<int64_t>(head) * D,
                           state.light + head,
                           a,
+                          counts,
                           draws ? group.last_lse + h : nullptr,
                           weight,
                           scale};
@@ -301,7 +308,7 @@ void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask
   struct Listed {
     Block block;
     int kv_head;
-    alignas(64) float a[kBlock];
+    alignas(64) float a[kBlock], counts[kBlock];
   };
   int32_t at = task.begin;
   const auto find_next = [&](Listed& listed) {
@@ -314,6 +321,7 @@ void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask
     find_listed(p, task.request, group.anchors + first, count, listed.block);
     std::fill(listed.a, listed.a + kBlock, 0.f);
     std::copy(group.anchor_weights + first, group.anchor_weights + first + listed.block.count, listed.a);
+    for (int t = 0; t < kBlock; ++t) listed.counts[t] = counted(listed.a[t], group.density);
     at += listed.block.count;
   };
   // They lie anywhere, so what is waited for is memory's latency: rows are asked for two blocks ahead, steadily,
@@ -331,8 +339,8 @@ void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask
     Stream stream;
     if (after.block.count > 0) stream.add_listed<T>(p, after.block, after.kv_head);
     const Rows<T> rows = rows_of(listed), next = following.block.count > 0 ? rows_of(following) : rows;
-    attend<T>(p, work, task, now, listed.kv_head, G, 0, listed.a, rows, next, stream);
-    attend<T>(p, work, task, then, listed.kv_head, G, 0, listed.a, rows, next, stream);
+    attend<T>(p, work, task, now, listed.kv_head, G, 0, listed.a, listed.counts, rows, next, stream);
+    attend<T>(p, work, task, then, listed.kv_head, G, 0, listed.a, listed.counts, rows, next, stream);
   }
 }
 
@@ -382,7 +390,8 @@ void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask&
       for (int t = std::max(first, start[0]); t < end;) {
         while (heads < G && start[heads] <= t) ++heads;
         const int cut = heads < G ? std::min(end, start[heads]) : end;
-        attend<T>(p, work, task, state, order[j], heads, t, nullptr, rows.from(t - first, cut - t), next, stream);
+        attend<T>(p, work, task, state, order[j], heads, t, nullptr, nullptr, rows.from(t - first, cut - t), next,
+                  stream);
         t = cut;
       }
     }

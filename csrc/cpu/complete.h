@@ -1,7 +1,9 @@
 // Complete: merge the parts, write the output and, if it may be reused, the new entry.
 //
-//   carried = old on a miss; reused (+) old on a hit without anchors; with them what rest_weights leaves of reused
-//   out = carried (+) fresh (+) sink        entry p = (q_match, q, carried, anchors, depth)
+//   carried = old on a miss; reused (+) old on a hit without anchors
+//   out = carried (+) fresh; by hit_weights on a hit with anchors, which nobody reuses
+//   entry p = (q_match, q, carried, anchors, depth)
+//   a sink joins `out` and its log-sum-exp, and nothing else
 //
 // Tasks: (request, KV head). Traffic: two states, one record of the ring read and perhaps one entry written.
 
@@ -10,7 +12,16 @@ MAC_INLINE void write_row(T* to, const float* a, float wa, const float* b, float
   for (int d = 0; d < head_dim; d += kLanes) store(to + d, load(a + d) * wa + load(b + d) * wb);
 }
 
-// One query head's output from its carried state. Returns the log-sum-exp of the tokens, without a sink.
+// Writes the log-sum-exp that a head answers from that of its tokens; returns their share of it, which is all but
+// for a sink.
+MAC_INLINE float write_lse(const CompleteParams& p, int request, int head, float lse) {
+  const bool has_sink = p.sinks && p.requests.seq_lens[request] != 0;
+  const MergeWeights w = has_sink ? merge_weights(lse, p.sinks[head]) : MergeWeights{1.f, 0.f, lse};
+  p.lse[static_cast<int64_t>(request) * p.shape.num_qo_heads() + head] = w.lse;
+  return w.first;
+}
+
+// One query head's output from its carried state; returns the log-sum-exp of its tokens.
 template <typename T>
 float write_out(const CompleteParams& p, int request, int head, const float* carried, float carried_lse) {
   const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
@@ -18,11 +29,28 @@ float write_out(const CompleteParams& p, int request, int head, const float* car
   const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
   const MergeWeights w = merge_weights(carried_lse, p.state_lse[fresh_row]);
   T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
-  const bool has_sink = p.sinks && p.requests.seq_lens[request] != 0;
-  const MergeWeights tokens = has_sink ? merge_weights(w.lse, p.sinks[head]) : MergeWeights{1.f, 0.f, w.lse};
-  const float first = w.first * tokens.first, second = w.second * tokens.first;
-  write_row(out, carried, first, p.states + fresh_row * D, second, D);
-  p.lse[row] = tokens.lse;
+  const float share = write_lse(p, request, head, w.lse);
+  write_row(out, carried, w.first * share, p.states + fresh_row * D, w.second * share, D);
+  return w.lse;
+}
+
+// One query head's output on a hit with anchors; returns the log-sum-exp of its tokens.
+template <typename T>
+float write_hit(const CompleteParams& p, int request, int kv_head, int g) {
+  const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads(), head = kv_head * p.shape.group_size + g;
+  const int64_t slot = p.requests.slots[request], row = static_cast<int64_t>(request) * Hq + head;
+  const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
+  const int place = p.matched.place[row];
+  HitWeights w =
+      hit_weights(p.ring.lse(slot, kv_head, place)[g], p.state_lse[row], p.log_ratio[row], p.state_lse[fresh_row]);
+  const float* entry = p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * D;
+  const float *replaced = p.states + row * D, *fresh = p.states + fresh_row * D;
+  T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
+  const float share = write_lse(p, request, head, w.lse);
+  w.entry *= share, w.replaced *= share, w.fresh *= share;
+  for (int d = 0; d < D; d += kLanes) {
+    store(out + d, load(entry + d) * w.entry + load(replaced + d) * w.replaced + load(fresh + d) * w.fresh);
+  }
   return w.lse;
 }
 
@@ -45,8 +73,7 @@ MAC_INLINE void carry(const CompleteParams& p, int64_t slot, int kv_head, int64_
   }
   const int place = p.matched.place[row];
   const float reused_lse = p.ring.lse(slot, kv_head, place)[g];
-  const MergeWeights w = p.ring.layout.shape.anchors > 0 ? rest_weights(reused_lse, old_lse, p.log_ratio[row])
-                                                         : merge_weights(reused_lse, old_lse);
+  const MergeWeights w = merge_weights(reused_lse, old_lse);
   write_row(out, p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * D, w.first, old, w.second, D);
   to.lse[g] = w.lse;
   to.depth[g] = next_depth(p.ring.depth(slot, kv_head, place)[g]);
@@ -93,15 +120,21 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
   int hits = 0, start = n, least_depth = INT32_MAX;
   for (int g = 0; g < G; ++g) {
     const int32_t source = p.matched.source[group * G + g];
-    carry(p, slot, kv_head, group * G + g, g, carried);
-    const float* state = carried.out + static_cast<int64_t>(g) * D;
-    p.ring.last_lse(slot, kv_head)[g] = write_out<T>(p, request, first + g, state, carried.lse[g]);
+    float& last_lse = p.ring.last_lse(slot, kv_head)[g];
+    if (S > 0 && source != kMiss) {
+      last_lse = write_hit<T>(p, request, kv_head, g);
+      carried.depth[g] = next_depth(p.ring.depth(slot, kv_head, p.matched.place[group * G + g])[g]);
+    } else {
+      carry(p, slot, kv_head, group * G + g, g, carried);
+      const float* state = carried.out + static_cast<int64_t>(g) * D;
+      last_lse = write_out<T>(p, request, first + g, state, carried.lse[g]);
+    }
     hits += source != kMiss;
     start = std::min(start, source == kMiss ? 0 : band_start(source, p.band));
     least_depth = std::min(least_depth, carried.depth[g]);
   }
   const int old_end = band_start(n - 1, p.band), size = sample_size(S, old_end);
-  const bool drawn = S == 0 || (sampled >= 0 && sampled <= kCandidateRoom * size);
+  const bool drawn = S == 0 || (hits == 0 && sampled >= 0 && sampled <= kCandidateRoom * size);
   const bool stores = old_end > 0 && least_depth < p.max_reuse_depth && drawn;
   if (stores) store_entry<T>(p, request, kv_head, stored % M, carried);
   *p.ring.stored(slot, kv_head) = stores ? next_stored(stored, M) : stored;

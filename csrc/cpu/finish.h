@@ -134,17 +134,22 @@ inline void finish_group(const AmendParams& p, const AmendWork& work, int64_t gr
   float* out = scratch.array<float>(0, D);
   for (int g = 0; g < G; ++g) {
     const int64_t row = group_index * G + g;
-    float log_light[kNumSpans];
+    float log_light[kNumSpans], lse[kNumSpans];
     for (int span = 0; span < kNumSpans; ++span) {
       Total total{-std::numeric_limits<float>::infinity(), 0.f, 0.f, out};
       merge_partials(p, work, request, kv_head * G + g, static_cast<Span>(span), hit, total);
       write_state(p, static_cast<Span>(span), row, total, unit);
       log_light[span] = total.max + std::log(total.light);
+      lse[span] = p.lse[span * static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads() + row];
     }
-    // Without a token that stands for others nothing is known of those.
+    if (!p.matched.source) continue;
+    p.log_ratio[row] = 0.f;
+    if (!hit) continue;
     constexpr float kNone = -std::numeric_limits<float>::infinity();
-    if (p.matched.source)
-      p.log_ratio[row] = !hit || log_light[kOld] == kNone ? 0.f : log_light[kFresh] - log_light[kOld];
+    const float entry = p.ring.lse(p.requests.slots[request], kv_head, p.matched.place[row])[g];
+    // Without a token that stands for others nothing is known of those.
+    if (log_light[kOld] != kNone) p.log_ratio[row] = log_light[kFresh] - log_light[kOld];
+    if (nothing_left(entry, lse[kOld], log_light[kOld])) p.log_ratio[row] = kNone;
   }
   if (p.matched.source) write_sample(p, work, group_index, scratch);
 }

@@ -76,6 +76,7 @@ struct AmendGroup {
   const int32_t* anchors = nullptr;
   const float* anchor_weights = nullptr;
   int32_t num_anchors = 0;
+  float density = 0.f;  // see `counted`
   bool hit = false;
   // A miss that draws a sample: where its candidates go, of how many there is room for; see sample.h.
   int64_t candidates = -1;

@@ -12,6 +12,8 @@
 // Q is the queries' type, T what the cache holds: the same, or fp8.
 #pragma once
 
+#include <type_traits>
+
 #include "finish.cuh"
 #include "ptx/barrier.h"
 #include "warp_state.cuh"
@@ -111,30 +113,39 @@ struct Replaced {
     state.load_query(p.ring.rotated<Q>(slot, piece.kv_head, piece.work.place), kHeadDim, p.shape.group_size, scale,
                      shared);
   }
-  // a of the lane's two tokens of a strip, from place `first` of the list on.
-  MAC_DEVICE static void load_weights(const AmendParams& p, const Piece& piece, int first, float (&a)[2]) {
+  // Of the strip from place `first` of the list on.
+  MAC_DEVICE static Counted load_weights(const AmendParams& p, const Piece& piece, int first) {
     const int64_t slot = p.requests.slots[piece.request];
     const float* list = p.ring.anchor_weights(slot, piece.kv_head, piece.work.place);
+    const float density = sample_density(p.num_anchors, piece.work.start);
+    Counted of{};
     for (int i = 0; i < 2; ++i) {
       const int place = first + ptx::lane_id() / 4 + 8 * i;
-      a[i] = place < p.num_anchors ? list[place] : 0.f;
+      const float a = place < p.num_anchors ? list[place] : 0.f, count = counted(a, density);
+      of.lift[i] = ptx::lg2(count), of.light[i] = ptx::divide(a, count);
     }
+    return of;
   }
   MAC_DEVICE void attend(const AmendParams& p, const int* starts, const T* stage, const Factor<T>* query,
-                         int first_token, uint32_t valid, const float (&a)[2]) {
+                         int first_token, uint32_t valid, const Counted& counted) {
     float x[kHeadBlocks][4];
     warp_logits(p, state, starts, stage, query, first_token, valid, x);
+    lift(x, counted);
     raise_max(state, x);
-    add_light(state, x, a);
+    add_light(state, x, counted);
     add_values(state, x, stage);
     state.anchors += ptx::count_bits(valid & 0xffffu);
   }
 };
 
+// In registers, or in shared memory where there are none left.
+template <int kHeadDim, int kHeadBlocks>
+using HeldPiece = std::conditional_t<kHeadDim * kHeadBlocks == kMostReplaced, const Piece&, const Piece>;
+
 template <typename Q, typename T, int kHeadDim, int kHeadBlocks>
-MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const Piece& piece) {
+MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, HeldPiece<kHeadDim, kHeadBlocks> piece,
+                            int& bad_page) {
   using Stage = Stage<kHeadDim, T>;
-  static_assert(sizeof(SampleScratch) <= kWarps * Stage::kCount * Stage::kBytes, "it fits where the stages were");
   constexpr bool kReplaces = Replaced<T, kHeadDim, kHeadBlocks>::kFits;
   __shared__ int starts[8 * kHeadBlocks];
   __shared__ typename Sampler<kHeadBlocks>::Shared sampler_shared[kWarps];
@@ -163,13 +174,14 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
   for (int ahead = piece.begin;; ++ahead) {
     if (ahead > piece.begin && ahead <= piece.end) {
       load_stage<T, kHeadDim>(p, w, piece, row,
-                              stages + (ahead - 1 - piece.begin) % Stage::kCount * Stage::kElements);
+                              stages + (ahead - 1 - piece.begin) % Stage::kCount * Stage::kElements, &bad_page);
     }
     ptx::cp_async_commit();
     if (ahead < piece.end) row = find_row(p, w, piece, ahead, warp);
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
     if (ahead == piece.begin) {
       load_starts<kHeadBlocks>(p, piece, starts);
+      if (threadIdx.x == 0) bad_page = 0;
       const int first_head = piece.head_tile * kMaxTileHeads;
       const int64_t head = static_cast<int64_t>(piece.kv_head) * p.shape.group_size + first_head;
       state.load_query(
@@ -184,8 +196,10 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
       sampler.begin(p, piece, sampler_shared[warp]);
       if (kReplaces && tokens.anchors) replaced.template load_query<Q>(p, piece, scale, replaced_query);
     }
-    float a[2];
-    if (kReplaces && tokens.anchors) replaced.load_weights(p, piece, first, a);
+    Counted counted;
+    if (kReplaces && tokens.anchors) counted = replaced.load_weights(p, piece, first);
+    const bool draws = sampler.draws && piece.span(tile) == kOld;
+    const float bound = draws ? ptx::lg2(uniform(sampler.shared->seed, first + sampler.token_of_lane())) : 0.f;
     ptx::cp_async_wait<Stage::kCount - 1>();
     ptx::sync_warp();  // the stage is filled for all lanes
 
@@ -195,19 +209,15 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
       const auto there = static_cast<uint32_t>(valid >> (kWarpTokens * Stage::kCount));
       const int first_token = tokens.anchors ? piece.work.start : first;  // where all heads attend to all of them
       warp_logits(p, state, starts, stage, query, first_token, there, x);
+      if (kReplaces && tokens.anchors) lift(x, counted);
       raise_max(state, x);
-      const bool draws = sampler.draws && piece.span(tile) == kOld;
-      float lead = 0.f, bound = 0.f;
-      if (draws) {
-        lead = sampler.lead(x);
-        bound = ptx::lg2(uniform(sampler.shared->seed, first + sampler.token_of_lane()));
-      }
+      const float lead = draws ? sampler.lead(x) : 0.f;
       add_values(state, x, stage);
       if (draws && ptx::ballot(lead > bound)) sampler.take(p, w, piece.kv_group(p), first, lead, bound);
       if constexpr (kReplaces) {
         if (tokens.anchors) {
-          add_light(state, x, a);
-          replaced.attend(p, starts, stage, replaced_query, first_token, there, a);
+          add_light(state, x, counted);
+          replaced.attend(p, starts, stage, replaced_query, first_token, there, counted);
         }
       }
     }
@@ -226,7 +236,6 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
     }
     if (at_end) {
       if (piece.span(tile) == kFresh) write_partial(w, state, scratch, partial + kFresh, value_scale);
-      leave_kv_head<kHeadDim>(p, w, piece, shared);
       break;
     }
     slot = slot + 1 == Stage::kCount ? 0 : slot + 1;
@@ -234,9 +243,9 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, const
   ptx::cp_async_wait<0>();
 }
 
-// Asks for the queries and the bands, which are read whatever match answers, while match is still looking. The
-// lengths and pages that this goes by may still be written by the launches before: a wrong one is a prefetch in
-// vain, within the caches all the same.
+// Asks for the queries, page numbers and bands, which are read whatever match answers, while match is still
+// looking. The lengths and pages that this goes by may still be written by the launches before: a wrong one is a
+// prefetch in vain, within the caches all the same.
 template <typename Q, typename T, int kHeadDim>
 MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
   constexpr int kQueryLine = 64, kQueryLines = (kHeadDim + kQueryLine - 1) / kQueryLine;
@@ -249,6 +258,15 @@ MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
     const Q* query =
         static_cast<const Q*>(p.query.data) + row / Hq * p.query.batch_stride + row % Hq * p.query.head_stride;
     for (int i = 0; i < kQueryLines; ++i) ptx::prefetch_l2(query + i * kQueryLine);
+  }
+  // A hit finds its anchors on pages from all over.
+  constexpr int kIds = 32, kMostLines = 4;  // of the table; of a thread
+  const int lines = static_cast<int>((w.max_pages + kIds - 1) / kIds);
+#pragma unroll 1
+  for (int i = thread; int64_t{B} * lines <= kMostLines * threads && i < B * lines; i += threads) {
+    const int request = i / lines, first = i % lines * kIds;
+    if (int64_t{first} * p.kv.page_size >= p.requests.seq_lens[request]) continue;
+    ptx::prefetch_l2(p.kv.block_table + request * p.kv.block_table_stride + first);
   }
   const int64_t rows = int64_t{B} * p.band * H;
   if (rows * kHeadDim * 2 * static_cast<int>(sizeof(T)) > kMostBytes) return;
@@ -276,20 +294,31 @@ constexpr int ctas_per_processor(int head_dim) {
 
 template <typename Q, int kHeadDim, int kHeadBlocks, typename T = Q>
 __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
-    amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
-  if (p.matched.source) prefetch_bands<Q, T, kHeadDim>(p, w);
-  ptx::grid_dependency_wait();  // match's answer
-  const Share share = share_out(p, w);
+    amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w,
+                 const __grid_constant__ CompleteParams c) {
+  if (p.matched.source) {
+    prefetch_bands<Q, T, kHeadDim>(p, w);
+    ptx::grid_dependency_wait();  // match's answer
+  }
+  __shared__ Share shares[kThreads];  // each thread's: here, as registers are short with the largest heads
+  Share& share = shares[threadIdx.x];
+  share = share_out(p, w);
   ptx::grid_dependency_launch();
-  __shared__ int next;
+  __shared__ int next, bad_page;
+  __shared__ Piece piece;
   const int ctas = gridDim.x;
   int number = blockIdx.x;
 #pragma unroll 1
   while (number < share.all_pieces) {
-    const Piece piece = find_piece(p, w, share, number);
+    find_piece(p, w, share, number, piece);
     int drawn = 0;
-    if (threadIdx.x == 0 && share.all_pieces > ctas) drawn = ptx::atomic_add(w.drawn, 1);
-    amend_piece<Q, T, kHeadDim, kHeadBlocks>(p, w, piece);
+    if (threadIdx.x == 0 && share.all_pieces > ctas) {
+      ptx::grid_dependency_wait();  // without reuse, as in leave_kv_head
+      drawn = ptx::atomic_add(w.drawn, 1);
+    }
+    amend_piece<Q, T, kHeadDim, kHeadBlocks>(p, w, piece, bad_page);
+    // Read once more, so that no register holds it meanwhile.
+    leave_kv_head<Q, T, kHeadDim>(p, w, c, Piece(piece), dynamic_shared(), bad_page);
     if (share.all_pieces <= ctas) break;
     if (threadIdx.x == 0) {
       next = ctas + drawn;

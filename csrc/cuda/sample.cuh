@@ -1,5 +1,5 @@
 // The sample of old tokens that a miss keeps as its entry's anchors: drawn by the warps while they stream over the
-// tokens, cut and sorted by the CTA that finishes the KV head. See ../sample.h.
+// tokens, cut and put in order by the CTA that finishes the KV head. See ../sample.h.
 //
 // Everything is log2 and relative to tau: a token's `lead` is log2(w / tau), its key log2(w / tau / u). Traffic: 8
 // bytes of every candidate, written once and read twice.
@@ -39,7 +39,6 @@ struct Sampler {
   int count;
   Shared* shared;
 
-  // A barrier of the warp has to follow.
   MAC_DEVICE void begin(const AmendParams& p, const Piece& piece, Shared& room) {
     const float tau = piece.begin < piece.work.old_tiles ? sample_tau(p, piece) : 0.f;
     draws = tau > 0.f, count = 0, shared = &room;
@@ -48,6 +47,7 @@ struct Sampler {
     const float* last_lse = p.ring.last_lse(p.requests.slots[piece.request], piece.kv_head);
     const int g = ptx::lane_id();
     if (g < 8 * kHeadBlocks) room.bar[g] = g < p.shape.group_size ? last_lse[g] * kLog2E + ptx::lg2(tau) : INFINITY;
+    ptx::sync_warp();
   }
   // Which token of a strip a lane answers for, with one other: they have half of its heads each.
   MAC_DEVICE static int token_of_lane() { return ptx::lane_id() / 4 + ptx::lane_id() % 2 * 8; }
@@ -91,104 +91,150 @@ struct Sampler {
   }
 };
 
-// What the candidates are cut and sorted in: shared memory that the stages no longer need.
-struct SampleScratch {
-  uint32_t key[kCandidateRoom * kMaxAnchors];  // positive floats, whose bits are ordered like them
-  unsigned long long chosen[kMaxAnchors];      // position and lead, so that the order is the positions'
+// What the candidates are cut and put in order in: shared memory that the stages no longer need.
+struct alignas(16) SampleScratch {
+  static constexpr int kBins = 2048;
+  union {
+    uint32_t key[kCandidateRoom * kMaxAnchors];  // positive floats, whose bits are ordered like them
+    struct {
+      Candidate token[kMaxAnchors];
+      int end[kBins];  // of a bin of positions: where its tokens end in `token`
+    } sorted;
+  };
+  union {
+    int bin[kBins];  // keys with a digit
+    Candidate chosen[kMaxAnchors];
+  };
 };
+// Of every thread, side by side.
+constexpr int kThreadBins = SampleScratch::kBins / kThreads;
 
-// The (wanted + 1)-th largest of the keys, of which there are more than `wanted`. The whole block takes part.
+MAC_DEVICE int sum_of_bins(const int* bins) {
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < kThreadBins; i += 4) {
+    const uint4 four = ptx::load_16(bins + i);
+    sum += static_cast<int>(four.x + four.y + four.z + four.w);
+  }
+  return sum;
+}
+
+MAC_DEVICE void clear_bins(int* bins) {
+#pragma unroll
+  for (int i = 4 * threadIdx.x; i < SampleScratch::kBins; i += 4 * kThreads) ptx::store_16(bins + i, {0, 0, 0, 0});
+}
+
+// The (wanted + 1)-th largest of the keys, of which there are more than `wanted`: one digit after another, by
+// counting. The whole block takes part.
 MAC_DEVICE uint32_t first_key_cut(SampleScratch& scratch, int count, int wanted) {
-  __shared__ int warp_counts[2][kWarps];
-  uint32_t cut = 0;
+  __shared__ int warp_sum[kWarps], digit, greater;
+  uint32_t cut = 0;  // its bits from `known` on; the sign is 0
 #pragma unroll 1
-  for (int bit = 30; bit >= 0; --bit) {
-    const uint32_t trial = cut | 1u << bit;
-    int above = 0;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += kThreads) above += scratch.key[i] >= trial;
-    above = ptx::reduce_add(above);
-    int (&warp_count)[kWarps] = warp_counts[bit % 2];
-    if (ptx::lane_id() == 0) warp_count[threadIdx.x / 32] = above;
+  for (int known = 31, shift = 20; known > 0; known = shift, shift -= 10) {
+    clear_bins(scratch.bin);
     ptx::sync_block();
-    above = 0;
-    for (int i = 0; i < kWarps; ++i) above += warp_count[i];
-    if (above > wanted) cut = trial;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const uint32_t key = scratch.key[i];
+      // A bin more than the digit has bits is one that all of these keys have.
+      if ((key ^ cut) >> known == 0) ptx::atomic_add(&scratch.bin[(key >> shift) % SampleScratch::kBins], 1);
+    }
+    ptx::sync_block();
+    // From the greatest digit down.
+    int bin = SampleScratch::kBins - 1 - static_cast<int>(threadIdx.x) * kThreadBins, all = 0;
+    const int mine = sum_of_bins(scratch.bin + bin - (kThreadBins - 1));
+    int before = sum_before(mine, warp_sum, all);
+    if (before <= wanted && wanted < before + mine) {
+      for (; before + scratch.bin[bin] <= wanted; --bin) before += scratch.bin[bin];
+      digit = bin, greater = before;
+    }
+    ptx::sync_block();
+    cut |= static_cast<uint32_t>(digit) << shift;
+    wanted -= greater;
   }
   return cut;
 }
 
-// Sorts by position, bitonically. The whole block takes part.
-MAC_DEVICE void sort_chosen(SampleScratch& scratch, int count) {
-  int padded = 1;
-  while (padded < count) padded *= 2;
-#pragma unroll 1
-  for (int i = count + threadIdx.x; i < padded; i += kThreads) scratch.chosen[i] = ~0ull;
-  ptx::sync_block();
-#pragma unroll 1
-  for (int run = 2; run <= padded; run *= 2) {
-#pragma unroll 1
-    for (int stride = run / 2; stride > 0; stride /= 2) {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < padded / 2; i += kThreads) {
-        const int low = (i & ~(stride - 1)) * 2 + (i & (stride - 1)), high = low + stride;
-        const unsigned long long a = scratch.chosen[low], b = scratch.chosen[high];
-        if ((a > b) == ((low & run) == 0)) scratch.chosen[low] = b, scratch.chosen[high] = a;
-      }
-      ptx::sync_block();
-    }
-  }
-}
-
-// Cuts the sample that a KV head has drawn and sorts it; returns how many are left. `raise`: log2 of what tau has
+// Cuts the sample that a KV head has drawn; returns how many are left, in `chosen`. `raise`: log2 of what tau has
 // risen to, by tau. The whole block takes part.
-MAC_DEVICE int choose_sample(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, bool served,
+MAC_DEVICE int choose_sample(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, int count,
                              SampleScratch& scratch, float& raise) {
   __shared__ int num_chosen;
-  const int size = sample_size(p.num_anchors, piece.work.old_end), group = piece.kv_group(p);
-  const int sampled = ptx::load_volatile(w.sampled + group);
-  const int count = served && sampled <= kCandidateRoom * size ? sampled : 0;
+  const int size = sample_size(p.num_anchors, piece.work.old_end);
   const uint32_t seed = sample_seed(piece.work.seq_len - 1, piece.kv_head, p.layer);
-  const Candidate* candidates = w.candidate + static_cast<int64_t>(group) * kCandidateRoom * p.num_anchors;
-#pragma unroll 4
+  const Candidate* candidates =
+      w.candidate + static_cast<int64_t>(piece.kv_group(p)) * kCandidateRoom * p.num_anchors;
+#pragma unroll 8
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const Candidate c = candidates[i];
     scratch.key[i] = float_bits(c.lead - ptx::lg2(uniform(seed, c.token)));
   }
   if (threadIdx.x == 0) num_chosen = 0;
   ptx::sync_block();
-  if (threadIdx.x == 0) {
-    w.sampled[group] = 0;  // as the next call wants to find it; all have read it
-    if (served) p.sampled[group] = sampled;
-  }
   const uint32_t cut = count > size ? first_key_cut(scratch, count, size) : 0;
-#pragma unroll 1
+#pragma unroll 8
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    if (count > size && scratch.key[i] <= cut) continue;
     const Candidate c = candidates[i];
-    const auto token = static_cast<unsigned long long>(c.token);
-    scratch.chosen[ptx::atomic_add(&num_chosen, 1)] = token << 32 | float_bits(c.lead);
+    if (scratch.key[i] > cut || count <= size) scratch.chosen[ptx::atomic_add(&num_chosen, 1)] = c;
   }
   ptx::sync_block();
   raise = bits_float(cut);
-  const int chosen = num_chosen;
-  sort_chosen(scratch, chosen);
-  return chosen;
+  return num_chosen;
 }
 
-// Writes the anchors of a KV head's new entry: none, if it has drawn no sample. The whole block takes part.
-MAC_DEVICE void write_sample(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, bool served,
-                             SampleScratch& scratch) {
+// Writes the chosen in the order of their positions, so that it does not hang on that of the threads: they are
+// counted by bins of positions, few for each, and within a bin compared. The whole block takes part.
+MAC_DEVICE void write_in_order(SampleScratch& scratch, int count, int old_end, float raise, int32_t* anchors,
+                               float* weights) {
+  __shared__ int warp_sum[kWarps];
+  int shift = 0, all = 0;
+  while ((old_end - 1) >> shift >= SampleScratch::kBins) ++shift;
+  int* end = scratch.sorted.end;
+  clear_bins(end);
+  ptx::sync_block();
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count; i += kThreads) ptx::atomic_add(&end[scratch.chosen[i].token >> shift], 1);
+  ptx::sync_block();
+  int* bins = end + threadIdx.x * kThreadBins;
+  uint32_t before = sum_before(sum_of_bins(bins), warp_sum, all);
+#pragma unroll
+  for (int i = 0; i < kThreadBins; i += 4) {
+    const uint4 four = ptx::load_16(bins + i);
+    const uint32_t second = before + four.x, third = second + four.y, fourth = third + four.z;
+    ptx::store_16(bins + i, {before, second, third, fourth});
+    before = fourth + four.w;
+  }
+  ptx::sync_block();
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const Candidate c = scratch.chosen[i];
+    scratch.sorted.token[ptx::atomic_add(&end[c.token >> shift], 1)] = c;
+  }
+  ptx::sync_block();
+#pragma unroll 2
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const Candidate c = scratch.sorted.token[i];
+    const int bin = c.token >> shift;
+    int place = bin > 0 ? end[bin - 1] : 0;
+    for (int other = place; other < end[bin]; ++other) place += scratch.sorted.token[other].token < c.token;
+    anchors[place] = c.token, weights[place] = fmaxf(ptx::ex2(raise - c.lead) - 1.f, 0.f);
+  }
+}
+
+// Writes the anchors of a KV head's new entry, S each: none, if it has drawn no sample or more than there is room
+// for. `sampled`: candidates, kNotSampled for none. The whole block takes part.
+MAC_DEVICE void write_sample(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, int sampled,
+                             SampleScratch& scratch, int32_t* anchors, float* weights) {
+  const int room = kCandidateRoom * sample_size(p.num_anchors, piece.work.old_end);
   float raise = 0.f;
-  const int S = p.num_anchors;
-  const int chosen = sample_tau(p, piece) > 0.f ? choose_sample(p, w, piece, served, scratch, raise) : 0;
+  int chosen = 0;
+  if (sampled > 0 && sampled <= room) {
+    chosen = choose_sample(p, w, piece, sampled, scratch, raise);
+    write_in_order(scratch, chosen, piece.work.old_end, raise, anchors, weights);
+  }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < S; i += kThreads) {
-    const unsigned long long anchor = i < chosen ? scratch.chosen[i] : 0;
-    const float lead = bits_float(static_cast<uint32_t>(anchor));
-    const int64_t place = static_cast<int64_t>(piece.kv_group(p)) * S + i;
-    p.anchors[place] = i < chosen ? static_cast<int32_t>(anchor >> 32) : kNoAnchor;
-    p.anchor_weights[place] = i < chosen ? fmaxf(ptx::ex2(raise - lead) - 1.f, 0.f) : 0.f;
+  for (int i = chosen + static_cast<int>(threadIdx.x); i < p.num_anchors; i += kThreads) {
+    anchors[i] = kNoAnchor, weights[i] = 0.f;
   }
 }
 

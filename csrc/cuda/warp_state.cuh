@@ -221,14 +221,29 @@ MAC_DEVICE void raise_max(WarpState<T, kHeadDim, kHeadBlocks, kReplaced>& state,
   }
 }
 
-// Adds the sums of a * weight; a: of the lane's two tokens.
+// What a weight stands for besides its own token, of the lane's two of a strip of anchors: those are counted more
+// than once, so that a is as much less.
+struct Counted {
+  float lift[2];   // log2 of how many tokens it is counted as
+  float light[2];  // a over that
+};
+
+template <int kHeadBlocks>
+MAC_DEVICE void lift(float (&x)[kHeadBlocks][4], const Counted& counted) {
+#pragma unroll
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    for (int i = 0; i < 4; ++i) x[b][i] += counted.lift[i / 2];
+  }
+}
+
+// Adds the sums of a * weight.
 template <typename T, int kHeadDim, int kHeadBlocks, bool kReplaced>
 MAC_DEVICE void add_light(WarpState<T, kHeadDim, kHeadBlocks, kReplaced>& state, const float (&x)[kHeadBlocks][4],
-                          const float (&a)[2]) {
+                          const Counted& counted) {
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
     for (int i = 0; i < 4; ++i) {
-      state.light[b][i % 2] += a[i / 2] * ptx::ex2(x[b][i] - finite_or_zero(state.max[b][i % 2]));
+      state.light[b][i % 2] += counted.light[i / 2] * ptx::ex2(x[b][i] - finite_or_zero(state.max[b][i % 2]));
     }
   }
 }

@@ -12,7 +12,7 @@ stands for the old tokens `[0, E(c))`.
 
 from .calls import Step, decode, seed
 from .reuse import HeadStep, ReferenceReuse
-from .rings import LEAST_REST, Entry, Ring, Slot, rest_state
+from .rings import LEAST_REST, Entry, Ring, Slot, hit_state
 from .sample import Draw, Sample, draw_sample, first_tau, next_tau, sample_size, uniforms
 from .states import attention_logits, attention_state, gather_kv, merge_states
 
@@ -34,7 +34,7 @@ __all__ = [
     "gather_kv",
     "merge_states",
     "next_tau",
-    "rest_state",
+    "hit_state",
     "sample_size",
     "seed",
     "uniforms",

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .rings import Entry, Ring, Slot, rest_state
+from .rings import Entry, Ring, Slot, hit_state
 from .sample import (
     CANDIDATE_ROOM,
     MOST_TAU,
     Choose,
     Draw,
     Sample,
+    counted,
     first_tau,
     next_tau,
     sample_size,
@@ -206,7 +207,7 @@ class ReferenceReuse:
         for first in range(0, len(q), self.unit):
             heads = slice(first, first + self.unit)
             matched = self.match(entries, scores[first])
-            fresh, start = torch.arange(old, n), 0
+            fresh, counts, start = torch.arange(old, n), None, 0
             if matched is None:
                 state = attention_state(q[heads], k[:old], v[:old], *softmax)
             else:
@@ -215,15 +216,18 @@ class ReferenceReuse:
                 depth[heads] = matched.depth[heads] + 1
                 if self.cfg.anchors:
                     fresh = torch.cat([matched.anchors, torch.arange(start, n)])
+                    counts = torch.cat([matched.counts, torch.ones(n - start).double()])
                     result.anchors = len(matched.anchors)
-                    *rest, result.rest = rest_state(matched, q, k, v, softmax)
-                    state = rest[0], rest[1]
                 else:
                     middle = attention_state(q[heads], k[start:old], v[start:old], *softmax)
                     state = merge_states(matched.out[heads], matched.lse[heads], *middle)
-            carried[heads], carried_lse[heads] = state
-            recent = attention_state(q[heads], k[fresh], v[fresh], *softmax)
-            result.out[heads], result.lse[heads] = merge_states(*state, *recent)
+            recent = attention_state(q[heads], k[fresh], v[fresh], *softmax, counts=counts)
+            if matched is not None and self.cfg.anchors:
+                out, lse, result.rest = hit_state(matched, recent, q, k, v, softmax)
+                result.out[heads], result.lse[heads] = out, lse
+            else:
+                carried[heads], carried_lse[heads] = state
+                result.out[heads], result.lse[heads] = merge_states(*state, *recent)
             result.tokens = max(result.tokens, n - start + result.anchors)
 
         entry = Entry(p, query, q, carried, carried_lse, depth)
@@ -236,7 +240,12 @@ class ReferenceReuse:
                 if sample is None or sample.count > CANDIDATE_ROOM * self.sample_size(p):
                     result.stored = False
                 else:
-                    entry = replace(entry, anchors=sample.anchors, weights=sample.weights)
+                    entry = replace(
+                        entry,
+                        anchors=sample.anchors,
+                        weights=sample.weights,
+                        counts=counted(sample.weights, self.sample_size(p), old),
+                    )
             if not 0 < ring.tau <= MOST_TAU:
                 ring.tau = first_tau(self.sample_size(p))
         if result.stored:

@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .states import attention_logits, attention_state
+from .states import State, attention_logits, attention_state
 
-LEAST_REST = 1 / 1024  # share of an entry's sum below which nothing counts as left of it
+# Nothing counts as left of an entry if both what its anchors leave of its sum and what they stand for
+# is less than this share of it,
+LEAST_REST = 1 / 1024
+# or if it would leave less than this of the sum of what is attended anew.
+LEAST_OF_FRESH = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Entry:
     depth: Tensor  # [G] int64, 0 for a miss, else the source's depth + 1
     anchors: Tensor = torch.empty(0, dtype=torch.int64)  # [<= S] positions, all < E(c)
     weights: Tensor = torch.empty(0, dtype=torch.float64)  # [<= S]: a
+    counts: Tensor = torch.empty(0, dtype=torch.float64)  # [<= S]: 1 + b, see `sample.counted`
 
 
 @dataclass
@@ -64,23 +69,29 @@ class Slot:
         return replace(self, rings=rings)
 
 
-def rest_state(
-    entry: Entry, q: Tensor, k: Tensor, v: Tensor, softmax: tuple[float, float]
+def hit_state(
+    entry: Entry, recent: State, q: Tensor, k: Tensor, v: Tensor, softmax: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What an entry's state is without its anchors A, moved from its query to q `[G, D]`.
+    """Output of q `[G, D]` on a hit with anchors A, from the state of all that it attends to itself.
 
-    Its mean stays, and its sum grows by rho, the quotient of `sum_A a exp(s)` for q and for the
-    entry's query. k and v `[n, D]`. Returns o `[G, D]`, lse `[G]` and the share of the entry's sum
-    that is left `[G]`.
+    Every anchor leaves the entry's state `counts` times, for itself and for the others that it
+    answers for, as it has joined `recent`. The mean of what is left stays, and its sum grows by rho,
+    the quotient of `sum_A a exp(s)` for q and for the entry's query. Sums are signed: now and then
+    anchors leave with more than there was. k and v `[n, D]`. Returns o `[G, D]`, lse `[G]` and what
+    is left of the entry's sum, as a share of it `[G]`.
     """
     k, v = k[entry.anchors], v[entry.anchors]
     lifted = [attention_logits(x, k, *softmax) + entry.weights.log() for x in (q, entry.rotated)]
     now, then = (x.logsumexp(-1) for x in lifted)
     log_ratio = torch.where(then == -torch.inf, 0.0, now - then)
-    replaced, replaced_lse = attention_state(entry.rotated, k, v, *softmax)
+    replaced, replaced_lse = attention_state(entry.rotated, k, v, *softmax, counts=entry.counts)
+    out, lse = recent
     taken = torch.exp(replaced_lse - entry.lse)
-    share = 1 - taken
-    empty = (entry.lse == -torch.inf) | (share < LEAST_REST)
-    out = torch.where(empty[:, None], 0.0, (entry.out - taken[:, None] * replaced) / share[:, None])
-    lse = torch.where(empty, -torch.inf, entry.lse + share.log() + log_ratio)
-    return out, lse, share
+    high = torch.maximum(entry.lse + log_ratio, lse)
+    old, fresh = torch.exp(entry.lse + log_ratio - high), torch.exp(lse - high)
+    total = old * (1 - taken) + fresh
+    little = ((1 - taken).abs() < LEAST_REST) & (torch.exp(then - entry.lse) < LEAST_REST)
+    nothing = (entry.lse == -torch.inf) | little | (total < LEAST_OF_FRESH * fresh)
+    sums = old[:, None] * (entry.out - taken[:, None] * replaced) + fresh[:, None] * out
+    out = torch.where(nothing[:, None], out, sums / total[:, None])
+    return out, torch.where(nothing, lse, high + total.log()), 1 - taken

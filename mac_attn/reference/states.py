@@ -17,14 +17,21 @@ def attention_logits(q: Tensor, k: Tensor, sm_scale: float, logits_soft_cap: flo
 
 
 def attention_state(
-    q: Tensor, k: Tensor, v: Tensor, sm_scale: float, logits_soft_cap: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sm_scale: float,
+    logits_soft_cap: float = 0.0,
+    counts: Tensor | None = None,
 ) -> State:
     """Attention state of queries that share a KV head, over a set of n >= 0 tokens.
 
     q `[G, D]`, k and v `[n, D]`, float64. `logits_soft_cap` 0 is off; else a logit becomes
-    `cap * tanh(logit / cap)` (Gemma 2). Returns o `[G, D]` and lse `[G]` (natural log).
+    `cap * tanh(logit / cap)` (Gemma 2). With `counts` `[n]` a token counts as so many. Returns o `[G, D]` and lse `[G]` (natural log).
     """
     logits = attention_logits(q, k, sm_scale, logits_soft_cap)
+    if counts is not None:
+        logits = logits + counts.log()
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.where(lse[:, None] == -torch.inf, 0.0, torch.exp(logits - lse[:, None]))
     return weights @ v, lse

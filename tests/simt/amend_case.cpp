@@ -270,6 +270,11 @@ void AmendCase::run(const Run& run) {
   unchanged_.note(query_.bits()), unchanged_.note(pages_.k_bytes()), unchanged_.note(pages_.v_bytes());
   unchanged_.note(pages_.table()), unchanged_.note(seq_lens), unchanged_.note(slots_), unchanged_.note(source_);
   unchanged_.note(place_), unchanged_.note(stored), unchanged_.note(ring.bytes);
+  launch(params(), {}, run);
+  if (first_anchors_.empty()) first_anchors_ = anchors_, first_weights_ = anchor_weights_;
+}
+
+void AmendCase::launch(const AmendParams& p, const CompleteParams& complete, const Run& run) {
   int32_t found = kStickyBit;
   for (size_t b = 0; b < errors.size(); ++b) found |= errors[b] & ~status[b];
   expected_flag_ = found;
@@ -277,16 +282,25 @@ void AmendCase::run(const Run& run) {
   const bool is_bf16 = spec_.dtype == DType::kBFloat16;
   const auto launch = is_bf16 ? (spec_.fp8 ? launch_amend_bf16_fp8 : launch_amend_bf16)
                               : (spec_.fp8 ? launch_amend_fp16_fp8 : launch_amend_fp16);
-  launch(params(), w, spec_.ctas, run);
-  if (first_anchors_.empty()) first_anchors_ = anchors_, first_weights_ = anchor_weights_;
+  launch(p, w, complete, spec_.ctas, run);
 }
 
-void AmendCase::check() const {
-  CHECK(unchanged_.holds());
+void AmendCase::run_step(const CompleteParams& complete, const Run& run) {
+  AmendParams p = params();
+  p.out = p.lse = p.log_ratio = p.anchor_weights = nullptr, p.anchors = p.sampled = nullptr;
+  launch(p, complete, run);
+}
+
+void AmendCase::check_workspace() const {
   CHECK(error_flag_[0] == expected_flag_);
   CHECK(std::count(done_.begin(), done_.end(), 0) == static_cast<int64_t>(done_.size()));
   CHECK(std::count(counts_.begin(), counts_.end(), 0) == static_cast<int64_t>(counts_.size()));
   CHECK(drawn_[0] == 0);
+}
+
+void AmendCase::check() const {
+  CHECK(unchanged_.holds());
+  check_workspace();
   CHECK(anchors_ == first_anchors_ && anchor_weights_ == first_weights_);
   for (int b = 0; b < static_cast<int>(seq_lens.size()); ++b) {
     CHECK(status[b] == errors[b]);
@@ -331,8 +345,17 @@ void AmendCase::check_sample(int request, int kv_head) const {
 double AmendCase::expected_log_ratio(int request, int head) const {
   const int h = head / spec_.group_size;
   if (spec_.anchors == 0 || !hits(request, h)) return 0;
-  return reference::log_ratio(query_.row(request, head), entry_query(request, head), keys_[request][h],
-                              entry_sample(request, h), softmax_);
+  const reference::Sample sample = entry_sample(request, h);
+  const reference::Vector old_query = entry_query(request, head);
+  const reference::Rows &keys = keys_[request][h], &values = values_[request][h];
+  const double entry =
+      ring.view().lse(slots_[request], h, place_[request * heads() + head])[head % spec_.group_size];
+  const reference::Vector counts = reference::counts(sample, spec_.anchors, start(request, h));
+  const reference::State replaced = reference::attend(old_query, keys, values, sample.tokens, softmax_, counts);
+  if (reference::nothing_left(entry, replaced.lse, reference::light(old_query, keys, sample, softmax_))) {
+    return -INFINITY;
+  }
+  return reference::log_ratio(query_.row(request, head), old_query, keys, sample, softmax_);
 }
 
 void AmendCase::check_request(int request) const {
@@ -351,15 +374,17 @@ void AmendCase::check_head(int request, int head) const {
   const int first = reuses ? reference::old_end(source, spec_.band) : 0;
   reference::Vector old_query = query_.row(request, head);
   std::vector<int> old, fresh;
+  reference::Vector counts;
   int end = old_end(request);
   if (reuses && spec_.anchors > 0) {
     old = fresh = entry_sample(request, h).tokens;
     old_query = entry_query(request, head), end = first;
+    counts = reference::counts(entry_sample(request, h), spec_.anchors, first);
   }
   for (int token = first; token < n; ++token) (token < end ? old : fresh).push_back(token);
   const reference::State want[kNumSpans] = {
-      reference::attend(old_query, keys, values, old, softmax_),
-      reference::attend(query_.row(request, head), keys, values, fresh, softmax_)};
+      reference::attend(old_query, keys, values, old, softmax_, counts),
+      reference::attend(query_.row(request, head), keys, values, fresh, softmax_, counts)};
   for (const Span span : {kOld, kFresh}) {
     // NaN in one state may show in both: they end up in one sum.
     if (std::isnan(want[1 - span].lse)) continue;

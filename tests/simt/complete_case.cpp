@@ -67,11 +67,11 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
       place_.push_back(!hits ? kMiss : decides ? data_.below(M) : place_.back());
       log_ratio_.push_back(!hits || S == 0 ? 0.f : static_cast<float>(data_.normal()));
       if (!hits || S == 0) continue;
-      // What is read again is a part of the entry's state, now and then nearly all of it or nothing.
+      // What is read again is a part of the entry's state, now and then more than it or nothing.
       const int kind = data_.below(8), place = place_.back();
       float& entry_lse = r.lse(slots[b], kv_head, place)[g];
       if (kind == 0) entry_lse = -INFINITY;
-      const double share = kind == 1 ? 1e-4 : 0.1 + 0.08 * data_.below(10);
+      const double share = kind == 1 ? -0.1 : 0.1 + 0.08 * data_.below(10);
       state_lse[b * heads() + h] =
           kind < 3 && kind != 1 ? -INFINITY : static_cast<float>(entry_lse + std::log1p(-share));
       if (kind == 3) log_ratio_.back() = -INFINITY;
@@ -160,34 +160,35 @@ bool CompleteCase::near(const float* got, const reference::Vector& want, const c
 }
 
 CompleteCase::Carried CompleteCase::carried(int request, int head) const {
-  const reference::State old = state(kOld, request, head);
+  const reference::State old = state(kOld, request, head), fresh = state(kFresh, request, head);
   const int64_t row = int64_t{request} * heads() + head;
   const int G = spec_.group_size, place = exact(request) ? kMiss : place_[row];
-  if (place == kMiss || status[request] != 0) return {old, 0};
+  if (place == kMiss || status[request] != 0) return {old, 0, reference::merge(old, fresh)};
   const Ring r = before_.view();
   const float* first = r.out(slots[request], head / G, place) + head % G * spec_.head_dim;
   const reference::State entry{
       {first, first + spec_.head_dim}, r.lse(slots[request], head / G, place)[head % G], {}};
   const int depth = r.depth(slots[request], head / G, place)[head % G] + 1;
-  return {spec_.anchors > 0 ? reference::rest(entry, old, log_ratio_[row]) : reference::merge(entry, old), depth};
+  if (spec_.anchors > 0) return {old, depth, reference::hit(entry, old, log_ratio_[row], fresh)};
+  const reference::State carried = reference::merge(entry, old);
+  return {carried, depth, reference::merge(carried, fresh)};
 }
 
-void CompleteCase::check_head(int request, int head, const reference::State& carried) const {
+void CompleteCase::check_head(int request, int head, const Carried& carried) const {
   const int64_t row = int64_t{request} * heads() + head;
   const uint16_t* out = &out_[request * batch_stride_ + head * head_stride_];
-  const reference::State fresh = state(kFresh, request, head);
-  if ((!spec_.exact && status[request] != 0) || std::isnan(carried.lse) || std::isnan(fresh.lse)) {
+  if ((!spec_.exact && status[request] != 0) || std::isnan(carried.whole.lse)) {
     CHECK(std::isnan(lse_[row]));
     for (int d = 0; d < spec_.head_dim; ++d) CHECK(std::isnan(decode(spec_.dtype, out[d])));
     return;
   }
-  reference::State whole = reference::merge(carried, fresh);
+  reference::State whole = carried.whole;
   if (spec_.sinks && seq_lens[request] != 0) {
     whole = reference::merge(whole, {reference::Vector(spec_.head_dim, 0), sinks_[head], {}});
   }
   CHECK(close(lse_[row], whole.lse));
   double largest = 1;
-  for (const double x : carried.out) largest = std::max(largest, std::abs(x));
+  for (const double x : carried.state.out) largest = std::max(largest, std::abs(x));
   for (int d = 0; d < spec_.head_dim; ++d) {
     const double error = std::abs(decode(spec_.dtype, out[d]) - whole.out[d]);
     CHECK(error <= unit_roundoff(spec_.dtype) * std::abs(whole.out[d]) + 3e-5 * largest);
@@ -236,16 +237,11 @@ void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carr
     shallow = shallow || carried[head].depth < (S > 0 ? 1 : spec_.max_reuse_depth);
     float& last_lse = to.last_lse(slot, kv_head)[head % G];
     const float lse = got.last_lse(slot, kv_head)[head % G];
-    if (spec_.sinks) {  // which it is without
-      const double want = reference::merge(carried[head].state, state(kFresh, request, head)).lse;
-      CHECK(close(lse, want));
-      last_lse = lse;
-    } else {
-      last_lse = lse_[request * heads() + head];  // compared by check_head
-    }
+    if (spec_.sinks) CHECK(close(lse, carried[head].whole.lse));    // which it is without
+    last_lse = spec_.sinks ? lse : lse_[request * heads() + head];  // compared by check_head
   }
-  const bool stores =
-      reference::old_end(n - 1, spec_.band) > 0 && shallow && (S == 0 || (sampled >= 0 && sampled <= 4 * size));
+  const bool stores = reference::old_end(n - 1, spec_.band) > 0 && shallow &&
+                      (S == 0 || (hits == 0 && sampled >= 0 && sampled <= 4 * size));
   if (stores) expect_entry(request, kv_head, carried, want);
   const int stored = std::max(stored_[number], 0), next = stored + stores;
   *to.stored(slot, kv_head) = next < 2 * spec_.entries ? next : next - spec_.entries;
@@ -276,7 +272,7 @@ void CompleteCase::check() const {
     std::vector<Carried> all;
     for (int h = 0; h < heads(); ++h) {
       all.push_back(carried(b, h));
-      check_head(b, h, all.back().state);
+      check_head(b, h, all.back());
     }
     if (exact(b) || seq_lens[b] <= 0 || status[b] != 0) continue;
     for (int h = 0; h < spec_.num_kv_heads; ++h) expect_group(b, h, all, want);

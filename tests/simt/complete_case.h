@@ -39,6 +39,7 @@ class CompleteCase {
   struct Carried {
     reference::State state;
     int depth;
+    reference::State whole;  // the output
   };
   bool exact(int request) const { return spec_.exact || slots[request] == kNoSlot; }
   int heads() const { return spec_.num_kv_heads * spec_.group_size; }
@@ -46,7 +47,7 @@ class CompleteCase {
   reference::State state(Span span, int request, int head) const;
   Carried carried(int request, int head) const;  // from the ring before the run
   bool near(const float* got, const reference::Vector& want, const char* what) const;
-  void check_head(int request, int head, const reference::State& carried) const;
+  void check_head(int request, int head, const Carried& carried) const;
   void expect_entry(int request, int kv_head, const std::vector<Carried>& carried, RingTensors& want) const;
   void expect_group(int request, int kv_head, const std::vector<Carried>& carried, RingTensors& want) const;
 

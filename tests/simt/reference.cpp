@@ -31,13 +31,14 @@ double logit(const Vector& query, const Vector& key, const Softmax& softmax) {
 }
 
 State attend(const Vector& query, const Rows& keys, const Rows& values, const std::vector<int>& tokens,
-             const Softmax& softmax) {
+             const Softmax& softmax, const Vector& counts) {
   State state;
   state.out.assign(query.size(), 0.0);
   state.spread.assign(query.size(), 0.0);
   Vector logits;
   for (const int token : tokens) {
-    logits.push_back(logit(query, keys[token], softmax));
+    const size_t i = logits.size();
+    logits.push_back(logit(query, keys[token], softmax) + (i < counts.size() ? std::log(counts[i]) : 0));
     state.lse = log_add(state.lse, logits.back());
   }
   for (size_t i = 0; i < tokens.size(); ++i) {
@@ -136,26 +137,45 @@ std::string judge_sample(const Sample& sample, const Vector& weights, const Vect
   return "";
 }
 
-double log_ratio(const Vector& now, const Vector& then, const Rows& keys, const Sample& sample,
-                 const Softmax& softmax) {
-  double sum_now = -INFINITY, sum_then = -INFINITY;
+double light(const Vector& query, const Rows& keys, const Sample& sample, const Softmax& softmax) {
+  double sum = -INFINITY;
   for (size_t i = 0; i < sample.tokens.size(); ++i) {
-    const Vector& key = keys[sample.tokens[i]];
-    sum_now = log_add(sum_now, std::log(sample.a[i]) + logit(now, key, softmax));
-    sum_then = log_add(sum_then, std::log(sample.a[i]) + logit(then, key, softmax));
+    sum = log_add(sum, std::log(sample.a[i]) + logit(query, keys[sample.tokens[i]], softmax));
   }
-  return sum_then == -INFINITY ? 0 : sum_now - sum_then;
+  return sum;
 }
 
-State rest(const State& entry, const State& replaced, double log_ratio) {
-  State state;
-  state.out.assign(entry.out.size(), 0.0);
-  const double share = entry.lse == -INFINITY ? 0 : 1 - std::exp(replaced.lse - entry.lse);
-  if (share < 1. / 1024) return state;
-  for (size_t d = 0; d < entry.out.size(); ++d) {
-    state.out[d] = (entry.out[d] - (1 - share) * replaced.out[d]) / share;
+bool nothing_left(double entry, double replaced, double light) {
+  return std::abs(1 - std::exp(replaced - entry)) < 1. / 1024 && std::exp(light - entry) < 1. / 1024;
+}
+
+double log_ratio(const Vector& now, const Vector& then, const Rows& keys, const Sample& sample,
+                 const Softmax& softmax) {
+  const double sum = light(then, keys, sample, softmax);
+  return sum == -INFINITY ? 0 : light(now, keys, sample, softmax) - sum;
+}
+
+Vector counts(const Sample& sample, int anchors, int end) {
+  Vector counts;
+  for (const double a : sample.a) {
+    counts.push_back(1 + (a > 0 ? 1 / (1 / a + static_cast<double>(sample_size(anchors, end)) / end) : 0));
   }
-  state.lse = entry.lse + std::log(share) + log_ratio;
+  return counts;
+}
+
+State hit(const State& entry, const State& replaced, double log_ratio, const State& fresh) {
+  const double moved = entry.lse + log_ratio, high = std::max(moved, fresh.lse);
+  if (moved == -INFINITY) return fresh;
+  const double taken = std::exp(replaced.lse - entry.lse);
+  const double old_sum = std::exp(moved - high), fresh_sum = std::exp(fresh.lse - high);
+  const double total = old_sum * (1 - taken) + fresh_sum;
+  if (total < fresh_sum / 4) return fresh;
+  State state;
+  for (size_t d = 0; d < entry.out.size(); ++d) {
+    const double old = old_sum * (entry.out[d] - taken * replaced.out[d]);
+    state.out.push_back((old + fresh_sum * fresh.out[d]) / total);
+  }
+  state.lse = high + std::log(total);
   return state;
 }
 

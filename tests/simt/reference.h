@@ -31,8 +31,9 @@ int old_end(int position, int band);
 
 double logit(const Vector& query, const Vector& key, const Softmax& softmax);
 
+// The first tokens count as often as `counts` says, the others once.
 State attend(const Vector& query, const Rows& keys, const Rows& values, const std::vector<int>& tokens,
-             const Softmax& softmax);
+             const Softmax& softmax, const Vector& counts = {});
 
 // State of the union of two disjoint sets of tokens.
 State merge(const State& a, const State& b);
@@ -60,14 +61,23 @@ struct Sample {
 std::string judge_sample(const Sample& sample, const Vector& weights, const Vector& uniforms, double tau, int count,
                          double slack);
 
-// ln of how the sum over the sample's tokens of a exp(logit) changes from one query to another; 0 where there is
-// none.
+// ln of the sum over the sample's tokens of a exp(logit).
+double light(const Vector& query, const Rows& keys, const Sample& sample, const Softmax& softmax);
+
+// Whether anchors leave no more of an entry's sum than a 1024th, nor stand for more.
+bool nothing_left(double entry, double replaced, double light);
+
+// By how much `light` changes from one query to another; 0 where there is none.
 double log_ratio(const Vector& now, const Vector& then, const Rows& keys, const Sample& sample,
                  const Softmax& softmax);
 
-// What is left of an entry's state over [0, E(c)) without the tokens that `replaced` stands for, moved by
-// `log_ratio`.
-State rest(const State& entry, const State& replaced, double log_ratio);
+// How many tokens each of an entry's sample of the old tokens [0, end) is counted as: 1 + b, 1 / b = 1 / a + size /
+// end.
+Vector counts(const Sample& sample, int anchors, int end);
+
+// A hit with anchors: an entry's sums over [0, E(c)) without those of `replaced`, moved by `log_ratio`, and the
+// fresh ones. Just those, if nothing is left of the entry's or would be left of the fresh ones.
+State hit(const State& entry, const State& replaced, double log_ratio, const State& fresh);
 
 // One candidate of a match decision over one or several heads.
 struct MatchHead {
