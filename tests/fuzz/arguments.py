@@ -198,7 +198,10 @@ class Call:
             shape[at] = max(0, shape[at] + self.draw.PickValueInList([-1, 1, 3, -shape[at]]))
             return torch.zeros(shape, dtype=value.dtype)
         if how == 7:
-            return value[None] if self.draw.ConsumeBool() or not shape else value.sum(0).to(value)
+            if self.draw.ConsumeBool() or not shape:
+                return value[None]
+            wide = value.float() if value.dtype == torch.float8_e4m3fn else value
+            return wide.sum(0).to(value)
         return self.other_strides(value)
 
     def other_values(self, value: Tensor) -> Tensor:
