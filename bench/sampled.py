@@ -39,7 +39,6 @@ class Options:
     mode: str = "priority"  # or "heaviest"
     shared_hash: bool = False
     clamp: float = math.inf
-    mix: float = 0.0  # share of the plain sampled estimate in the rest
     age_weight: float = 0.0  # of age / n in the score by which an entry is chosen
 
 
@@ -224,18 +223,16 @@ class Replay:
             key = w if o.mode == "heaviest" else w / u
             top = key.topk(most + 1, dim=-1)
             for S in samples:
+                a = b = None
                 if S == 0:
                     inside = torch.zeros_like(old)
-                    a = None
                 else:
                     size = (end // 6).clamp(1, min(S, most)) if o.mode == "priority" else None
                     tau = top.values[:, S:][:, :1] if size is None else top.values.gather(1, size)
                     inside = (key > tau) & old
-                    a = (
-                        (tau / w - 1).clamp_(min=0).masked_fill_(~inside, 0)
-                        if o.mode != "heaviest"
-                        else None
-                    )
+                    if size is not None:
+                        a = (tau / w - 1).clamp_(min=0).masked_fill_(~inside, 0)
+                        b = a / (1 + a * (size / end))
                 rest = old & ~inside
                 mass_c = (wc * rest).sum(-1, keepdim=True)
                 mean_c = (wc * rest) @ v
@@ -250,9 +247,10 @@ class Replay:
                     rho = rho.clamp(1 / o.clamp, o.clamp)
                 f = rho * torch.exp(-shift)
                 fresh = wp * ~rest
-                if a is not None and o.mix:
-                    f = torch.where(den > 0, 1 - o.mix, 1.0) * f
-                    fresh = fresh * (1 + o.mix * a)
+                if b is not None:  # what the sample answers for besides itself
+                    left = wc * b
+                    mass_c, mean_c = mass_c - left.sum(-1, keepdim=True), mean_c - left @ v
+                    fresh = fresh + wp * b
                 out = (mean_c * f + fresh @ v) / (mass_c * f + fresh.sum(-1, keepdim=True))
                 errors[S].append(((out - exact).norm(dim=-1) / norm).flatten())
 
@@ -275,7 +273,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[1024])
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.2, 0.25, 0.3, 0.4])
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--mix", type=float, default=0.0, help="of the plain sampled estimate")
     parser.add_argument("--stride", type=int, default=16, help="steps whose errors are computed")
     given = parser.parse_args()
     replay = Replay(given.capture, given.layers, stride=given.stride, max_window=given.window)
@@ -290,7 +287,6 @@ def main() -> None:
                 window=given.window,
                 entries=entries,
                 samples=min(given.samples),
-                mix=given.mix,
                 seed_over=given.window,
             )
             name = f"{threshold}, M {entries}"

@@ -68,8 +68,8 @@ Matched check_matched(const Shape& shape, const Tensor& source, const Tensor& pl
 std::tuple<Tensor, Tensor, Tensor> match(const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots,
                                          const OptionalTensor& request_ids, const Tensor& ring,
                                          int64_t num_kv_heads, int64_t entries, int64_t anchors,
-                                         const Tensor& threshold, bool relative, bool per_head, int64_t window,
-                                         int64_t band, int64_t min_context, int64_t max_reuse_depth,
+                                         const Tensor& threshold, bool relative, double max_drift, bool per_head,
+                                         int64_t window, int64_t band, int64_t min_context, int64_t max_reuse_depth,
                                          const OptionalTensor& workspace, const OptionalTensor& error_flag) {
   check_query(q_match, "q_match");
   const at::Device device = q_match.device();
@@ -82,6 +82,9 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& q_match, const Tensor& se
   check_array(threshold, "threshold", {p.shape.num_qo_heads()}, at::kFloat, device);
   p.threshold = threshold.const_data_ptr<float>();
   p.relative = relative;
+  TORCH_CHECK_VALUE(max_drift >= 0 && std::isfinite(max_drift), "max_drift is ", max_drift,
+                    ", must be finite and not negative (0: no bound)");
+  p.max_drift = static_cast<float>(max_drift);
   p.per_head = per_head;
   p.window = check_int32(window, "window", 1);
   p.band = check_int32(band, "band", 1);
@@ -281,8 +284,8 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
     const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const OptionalTensor& k_scale,
     const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens, const Tensor& slots,
     const OptionalTensor& given_q_match, const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads,
-    int64_t entries, int64_t num_anchors, const Tensor& threshold, bool relative, bool per_head, int64_t window,
-    int64_t band, int64_t min_context, int64_t max_reuse_depth, int64_t layer, double sm_scale,
+    int64_t entries, int64_t num_anchors, const Tensor& threshold, bool relative, double max_drift, bool per_head,
+    int64_t window, int64_t band, int64_t min_context, int64_t max_reuse_depth, int64_t layer, double sm_scale,
     double logits_soft_cap, const OptionalTensor& sinks, const OptionalTensor& workspace,
     const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale,
     Tensor& out) {
@@ -297,7 +300,7 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
                     " KV heads, must have those of the ring, ", num_kv_heads);
   const auto [source, place, stored] =
       match(q_match, seq_lens, slots, request_ids, ring, num_kv_heads, entries, num_anchors, threshold, relative,
-            per_head, window, band, min_context, max_reuse_depth, workspace, error_flag);
+            max_drift, per_head, window, band, min_context, max_reuse_depth, workspace, error_flag);
   const Reuse reuse{source, place, stored, slots, ring, entries, num_anchors, band, layer};
   const AmendCall call = check_amend(q, cache, block_table, seq_lens, &reuse, sm_scale, logits_soft_cap);
   Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
@@ -312,15 +315,16 @@ std::tuple<Tensor, Tensor, Tensor> decode_reuse(
     const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const OptionalTensor& k_scale,
     const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens, const Tensor& slots,
     const OptionalTensor& q_match, const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads,
-    int64_t entries, int64_t anchors, const Tensor& threshold, bool relative, bool per_head, int64_t window,
-    int64_t band, int64_t min_context, int64_t max_reuse_depth, int64_t layer, double sm_scale,
+    int64_t entries, int64_t anchors, const Tensor& threshold, bool relative, double max_drift, bool per_head,
+    int64_t window, int64_t band, int64_t min_context, int64_t max_reuse_depth, int64_t layer, double sm_scale,
     double logits_soft_cap, const OptionalTensor& sinks, const OptionalTensor& workspace,
     const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
   Tensor out = at::empty(q.sizes(), q.options());
-  const auto [source, lse] = decode_reuse_into(
-      q, k_cache, v_cache, hnd, k_scale, v_scale, block_table, seq_lens, slots, q_match, request_ids, ring,
-      num_kv_heads, entries, anchors, threshold, relative, per_head, window, band, min_context, max_reuse_depth,
-      layer, sm_scale, logits_soft_cap, sinks, workspace, error_flag, inv_freq, interleaved, rotary_scale, out);
+  const auto [source, lse] =
+      decode_reuse_into(q, k_cache, v_cache, hnd, k_scale, v_scale, block_table, seq_lens, slots, q_match,
+                        request_ids, ring, num_kv_heads, entries, anchors, threshold, relative, max_drift, per_head,
+                        window, band, min_context, max_reuse_depth, layer, sm_scale, logits_soft_cap, sinks,
+                        workspace, error_flag, inv_freq, interleaved, rotary_scale, out);
   return {source, out, lse};
 }
 
@@ -340,6 +344,7 @@ pybind11::tuple describe_ring(int32_t num_kv_heads, int32_t group_size, int32_t 
   add("counters", "int64", l.counters, {kNumCounters}, {8});
   add("ring_stored", "int32", l.stored, {H}, {4});
   add("ring_tau", "float32", l.tau, {H}, {4});
+  add("ring_spread", "float32", l.spread, {H}, {4});
   add("ring_last_lse", "float32", l.last_lse, {H, G}, {G * 4, 4});
   add("ring_position", "int32", l.position, {H, M}, {M * 4, 4});
   add("ring_depth", "int32", l.depth, {H, M, G}, {M * G * 4, G * 4, 4});
@@ -385,7 +390,8 @@ pybind11::dict build_info() {
 void define(torch::Library& m) {
   m.def(
       "match(Tensor q_match, Tensor seq_lens, Tensor slots, Tensor? request_ids, Tensor ring, int num_kv_heads, "
-      "int entries, int anchors, Tensor threshold, bool relative, bool per_head, int window, int band, "
+      "int entries, int anchors, Tensor threshold, bool relative, float max_drift, bool per_head, int window, int "
+      "band, "
       "int min_context, int max_reuse_depth, Tensor(a!)? workspace, Tensor(b!)? error_flag) "
       "-> (Tensor source, Tensor place, Tensor stored)");
   m.def(
@@ -413,7 +419,8 @@ void define(torch::Library& m) {
       "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
       "Tensor seq_lens, Tensor slots, "
       "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int anchors, "
-      "Tensor threshold, bool relative, bool per_head, int window, int band, int min_context, int max_reuse_depth, "
+      "Tensor threshold, bool relative, float max_drift, bool per_head, int window, int band, int min_context, "
+      "int max_reuse_depth, "
       "int layer, float sm_scale, float logits_soft_cap, Tensor? sinks, Tensor(b!)? workspace, "
       "Tensor(c!)? error_flag, "
       "Tensor? inv_freq, bool interleaved, float rotary_scale";

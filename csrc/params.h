@@ -95,7 +95,8 @@ struct MatchParams {
   Ring ring;
   const float* threshold;  // [Hq] theta (absolute) or rho (relative)
   bool relative;
-  bool per_head;  // granularity "head"
+  float max_drift;  // see `drift_bound`; 0: none
+  bool per_head;    // granularity "head"
   int32_t window;
   int32_t band;
   int32_t min_context;
@@ -168,6 +169,14 @@ constexpr int32_t oldest_candidate(int32_t p, int32_t window, int32_t band, int3
   const int32_t cheap = (p + 1) / 2 - band - sample_size(anchors, band_start(p, band));
   const int32_t most = anchors > 0 && cheap < window ? cheap : window, reach = most > 0 ? most : 0;
   return p - reach > band ? p - reach : band;
+}
+
+// The largest squared distance from a query, of squared length `norm`, at which logits are expected to move by no
+// more than `max_drift`, squared: the expected square is `spread` times the distance. Where `spread` is not known,
+// as it is for the sharpest heads: a query of theirs has logits whose variance is some 12.
+constexpr float kUnknownVariance = 12.f;
+constexpr float drift_bound(float max_drift, float spread, float norm) {
+  return spread > 0.f ? max_drift / spread : max_drift / kUnknownVariance * norm;
 }
 
 // Depth of an entry that reuses one of depth `depth`.

@@ -43,6 +43,7 @@ struct RingLayout {
   int64_t counters;        // int64 [kNumCounters]
   int64_t stored;          // int32 [H] entries stored since the history began, see `next_stored`
   int64_t tau;             // float [H] what a token's key has to exceed, see sample.h
+  int64_t spread;          // float [H] see `drift_bound`; 0: not known
   int64_t last_lse;        // float [H, G] log-sum-exp of the last step
   int64_t position;        // int32 [H, M] whose entry this is, -1: nobody's any more
   int64_t depth;           // int32 [H, M, G] hits in a row that made the entry
@@ -78,6 +79,7 @@ constexpr RingLayout ring_layout(const RingShape& s) {
   l.counters = place(at, kNumCounters * 8);
   l.stored = place(at, heads * 4);
   l.tau = place(at, heads * 4);
+  l.spread = place(at, heads * 4);
   l.last_lse = place(at, heads * s.group_size * 4);
   l.position = place(at, entries * 4);
   l.depth = place(at, entries * s.group_size * 4);
@@ -107,6 +109,9 @@ struct Ring {
     return at<int32_t>(slot, layout.stored) + kv_head;
   }
   MAC_HOST_DEVICE float* tau(int64_t slot, int kv_head) const { return at<float>(slot, layout.tau) + kv_head; }
+  MAC_HOST_DEVICE float* spread(int64_t slot, int kv_head) const {
+    return at<float>(slot, layout.spread) + kv_head;
+  }
   MAC_HOST_DEVICE float* last_lse(int64_t slot, int kv_head) const {
     return at<float>(slot, layout.last_lse) + int64_t{kv_head} * layout.shape.group_size;
   }

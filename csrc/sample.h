@@ -60,8 +60,8 @@ MAC_HOST_DEVICE constexpr float next_tau(float tau, int32_t sampled, int32_t siz
   return next < least ? least : next > 64.f ? 64.f : next;
 }
 
-// How many tokens an anchor is counted as where a hit attends to it, both by the new query and by the entry's: 1 + b
-// with 1 / b = 1 / a + S_c / E(c). So the sample moves the mean of the rest, too: a control variate, in which no
+// How many tokens an anchor is counted as where a hit attends to it, both by the new query and by the entry's: 1 +
+// b with 1 / b = 1 / a + S_c / E(c). So the sample moves the mean of the rest, too: a control variate, in which no
 // token answers for more others than one of an even sample of `size` out of `old_end` would. b <= a; on an equal
 // query what it adds is what it takes.
 MAC_HOST_DEVICE constexpr float counted(float a, float density) {

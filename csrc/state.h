@@ -36,8 +36,9 @@ MAC_HOST_DEVICE inline MergeWeights merge_weights(float lse1, float lse2) {
   return {w1 / sum, w2 / sum, high + std::log(sum)};
 }
 
-// A hit with anchors, from log-sum-exps of the entry's state, of the anchors as its query attends to them and of all
-// that the new query attends to. Without the anchors the entry's sums move by `log_ratio` and join the fresh ones:
+// A hit with anchors, from log-sum-exps of the entry's state, of the anchors as its query attends to them and of
+// all that the new query attends to. Without the anchors the entry's sums move by `log_ratio` and join the fresh
+// ones:
 //     out = out_entry entry + out_replaced replaced + out_fresh fresh.
 // As anchors answer for others (sample.h), now and then they leave with more than there was: the sums are signed.
 // What would take most of the fresh sum away is left out.

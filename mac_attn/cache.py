@@ -67,6 +67,8 @@ class ReuseCache:
         ring_stored: [N, H] int32, entries stored since the slot's history began; beyond M only the
             remainder matters, and the number stays below 2 M. The next entry's place is this % M.
         ring_tau: [N, H] float32, what the key of a token has to exceed to be sampled.
+        ring_spread: [N, H] float32, the variance of a logit for a query of unit length, over the
+            keys that `seed` found (see `ReuseConfig.max_drift`); 0 where it is not known.
         ring_last_lse: [N, H, G] float32, log-sum-exp of the slot's last step.
         ring_position: [N, H, M] int32, tag: the position c whose entry lies here, -1 for none.
         ring_depth: [N, H, M, G] int32, hits in a row that made the entry; 0 for a miss.
@@ -86,6 +88,7 @@ class ReuseCache:
     counters: Tensor
     ring_stored: Tensor
     ring_tau: Tensor
+    ring_spread: Tensor
     ring_last_lse: Tensor
     ring_position: Tensor
     ring_depth: Tensor
@@ -131,10 +134,11 @@ class ReuseCache:
             if rotary.dim > head_dim:
                 raise ValueError(f"rotary rotates {rotary.dim} dims, must be at most {head_dim}")
 
-        # Of `cfg`, as the ops take them: relative, per_head, window, band, min_context,
+        # Of `cfg`, as the ops take them: relative, max_drift, per_head, window, band, min_context,
         # max_reuse_depth.
         self.match_options = (
             cfg.threshold_mode == "relative",
+            0.0 if cfg.max_drift is None else cfg.max_drift,
             cfg.granularity == "head",
             cfg.window,
             cfg.band,

@@ -42,11 +42,15 @@ class ReuseConfig:
             paper: 0 is the paper.
         threshold: how far apart two queries may be, one number or one per query head (a sequence or
             tensor `[num_qo_heads]`, kept as a tuple). 0 in the relative and 1 in the absolute mode
-            never hit. With the default perplexity stays within rounding's reach of exact; higher
-            ones read less and lose more, from 0.4 on sometimes much more (docs/fidelity.md).
+            never hit. Higher ones read less and lose more (docs/fidelity.md).
         threshold_mode: "relative": the squared distance must be below `threshold * |query|²`.
             "absolute" (the paper): below `2 * head_dim * (1 - threshold)²`, the threshold being
             the paper's τ in `[0, 1]`.
+        max_drift: by how much a hit may move logits: the expected square of the change, in nats², is
+            the squared distance of the queries times the keys' spread, which `mac_attn.seed`
+            measures (before that it is taken as that of the sharpest heads). It lowers the
+            threshold of heads whose queries and keys are large, where a token that no sample holds
+            may suddenly become the heaviest. Not in the paper: None is no bound.
         granularity: "group": the query heads that share a KV head decide together, by the mean of
             their scores, so that a KV head is read in full for all of them or for none. "head" (the
             paper): each for itself; needs `anchors=0`.
@@ -63,8 +67,9 @@ class ReuseConfig:
     window: int = 2048
     band: int = 256
     anchors: int = 1024
-    threshold: float | Sequence[float] | Tensor = 0.25
+    threshold: float | Sequence[float] | Tensor = 0.4
     threshold_mode: Literal["relative", "absolute"] = "relative"
+    max_drift: float | None = 3.0
     granularity: Literal["group", "head"] = "group"
     min_context: int = 2048
     max_reuse_depth: int | None = 1
@@ -78,6 +83,11 @@ class ReuseConfig:
         if self.max_reuse_depth is not None:
             check_int("max_reuse_depth", self.max_reuse_depth, low=1)
         check_choice("threshold_mode", self.threshold_mode, ("relative", "absolute"))
+        if self.max_drift is not None:
+            high = torch.finfo(torch.float32).max
+            object.__setattr__(
+                self, "max_drift", check_number("max_drift", self.max_drift, low=1e-6, high=high)
+            )
         check_choice("granularity", self.granularity, ("group", "head"))
         if self.granularity == "head" and self.anchors > 0:
             raise ValueError(
@@ -155,6 +165,7 @@ class ReuseConfig:
             anchors=0,
             threshold=0.45,
             threshold_mode="absolute",
+            max_drift=None,
             granularity="head",
             min_context=2048,
             max_reuse_depth=None,

@@ -16,6 +16,7 @@ from .cache import ReuseCache
 from .ops import Matched
 from .paging import KVCache, Scale, kv_scales, kv_views
 from .rope import pre_rope_query
+from .spread import key_spread
 
 
 @torch.no_grad()
@@ -40,7 +41,8 @@ def seed(
     The prompt's keys and values are in the cache already. If T exceeds the entries of a ring, every
     k-th token has one, k = ceil(T / entries), the last one among them. If a slot ended where the T
     tokens begin, in the same request, its older entries stay; else it starts anew. Each entry costs
-    one exact decode step. Statistics do not count them.
+    one exact decode step. Statistics do not count them. How far the keys spread is measured as well,
+    see `ReuseConfig.max_drift`.
 
     Args:
         reuse: the layer's cache.
@@ -135,6 +137,13 @@ def seed(
         miss(t, stored)
         stored = reuse.ring_stored.index_select(0, rows)
     reuse.counters.copy_(counted)
+    # The first pass has forgotten what another request may have left.
+    spread = key_spread(k, block_table, seq_lens) * sm_scale**2
+    if scales[0] is not None:  # the keys of a float8 cache are numbers
+        spread = spread * scales[0] ** 2
+    rows = torch.where(active & (slots >= 0) & (slots < reuse.num_slots), slots, reuse.num_slots)
+    padded = torch.cat([reuse.ring_spread, spread.new_zeros(1, reuse.num_kv_heads)])
+    reuse.ring_spread.copy_(padded.index_copy(0, rows.long(), spread)[:-1])
 
 
 def _check_values(

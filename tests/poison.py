@@ -28,6 +28,7 @@ SLOT_PARTS = (
     "counters",
     "ring_stored",
     "ring_tau",
+    "ring_spread",
     "ring_last_lse",
 )
 

@@ -23,6 +23,7 @@ PARTS: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
     "counters": ((8,), torch.int64),
     "ring_stored": ((2,), torch.int32),
     "ring_tau": ((2,), torch.float32),
+    "ring_spread": ((2,), torch.float32),
     "ring_last_lse": ((2, 3), torch.float32),
     "ring_position": ((2, ENTRIES), torch.int32),
     "ring_depth": ((2, ENTRIES, 3), torch.int32),

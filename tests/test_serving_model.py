@@ -311,8 +311,8 @@ def reach_beyond_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def planted(self: Any, *args: Any, **rest: Any) -> None:
         init(self, *args, **rest)
-        relative, per_head, window, *others = self.match_options
-        self.match_options = (relative, per_head, window + 1, *others)
+        relative, max_drift, per_head, window, *others = self.match_options
+        self.match_options = (relative, max_drift, per_head, window + 1, *others)
 
     monkeypatch.setattr(mac_attn.ReuseCache, "__init__", planted)
 

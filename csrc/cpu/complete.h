@@ -138,6 +138,7 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
   const bool stores = old_end > 0 && least_depth < p.max_reuse_depth && drawn;
   if (stores) store_entry<T>(p, request, kv_head, stored % M, carried);
   *p.ring.stored(slot, kv_head) = stores ? next_stored(stored, M) : stored;
+  if (p.matched.stored[group] == kNoHistory) *p.ring.spread(slot, kv_head) = 0.f;  // another request's
   if (S > 0) {
     float& tau = *p.ring.tau(slot, kv_head);
     if (p.matched.stored[group] == kNoHistory || !usable_tau(tau)) tau = first_tau(size);

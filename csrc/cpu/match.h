@@ -41,12 +41,13 @@ constexpr int kFetchAge = 24;  // how many candidates ahead rows are fetched
 constexpr float kRoundingMargin = 1.f - 2e-5f;
 
 // theta of a head, or NaN when it can never hit (theta 0 or not finite, query not finite).
-MAC_INLINE float usable_threshold(const MatchParams& p, const float* query, int head) {
+MAC_INLINE float usable_threshold(const MatchParams& p, const float* query, int head, float spread) {
   const int head_dim = p.shape.head_dim;
   vf sum = vf{};
   for (int d = 0; d < head_dim; d += kLanes) sum += load(query + d) * load(query + d);
   const float norm = hsum(sum);
-  const float theta = p.relative ? p.threshold[head] * norm : p.threshold[head];
+  float theta = p.relative ? p.threshold[head] * norm : p.threshold[head];
+  if (p.max_drift > 0.f) theta = std::min(theta, drift_bound(p.max_drift, spread, norm));
   const bool usable = std::isfinite(norm) && std::isfinite(theta) && theta > 0.f;
   return usable ? theta : std::numeric_limits<float>::quiet_NaN();
 }
@@ -71,12 +72,13 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
   if (stored == kNoHistory) return;
   const int64_t slot = p.requests.slots[request];
 
+  const float spread = *p.ring.spread(slot, kv_head);
   const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride;
   for (int g = 0; g < G; ++g) {
     const int head = kv_head * G + g;
     const T* row = rows + head * p.query.head_stride;
     for (int d = 0; d < D; d += kLanes) store(query + g * D + d, load(row + d));
-    theta[g] = usable_threshold(p, query + g * D, head);
+    theta[g] = usable_threshold(p, query + g * D, head, spread);
     // One head that cannot hit decides for its group; with decisions per head it only skips itself.
     if (!p.per_head && std::isnan(theta[g])) return;
   }

@@ -151,6 +151,7 @@ MAC_DEVICE void complete_history(const CompleteParams& p, const KvHeadStep& step
   const int stored = step.stored < 0 ? 0 : step.stored;
   *p.ring.stored(slot, step.kv_head) = stores ? next_stored(stored, p.ring.layout.shape.entries) : stored;
   if (stores) *p.ring.position(slot, step.kv_head, step.new_place(p)) = n - 1;
+  if (step.stored == kNoHistory) *p.ring.spread(slot, step.kv_head) = 0.f;  // another request's
   if (S > 0) {
     const int size = sample_size(S, band_start(n - 1, p.band));
     float* tau = p.ring.tau(slot, step.kv_head);

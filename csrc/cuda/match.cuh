@@ -144,7 +144,7 @@ MAC_DEVICE void prepare_head(const MatchParams& p, const MatchRequest& r, int g,
   const int head = r.kv_head * p.shape.group_size + g, lane = ptx::lane_id();
   const T* row =
       static_cast<const T*>(p.query.data) + r.request * p.query.batch_stride + head * p.query.head_stride;
-  const float threshold = p.threshold[head];
+  const float threshold = p.threshold[head], spread = *p.ring.spread(r.slot, r.kv_head);
   float norm = 0.f;
 #pragma unroll
   for (int i = 0; i < kLaneElements; ++i) {
@@ -155,7 +155,8 @@ MAC_DEVICE void prepare_head(const MatchParams& p, const MatchRequest& r, int g,
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) norm += ptx::shfl_xor(norm, distance);
   if (lane != 0) return;
-  const float theta = p.relative ? threshold * norm : threshold;
+  float theta = p.relative ? threshold * norm : threshold;
+  if (p.max_drift > 0.f) theta = fminf(theta, drift_bound(p.max_drift, spread, norm));
   // NaN for a head that can never hit; in a group it decides for all.
   const bool can_hit = norm < INFINITY && theta > 0.f && theta < INFINITY;
   shared.scale[g] = can_hit ? 1.f / theta : NAN;

@@ -12,6 +12,9 @@ from .sample import Choose, draw_sample, first_tau
 from .states import KVCache, Scale, attention_state, gather_kv
 
 
+SAMPLED_KEYS = 512  # by which `seed` measures their spread: evenly over the tokens
+
+
 @dataclass
 class Step:
     """What one decode step answers."""
@@ -110,7 +113,7 @@ def seed(
     v_scale: Scale = None,
     choose: Choose = draw_sample,
 ) -> None:
-    """Write entries of the last T prompt queries, as `mac_attn.seed`.
+    """Write entries of the last T prompt queries, as `mac_attn.seed`, and how far the keys spread.
 
     q and q_match `[B, T, Hq, D]` of positions `n - T .. n - 1`; `choose` as in `decode`. Every k-th
     query, k = ceil(T / entries), is a miss in turn, the last one among them. The first is weighed
@@ -129,7 +132,9 @@ def seed(
         rotated, queries = (
             x[b].cpu().double().unflatten(1, (reuse.num_kv_heads, -1)) for x in (q, q_match)
         )
+        even = torch.arange(SAMPLED_KEYS) * n // SAMPLED_KEYS
         for h, ring in enumerate(slot.rings):
+            ring.spread = float(softmax[0] ** 2 * k[even, h].var(0, correction=0).mean())
             chosen = range((length - 1) % every, length, every)
             first = n - length + chosen[0]
             ring.tau, ring.last_lse = first_tau(max(1, reuse.sample_size(first))), None

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from mac_attn.config import ReuseConfig
 
 
+UNKNOWN_VARIANCE = 12.0  # of a query's logits, before the spread of the keys is known
+
+
 @dataclass
 class HeadStep:
     """What a step answers for one KV head, and what its match saw (so that a near tie shows)."""
@@ -113,14 +116,22 @@ class ReferenceReuse:
             slot.rings = self.empty_slot().rings
         slot.request = request
 
-    def thresholds(self, query: Tensor, kv_head: int) -> Tensor:
-        """Threshold θ `[G]` on the squared distance, for a pre-RoPE query `[G, D]`."""
+    def thresholds(self, query: Tensor, kv_head: int, spread: float) -> Tensor:
+        """Threshold θ `[G]` on the squared distance, for a pre-RoPE query `[G, D]`.
+
+        It is no more than the distance at which logits are expected to move by `max_drift`; without
+        a spread, that of a query whose logits have the variance UNKNOWN_VARIANCE.
+        """
         number = torch.as_tensor(self.cfg.threshold, dtype=torch.float64).cpu().flatten()
         number = number.expand(self.num_qo_heads).unflatten(0, (self.num_kv_heads, -1))[kv_head]
         if self.cfg.threshold_mode == "absolute":
             theta = 2.0 * query.shape[1] * (1.0 - number) ** 2
         else:
             theta = number * query.square().sum(-1)
+        if self.cfg.max_drift is not None:
+            known = torch.full_like(theta, spread)
+            unknown = UNKNOWN_VARIANCE / query.square().sum(-1)
+            theta = theta.minimum(self.cfg.max_drift / (known if spread > 0 else unknown))
         return torch.where(theta.isfinite(), theta, torch.nan)  # NaN never hits
 
     def scores(self, ring: Ring, query: Tensor, kv_head: int, n: int) -> tuple[list[Entry], Tensor]:
@@ -136,7 +147,9 @@ class ReferenceReuse:
         if not entries or n < self.cfg.min_context:
             return [], query.new_empty(query.shape[0], 0)
         distance = (query - torch.stack([e.query for e in entries])).square().sum(-1)  # [C, G]
-        ratio = distance / self.thresholds(query, kv_head)  # a threshold of 0: inf or NaN, no hit
+        ratio = distance / self.thresholds(
+            query, kv_head, ring.spread
+        )  # a threshold of 0: inf or NaN, no hit
         shared = ratio.unflatten(1, (-1, self.unit)).mean(-1, keepdim=True)
         scores = shared.expand(-1, -1, self.unit).flatten(1).clone()
         if self.cfg.max_reuse_depth is not None:

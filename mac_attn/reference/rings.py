@@ -39,6 +39,7 @@ class Ring:
     stored: int = 0  # entries since the history began, kept below 2 M
     tau: float = 0.0  # 0: none yet
     last_lse: Tensor | None = None  # [G] float64, of the last step
+    spread: float = 0.0  # variance of a logit for a query of unit length; 0: not known
 
     def youngest(self) -> list[Entry]:
         """Entries of this history that are still there, the youngest first."""

@@ -107,6 +107,7 @@ class Call:
             "layer": lambda: 3,
             "threshold": lambda: torch.full((H * G,), 3.0),
             "relative": lambda: self.draw.ConsumeBool(),
+            "max_drift": lambda: self.draw.PickValueInList([0.0, 3.0]),
             "per_head": lambda: self.per_head,
             "window": lambda: 6,
             "band": lambda: self.band,

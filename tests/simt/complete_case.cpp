@@ -245,6 +245,7 @@ void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carr
   if (stores) expect_entry(request, kv_head, carried, want);
   const int stored = std::max(stored_[number], 0), next = stored + stores;
   *to.stored(slot, kv_head) = next < 2 * spec_.entries ? next : next - spec_.entries;
+  if (stored_[number] == kNoHistory) *to.spread(slot, kv_head) = 0;
   if (S > 0) {
     const float tau = *to.tau(slot, kv_head), now = *got.tau(slot, kv_head);
     double expected = stored_[number] != kNoHistory && tau > 0 && tau <= 64 ? tau : 1. / size;

@@ -16,7 +16,7 @@ std::string MatchSpec::name() const {
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
          " D=" + std::to_string(head_dim) + " M=" + std::to_string(entries) + " window=" + std::to_string(window) +
          " W=" + std::to_string(band) + " S=" + std::to_string(anchors) + (per_head ? " per head" : "") +
-         (relative ? " relative " : " absolute ") + std::to_string(rho) +
+         (relative ? " relative " : " absolute ") + std::to_string(rho) + " drift=" + std::to_string(max_drift) +
          " depth=" + std::to_string(max_reuse_depth) + (twins ? " twins" : "") +
          " splits=" + std::to_string(splits) + " seed=" + std::to_string(seed);
 }
@@ -96,7 +96,7 @@ void MatchCase::run(const Run& run) {
   p.requests = {seq_lens.data(), slots.data(), spec_.request_ids ? request_ids_.data() : nullptr};
   p.ring = ring.view();
   p.threshold = thresholds.data();
-  p.relative = spec_.relative, p.per_head = spec_.per_head;
+  p.relative = spec_.relative, p.max_drift = static_cast<float>(spec_.max_drift), p.per_head = spec_.per_head;
   p.window = spec_.window, p.band = spec_.band, p.min_context = spec_.min_context,
   p.max_reuse_depth = spec_.max_reuse_depth;
   p.matched = {source_.data(), place_.data(), stored_.data()};
@@ -166,7 +166,9 @@ void MatchCase::check_decision(int request, int first_head, int num_heads) const
   std::vector<reference::MatchHead> queries;
   for (int h = first_head; h < first_head + num_heads; ++h) {
     const reference::Vector query = query_.row(request, h);
-    queries.push_back({query, reference::match_theta(query, thresholds[h], spec_.relative)});
+    const double spread = *ring.view().spread(slot, kv_head);
+    queries.push_back(
+        {query, reference::match_theta(query, thresholds[h], spec_.relative, spec_.max_drift, spread)});
   }
   const auto rows_of = [&](int place) {
     reference::Rows rows;

@@ -12,12 +12,13 @@ struct MatchSpec {
   int entries = 40, window = 60, band = 16, min_context = 1, max_reuse_depth = 1 << 30;
   bool per_head = false, relative = true;
   bool request_ids = true;
-  int anchors = 0;     // with them a hit must not read more than half of the tokens
-  double rho = 0.2;    // the threshold, as a share of a query's expected square
-  double near = 0.15;  // share of the entries that lie near the query
-  double holes = 0.1;  // share of the entries that are none: they hold the very query, as a trap
-  int gap = 2;         // largest distance between the positions of two entries
-  bool twins = false;  // entries come in equal pairs
+  int anchors = 0;       // with them a hit must not read more than half of the tokens
+  double rho = 0.2;      // the threshold, as a share of a query's expected square
+  double max_drift = 0;  // 0: no bound
+  double near = 0.15;    // share of the entries that lie near the query
+  double holes = 0.1;    // share of the entries that are none: they hold the very query, as a trap
+  int gap = 2;           // largest distance between the positions of two entries
+  bool twins = false;    // entries come in equal pairs
   int splits = 1;
   uint64_t seed = 1;
 

@@ -179,8 +179,9 @@ State hit(const State& entry, const State& replaced, double log_ratio, const Sta
   return state;
 }
 
-double match_theta(const Vector& query, double threshold, bool relative) {
-  const double theta = relative ? threshold * dot(query, query) : threshold;
+double match_theta(const Vector& query, double threshold, bool relative, double max_drift, double spread) {
+  double theta = relative ? threshold * dot(query, query) : threshold;
+  if (max_drift > 0) theta = std::min(theta, max_drift / (spread > 0 ? spread : 12 / dot(query, query)));
   return std::isfinite(theta) && std::isfinite(dot(query, query)) && theta > 0 ? theta : NAN;
 }
 

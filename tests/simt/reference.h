@@ -84,7 +84,7 @@ struct MatchHead {
   Vector query;
   double theta;  // NaN: never a hit
 };
-double match_theta(const Vector& query, double threshold, bool relative);
+double match_theta(const Vector& query, double threshold, bool relative, double max_drift, double spread);
 double match_score(const std::vector<MatchHead>& heads, const Rows& stored);
 
 }  // namespace mac_attn::reference

@@ -34,6 +34,7 @@ void test_shapes(DType dtype) {
       spec.relative = spec.seed % 3 != 0, spec.per_head = spec.seed % 4 == 3;
       spec.splits = 1 + static_cast<int>(spec.seed % 3);
       spec.request_ids = spec.seed % 5 != 0;
+      spec.max_drift = spec.seed % 2 ? 3 : 0;
       ++spec.seed;
       hits += test(spec, one_run());
       heads += 3 * spec.num_kv_heads * group_size;
