@@ -11,7 +11,6 @@ from .reuse import HeadStep, ReferenceReuse
 from .sample import Choose, draw_sample, first_tau
 from .states import KVCache, Scale, attention_state, gather_kv
 
-
 SAMPLED_KEYS = 512  # by which `seed` measures their spread: evenly over the tokens
 
 
