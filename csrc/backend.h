@@ -22,14 +22,11 @@ struct Persistent {
   std::optional<at::Tensor> error_flag;
 };
 
-// `attend` is amend and complete, which need not say where amend's answer goes.
-//
 // Check the values too, before anything is written: they lie on the host.
 namespace cpu_backend {
 void match(const MatchParams& params);
 void amend(const AmendParams& params, const AmendLimits& limits);
 void complete(const CompleteParams& params);
-void attend(AmendParams amend, const AmendLimits& limits, CompleteParams complete);
 void unrotate(const UnrotateParams& params);
 }  // namespace cpu_backend
 
@@ -39,8 +36,6 @@ void match(const MatchParams& params, const Persistent& persistent, const at::Te
 void amend(const AmendParams& params, const AmendLimits& limits, const Persistent& persistent,
            const at::Tensor& on);
 void complete(const CompleteParams& params, const Persistent& persistent, const at::Tensor& on);
-void attend(const AmendParams& amend, const AmendLimits& limits, const CompleteParams& complete,
-            const Persistent& persistent, const at::Tensor& on);
 void unrotate(const UnrotateParams& params, const at::Tensor& on);
 }  // namespace cuda_backend
 

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <vector>
 
-#include "amended.h"
 #include "backend.h"
 #include "checks.h"
 #include "cpu/schedule.h"
@@ -84,13 +83,6 @@ void complete(const CompleteParams& p) {
   constexpr int64_t kFewElements = 8192;
   const int64_t elements = int64_t{p.shape.batch} * p.shape.num_qo_heads() * p.shape.head_dim;
   run_team(cpu::kernels().complete, p, work, elements <= kFewElements);
-}
-
-void attend(AmendParams p, const AmendLimits& limits, CompleteParams c) {
-  const Amended made(p, at::kCPU);
-  amend(p, limits);
-  take_over(c, p);
-  complete(c);
 }
 
 // On one thread: the queries are few.

@@ -1,5 +1,6 @@
 // The CUDA side of the ops: working memory from torch's allocator, launches on its current stream.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -67,9 +68,7 @@ struct Workspace {
       memory = *persistent.workspace;
       check_array(memory, "workspace", {kAny}, at::kInt, on.device());
     } else {
-      memory = at::empty({B * each + 1}, on.options().dtype(at::kInt));
-      const auto count = static_cast<int32_t>(memory.numel());
-      check(cuda::launch_clear(memory.data_ptr<int32_t>(), count, c10::cuda::getCurrentCUDAStream()));
+      memory = at::zeros({B * each + 1}, on.options().dtype(at::kInt));
     }
     const int64_t room = (memory.numel() - 1) / each;
     TORCH_CHECK_VALUE(B <= room, "batch is ", B, ", must be at most max_batch_size of the ReuseCache, ", room);
@@ -103,8 +102,7 @@ void match(const MatchParams& p, const Persistent& persistent, const Tensor& on)
   check(cuda::launch_match(p, w, c10::cuda::getCurrentCUDAStream()));
 }
 
-void attend(const AmendParams& p, const AmendLimits& limits, const CompleteParams& complete,
-            const Persistent& persistent, const Tensor& on) {
+void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& persistent, const Tensor& on) {
   check_supported(p.shape, p.dtype);
   const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
   TORCH_CHECK_VALUE(p.num_anchors <= cuda::kMaxAnchors, "anchors is ", p.num_anchors, ", must be at most ",
@@ -121,7 +119,13 @@ void attend(const AmendParams& p, const AmendLimits& limits, const CompleteParam
   int32_t ctas = 0;
   check(cuda::amend_ctas(p, &ctas));
 
+  const Workspace workspace(p.shape, persistent, on);
   cuda::AmendWorkspace w{};
+  w.status = workspace.status;
+  w.done = workspace.amend_done;
+  w.sampled = workspace.sampled;
+  w.drawn = workspace.drawn;
+  w.error_flag = error_flag_of(persistent, on);
   TORCH_CHECK_VALUE(cuda::describe(p, static_cast<int32_t>(limits.num_pages), limits.max_pages, ctas, w),
                     "k_cache or v_cache spans more than 64 GiB, must be at most that on CUDA");
   const int64_t tiles = B * H * w.head_tiles * ((w.max_tokens + p.num_anchors) / (4 * cuda::kWarpTokens) + 3);
@@ -138,23 +142,11 @@ void attend(const AmendParams& p, const AmendLimits& limits, const CompleteParam
     candidates = at::empty({room * static_cast<int64_t>(sizeof(cuda::Candidate) / sizeof(float))}, floats);
     w.candidate = reinterpret_cast<cuda::Candidate*>(candidates.data_ptr<float>());
   }
-  // Last, as what clears its counters is to be followed by amend.
-  const Workspace workspace(p.shape, persistent, on);
-  w.status = workspace.status;
-  w.done = workspace.amend_done;
-  w.sampled = workspace.sampled;
-  w.drawn = workspace.drawn;
-  w.error_flag = error_flag_of(persistent, on);
-  check(cuda::launch_amend(p, w, complete, ctas, c10::cuda::getCurrentCUDAStream()));
-}
-
-void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& persistent, const Tensor& on) {
-  attend(p, limits, {}, persistent, on);
+  check(cuda::launch_amend(p, w, ctas, c10::cuda::getCurrentCUDAStream()));
 }
 
 void complete(const CompleteParams& p, const Persistent& persistent, const Tensor& on) {
   check_supported(p.shape, p.dtype);
-  check_rows(p.states, "states", 4, {});
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
   const cuda::CompleteWorkspace w{p.matched.source ? Workspace(p.shape, persistent, on).status : nullptr};

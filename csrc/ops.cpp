@@ -15,7 +15,6 @@
 #include <tuple>
 #include <vector>
 
-#include "amended.h"
 #include "backend.h"
 #include "checks.h"
 #include "cpu/kernels.h"
@@ -109,14 +108,10 @@ struct Reuse {
   int64_t entries, anchors, band, layer;
 };
 
-// What amend needs but for where its answer goes.
-struct AmendCall {
-  AmendParams params;
-  AmendLimits limits;
-};
+using AmendedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-AmendCall check_amend(const Tensor& q, const KVCache& cache, const Tensor& block_table, const Tensor& seq_lens,
-                      const Reuse* reuse, double sm_scale, double logits_soft_cap) {
+AmendedTensors attend(const Tensor& q, const KVCache& cache, const Tensor& block_table, const Tensor& seq_lens,
+                      const Reuse* reuse, double sm_scale, double logits_soft_cap, const Persistent& persistent) {
   check_query(q, "q");
   AmendParams p{};
   p.shape = make_shape(q, cache.num_kv_heads());
@@ -138,10 +133,29 @@ AmendCall check_amend(const Tensor& q, const KVCache& cache, const Tensor& block
                     ", must be finite and not negative (0: off)");
   p.sm_scale = static_cast<float>(sm_scale);
   p.logits_soft_cap = static_cast<float>(logits_soft_cap);
-  return {p, {cache.num_pages(), block_table.size(1)}};
-}
 
-using AmendedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, Hq = p.shape.num_qo_heads(), S = p.num_anchors;
+  const auto floats = q.options().dtype(at::kFloat);
+  Tensor states = at::empty({kNumSpans, B, Hq, p.shape.head_dim}, floats);
+  Tensor state_lse = at::empty({kNumSpans, B, Hq}, floats);
+  Tensor log_ratio = at::empty({B, reuse ? Hq : 0}, floats);
+  Tensor anchors = at::empty({B, H, S}, seq_lens.options());
+  Tensor anchor_weights = at::empty({B, H, S}, floats);
+  Tensor sampled = at::empty({B, reuse ? H : 0}, seq_lens.options());
+  p.out = states.data_ptr<float>();
+  p.lse = state_lse.data_ptr<float>();
+  p.log_ratio = log_ratio.data_ptr<float>();
+  p.anchors = anchors.data_ptr<int32_t>();
+  p.anchor_weights = anchor_weights.data_ptr<float>();
+  p.sampled = sampled.data_ptr<int32_t>();
+  const AmendLimits limits{cache.num_pages(), block_table.size(1)};
+  if (q.is_cpu()) {
+    cpu_backend::amend(p, limits);
+  } else {
+    cuda_backend::amend(p, limits, persistent, q);
+  }
+  return {states, state_lse, log_ratio, anchors, anchor_weights, sampled};
+}
 
 AmendedTensors amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scale,
                      const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens,
@@ -151,62 +165,37 @@ AmendedTensors amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
                      const OptionalTensor& workspace, const OptionalTensor& error_flag) {
   const OptionalTensor values = v_cache;
   const KVCache cache{k_cache, values, false, k_scale, v_scale};
-  TORCH_CHECK_VALUE(!source || (place && stored && slots && ring),
+  const Persistent persistent{workspace, error_flag};
+  if (!source) return attend(q, cache, block_table, seq_lens, nullptr, sm_scale, logits_soft_cap, persistent);
+  TORCH_CHECK_VALUE(place && stored && slots && ring,
                     "source is given, so place, stored, slots and ring must be given too");
-  std::optional<Reuse> reuse;
-  if (source) reuse.emplace(Reuse{*source, *place, *stored, *slots, *ring, entries, anchors, band, layer});
-  AmendCall call =
-      check_amend(q, cache, block_table, seq_lens, reuse ? &*reuse : nullptr, sm_scale, logits_soft_cap);
-  const Amended made(call.params, q.device());
-  if (q.is_cpu()) {
-    cpu_backend::amend(call.params, call.limits);
-  } else {
-    cuda_backend::amend(call.params, call.limits, {workspace, error_flag}, q);
-  }
-  return {made.states, made.state_lse, made.log_ratio, made.anchors, made.anchor_weights, made.sampled};
+  const Reuse reuse{*source, *place, *stored, *slots, *ring, entries, anchors, band, layer};
+  return attend(q, cache, block_table, seq_lens, &reuse, sm_scale, logits_soft_cap, persistent);
 }
 
-// The tensors that receive the merger of amend's states, and sinks.
-CompleteParams check_output(int64_t num_kv_heads, const Tensor& seq_lens, const OptionalTensor& sinks,
-                            const Tensor& out, const Tensor& lse) {
+// The states of amend and the tensors that receive their merger.
+CompleteParams check_merge(const Tensor& states, const Tensor& state_lse, int64_t num_kv_heads,
+                           const Tensor& seq_lens, const OptionalTensor& sinks, const Tensor& out,
+                           const Tensor& lse) {
   check_query(out, "out");
   check_rows_apart(out, "out");
   CompleteParams p{};
   p.shape = make_shape(out, num_kv_heads);
   p.dtype = dtype_of(out);
+  const int64_t batch = p.shape.batch, heads = p.shape.num_qo_heads();
   p.requests = check_requests(p.shape, seq_lens, std::nullopt, std::nullopt, out.device());
-  check_array(lse, "lse", {p.shape.batch, p.shape.num_qo_heads()}, at::kFloat, out.device());
-  if (sinks) check_array(*sinks, "sinks", {p.shape.num_qo_heads()}, at::kFloat, out.device());
+  check_array(states, "states", {kNumSpans, batch, heads, p.shape.head_dim}, at::kFloat, out.device());
+  check_array(state_lse, "state_lse", {kNumSpans, batch, heads}, at::kFloat, out.device());
+  check_array(lse, "lse", {batch, heads}, at::kFloat, out.device());
+  if (sinks) check_array(*sinks, "sinks", {heads}, at::kFloat, out.device());
   p.sinks = sinks ? sinks->const_data_ptr<float>() : nullptr;
+  p.states = states.const_data_ptr<float>();
+  p.state_lse = state_lse.const_data_ptr<float>();
   p.out = out.data_ptr();
   p.out_batch_stride = out.stride(0);
   p.out_head_stride = out.stride(1);
   p.lse = lse.data_ptr<float>();
   return p;
-}
-
-void check_states(CompleteParams& p, const Tensor& states, const Tensor& state_lse, at::Device device) {
-  const int64_t batch = p.shape.batch, heads = p.shape.num_qo_heads();
-  check_array(states, "states", {kNumSpans, batch, heads, p.shape.head_dim}, at::kFloat, device);
-  check_array(state_lse, "state_lse", {kNumSpans, batch, heads}, at::kFloat, device);
-  p.states = states.const_data_ptr<float>();
-  p.state_lse = state_lse.const_data_ptr<float>();
-}
-
-// What complete needs of a step with reuse besides what amend answers. `out` and `p.shape` are checked.
-void check_entry(CompleteParams& p, const Tensor& q, const Tensor& q_match, const Tensor& seq_lens,
-                 const Tensor& slots, const OptionalTensor& request_ids, const Matched& matched, const Tensor& ring,
-                 int64_t entries, int64_t anchors, int64_t band, int64_t max_reuse_depth, const Tensor& out) {
-  check_query(q_match, "q_match");
-  check_tensor(q_match, "q_match", out.sizes(), out.scalar_type(), out.device());
-  check_tensor(q, "q", out.sizes(), out.scalar_type(), out.device());
-  p.query = heads_view(q_match);
-  p.rotated = heads_view(q);
-  p.requests = check_requests(p.shape, seq_lens, slots, request_ids, out.device());
-  p.matched = matched;
-  p.ring = check_ring(ring, p.shape, q_match, entries, anchors);
-  p.band = check_int32(band, "band", 1);
-  p.max_reuse_depth = check_int32(max_reuse_depth, "max_reuse_depth", 0);
 }
 
 void run_complete(const CompleteParams& p, const Persistent& persistent, const Tensor& on) {
@@ -219,9 +208,8 @@ void run_complete(const CompleteParams& p, const Persistent& persistent, const T
 
 void complete_exact(const Tensor& states, const Tensor& state_lse, const Tensor& seq_lens,
                     const OptionalTensor& sinks, Tensor& out, Tensor& lse) {
-  CompleteParams p = check_output(out.dim() == 3 ? out.size(1) : 1, seq_lens, sinks, out, lse);
-  check_states(p, states, state_lse, out.device());
-  run_complete(p, {}, out);
+  run_complete(check_merge(states, state_lse, out.dim() == 3 ? out.size(1) : 1, seq_lens, sinks, out, lse), {},
+               out);
 }
 
 void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_ratio, const Tensor& anchors,
@@ -230,30 +218,28 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_r
               const Tensor& slots, const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads,
               int64_t entries, int64_t band, int64_t max_reuse_depth, const OptionalTensor& sinks,
               const OptionalTensor& workspace, Tensor& out, Tensor& lse) {
-  CompleteParams p = check_output(num_kv_heads, seq_lens, sinks, out, lse);
+  CompleteParams p = check_merge(states, state_lse, num_kv_heads, seq_lens, sinks, out, lse);
   const at::Device device = out.device();
   const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, Hq = p.shape.num_qo_heads();
-  check_states(p, states, state_lse, device);
+  check_query(q_match, "q_match");
+  check_tensor(q_match, "q_match", out.sizes(), out.scalar_type(), device);
+  check_tensor(q, "q", out.sizes(), out.scalar_type(), device);
+  p.query = heads_view(q_match);
+  p.rotated = heads_view(q);
+  p.requests = check_requests(p.shape, seq_lens, slots, request_ids, device);
+  p.matched = check_matched(p.shape, source, place, stored, device);
   check_array(anchors, "anchors", {B, H, kAny}, at::kInt, device);
   check_array(anchor_weights, "anchor_weights", anchors.sizes(), at::kFloat, device);
   check_array(sampled, "sampled", {B, H}, at::kInt, device);
   check_array(log_ratio, "log_ratio", {B, Hq}, at::kFloat, device);
-  check_entry(p, q, q_match, seq_lens, slots, request_ids, check_matched(p.shape, source, place, stored, device),
-              ring, entries, anchors.size(2), band, max_reuse_depth, out);
+  p.ring = check_ring(ring, p.shape, q_match, entries, anchors.size(2));
   p.log_ratio = log_ratio.const_data_ptr<float>();
   p.anchors = anchors.const_data_ptr<int32_t>();
   p.anchor_weights = anchor_weights.const_data_ptr<float>();
   p.sampled = sampled.const_data_ptr<int32_t>();
+  p.band = check_int32(band, "band", 1);
+  p.max_reuse_depth = check_int32(max_reuse_depth, "max_reuse_depth", 0);
   run_complete(p, {workspace, std::nullopt}, out);
-}
-
-// Amend and complete, where nobody else wants what amend answers.
-void attend(const AmendCall& call, const CompleteParams& complete, const Persistent& persistent, const Tensor& on) {
-  if (on.is_cpu()) {
-    cpu_backend::attend(call.params, call.limits, complete);
-  } else {
-    cuda_backend::attend(call.params, call.limits, complete, persistent, on);
-  }
 }
 
 // A whole decode step in one op: what a caller pays for an op, above all when nothing of it lies in a cache, is
@@ -263,10 +249,10 @@ Tensor decode_exact_into(const Tensor& q, const Tensor& k_cache, const OptionalT
                          const Tensor& seq_lens, double sm_scale, double logits_soft_cap,
                          const OptionalTensor& sinks, Tensor& out) {
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
-  const AmendCall call = check_amend(q, {k_cache, v_cache, hnd, k_scale, v_scale}, block_table, seq_lens, nullptr,
-                                     sm_scale, logits_soft_cap);
+  const AmendedTensors amended = attend(q, {k_cache, v_cache, hnd, k_scale, v_scale}, block_table, seq_lens,
+                                        nullptr, sm_scale, logits_soft_cap, {});
   Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
-  attend(call, check_output(call.params.shape.num_kv_heads, seq_lens, sinks, out, lse), {}, q);
+  complete_exact(std::get<0>(amended), std::get<1>(amended), seq_lens, sinks, out, lse);
   return lse;
 }
 
@@ -302,12 +288,12 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
       match(q_match, seq_lens, slots, request_ids, ring, num_kv_heads, entries, num_anchors, threshold, relative,
             max_drift, per_head, window, band, min_context, max_reuse_depth, workspace, error_flag);
   const Reuse reuse{source, place, stored, slots, ring, entries, num_anchors, band, layer};
-  const AmendCall call = check_amend(q, cache, block_table, seq_lens, &reuse, sm_scale, logits_soft_cap);
-  Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
-  CompleteParams complete = check_output(num_kv_heads, seq_lens, sinks, out, lse);
-  check_entry(complete, q, q_match, seq_lens, slots, request_ids, call.params.matched, ring, entries, num_anchors,
-              band, max_reuse_depth, out);
-  attend(call, complete, {workspace, error_flag}, q);
+  const auto [states, state_lse, log_ratio, anchors, anchor_weights, sampled] =
+      attend(q, cache, block_table, seq_lens, &reuse, sm_scale, logits_soft_cap, {workspace, error_flag});
+  Tensor lse = at::empty({q.size(0), q.size(1)}, state_lse.options());
+  complete(states, state_lse, log_ratio, anchors, anchor_weights, sampled, source, place, stored, q, q_match,
+           seq_lens, slots, request_ids, ring, num_kv_heads, entries, band, max_reuse_depth, sinks, workspace, out,
+           lse);
   return {source, lse};
 }
 
@@ -481,9 +467,6 @@ void amend(const AmendParams&, const AmendLimits&, const Persistent&, const at::
   not_built();
 }
 void complete(const CompleteParams&, const Persistent&, const at::Tensor&) {
-  not_built();
-}
-void attend(const AmendParams&, const AmendLimits&, const CompleteParams&, const Persistent&, const at::Tensor&) {
   not_built();
 }
 void unrotate(const UnrotateParams&, const at::Tensor&) {

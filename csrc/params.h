@@ -117,9 +117,8 @@ struct AmendParams {
   int32_t layer;  // see sample_seed
   float sm_scale;
   float logits_soft_cap;  // 0: off
-  // What follows is null where one launch does complete as well.
-  float* out;        // out: [2, B, Hq, D], see `Span`
-  float* lse;        // out: [2, B, Hq]
+  float* out;             // out: [2, B, Hq, D], see `Span`
+  float* lse;             // out: [2, B, Hq]
   float* log_ratio;  // out: [B, Hq] on a hit ln of sum a exp(s_p) / sum a exp(s_c) over the anchors, or -inf if
                      // those leave nothing of the entry; else 0
   int32_t* anchors;  // out: [B, H, S] of a new entry, ascending, then kNoAnchor
@@ -139,7 +138,7 @@ struct CompleteParams {
   Shape shape;
   DType dtype;
   Requests requests;
-  const float* states;     // [2, B, Hq, D] from amend; null where one launch does both, as is all from amend
+  const float* states;     // [2, B, Hq, D] from amend
   const float* state_lse;  // [2, B, Hq]
   Matched matched;         // source is null without reuse; then what follows is not looked at
   const float* log_ratio;  // [B, Hq] from amend, as are the next three

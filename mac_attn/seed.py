@@ -41,8 +41,8 @@ def seed(
     The prompt's keys and values are in the cache already. If T exceeds the entries of a ring, every
     k-th token has one, k = ceil(T / entries), the last one among them. If a slot ended where the T
     tokens begin, in the same request, its older entries stay; else it starts anew. Each entry costs
-    one exact decode step. Statistics do not count them. How far the keys spread is measured too, see
-    `ReuseConfig.max_drift`.
+    one exact decode step. Statistics do not count them. How far the keys spread is measured too
+    (`ReuseConfig.max_drift`).
 
     Args:
         reuse: the layer's cache.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +18,18 @@ if importlib.util.find_spec("vllm") is None:
 import transformers  # noqa: E402, F401  (before vLLM's backends, whose imports are a circle else)
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.v1.attention.backends import flash_attn  # noqa: E402
-from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.attention.backends.registry import (  # noqa: E402
+    AttentionBackendEnum,
+    register_backend,
+)
 from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
+from mac_attn.integrations.serving.slots import Place, Row  # noqa: E402
 from mac_attn.integrations.vllm import cuda, cuda_plan, plugin, support, worker  # noqa: E402
 from mac_attn.integrations.vllm import engine as engine_module  # noqa: E402
 from mac_attn.integrations.vllm.attend import Served  # noqa: E402
 from mac_attn.integrations.vllm.engine import Engine  # noqa: E402
 from mac_attn.integrations.vllm.options import Options  # noqa: E402
-from mac_attn.integrations.vllm.slots import Place, Row  # noqa: E402
 
 
 def test_registering_takes_the_place_of_two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +49,64 @@ def test_registering_takes_the_place_of_two_backends(monkeypatch: pytest.MonkeyP
     finally:
         for backend in added:
             backend.clear_override()
+
+
+def test_registering_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's placeholder for a backend that the command line chooses for a kind of layers."""
+    from vllm.config.attention import AttentionConfig
+    from vllm.v1.attention.selector import get_attn_spec_kind
+
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(WorkerWrapperBase, "get_kv_cache_spec", None, raising=False)
+    monkeypatch.setattr("mac_attn.integrations.vllm.metrics.register_collector", lambda: None)
+    monkeypatch.setenv("MAC_ATTN_VLLM", "custom")
+    custom = AttentionBackendEnum.CUSTOM
+    try:
+        plugin.register()
+        assert not AttentionBackendEnum.FLASH_ATTN.is_overridden()
+        assert not AttentionBackendEnum.CPU_ATTN.is_overridden()
+        chosen = AttentionConfig(backend_per_kind={"full_attention": "CUSTOM"})  # type: ignore[dict-item]
+        full = get_attn_spec_kind(False, False, "decoder").value
+        sliding = get_attn_spec_kind(False, True, "decoder").value
+        assert chosen.backend_per_kind == {full: custom}
+        assert sliding not in chosen.backend_per_kind
+        assert custom.get_class().__name__ == "MacFlashBackend"
+    finally:
+        custom.clear_override()
+
+
+@pytest.mark.parametrize("kind", ["custom", "flash"])
+def test_a_gpu_of_capability_10_serves_what_the_command_chooses(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """vLLM's own choice there is FLASHINFER; what is named is taken."""
+    # The kernels for CUDA, which this module of vLLM's loads and choosing does not use.
+    for kernels in ("_C_stable_libtorch", "_C"):
+        if importlib.util.find_spec(f"vllm.{kernels}") is None:
+            monkeypatch.setitem(sys.modules, f"vllm.{kernels}", ModuleType(kernels))
+    from vllm.platforms import cuda as platform
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    enum = AttentionBackendEnum
+    backend = enum.CUSTOM if kind == "custom" else enum.FLASH_ATTN
+    capability = DeviceCapability(10, 0)
+    order = platform._get_backend_priorities(False, capability)
+    assert order.index(enum.FLASHINFER) < order.index(enum.FLASH_ATTN)
+    order = platform._get_backend_priorities(False, DeviceCapability(9, 0))
+    assert order.index(enum.FLASH_ATTN) < order.index(enum.FLASHINFER)
+    gpu = platform.CudaPlatformBase
+    monkeypatch.setattr(gpu, "get_device_capability", classmethod(lambda cls, i=0: capability))
+    monkeypatch.setattr(cuda.MacFlashBackend, "validate_configuration", lambda **given: [])
+    register_backend(backend, "mac_attn.integrations.vllm.cuda.MacFlashBackend")
+    wanted = AttentionSelectorConfig(
+        head_size=128, dtype=torch.bfloat16, kv_cache_dtype=None, block_size=None
+    )
+    try:
+        path = gpu.get_attn_backend_cls(backend, attn_selector_config=wanted)
+    finally:
+        backend.clear_override()
+    assert path == "mac_attn.integrations.vllm.cuda.MacFlashBackend"
 
 
 def test_a_worker_makes_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +189,8 @@ def test_layers_with_another_backend_are_named(monkeypatch: pytest.MonkeyPatch) 
     assert Engine(runner, Options()).rings == {}
     assert said == [
         "MAC-Attention: 2 layers are left to vLLM's attention: vLLM's backend FLASHINFER, its"
-        " default on some GPUs; --attention-backend FLASH_ATTN has them served",
+        " default on compute capability 10; on a GPU --attention-backend FLASH_ATTN has them"
+        " served",
         "MAC-Attention: off: no layer is served",
     ]
 
@@ -141,23 +204,12 @@ def test_layers_that_share_their_cache() -> None:
     assert support.shares_kv(layers) == {"a", "b"}
 
 
-def _engine(config: mac_attn.ReuseConfig, rank: int = 0, seed: int = 128) -> Engine:
+def _engine(config: mac_attn.ReuseConfig) -> Engine:
     """An engine of one layer, without a model."""
     engine = object.__new__(Engine)
-    parallel = SimpleNamespace(rank=rank, tensor_parallel_size=2)
-    engine.runner = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
-    engine.options = Options(seed=seed)
+    engine.options = Options(seed=128)
     engine.rings = {"layer": SimpleNamespace(cfg=config)}  # type: ignore[dict-item]
     return engine
-
-
-def test_thresholds_per_head_are_those_of_the_rank() -> None:
-    config = mac_attn.ReuseConfig(threshold=[0.1 * i for i in range(16)])
-    for rank in range(2):
-        own = _engine(config, rank)._of_this_rank(config, _layer())
-        assert own.threshold == tuple(0.1 * i for i in range(8 * rank, 8 * rank + 8))
-    same = mac_attn.ReuseConfig(threshold=0.3)
-    assert _engine(same)._of_this_rank(same, _layer()) == same
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from vllm_batches import common_metadata
 
 import mac_attn
 from mac_attn.integrations import vllm as package
+from mac_attn.integrations.serving.budget import Shape, slots_within
+from mac_attn.integrations.serving.rotary import is_rotated, rotary_of
+from mac_attn.integrations.serving.slots import Row, SlotTable
 from mac_attn.integrations.vllm import metrics, requests
 from mac_attn.integrations.vllm.options import Options
-from mac_attn.integrations.vllm.rotary import is_rotated, rotary_of
-from mac_attn.integrations.vllm.slots import Row, SlotTable
 
 
 class TestOptions:
@@ -27,6 +28,7 @@ class TestOptions:
         assert Options.from_env({}) is None
         assert Options.from_env({"MAC_ATTN_VLLM": "0"}) is None
         assert Options.from_env({"MAC_ATTN_VLLM": "1"}) == Options()
+        assert Options.from_env({"MAC_ATTN_VLLM": "custom"}) == Options(by_name=True)
 
     def test_values(self) -> None:
         options = Options.from_env(
@@ -39,8 +41,22 @@ class TestOptions:
             }
         )
         assert options is not None
-        assert options.layer_config(7) == mac_attn.ReuseConfig(threshold=0.1, band=64)
+        assert options.layer_config(7, 8, 0, 1) == mac_attn.ReuseConfig(threshold=0.1, band=64)
         assert (options.num_slots, options.seed, options.log_seconds) == (3, 0, 0.5)
+        share = Options.from_env({"MAC_ATTN_VLLM": "1", "MAC_ATTN_VLLM_SHARE": "0.25"})
+        assert share is not None
+        assert (share.num_slots, share.share) == (None, 0.25)
+        with pytest.raises(ValueError, match="SLOTS and MAC_ATTN_VLLM_SHARE are both set"):
+            both = {"MAC_ATTN_VLLM_SLOTS": "3", "MAC_ATTN_VLLM_SHARE": "0.25"}
+            Options.from_env({"MAC_ATTN_VLLM": "1", **both})
+
+    def test_thresholds_per_head_are_those_of_the_rank(self) -> None:
+        options = Options(config=mac_attn.ReuseConfig(threshold=[0.1 * i for i in range(16)]))
+        for rank in range(2):
+            own = options.layer_config(0, 8, rank, 2)
+            assert own.threshold == tuple(0.1 * i for i in range(8 * rank, 8 * rank + 8))
+        same = mac_attn.ReuseConfig(threshold=0.3)
+        assert Options(config=same).layer_config(0, 8, 1, 2) == same
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -53,6 +69,8 @@ class TestOptions:
             ("MAC_ATTN_VLLM_CALIBRATION", "/nowhere.json"),
             ("MAC_ATTN_VLLM_SLOTS", "0"),
             ("MAC_ATTN_VLLM_SLOTS", "2.5"),
+            ("MAC_ATTN_VLLM_SHARE", "0"),
+            ("MAC_ATTN_VLLM_SHARE", "1.5"),
             ("MAC_ATTN_VLLM_SEED", "-1"),
             ("MAC_ATTN_VLLM_LOG_SECONDS", "inf"),
         ],
@@ -86,6 +104,33 @@ class TestSlots:
         places = table.place(rows, [True, True], self.always)
         assert places[0] is not None
         assert places[1] is None
+
+    def test_the_longest_have_them(self) -> None:
+        table = SlotTable(1)
+        short, long, longer = Row("a", 9, 10, 10), Row("b", 29, 30, 30), Row("c", 59, 60, 60)
+        assert table.place([short, long], [True, True], self.always)[0] is None
+        assert table.turned_away == 1
+        # Twice as long, and no less.
+        rows = [Row("b", 30, 31, 31), longer]
+        places = table.place(rows, [True, True], self.always)
+        assert places[0] is not None and places[1] is None
+        assert table.turned_away == 2
+        rows = [Row("b", 31, 32, 32), Row("c", 63, 64, 64)]
+        places = table.place(rows, [True, True], self.always)
+        assert places[0] is None and places[1] is not None
+        assert table.turned_away == 3
+        # And again for another group of layers, and at the next step: nothing more happens.
+        assert table.place(rows, [True, True], self.always, same_step=True) == places
+        rows = [Row("b", 32, 33, 33), Row("c", 64, 65, 65)]
+        assert table.place(rows, [True, True], self.always) == places
+        assert table.turned_away == 3
+
+    def test_requests_turned_away_long_ago_are_forgotten(self) -> None:
+        table = SlotTable(1)
+        for i in range(6000):
+            table.place([Row("long", i, i + 1, 1), Row(i, 0, 1, 1)], [True, True], self.always)
+        assert table.turned_away == 6000
+        assert len(table._without) <= 4096
 
     def test_who_is_over_leaves_before_who_is_away(self) -> None:
         table = SlotTable(2)
@@ -137,6 +182,21 @@ class TestSlots:
                 if place.number in seen:
                     assert seen[place.number] == (row.key, row.begin)
                 seen[place.number] = (str(row.key), row.end)
+
+
+def test_slots_are_what_a_share_of_the_memory_holds() -> None:
+    config = mac_attn.ReuseConfig(entries=4, anchors=8, window=8, band=4)
+    layer = Shape(config, 8, 2, 64, torch.bfloat16)
+    ring = mac_attn.ReuseCache(
+        config, num_slots=3, num_qo_heads=8, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16
+    )
+    assert ring.ring.shape == (3, layer.nbytes)
+    layers = [layer] * 5
+    memory = 10 * 7 * 5 * layer.nbytes
+    assert slots_within(0.1, memory, layers, most=100) == 7
+    assert slots_within(0.1, memory - 10, layers, most=100) == 6
+    assert slots_within(0.1, memory, layers, most=4) == 4
+    assert slots_within(0.1, 0, layers, most=4) == 1
 
 
 class TestRequests:
@@ -232,11 +292,13 @@ class TestMetrics:
         for rank, hits in enumerate((8, 4)):
             worker = metrics.WorkerCounters.create(0, rank, (4, 1), layers=1, num_slots=1)
             worker.counters[0, 0] = torch.tensor([3, 3, hits // 4, hits, 60, 100, 8, 2])
+            worker.turned_away.fill_(7)  # the same requests on both
         samples = {
             sample.name: sample.value
             for metric in metrics.Collector().collect()
             for sample in metric.samples
         }
         assert samples["mac_attn:query_heads_total"] == 24
+        assert samples["mac_attn:requests_turned_away_total"] == 7
         assert samples["mac_attn:hit_rate"] == 0.5
         assert samples["mac_attn:kv_read_share"] == 0.6

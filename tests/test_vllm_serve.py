@@ -47,12 +47,8 @@ TP = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 def plugin(config: Mapping[str, float], **more: str) -> dict[str, str]:
     """The environment that turns the plugin on. Fewer slots than requests at a time."""
-    return {
-        "MAC_ATTN_VLLM": "1",
-        "MAC_ATTN_VLLM_CONFIG": json.dumps(config),
-        "MAC_ATTN_VLLM_SLOTS": "5",
-        **more,
-    }
+    slots = {} if "MAC_ATTN_VLLM_SHARE" in more else {"MAC_ATTN_VLLM_SLOTS": "5"}
+    return {"MAC_ATTN_VLLM": "1", "MAC_ATTN_VLLM_CONFIG": json.dumps(config), **slots, **more}
 
 
 def traffic(count: int = 32) -> list[Request]:
@@ -146,9 +142,13 @@ def common(some: Sequence[int], others: Sequence[int]) -> int:
 def test_exact_reuse_answers_what_vllm_answers(
     smollm: Path, logs: Path, without_plugin: list[Answer]
 ) -> None:
-    """Prefix caching, chunked prefill, preemption, fewer slots than requests."""
+    """Prefix caching, chunked prefill, preemption, fewer slots than requests.
+
+    Of the memory that is given for the KV cache, 1 GiB, 14% hold five slots of 27 MiB.
+    """
     blocks = ("--num-gpu-blocks-override", "90")  # 2,880 tokens
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **plugin(EXACT)}
+    share = {"MAC_ATTN_VLLM_SHARE": "0.14"}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **plugin(EXACT, **share)}
     with Server(smollm, [*COMMON, *blocks], environment, logs / "exact") as server:
         answers = server.complete_all(traffic())
         metrics = server.metrics()
@@ -157,6 +157,10 @@ def test_exact_reuse_answers_what_vllm_answers(
     assert metrics["mac_attn:query_heads_total"] > 0
     assert metrics["mac_attn:hit_rate"] == 0
     assert metrics["mac_attn:kv_read_share"] == 1
+    assert metrics["mac_attn:requests_turned_away_total"] > 0
+    log = (logs / "exact").read_text()
+    assert "MAC-Attention serves 30 of 30 layers: 5 slots of 27." in log
+    assert "14% of the KV cache's" in log
     different = ties(without_plugin, answers, traffic())
     print(f"\n{different} of 32 outputs part from vLLM's at a tie, the others are the same")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from vllm_batches import BLOCK, DIM, HEADS, KV_HEADS, Common, common_metadata
 
 import mac_attn
+from mac_attn.integrations.serving.slots import Place, Row
 from mac_attn.integrations.vllm import attend, cpu_plan, cuda_plan
-from mac_attn.integrations.vllm.slots import Place, Row
 
 SCALES = {"_k_scale": torch.tensor(0.5), "_v_scale": torch.tensor([0.25, 2.0])}
 

@@ -138,21 +138,23 @@ struct Replaced {
   }
 };
 
-// In registers, or in shared memory where there are none left.
+// Whether registers are short: what can is then kept in shared memory.
 template <int kHeadDim, int kHeadBlocks>
-using HeldPiece = std::conditional_t<kHeadDim * kHeadBlocks == kMostReplaced, const Piece&, const Piece>;
+constexpr bool kShortOfRegisters = kHeadDim * kHeadBlocks >= kMostReplaced;
 
 template <typename Q, typename T, int kHeadDim, int kHeadBlocks>
-MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, HeldPiece<kHeadDim, kHeadBlocks> piece,
-                            int& bad_page) {
+MAC_DEVICE void amend_piece(
+    const AmendParams& p, const AmendWorkspace& w,
+    std::conditional_t<kShortOfRegisters<kHeadDim, kHeadBlocks>, const Piece&, const Piece> piece) {
   using Stage = Stage<kHeadDim, T>;
+  static_assert(sizeof(SampleScratch) <= kWarps * Stage::kCount * Stage::kBytes, "it fits where the stages were");
   constexpr bool kReplaces = Replaced<T, kHeadDim, kHeadBlocks>::kFits;
   __shared__ int starts[8 * kHeadBlocks];
   __shared__ typename Sampler<kHeadBlocks>::Shared sampler_shared[kWarps];
   T* shared = static_cast<T*>(dynamic_shared());
   auto* query = reinterpret_cast<Factor<T>*>(shared + kWarps * Stage::kCount * Stage::kElements);
   Factor<T>* replaced_query = query + kQueryElements<kHeadDim, kHeadBlocks>;
-  const int warp = threadIdx.x / 32, last_old = piece.work.tiles_of_old() - 1;
+  const int warp = threadIdx.x / 32;
   T* stages = shared + warp * Stage::kCount * Stage::kElements;
   Sampler<kHeadBlocks> sampler;
   WarpState<T, kHeadDim, kHeadBlocks> state;
@@ -174,14 +176,13 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, HeldP
   for (int ahead = piece.begin;; ++ahead) {
     if (ahead > piece.begin && ahead <= piece.end) {
       load_stage<T, kHeadDim>(p, w, piece, row,
-                              stages + (ahead - 1 - piece.begin) % Stage::kCount * Stage::kElements, &bad_page);
+                              stages + (ahead - 1 - piece.begin) % Stage::kCount * Stage::kElements);
     }
     ptx::cp_async_commit();
     if (ahead < piece.end) row = find_row(p, w, piece, ahead, warp);
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
     if (ahead == piece.begin) {
       load_starts<kHeadBlocks>(p, piece, starts);
-      if (threadIdx.x == 0) bad_page = 0;
       const int first_head = piece.head_tile * kMaxTileHeads;
       const int64_t head = static_cast<int64_t>(piece.kv_head) * p.shape.group_size + first_head;
       state.load_query(
@@ -198,8 +199,6 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, HeldP
     }
     Counted counted;
     if (kReplaces && tokens.anchors) counted = replaced.load_weights(p, piece, first);
-    const bool draws = sampler.draws && piece.span(tile) == kOld;
-    const float bound = draws ? ptx::lg2(uniform(sampler.shared->seed, first + sampler.token_of_lane())) : 0.f;
     ptx::cp_async_wait<Stage::kCount - 1>();
     ptx::sync_warp();  // the stage is filled for all lanes
 
@@ -211,7 +210,12 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, HeldP
       warp_logits(p, state, starts, stage, query, first_token, there, x);
       if (kReplaces && tokens.anchors) lift(x, counted);
       raise_max(state, x);
-      const float lead = draws ? sampler.lead(x) : 0.f;
+      const bool draws = sampler.draws && piece.span(tile) == kOld;
+      float lead = 0.f, bound = 0.f;
+      if (draws) {
+        lead = sampler.lead(x);
+        bound = ptx::lg2(uniform(sampler.shared->seed, first + sampler.token_of_lane()));
+      }
       add_values(state, x, stage);
       if (draws && ptx::ballot(lead > bound)) sampler.take(p, w, piece.kv_group(p), first, lead, bound);
       if constexpr (kReplaces) {
@@ -227,6 +231,7 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, HeldP
     const Scratch scratch{reinterpret_cast<unsigned char*>(shared + slot * Stage::kElements),
                           Stage::kCount * Stage::kBytes};
     const int64_t partial = int64_t{piece.number} * kNumSpans;
+    const int last_old = piece.work.tiles_of_old() - 1;
     if (tile == last_old || (at_end && tile < last_old)) {
       if (sampler.draws) sampler.hand_over(p, w, piece.kv_group(p));
       if constexpr (kReplaces) {
@@ -243,9 +248,9 @@ MAC_DEVICE void amend_piece(const AmendParams& p, const AmendWorkspace& w, HeldP
   ptx::cp_async_wait<0>();
 }
 
-// Asks for the queries, page numbers and bands, which are read whatever match answers, while match is still
-// looking. The lengths and pages that this goes by may still be written by the launches before: a wrong one is a
-// prefetch in vain, within the caches all the same.
+// Asks for the queries and the bands, which are read whatever match answers, while match is still looking. The
+// lengths and pages that this goes by may still be written by the launches before: a wrong one is a prefetch in
+// vain, within the caches all the same.
 template <typename Q, typename T, int kHeadDim>
 MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
   constexpr int kQueryLine = 64, kQueryLines = (kHeadDim + kQueryLine - 1) / kQueryLine;
@@ -258,15 +263,6 @@ MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
     const Q* query =
         static_cast<const Q*>(p.query.data) + row / Hq * p.query.batch_stride + row % Hq * p.query.head_stride;
     for (int i = 0; i < kQueryLines; ++i) ptx::prefetch_l2(query + i * kQueryLine);
-  }
-  // A hit finds its anchors on pages from all over.
-  constexpr int kIds = 32, kMostLines = 4;  // of the table; of a thread
-  const int lines = static_cast<int>((w.max_pages + kIds - 1) / kIds);
-#pragma unroll 1
-  for (int i = thread; int64_t{B} * lines <= kMostLines * threads && i < B * lines; i += threads) {
-    const int request = i / lines, first = i % lines * kIds;
-    if (int64_t{first} * p.kv.page_size >= p.requests.seq_lens[request]) continue;
-    ptx::prefetch_l2(p.kv.block_table + request * p.kv.block_table_stride + first);
   }
   const int64_t rows = int64_t{B} * p.band * H;
   if (rows * kHeadDim * 2 * static_cast<int>(sizeof(T)) > kMostBytes) return;
@@ -294,17 +290,16 @@ constexpr int ctas_per_processor(int head_dim) {
 
 template <typename Q, int kHeadDim, int kHeadBlocks, typename T = Q>
 __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
-    amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w,
-                 const __grid_constant__ CompleteParams c) {
-  if (p.matched.source) {
-    prefetch_bands<Q, T, kHeadDim>(p, w);
-    ptx::grid_dependency_wait();  // match's answer
-  }
-  __shared__ Share shares[kThreads];  // each thread's: here, as registers are short with the largest heads
-  Share& share = shares[threadIdx.x];
-  share = share_out(p, w);
+    amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
+  if (p.matched.source) prefetch_bands<Q, T, kHeadDim>(p, w);
+  ptx::grid_dependency_wait();  // match's answer
+  constexpr bool kShort = kShortOfRegisters<kHeadDim, kHeadBlocks>;
+  __shared__ Share shares[kShort ? kThreads : 1];
+  const Share own = share_out(p, w);
+  if (kShort) shares[threadIdx.x] = own;
+  const Share& share = kShort ? shares[threadIdx.x] : own;
   ptx::grid_dependency_launch();
-  __shared__ int next, bad_page;
+  __shared__ int next;
   __shared__ Piece piece;
   const int ctas = gridDim.x;
   int number = blockIdx.x;
@@ -313,14 +308,15 @@ __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
     find_piece(p, w, share, number, piece);
     int drawn = 0;
     if (threadIdx.x == 0 && share.all_pieces > ctas) {
-      ptx::grid_dependency_wait();  // without reuse, as in leave_kv_head
       drawn = ptx::atomic_add(w.drawn, 1);
+      if (kShort) next = drawn;
     }
-    amend_piece<Q, T, kHeadDim, kHeadBlocks>(p, w, piece, bad_page);
+    amend_piece<Q, T, kHeadDim, kHeadBlocks>(p, w, piece);
     // Read once more, so that no register holds it meanwhile.
-    leave_kv_head<Q, T, kHeadDim>(p, w, c, Piece(piece), dynamic_shared(), bad_page);
+    leave_kv_head<kHeadDim>(p, w, Piece(piece), dynamic_shared());
     if (share.all_pieces <= ctas) break;
     if (threadIdx.x == 0) {
+      if (kShort) drawn = next;
       next = ctas + drawn;
       // There are as many draws as pieces, one after each; the last one of all leaves the counter as it was.
       if (drawn == share.all_pieces - 1) *w.drawn = 0;

@@ -2,17 +2,14 @@
 
 namespace mac_attn::cuda {
 
-cudaError_t launch_amend_bf16(const AmendParams& p, const AmendWorkspace& w, const CompleteParams& c, int32_t ctas,
-                              cudaStream_t stream) {
-  return launch_amend_type<bf16, bf16>(p, w, c, ctas, stream);
+cudaError_t launch_amend_bf16(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t stream) {
+  return launch_amend_type<bf16, bf16>(p, w, ctas, stream);
 }
 
-cudaError_t launch_amend(const AmendParams& p, const AmendWorkspace& w, const CompleteParams& c, int32_t ctas,
-                         cudaStream_t stream) {
+cudaError_t launch_amend(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t stream) {
   const bool is_bf16 = p.dtype == DType::kBFloat16;
-  LaunchAmend* launch = is_bf16 ? launch_amend_bf16 : launch_amend_fp16;
-  if (p.kv.float8) launch = is_bf16 ? launch_amend_bf16_fp8 : launch_amend_fp16_fp8;
-  return launch(p, w, c, ctas, stream);
+  if (p.kv.float8) return (is_bf16 ? launch_amend_bf16_fp8 : launch_amend_fp16_fp8)(p, w, ctas, stream);
+  return (is_bf16 ? launch_amend_bf16 : launch_amend_fp16)(p, w, ctas, stream);
 }
 
 cudaError_t amend_ctas(const AmendParams& p, int32_t* ctas) {

@@ -2,9 +2,9 @@
 
 namespace mac_attn::cuda {
 
-cudaError_t launch_amend_bf16_fp8(const AmendParams& p, const AmendWorkspace& w, const CompleteParams& c,
-                                  int32_t ctas, cudaStream_t stream) {
-  return launch_amend_type<bf16, fp8>(p, w, c, ctas, stream);
+cudaError_t launch_amend_bf16_fp8(const AmendParams& p, const AmendWorkspace& w, int32_t ctas,
+                                  cudaStream_t stream) {
+  return launch_amend_type<bf16, fp8>(p, w, ctas, stream);
 }
 
 cudaError_t amend_ctas_fp8(const AmendParams& p, int32_t* ctas) {

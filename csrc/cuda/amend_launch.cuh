@@ -30,10 +30,9 @@ cudaError_t with_amend_kernel(int head_dim, int group_size, const Use& use) {
 }
 
 template <typename Q, typename T>
-cudaError_t launch_amend_type(const AmendParams& p, const AmendWorkspace& w, const CompleteParams& c, int32_t ctas,
-                              cudaStream_t stream) {
+cudaError_t launch_amend_type(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t stream) {
   return with_amend_kernel<Q, T>(p.shape.head_dim, p.shape.group_size, [&](auto* kernel, int shared) {
-    return launch(kernel, dim3(ctas), kThreads, shared, stream, p, w, c);
+    return launch(kernel, dim3(ctas), kThreads, shared, stream, p, w);
   });
 }
 
@@ -53,9 +52,10 @@ cudaError_t amend_ctas_type(const AmendParams& p, int32_t* ctas) {
   });
 }
 
-using LaunchAmend = cudaError_t(const AmendParams&, const AmendWorkspace&, const CompleteParams&, int32_t ctas,
-                                cudaStream_t);
-LaunchAmend launch_amend_bf16, launch_amend_fp16, launch_amend_bf16_fp8, launch_amend_fp16_fp8;
+cudaError_t launch_amend_bf16(const AmendParams&, const AmendWorkspace&, int32_t ctas, cudaStream_t);
+cudaError_t launch_amend_fp16(const AmendParams&, const AmendWorkspace&, int32_t ctas, cudaStream_t);
+cudaError_t launch_amend_bf16_fp8(const AmendParams&, const AmendWorkspace&, int32_t ctas, cudaStream_t);
+cudaError_t launch_amend_fp16_fp8(const AmendParams&, const AmendWorkspace&, int32_t ctas, cudaStream_t);
 // Queries of both dtypes have the same shared memory and launch bounds.
 cudaError_t amend_ctas_fp8(const AmendParams&, int32_t* ctas);
 

@@ -4,11 +4,21 @@
 
 namespace mac_attn::cuda {
 
+namespace {
+
+template <typename T>
+cudaError_t launch_type(const CompleteParams& p, const CompleteWorkspace& w, cudaStream_t stream) {
+  const dim3 grid(p.shape.batch * p.shape.num_kv_heads);
+  return with_head_dim(p.shape.head_dim, [&](auto dim) {
+    return launch(complete_kernel<T, decltype(dim)::value>, grid, complete_threads(p.shape.group_size), 0, stream,
+                  p, w);
+  });
+}
+
+}  // namespace
+
 cudaError_t launch_complete(const CompleteParams& p, const CompleteWorkspace& w, cudaStream_t stream) {
-  const auto run = [&](auto* kernel) {
-    return launch(kernel, dim3(p.shape.batch * p.shape.num_kv_heads), kThreads, 0, stream, p, w);
-  };
-  return p.dtype == DType::kBFloat16 ? run(complete_kernel<bf16>) : run(complete_kernel<fp16>);
+  return p.dtype == DType::kBFloat16 ? launch_type<bf16>(p, w, stream) : launch_type<fp16>(p, w, stream);
 }
 
 }  // namespace mac_attn::cuda

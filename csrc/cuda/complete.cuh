@@ -5,11 +5,11 @@
 //   entry p = (q_match, q, carried, anchors, depth)
 //   a sink joins `out` and its log-sum-exp, and nothing else
 //
-// In a step it is the last that amend does for a KV head (finish.cuh), on the states as they leave the registers.
-// Where the states come from another kernel it is one of its own, with a CTA for each (request, KV head). A thread
-// looks after four elements of a head at a time. Traffic: two states, one record of the ring read and perhaps one
-// entry written, all small.
+// Grid: one CTA for each (request, KV head), whose warps take the query heads. Traffic: two states, one record of
+// the ring read and perhaps one entry written, all small.
 #pragma once
+
+#include <algorithm>
 
 #include "../state.h"
 #include "ptx/barrier.h"
@@ -20,190 +20,275 @@
 
 namespace mac_attn::cuda {
 
-// What a KV head does, from all of its heads, and what is known of these. It is in shared memory: the new entry may
-// take the place of a matched one, so nothing of that is read once anything is written but a thread's own elements.
-struct KvHeadStep {
+constexpr int kMaxCompleteWarps = 16;
+
+constexpr int complete_threads(int group_size) {
+  return 32 * std::min(std::max(group_size, kWarps), kMaxCompleteWarps);
+}
+
+// What a KV head does, the same for all of its threads.
+struct CompleteWork {
   int request, kv_head, seq_len, slot;
-  int stored;            // Matched::stored
-  int hits, start;       // heads that hit; the first token read
-  bool reuses;           // the request has a ring and tokens, and no error
-  bool shallow;          // a head's depth allows that its state is reused
-  int place[kMaxGroup];  // of the matched entries, or kMiss
-  int depth[kMaxGroup];  // of the states that the heads carry on
-  float lse[kMaxGroup];  // of the matched entries
+  bool bad, reuses;     // reuses: the request has a ring and tokens, and no error
+  int stored, sampled;  // Matched::stored, amend's answer
+  int hits, start;      // heads that hit; the first token read
+  bool stores;          // the new entry may be reused
+  int place;            // of it; may be a matched one's
 
   MAC_DEVICE int64_t row(const CompleteParams& p, int g) const {
     return (static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head) * p.shape.group_size + g;
   }
-  // Whether the new entry may be reused, in a step that counts. `sampled`: amend's answer.
-  MAC_DEVICE bool stores(const CompleteParams& p, int sampled) const {
-    const int S = p.ring.layout.shape.anchors, old_end = band_start(seq_len - 1, p.band);
-    const bool drawn = S == 0 || (hits == 0 && sampled >= 0 && sampled <= kCandidateRoom * sample_size(S, old_end));
-    return shallow && old_end > 0 && drawn;
-  }
-  MAC_DEVICE int new_place(const CompleteParams& p) const {
-    const int M = p.ring.layout.shape.entries, next = stored < 0 ? 0 : stored;
-    return next < M ? next : next - M;
+  MAC_DEVICE int64_t group(const CompleteParams& p) const {
+    return static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
   }
 };
 
-// One warp. `bad`: the request has an error, and its slot may be none. The block's barrier has to follow.
-MAC_DEVICE void look_at_kv_head(const CompleteParams& p, int request, int kv_head, bool bad, KvHeadStep& step) {
-  const int G = p.shape.group_size, n = p.requests.seq_lens[request], lane = ptx::lane_id();
-  const int64_t group = static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
-  const bool reuses = p.matched.source && has_ring(p.requests, request) && n > 0 && !bad;
-  const int slot = reuses ? p.requests.slots[request] : 0;
-  int hits = 0, start = n;
+// What a query head is made of.
+template <int kHeadDim>
+struct CompleteHead {
+  static constexpr int D = kHeadDim, kLaneElements = (D + 31) / 32;
+  float carried[kLaneElements], fresh[kLaneElements], reused[kLaneElements];
+  float carried_lse, fresh_lse, reused_lse, log_ratio;
+  int place, depth;  // of the matched entry
+
+  MAC_DEVICE void load_states(const CompleteParams& p, int64_t row) {
+    const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads() + row;
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) {
+      const int d = ptx::lane_id() + 32 * i;
+      if (d < D) carried[i] = p.states[row * D + d], fresh[i] = p.states[fresh_row * D + d];
+    }
+    carried_lse = p.state_lse[row], fresh_lse = p.state_lse[fresh_row];
+    place = p.matched.source ? p.matched.place[row] : kMiss;
+    log_ratio = p.matched.source ? p.log_ratio[row] : 0.f;
+  }
+  MAC_DEVICE void load_entry(const CompleteParams& p, const CompleteWork& work, int g) {
+    if (!work.reuses || place == kMiss) return;
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) {
+      const int d = ptx::lane_id() + 32 * i;
+      if (d < D) reused[i] = p.ring.out(work.slot, work.kv_head, place)[g * D + d];
+    }
+    reused_lse = p.ring.lse(work.slot, work.kv_head, place)[g];
+    depth = p.ring.depth(work.slot, work.kv_head, place)[g];
+  }
+  // Makes of `carried` what the head carries on; with anchors nothing, and of `fresh` the output.
+  MAC_DEVICE void carry(const CompleteParams& p, const CompleteWork& work) {
+    const bool hit = work.reuses && place != kMiss;
+    depth = hit ? next_depth(depth) : 0;
+    if (!hit) return;
+    if (p.ring.layout.shape.anchors > 0) {
+      const HitWeights weights = hit_weights(reused_lse, carried_lse, log_ratio, fresh_lse);
+      fresh_lse = weights.lse, carried_lse = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kLaneElements; ++i) {
+        if (ptx::lane_id() + 32 * i >= D) continue;
+        fresh[i] = reused[i] * weights.entry + carried[i] * weights.replaced + fresh[i] * weights.fresh;
+        carried[i] = 0.f;
+      }
+      return;
+    }
+    const MergeWeights weights = merge_weights(reused_lse, carried_lse);
+    carried_lse = weights.lse;
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) {
+      if (ptx::lane_id() + 32 * i < D) carried[i] = reused[i] * weights.first + carried[i] * weights.second;
+    }
+  }
+};
+
+// What a KV head does, from all of its heads; every warp for itself. `source` and `place`: of the lane's first
+// head.
+MAC_DEVICE void look_at_heads(const CompleteParams& p, CompleteWork& work, int source, int place) {
+  const int G = p.shape.group_size, M = p.ring.layout.shape.entries, S = p.ring.layout.shape.anchors;
+  work.start = work.seq_len;
   bool shallow = false;
 #pragma unroll 1
-  for (int g = lane; g < G; g += 32) {
-    const int place = reuses ? p.matched.place[group * G + g] : kMiss;
-    const int source = reuses ? p.matched.source[group * G + g] : kMiss;
-    int depth = 0, first = 0;
-    if (place != kMiss) {
-      step.lse[g] = p.ring.lse(slot, kv_head, place)[g];
-      depth = next_depth(p.ring.depth(slot, kv_head, place)[g]);
-      first = band_start(source, p.band);
-    }
-    step.place[g] = place, step.depth[g] = depth;
-    hits += place != kMiss;
-    start = first < start ? first : start;
+  for (int g = ptx::lane_id(); g < G; g += 32) {
+    if (g >= 32) source = p.matched.source[work.row(p, g)], place = p.matched.place[work.row(p, g)];
+    const bool hit = source != kMiss;
+    const int start = hit ? band_start(source, p.band) : 0;
+    const int depth = hit ? next_depth(p.ring.depth(work.slot, work.kv_head, place)[g]) : 0;
+    work.hits += hit;
+    work.start = start < work.start ? start : work.start;
     shallow = shallow || depth < p.max_reuse_depth;
   }
-  hits = static_cast<int>(ptx::reduce_add(hits));
-  start = static_cast<int>(~ptx::reduce_max(~static_cast<uint32_t>(start)));
-  shallow = ptx::ballot(shallow);
-  if (lane != 0) return;
-  step.request = request, step.kv_head = kv_head, step.seq_len = n, step.slot = slot;
-  step.stored = reuses ? p.matched.stored[group] : kNoHistory;
-  step.hits = hits, step.start = start, step.reuses = reuses, step.shallow = shallow;
+  work.hits = static_cast<int>(ptx::reduce_add(work.hits));
+  work.start = static_cast<int>(~ptx::reduce_max(~static_cast<uint32_t>(work.start)));
+  const int old_end = band_start(work.seq_len - 1, p.band);
+  const bool drawn =
+      S == 0 || (work.hits == 0 && work.sampled >= 0 && work.sampled <= kCandidateRoom * sample_size(S, old_end));
+  work.stores = ptx::ballot(shallow) && old_end > 0 && drawn;
+  const int stored = work.stored < 0 ? 0 : work.stored;
+  work.place = stored < M ? stored : stored - M;
 }
 
-// Four elements of a head: of the states that amend has found, and what is known of the head.
-struct HeadPart {
-  float4 old, fresh;
-  float old_lse, fresh_lse, log_ratio;
-};
-
-MAC_DEVICE float4 weighted(float4 a, float first, float4 b, float second) {
-  return {a.x * first + b.x * second, a.y * first + b.y * second, a.z * first + b.z * second,
-          a.w * first + b.w * second};
-}
-
-// Four elements of a head of the matched entry.
-MAC_DEVICE float4 load_reused(const CompleteParams& p, const KvHeadStep& step, int g, int column) {
-  const int place = step.place[g];
-  if (place == kMiss) return {0.f, 0.f, 0.f, 0.f};
-  return ptx::load_float4(p.ring.out(step.slot, step.kv_head, place) + g * p.shape.head_dim + column);
-}
-
-// Writes four elements of a head's output and, if it is stored, of the new entry. `counts`: the step reuses, and
-// nothing is wrong with it.
-template <typename T>
-MAC_DEVICE void complete_part(const CompleteParams& p, const KvHeadStep& step, bool counts, bool stores, int g,
-                              int column, float4 reused, const HeadPart& part) {
-  const int head = step.kv_head * p.shape.group_size + g, place = step.new_place(p);
-  const bool hit = step.place[g] != kMiss, anchors = p.ring.layout.shape.anchors > 0;
-  float4 carried = part.old, all;
-  float carried_lse = part.old_lse, lse;
-  if (hit && anchors) {
-    const HitWeights weights = hit_weights(step.lse[g], part.old_lse, part.log_ratio, part.fresh_lse);
-    all = weighted(weighted(reused, weights.entry, part.old, weights.replaced), 1.f, part.fresh, weights.fresh);
-    lse = weights.lse;
-  } else {
-    if (hit) {
-      const MergeWeights weights = merge_weights(step.lse[g], part.old_lse);
-      carried = weighted(reused, weights.first, part.old, weights.second), carried_lse = weights.lse;
-    }
-    const MergeWeights weights = merge_weights(carried_lse, part.fresh_lse);
-    all = weighted(carried, weights.first, part.fresh, weights.second), lse = weights.lse;
-  }
-  const bool has_sink = p.sinks && step.seq_len != 0;
-  const MergeWeights tokens = has_sink ? merge_weights(lse, p.sinks[head]) : MergeWeights{1.f, 0.f, lse};
-  const float elements[] = {all.x * tokens.first, all.y * tokens.first, all.z * tokens.first, all.w * tokens.first};
-  T* out = static_cast<T*>(p.out) + step.request * p.out_batch_stride + head * p.out_head_stride + column;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = ptx::from_float<T>(elements[i]);
-  if (column == 0) {
-    p.lse[step.row(p, g)] = tokens.lse;
-    if (counts) p.ring.last_lse(step.slot, step.kv_head)[g] = lse;
-  }
-  if (!stores) return;
-  const int element = g * p.shape.head_dim + column;
-  const auto copy = [&](const HeadsView& heads, T* to) {
-    const T* from =
-        static_cast<const T*>(heads.data) + step.request * heads.batch_stride + head * heads.head_stride + column;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[element + i] = from[i];
-  };
-  copy(p.query, p.ring.query<T>(step.slot, step.kv_head, place));
-  if (p.ring.layout.shape.anchors > 0) copy(p.rotated, p.ring.rotated<T>(step.slot, step.kv_head, place));
-  ptx::store_float4(p.ring.out(step.slot, step.kv_head, place) + element, carried);
-  if (column > 0) return;
-  p.ring.lse(step.slot, step.kv_head, place)[g] = carried_lse;
-  p.ring.depth(step.slot, step.kv_head, place)[g] = step.depth[g];
-}
-
-// Moves the slot's history on and counts what the KV head did, in a step that counts; one thread.
-MAC_DEVICE void complete_history(const CompleteParams& p, const KvHeadStep& step, bool stores, int sampled) {
-  const int n = step.seq_len, G = p.shape.group_size, S = p.ring.layout.shape.anchors;
-  const int64_t slot = step.slot;
-  const int stored = step.stored < 0 ? 0 : step.stored;
-  *p.ring.stored(slot, step.kv_head) = stores ? next_stored(stored, p.ring.layout.shape.entries) : stored;
-  if (stores) *p.ring.position(slot, step.kv_head, step.new_place(p)) = n - 1;
-  if (step.stored == kNoHistory) *p.ring.spread(slot, step.kv_head) = 0.f;  // another request's
+// What the query heads share, but for the entry's rows; one thread. Nobody else reads what it writes.
+MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& work) {
+  const int n = work.seq_len, G = p.shape.group_size, S = p.ring.layout.shape.anchors;
+  const int64_t slot = work.slot;
+  const int stored = work.stored < 0 ? 0 : work.stored;
+  *p.ring.stored(slot, work.kv_head) = work.stores ? next_stored(stored, p.ring.layout.shape.entries) : stored;
+  if (work.stores) *p.ring.position(slot, work.kv_head, work.place) = n - 1;
+  if (work.stored == kNoHistory) *p.ring.spread(slot, work.kv_head) = 0.f;  // another request's
   if (S > 0) {
     const int size = sample_size(S, band_start(n - 1, p.band));
-    float* tau = p.ring.tau(slot, step.kv_head);
-    const float base = step.stored != kNoHistory && usable_tau(*tau) ? *tau : first_tau(size);
-    *tau = step.hits == 0 && sampled >= 0 ? next_tau(base, sampled, size) : base;
+    float* tau = p.ring.tau(slot, work.kv_head);
+    const float base = work.stored != kNoHistory && usable_tau(*tau) ? *tau : first_tau(size);
+    *tau = work.hits == 0 && work.sampled >= 0 ? next_tau(base, work.sampled, size) : base;
   }
   int64_t* counters = p.ring.counters(slot);
-  const int anchors = S > 0 && step.hits > 0 ? sampled : 0;
+  const int anchors = S > 0 && work.hits > 0 ? work.sampled : 0;
   ptx::atomic_add(counters + kKvHeadSteps, 1);
-  ptx::atomic_add(counters + kKvHeadHits, step.hits == G);
-  ptx::atomic_add(counters + kQueryHeadHits, step.hits);
-  ptx::atomic_add(counters + kKvTokensRead, n - step.start + anchors);
+  ptx::atomic_add(counters + kKvHeadHits, work.hits == G);
+  ptx::atomic_add(counters + kQueryHeadHits, work.hits);
+  ptx::atomic_add(counters + kKvTokensRead, n - work.start + anchors);
   ptx::atomic_add(counters + kKvTokensFull, n);
   ptx::atomic_add(counters + kAnchorsRead, anchors);
-  ptx::atomic_add(counters + kEntriesStored, stores);
-  if (step.kv_head > 0) return;
+  ptx::atomic_add(counters + kEntriesStored, work.stores);
+  if (work.kv_head > 0) return;
   *p.ring.end(slot) = n;
-  *p.ring.request(slot) = p.requests.request_ids ? p.requests.request_ids[step.request] : -1;
+  *p.ring.request(slot) = p.requests.request_ids ? p.requests.request_ids[work.request] : -1;
   ptx::atomic_add(counters + kSteps, 1);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    complete_kernel(const __grid_constant__ CompleteParams p, const __grid_constant__ CompleteWorkspace w) {
-  __shared__ KvHeadStep step;
-  const int G = p.shape.group_size, H = p.shape.num_kv_heads, D = p.shape.head_dim, S = p.ring.layout.shape.anchors;
-  const int request = blockIdx.x / H, kv_head = blockIdx.x % H;
-  const int64_t group = blockIdx.x, rows = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads();
-  ptx::grid_dependency_wait();
-  ptx::grid_dependency_launch();
-  const bool bad = w.status && w.status[request] != 0;
-  if (threadIdx.x < 32) look_at_kv_head(p, request, kv_head, bad, step);
-  ptx::sync_block();
-  const int sampled = p.matched.source ? p.sampled[group] : kNotSampled;
-  const bool stores = step.reuses && step.stores(p, sampled);
+// Asks for what a head will read besides amend's states, while amend is still running. What this reads itself may
+// still be written by the launches before it: a wrong address is a prefetch in vain, within the ring all the same.
+template <typename T, int kHeadDim>
+MAC_DEVICE void prefetch_head(const CompleteParams& p, int request, int kv_head, int g, int lane) {
+  constexpr int kLine = 128, kOutLines = (kHeadDim * 4 + kLine - 1) / kLine;
+  const int G = p.shape.group_size;
+  const T* query = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
+                   (kv_head * G + g) * p.query.head_stride;
+  if (lane * kLine < kHeadDim * 2) ptx::prefetch_l2(query + lane * kLine / 2);
+  const int64_t group = static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
+  const int place = p.matched.place[group * G + g], slot = p.requests.slots[request];
+  if (place < 0 || place >= p.ring.layout.shape.entries || slot < 0 || slot >= p.ring.num_slots) return;
+  if (lane < kOutLines) ptx::prefetch_l2(p.ring.out(slot, kv_head, place) + g * kHeadDim + lane * kLine / 4);
+  if (lane == 30) ptx::prefetch_l2(p.ring.lse(slot, kv_head, place) + g);
+  if (lane == 31) ptx::prefetch_l2(p.ring.depth(slot, kv_head, place) + g);
+}
+
+// Writes a head of the new entry; one warp, all of whose lanes have read the matched one.
+template <typename T, int kHeadDim>
+MAC_DEVICE void store_head(const CompleteParams& p, const CompleteWork& work, int g,
+                           const CompleteHead<kHeadDim>& head) {
+  constexpr int D = kHeadDim;
+  const int lane = ptx::lane_id(), kv_head = work.kv_head, qo_head = kv_head * p.shape.group_size + g;
+  const auto row_of = [&](const HeadsView& heads) {
+    return static_cast<const T*>(heads.data) + work.request * heads.batch_stride + qo_head * heads.head_stride;
+  };
+  // All are on their way before the first is stored, which the compiler cannot know to be elsewhere.
+  const bool anchors = p.ring.layout.shape.anchors > 0;
+  const T* query = row_of(p.query);
+  const T* rotated = anchors ? row_of(p.rotated) : query;
+  T first[head.kLaneElements], second[head.kLaneElements];
+#pragma unroll
+  for (int i = 0; i < head.kLaneElements; ++i) {
+    if (lane + 32 * i < D) first[i] = query[lane + 32 * i], second[i] = rotated[lane + 32 * i];
+  }
+#pragma unroll
+  for (int i = 0; i < head.kLaneElements; ++i) {
+    const int element = g * D + lane + 32 * i;
+    if (lane + 32 * i >= D) continue;
+    p.ring.query<T>(work.slot, kv_head, work.place)[element] = first[i];
+    if (anchors) p.ring.rotated<T>(work.slot, kv_head, work.place)[element] = second[i];
+  }
+#pragma unroll
+  for (int i = 0; i < head.kLaneElements; ++i) {
+    if (lane + 32 * i < D) p.ring.out(work.slot, kv_head, work.place)[g * D + lane + 32 * i] = head.carried[i];
+  }
+  if (lane != 0) return;
+  p.ring.lse(work.slot, kv_head, work.place)[g] = head.carried_lse;
+  p.ring.depth(work.slot, kv_head, work.place)[g] = head.depth;
+}
+
+// Writes the anchors of the new entry, several of them at a time as above. The whole block takes part.
+MAC_DEVICE void store_anchors(const CompleteParams& p, const CompleteWork& work, int64_t group) {
+  constexpr int kAtOnce = 4;
+  const int S = p.ring.layout.shape.anchors, threads = blockDim.x;
+  int32_t* anchors = p.ring.anchors(work.slot, work.kv_head, work.place);
+  float* weights = p.ring.anchor_weights(work.slot, work.kv_head, work.place);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < G * (D / 4); i += kThreads) {
-    const int g = i / (D / 4), column = i % (D / 4) * 4;
-    const int64_t row = step.row(p, g);
-    HeadPart part{ptx::load_float4(p.states + row * D + column),
-                  ptx::load_float4(p.states + (rows + row) * D + column), bad ? NAN : p.state_lse[row],
-                  bad ? NAN : p.state_lse[rows + row], step.place[g] != kMiss ? p.log_ratio[row] : 0.f};
-    complete_part<T>(p, step, step.reuses, stores, g, column, load_reused(p, step, g, column), part);
+  for (int begin = threadIdx.x; begin < S; begin += kAtOnce * threads) {
+    int32_t token[kAtOnce];
+    float a[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = begin + j * threads;
+      if (i < S) token[j] = p.anchors[group * S + i], a[j] = p.anchor_weights[group * S + i];
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = begin + j * threads;
+      if (i < S) anchors[i] = token[j], weights[i] = a[j];
+    }
   }
-  if (threadIdx.x == 0 && step.reuses) complete_history(p, step, stores, sampled);
-  if (!stores) return;
-  const int place = step.new_place(p);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < S; i += kThreads) {
-    p.ring.anchors(step.slot, kv_head, place)[i] = p.anchors[group * S + i];
-    p.ring.anchor_weights(step.slot, kv_head, place)[i] = p.anchor_weights[group * S + i];
+}
+
+template <typename T, int kHeadDim>
+MAC_DEVICE void write_out(const CompleteParams& p, const CompleteWork& work, int g,
+                          const CompleteHead<kHeadDim>& head) {
+  const int lane = ptx::lane_id();
+  const MergeWeights merge = merge_weights(head.carried_lse, head.fresh_lse);
+  const int qo_head = work.kv_head * p.shape.group_size + g;
+  T* out = static_cast<T*>(p.out) + work.request * p.out_batch_stride + qo_head * p.out_head_stride;
+  MergeWeights tokens{1.f, 0.f, merge.lse};
+  if (p.sinks && work.seq_len != 0) tokens = merge_weights(merge.lse, p.sinks[qo_head]);
+  const float carried_weight = merge.first * tokens.first, fresh_weight = merge.second * tokens.first;
+  if (lane == 0) {
+    p.lse[work.row(p, g)] = work.bad ? NAN : tokens.lse;
+    if (work.reuses) p.ring.last_lse(work.slot, work.kv_head)[g] = merge.lse;
   }
+#pragma unroll
+  for (int i = 0; i < head.kLaneElements; ++i) {
+    const float value = head.carried[i] * carried_weight + head.fresh[i] * fresh_weight;
+    if (lane + 32 * i < kHeadDim) out[lane + 32 * i] = ptx::from_float<T>(work.bad ? NAN : value);
+  }
+}
+
+// At batch 1 this is a chain of waits for memory, so everything is asked for as early as its address is known.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(32 * kMaxCompleteWarps, 1)
+    complete_kernel(const __grid_constant__ CompleteParams p, const __grid_constant__ CompleteWorkspace w) {
+  const int G = p.shape.group_size, H = p.shape.num_kv_heads, lane = ptx::lane_id();
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  CompleteWork work{};
+  work.request = blockIdx.x / H, work.kv_head = blockIdx.x % H;
+  ptx::grid_dependency_launch();
+#pragma unroll 1
+  for (int g = warp; p.matched.source && g < G; g += warps) {
+    prefetch_head<T, kHeadDim>(p, work.request, work.kv_head, g, lane);
+  }
+  ptx::grid_dependency_wait();
+  CompleteHead<kHeadDim> head;
+  if (warp < G) head.load_states(p, work.row(p, warp));
+  const int64_t group = work.group(p);
+  int source = kMiss, place = kMiss;  // of the head that the lane looks at
+  if (p.matched.source) {
+    if (lane < G) source = p.matched.source[work.row(p, lane)], place = p.matched.place[work.row(p, lane)];
+    work.stored = p.matched.stored[group], work.sampled = p.sampled[group];
+  }
+  work.seq_len = p.requests.seq_lens[work.request],
+  work.slot = p.requests.slots ? p.requests.slots[work.request] : 0;
+  work.bad = w.status && w.status[work.request] != 0;
+  work.reuses = p.matched.source && has_ring(p.requests, work.request) && work.seq_len > 0 && !work.bad;
+  if (warp < G) head.load_entry(p, work, warp);
+  if (work.reuses) {
+    look_at_heads(p, work, source, place);
+    ptx::sync_block();  // all warps have read the depths, some of which may be the new entry's
+  }
+#pragma unroll 1
+  for (int g = warp; g < G; g += warps) {
+    if (g != warp) head.load_states(p, work.row(p, g)), head.load_entry(p, work, g);
+    head.carry(p, work);
+    write_out<T, kHeadDim>(p, work, g, head);
+    ptx::sync_warp();
+    if (work.stores) store_head<T, kHeadDim>(p, work, g, head);
+  }
+  if (!work.reuses) return;
+  if (threadIdx.x == blockDim.x - 1) complete_history(p, work);
+  if (work.stores) store_anchors(p, work, group);
 }
 
 }  // namespace mac_attn::cuda

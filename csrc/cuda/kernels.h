@@ -53,10 +53,9 @@ struct alignas(8) Candidate {
   float lead;  // log2 of its weight by tau
 };
 
-// Device memory of one amend call. `done`, `sampled` and `drawn` are zero before the launch and after it; without
-// reuse they may still be cleared while it begins, as may `status` be.
+// Device memory of one amend call. `done`, `sampled` and `drawn` are zero before the launch and after it.
 struct AmendWorkspace {
-  int32_t* done;        // [B, H] pieces whose partial states are there, and in the upper half those with bad pages
+  int32_t* done;        // [B, H] pieces whose partial states are there
   int32_t* sampled;     // [B, H] candidates, those without room too
   int32_t* drawn;       // [1] pieces that CTAs have drawn
   int32_t* status;      // [B] Error bits
@@ -69,7 +68,6 @@ struct AmendWorkspace {
   uint32_t v_page_units, v_token_units;
   Divisor page_size;
   Divisor num_kv_heads, ctas;
-  int64_t max_pages;   // of a request
   int64_t max_tokens;  // max_pages * page_size
   int32_t tile_heads;  // min(G, kMaxTileHeads)
   int32_t head_tiles;  // passes per KV head: ceil(G / kMaxTileHeads)
@@ -103,7 +101,6 @@ inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_p
   w.page_size = Divisor(kv.page_size);
   w.num_kv_heads = Divisor(params.shape.num_kv_heads);
   w.ctas = Divisor(ctas);
-  w.max_pages = max_pages;
   w.max_tokens = max_pages * kv.page_size;
   w.tile_heads = params.shape.group_size < kMaxTileHeads ? params.shape.group_size : kMaxTileHeads;
   w.head_tiles = (params.shape.group_size + kMaxTileHeads - 1) / kMaxTileHeads;
@@ -115,12 +112,8 @@ cudaError_t amend_ctas(const AmendParams& params, int32_t* ctas);
 
 cudaError_t launch_unrotate(const UnrotateParams& params, cudaStream_t stream);
 cudaError_t launch_match(const MatchParams& params, const MatchWorkspace& workspace, cudaStream_t stream);
-// Zeros, which the launch after this one waits for where it needs them (grid_dependency_wait): nothing else of it
-// does.
-cudaError_t launch_clear(int32_t* memory, int32_t count, cudaStream_t stream);
-// Completes as well if `complete` has an `out`; what amend answers for complete then is nowhere written.
-cudaError_t launch_amend(const AmendParams& params, const AmendWorkspace& workspace, const CompleteParams& complete,
-                         int32_t ctas, cudaStream_t stream);
+cudaError_t launch_amend(const AmendParams& params, const AmendWorkspace& workspace, int32_t ctas,
+                         cudaStream_t stream);
 cudaError_t launch_complete(const CompleteParams& params, const CompleteWorkspace& workspace, cudaStream_t stream);
 
 }  // namespace mac_attn::cuda

@@ -21,8 +21,9 @@ MAC_DEVICE float sample_tau(const AmendParams& p, const Piece& piece) {
   const int64_t slot = p.requests.slots[piece.request];
   const float tau = *p.ring.tau(slot, piece.kv_head), *last_lse = p.ring.last_lse(slot, piece.kv_head);
   bool known = usable_tau(tau);
+  // No `&&`: each load would wait for the one before.
 #pragma unroll 4
-  for (int g = 0; g < G; ++g) known = known && fabsf(last_lse[g]) < INFINITY;
+  for (int g = 0; g < G; ++g) known &= fabsf(last_lse[g]) < INFINITY;
   return known ? tau : 0.f;
 }
 
@@ -39,6 +40,7 @@ struct Sampler {
   int count;
   Shared* shared;
 
+  // A barrier of the warp has to follow.
   MAC_DEVICE void begin(const AmendParams& p, const Piece& piece, Shared& room) {
     const float tau = piece.begin < piece.work.old_tiles ? sample_tau(p, piece) : 0.f;
     draws = tau > 0.f, count = 0, shared = &room;
@@ -47,7 +49,6 @@ struct Sampler {
     const float* last_lse = p.ring.last_lse(p.requests.slots[piece.request], piece.kv_head);
     const int g = ptx::lane_id();
     if (g < 8 * kHeadBlocks) room.bar[g] = g < p.shape.group_size ? last_lse[g] * kLog2E + ptx::lg2(tau) : INFINITY;
-    ptx::sync_warp();
   }
   // Which token of a strip a lane answers for, with one other: they have half of its heads each.
   MAC_DEVICE static int token_of_lane() { return ptx::lane_id() / 4 + ptx::lane_id() % 2 * 8; }
@@ -155,31 +156,51 @@ MAC_DEVICE uint32_t first_key_cut(SampleScratch& scratch, int count, int wanted)
   return cut;
 }
 
+// Calls `use` with each of a thread's candidates and its place. Some are read at a time, whatever their number: a
+// loop unrolled by the compiler reads what is over one after another.
+template <int kHeadDim, typename Use>
+MAC_DEVICE void each_candidate(const Candidate* candidates, int count, const Use& use) {
+  constexpr int kAtOnce = kHeadDim <= 128 ? 4 : 3;  // registers are short with the greatest
+#pragma unroll 1
+  for (int first = threadIdx.x; first < count; first += kAtOnce * kThreads) {
+    Candidate c[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (first + j * kThreads < count) c[j] = candidates[first + j * kThreads];
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (first + j * kThreads < count) use(first + j * kThreads, c[j]);
+    }
+  }
+}
+
 // Cuts the sample that a KV head has drawn; returns how many are left, in `chosen`. `raise`: log2 of what tau has
 // risen to, by tau. The whole block takes part.
+template <int kHeadDim>
 MAC_DEVICE int choose_sample(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, int count,
                              SampleScratch& scratch, float& raise) {
-  __shared__ int num_chosen;
+  __shared__ int warp_sum[kWarps];
   const int size = sample_size(p.num_anchors, piece.work.old_end);
   const uint32_t seed = sample_seed(piece.work.seq_len - 1, piece.kv_head, p.layer);
   const Candidate* candidates =
       w.candidate + static_cast<int64_t>(piece.kv_group(p)) * kCandidateRoom * p.num_anchors;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const Candidate c = candidates[i];
+  each_candidate<kHeadDim>(candidates, count, [&](int i, Candidate c) {
     scratch.key[i] = float_bits(c.lead - ptx::lg2(uniform(seed, c.token)));
-  }
-  if (threadIdx.x == 0) num_chosen = 0;
+  });
   ptx::sync_block();
   const uint32_t cut = count > size ? first_key_cut(scratch, count, size) : 0;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const Candidate c = candidates[i];
-    if (scratch.key[i] > cut || count <= size) scratch.chosen[ptx::atomic_add(&num_chosen, 1)] = c;
-  }
+  const auto stays = [&](int i) { return count <= size || scratch.key[i] > cut; };
+  int mine = 0, all = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count; i += kThreads) mine += stays(i);
+  int place = sum_before(mine, warp_sum, all);
+  each_candidate<kHeadDim>(candidates, count, [&](int i, Candidate c) {
+    if (stays(i)) scratch.chosen[place++] = c;
+  });
   ptx::sync_block();
   raise = bits_float(cut);
-  return num_chosen;
+  return all;
 }
 
 // Writes the chosen in the order of their positions, so that it does not hang on that of the threads: they are
@@ -223,13 +244,14 @@ MAC_DEVICE void write_in_order(SampleScratch& scratch, int count, int old_end, f
 
 // Writes the anchors of a KV head's new entry, S each: none, if it has drawn no sample or more than there is room
 // for. `sampled`: candidates, kNotSampled for none. The whole block takes part.
+template <int kHeadDim>
 MAC_DEVICE void write_sample(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, int sampled,
                              SampleScratch& scratch, int32_t* anchors, float* weights) {
   const int room = kCandidateRoom * sample_size(p.num_anchors, piece.work.old_end);
   float raise = 0.f;
   int chosen = 0;
   if (sampled > 0 && sampled <= room) {
-    chosen = choose_sample(p, w, piece, sampled, scratch, raise);
+    chosen = choose_sample<kHeadDim>(p, w, piece, sampled, scratch, raise);
     write_in_order(scratch, chosen, piece.work.old_end, raise, anchors, weights);
   }
 #pragma unroll 1

@@ -124,22 +124,17 @@ MAC_DEVICE int divide_up(int a, int b) {
 // How many tiles a piece has at most, from all tiles of the call, its passes and the longest of them. The CTAs go
 // over the pieces in waves. Rounding up makes some pieces more than there is room for, one for each long pass;
 // where those are few, the room is kept free for them: a wave for just one of them would last as long as the
-// others. Where all passes as long as the longest would fit without, none is.
+// others.
 MAC_DEVICE int tiles_of_piece(const AmendWorkspace& w, int tiles, int passes, int longest) {
   const int ctas = gridDim.x, cost = tiles + kPassCost * passes;
   int waves = w.ctas.divide(cost) / kDrawnTiles;
   waves = waves < 1 ? 1 : waves > kMaxWaves ? kMaxWaves : waves;
+  const int long_passes = 1 + static_cast<int>(ptx::divide(static_cast<float>(tiles), static_cast<float>(longest)));
+  const int room = waves * ctas - (2 * long_passes <= ctas ? long_passes : 0);
   // A float is off by less than is added here.
-  const auto shared_by = [&](int room) {
-    return static_cast<int>(ptx::divide(static_cast<float>(cost), static_cast<float>(room)) * 1.00001f) + 1;
-  };
+  const float share = ptx::divide(static_cast<float>(cost), static_cast<float>(room));
+  const int most = static_cast<int>(share * 1.00001f) + 1;
   const int least = (longest + kMaxSplits - 1) / kMaxSplits;
-  int most = shared_by(waves * ctas);
-  if (int64_t{passes} * divide_up(longest, most) > waves * ctas) {
-    const int long_passes =
-        1 + static_cast<int>(ptx::divide(static_cast<float>(tiles), static_cast<float>(longest)));
-    if (2 * long_passes <= ctas) most = shared_by(waves * ctas - long_passes);
-  }
   return most > least ? most : least;
 }
 

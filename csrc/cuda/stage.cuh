@@ -64,18 +64,17 @@ MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Pie
 }
 
 // Eight lanes side by side copy a row's 128 bytes at a time: whole lines of the L2 cache. Four do of 64 bytes.
-// `bad_page` of the block is set where a page is not there.
 template <typename T, int kHeadDim>
-MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, Row row, T* stage,
-                           int* bad_page) {
+MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, Row row, T* stage) {
   using Stage = Stage<kHeadDim, T>;
   constexpr int kUnit = Stage::kUnit, kChunks = kHeadDim / kUnit;
   constexpr int kLanes = Stage::kHalfLines ? 4 : 8, kRowsAtOnce = 32 / kLanes;
   const int lane = ptx::lane_id();
-  // A page id outside the cache is not followed: the KV head answers NaN.
+  // A page id outside the cache is not followed: the request is marked and answers NaN.
   if (row.valid && row.page >= static_cast<uint32_t>(w.num_pages)) {
     row.valid = false, row.page = 0;
-    ptx::atomic_or(bad_page, 1);
+    ptx::atomic_or(w.status + piece.request, kBadPage);
+    if (w.error_flag) ptx::atomic_or(w.error_flag, kBadPage);
   }
   // In units of 16 bytes, so that 32 bits are enough for 64 GiB of K and as much of V.
   const uint32_t k_place = row.page * w.k_page_units + row.offset * w.k_token_units;

@@ -270,11 +270,6 @@ void AmendCase::run(const Run& run) {
   unchanged_.note(query_.bits()), unchanged_.note(pages_.k_bytes()), unchanged_.note(pages_.v_bytes());
   unchanged_.note(pages_.table()), unchanged_.note(seq_lens), unchanged_.note(slots_), unchanged_.note(source_);
   unchanged_.note(place_), unchanged_.note(stored), unchanged_.note(ring.bytes);
-  launch(params(), {}, run);
-  if (first_anchors_.empty()) first_anchors_ = anchors_, first_weights_ = anchor_weights_;
-}
-
-void AmendCase::launch(const AmendParams& p, const CompleteParams& complete, const Run& run) {
   int32_t found = kStickyBit;
   for (size_t b = 0; b < errors.size(); ++b) found |= errors[b] & ~status[b];
   expected_flag_ = found;
@@ -282,25 +277,16 @@ void AmendCase::launch(const AmendParams& p, const CompleteParams& complete, con
   const bool is_bf16 = spec_.dtype == DType::kBFloat16;
   const auto launch = is_bf16 ? (spec_.fp8 ? launch_amend_bf16_fp8 : launch_amend_bf16)
                               : (spec_.fp8 ? launch_amend_fp16_fp8 : launch_amend_fp16);
-  launch(p, w, complete, spec_.ctas, run);
-}
-
-void AmendCase::run_step(const CompleteParams& complete, const Run& run) {
-  AmendParams p = params();
-  p.out = p.lse = p.log_ratio = p.anchor_weights = nullptr, p.anchors = p.sampled = nullptr;
-  launch(p, complete, run);
-}
-
-void AmendCase::check_workspace() const {
-  CHECK(error_flag_[0] == expected_flag_);
-  CHECK(std::count(done_.begin(), done_.end(), 0) == static_cast<int64_t>(done_.size()));
-  CHECK(std::count(counts_.begin(), counts_.end(), 0) == static_cast<int64_t>(counts_.size()));
-  CHECK(drawn_[0] == 0);
+  launch(params(), w, spec_.ctas, run);
+  if (first_anchors_.empty()) first_anchors_ = anchors_, first_weights_ = anchor_weights_;
 }
 
 void AmendCase::check() const {
   CHECK(unchanged_.holds());
-  check_workspace();
+  CHECK(error_flag_[0] == expected_flag_);
+  CHECK(std::count(done_.begin(), done_.end(), 0) == static_cast<int64_t>(done_.size()));
+  CHECK(std::count(counts_.begin(), counts_.end(), 0) == static_cast<int64_t>(counts_.size()));
+  CHECK(drawn_[0] == 0);
   CHECK(anchors_ == first_anchors_ && anchor_weights_ == first_weights_);
   for (int b = 0; b < static_cast<int>(seq_lens.size()); ++b) {
     CHECK(status[b] == errors[b]);

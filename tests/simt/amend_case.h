@@ -35,11 +35,8 @@ class AmendCase {
   explicit AmendCase(const AmendSpec& spec);
 
   void run(const Run& run = {Engine::kFibers, 1});
-  // A step: complete as well, and nowhere an answer of amend alone.
-  void run_step(const CompleteParams& complete, const Run& run);
   // Everything that the last run must have fulfilled. Requests with bits in `errors` have answered NaN.
   void check() const;
-  void check_workspace() const;  // the part of it that holds of a step too
 
   // For tests that break something, before run().
   Pages& pages() { return pages_; }
@@ -70,7 +67,6 @@ class AmendCase {
   void check_sample(int request, int kv_head) const;
   void prepare_miss(int request, int kv_head);
   cuda::AmendWorkspace workspace();
-  void launch(const AmendParams& p, const CompleteParams& complete, const Run& run);
   int heads() const { return spec_.num_kv_heads * spec_.group_size; }
   bool exact(int request) const { return spec_.exact || slots_[request] == kNoSlot; }
   bool hits(int request, int kv_head) const { return !exact(request) && start(request, kv_head) > 0; }

@@ -8,9 +8,8 @@ void launch_unrotate_fp16(const UnrotateParams& p, const Run& run) {
 void launch_match_fp16(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run) {
   launch_match_type<fp16>(p, w, run);
 }
-void launch_amend_fp16(const AmendParams& p, const cuda::AmendWorkspace& w, const CompleteParams& c, int ctas,
-                       const Run& run) {
-  launch_amend_type<fp16, fp16>(p, w, c, ctas, run);
+void launch_amend_fp16(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
+  launch_amend_type<fp16, fp16>(p, w, ctas, run);
 }
 void launch_complete_fp16(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run) {
   launch_complete_type<fp16>(p, w, run);

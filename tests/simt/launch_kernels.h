@@ -7,20 +7,14 @@
 
 namespace mac_attn::simt {
 
-void launch_clear(int32_t* memory, int32_t count, const Run& run);
 void launch_unrotate_bf16(const UnrotateParams& p, const Run& run);
 void launch_unrotate_fp16(const UnrotateParams& p, const Run& run);
 void launch_match_bf16(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run);
 void launch_match_fp16(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run);
-// With an `out` in `c` complete as well.
-void launch_amend_bf16(const AmendParams& p, const cuda::AmendWorkspace& w, const CompleteParams& c, int ctas,
-                       const Run& run);
-void launch_amend_fp16(const AmendParams& p, const cuda::AmendWorkspace& w, const CompleteParams& c, int ctas,
-                       const Run& run);
-void launch_amend_bf16_fp8(const AmendParams& p, const cuda::AmendWorkspace& w, const CompleteParams& c, int ctas,
-                           const Run& run);
-void launch_amend_fp16_fp8(const AmendParams& p, const cuda::AmendWorkspace& w, const CompleteParams& c, int ctas,
-                           const Run& run);
+void launch_amend_bf16(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run);
+void launch_amend_fp16(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run);
+void launch_amend_bf16_fp8(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run);
+void launch_amend_fp16_fp8(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run);
 void launch_complete_bf16(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run);
 void launch_complete_fp16(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run);
 

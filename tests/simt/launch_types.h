@@ -43,26 +43,26 @@ void launch_match_type(const MatchParams& p, const cuda::MatchWorkspace& w, cons
 }
 
 template <typename Q, typename T>
-void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, const CompleteParams& c, int ctas,
-                       const Run& run) {
+void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
   with_head_dim(p.shape.head_dim, [&](auto head_dim) {
     const auto with_shared = [&](size_t shared) {
       return LaunchConfig{static_cast<unsigned>(ctas), cuda::kThreads, shared, run.engine, run.seed};
     };
     if (p.shape.group_size <= 8) {
-      launch(with_shared(cuda::amend_shared_bytes<head_dim, 1, T>()), cuda::amend_kernel<Q, head_dim, 1, T>, p, w,
-             c);
+      launch(with_shared(cuda::amend_shared_bytes<head_dim, 1, T>()), cuda::amend_kernel<Q, head_dim, 1, T>, p, w);
     } else {
-      launch(with_shared(cuda::amend_shared_bytes<head_dim, 2, T>()), cuda::amend_kernel<Q, head_dim, 2, T>, p, w,
-             c);
+      launch(with_shared(cuda::amend_shared_bytes<head_dim, 2, T>()), cuda::amend_kernel<Q, head_dim, 2, T>, p, w);
     }
   });
 }
 
 template <typename T>
 void launch_complete_type(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run) {
-  const int ctas = p.shape.batch * p.shape.num_kv_heads;
-  launch({static_cast<unsigned>(ctas), cuda::kThreads, 0, run.engine, run.seed}, cuda::complete_kernel<T>, p, w);
+  with_head_dim(p.shape.head_dim, [&](auto head_dim) {
+    const int ctas = p.shape.batch * p.shape.num_kv_heads, threads = cuda::complete_threads(p.shape.group_size);
+    launch({static_cast<unsigned>(ctas), static_cast<unsigned>(threads), 0, run.engine, run.seed},
+           cuda::complete_kernel<T, head_dim>, p, w);
+  });
 }
 
 }  // namespace mac_attn::simt

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import mac_attn
 
-from .slots import Place, Row
+from ..serving.rows import Rows
+from ..serving.slots import Place, Row
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -34,22 +35,6 @@ class Served:
     rotated: bool
     float8: bool = False
     query_quant: Any = None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a batch that compute one token each, for one call of `mac_attn.decode`.
-
-    Attributes:
-        block_table, seq_lens: theirs.
-        slots, request_ids: theirs, a slot of -1 for a row that is attended exactly; None if all
-            are.
-    """
-
-    block_table: Tensor
-    seq_lens: Tensor
-    slots: Tensor | None = None
-    request_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .attend import Rows, Seed, count_decodes, plan_seeds
-from .slots import Place
+from ..serving.rows import Rows
+from ..serving.slots import Place
+from .attend import Seed, count_decodes, plan_seeds
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -18,8 +18,9 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from ..serving.rows import Buffers
 from . import attend
-from .cuda_plan import Buffers, CudaPlan, plan_capture, plan_step
+from .cuda_plan import CudaPlan, plan_capture, plan_step
 from .engine import engine_of, most_rows
 from .support import engine_reason
 

@@ -7,15 +7,12 @@ no ring has no slot there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from .attend import Rows, Seed, count_decodes, plan_seeds
-from .slots import Place
+from ..serving.rows import Buffers, Rows
+from .attend import Seed, count_decodes, plan_seeds
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -44,45 +41,6 @@ class CudaPlan:
     decode: Rows | None
     prefill: Prefill | None
     seeds: list[Seed]
-
-
-class Buffers:
-    """What the kernels of a graph read about each row of a batch.
-
-    Args:
-        max_rows: of any batch.
-        device: the GPU.
-
-    Attributes:
-        slots: [max_rows] int32, -1 without a ring.
-        request_ids: [max_rows] int64.
-        seq_lens: [max_rows] int32.
-    """
-
-    def __init__(self, max_rows: int, device: torch.device) -> None:
-        self.slots = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self.request_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self.seq_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
-
-    def fill(self, places: Sequence[Place | None], seq_lens: Tensor) -> None:
-        """Write the rows of a step; lengths stay on the device, and nothing waits for it."""
-        rows = len(places)
-        pinned = self.slots.device.type != "cpu"
-        host = torch.tensor(
-            [(place.slot, place.number) if place else (-1, 0) for place in places],
-            dtype=torch.int64,
-            pin_memory=pinned,
-        ).view(rows, 2)
-        placed = host.to(self.slots.device, non_blocking=True)
-        slots, numbers = placed.unbind(1)
-        self.slots[:rows].copy_(slots)
-        self.request_ids[:rows].copy_(numbers)
-        self.seq_lens[:rows].copy_(seq_lens)
-
-    def rows(self, block_table: Tensor) -> Rows:
-        """The rows of a block table."""
-        rows = len(block_table)
-        return Rows(block_table, self.seq_lens[:rows], self.slots[:rows], self.request_ids[:rows])
 
 
 def plan_step(

@@ -6,9 +6,10 @@ import functools
 import logging
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
@@ -16,16 +17,27 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 import mac_attn
 
+from ..serving.budget import Shape, slots_within
+from ..serving.rotary import is_rotated, rotary_of
+from ..serving.slots import Place, Row, SlotTable
 from . import requests
 from .attend import Served
 from .metrics import WorkerCounters
 from .options import Options
-from .rotary import is_rotated, rotary_of
-from .slots import Place, Row, SlotTable
 from .support import backend_reason, engine_reason, layer_reason, shares_kv
 
 # A child of vLLM's logger, so that its lines are formatted and shown as vLLM's are.
 logger = logging.getLogger("vllm.mac_attn")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A layer that gets rings: their size, its number in the model, and how its queries come."""
+
+    shape: Shape
+    number: int
+    rotated: bool
+    rotary: mac_attn.RotaryEmbedding | None
 
 
 class Engine:
@@ -42,7 +54,7 @@ class Engine:
     def __init__(self, runner: Any, options: Options) -> None:
         self.runner = runner
         self.options = options
-        self.slots = SlotTable(options.num_slots)
+        self.slots = SlotTable(0)
         self.rings: dict[str, mac_attn.ReuseCache] = {}
         self._rotaries: dict[Any, mac_attn.RotaryEmbedding] = {}
         self._counters: WorkerCounters | None = None
@@ -86,7 +98,7 @@ class Engine:
         ]
         is_alive = requests.is_alive(self.runner)
         found = self.slots.place(known, wants, is_alive, same_step=not leads)
-        if not self._was_full and any(want and not p for want, p in zip(wants, found, strict=True)):
+        if self.slots.turned_away and not self._was_full:
             self._was_full = True
             self._warn("all %d slots are in use: further requests are exact", self.slots.num_slots)
         places = iter(found)
@@ -104,6 +116,7 @@ class Engine:
         if self.runner.device.type == "cpu" or now - self._published > 1:
             counters = torch.stack([ring.counters for ring in self.rings.values()])
             self._counters.counters.copy_(counters)
+            self._counters.turned_away.fill_(self.slots.turned_away)
             self._published = now
         seconds = self.options.log_seconds
         since, steps = self._logged
@@ -111,7 +124,8 @@ class Engine:
             stats = self._counters.stats()
             if stats.steps > steps:
                 where = f"engine {self._counters.engine} rank {self._counters.rank}"
-                logger.info("MAC-Attention, %s, all layers: %s", where, stats)
+                without = f"{self.slots.turned_away} requests without a slot"
+                logger.info("MAC-Attention, %s, all layers: %s; %s", where, stats, without)
             self._logged = (now, stats.steps)
 
     def _attach(self) -> None:
@@ -123,17 +137,27 @@ class Engine:
             return
         parents = _parents(self.runner.get_model())
         shared = shares_kv(layers)
+        plans: dict[str, _Plan] = {}
         for name, layer in layers.items():
             if not hasattr(layer.impl, "mac"):
-                left[backend_reason(layer)] += 1
+                left[backend_reason(layer, self.options.by_name)] += 1
                 continue
             if name in shared:
                 left["layers that share their KV cache"] += 1
                 continue
             try:
-                self._serve(name, layer, parents.get(id(layer)))
+                plans[name] = self._plan(name, layer, parents.get(id(layer)))
             except ValueError as error:
                 left[str(error)] += 1
+        if plans:
+            self.slots = SlotTable(self._num_slots([plan.shape for plan in plans.values()]))
+        for name, plan in plans.items():
+            layer, ring = layers[name], self._ring(plan)
+            self.rings[name] = ring
+            # Queries must come as they are; prefill's are rounded where vLLM's kernel is called.
+            quant, layer.query_quant = getattr(layer, "query_quant", None), None
+            float8 = layer.kv_cache_torch_dtype != plan.shape.dtype
+            layer.impl.mac = Served(self, ring, plan.rotated, float8, quant)
         for reason, count in left.items():
             self._warn("%d layers are left to vLLM's attention: %s", count, reason)
         if self.rings:
@@ -146,34 +170,46 @@ class Engine:
         if self._speaks:
             logger.warning(f"MAC-Attention: {text}", *values)
 
-    def _serve(self, name: str, layer: Any, parent: nn.Module | None) -> None:
-        """Give a layer its rings. Raises ValueError with the reason why it gets none."""
-        config, device = self.runner.vllm_config, self.runner.device
+    def _plan(self, name: str, layer: Any, parent: nn.Module | None) -> _Plan:
+        """The rings that a layer is to get. Raises ValueError with the reason why it gets none."""
+        config = self.runner.vllm_config
         dtype = config.model_config.dtype
-        if (reason := layer_reason(layer, dtype, device)) is not None:
+        if (reason := layer_reason(layer, dtype, self.runner.device)) is not None:
             raise ValueError(reason)
         module = getattr(parent, "rotary_emb", None)
         if parent is None or module is None:
             raise ValueError("no rotary embedding beside it")
         rotated = is_rotated(parent)
-        rotary = self._rotary(module) if rotated else None
-        ring = mac_attn.ReuseCache(
-            self._of_this_rank(self.options.layer_config(extract_layer_index(name)), layer),
-            num_slots=self.options.num_slots,
-            num_qo_heads=layer.num_heads,
-            num_kv_heads=layer.num_kv_heads,
-            head_dim=layer.head_size,
-            dtype=dtype,
-            device=device,
-            rotary=rotary,
-            max_batch_size=max(self.options.num_slots, most_rows(config)),
-            layer=extract_layer_index(name),
+        number, parallel = extract_layer_index(name), config.parallel_config
+        ranks = parallel.tensor_parallel_size
+        options = self.options.layer_config(number, layer.num_heads, parallel.rank % ranks, ranks)
+        options.threshold_per_head(layer.num_heads, layer.head_size)  # raises for another number
+        shape = Shape(options, layer.num_heads, layer.num_kv_heads, layer.head_size, dtype)
+        return _Plan(shape, number, rotated, self._rotary(module) if rotated else None)
+
+    def _num_slots(self, layers: list[Shape]) -> int:
+        """How many slots there are, by their number in the options or their share of the memory."""
+        if self.options.num_slots is not None:
+            return self.options.num_slots
+        config, device = self.runner.vllm_config, self.runner.device
+        memory = kv_cache_bytes(config.cache_config, device)
+        most = int(config.scheduler_config.max_num_seqs)
+        return slots_within(self.options.share, memory, layers, most)
+
+    def _ring(self, plan: _Plan) -> mac_attn.ReuseCache:
+        shape = plan.shape
+        return mac_attn.ReuseCache(
+            shape.config,
+            num_slots=self.slots.num_slots,
+            num_qo_heads=shape.num_qo_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            device=self.runner.device,
+            rotary=plan.rotary,
+            max_batch_size=max(self.slots.num_slots, most_rows(self.runner.vllm_config)),
+            layer=plan.number,
         )
-        self.rings[name] = ring
-        # Queries must come as they are; those of prefill are rounded where vLLM's kernel is called.
-        quant, layer.query_quant = getattr(layer, "query_quant", None), None
-        float8 = layer.kv_cache_torch_dtype != dtype
-        layer.impl.mac = Served(self, ring, rotated, float8, quant)
 
     def _rotary(self, module: Any) -> mac_attn.RotaryEmbedding:
         """The rotation of a module, which the layers share as a rule."""
@@ -181,15 +217,6 @@ class Engine:
             max_model_len = self.runner.vllm_config.model_config.max_model_len
             self._rotaries[module] = rotary_of(module, max_model_len)
         return self._rotaries[module]
-
-    def _of_this_rank(self, config: mac_attn.ReuseConfig, layer: Any) -> mac_attn.ReuseConfig:
-        """Options whose thresholds are those of the heads that this rank has of a layer."""
-        parallel = self.runner.vllm_config.parallel_config
-        heads, ranks = layer.num_heads, parallel.tensor_parallel_size
-        if not isinstance(config.threshold, tuple) or len(config.threshold) != heads * ranks:
-            return config
-        first = parallel.rank % ranks * heads
-        return replace(config, threshold=config.threshold[first : first + heads])
 
     def _share_counters(self) -> None:
         """Make the file that the metrics are read from."""
@@ -208,15 +235,32 @@ class Engine:
             return
         size = sum(ring.nbytes for ring in self.rings.values()) / 2**20
         one = next(iter(self.rings.values()))
+        share = "" if self.options.num_slots else f", {self.options.share:.0%} of the KV cache's"
         logger.info(
-            "MAC-Attention serves %d of %d layers: %d slots of %.1f MiB, %.1f MiB in all; %s",
+            "MAC-Attention serves %d of %d layers: %d slots of %.1f MiB, %.1f MiB in all%s; %s",
             len(self.rings),
             num_layers,
             self.slots.num_slots,
             size / self.slots.num_slots,
             size,
+            share,
             "calibrated options" if self.options.calibration else one.cfg,
         )
+
+
+def kv_cache_bytes(cache_config: Any, device: torch.device) -> int:
+    """About how much memory vLLM will give its KV cache, before it has measured what it needs.
+
+    What is asked for, or what its share of the memory leaves beside the loaded model.
+    """
+    if cache_config.kv_cache_memory_bytes is not None:
+        return int(cache_config.kv_cache_memory_bytes)
+    if device.type == "cpu":
+        total, used = psutil.virtual_memory().total, psutil.Process().memory_info().rss
+    else:
+        free, total = torch.cuda.mem_get_info(device)
+        used = total - free
+    return max(0, int(cache_config.gpu_memory_utilization * total - used))
 
 
 def most_rows(vllm_config: Any) -> int:

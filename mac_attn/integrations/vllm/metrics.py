@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from mac_attn import ReuseStats
-from mac_attn.stats import COUNTERS
+from mac_attn.stats import COUNTERS as COLUMNS
+
+from ..serving.totals import COUNTERS, TURNED_AWAY, TURNED_AWAY_TEXT, totals
 
 FOLDER = "MAC_ATTN_VLLM_METRICS_DIR"
 
@@ -50,6 +52,7 @@ class WorkerCounters:
         engine, rank: which worker: of a data-parallel engine, its rank.
         num_qo_heads, num_kv_heads: heads of a layer on this rank.
         counters: [layers, slots, 8] int64, `mac_attn.stats.COUNTERS`.
+        turned_away: [1] int64, requests that wanted a slot and had none.
     """
 
     engine: int
@@ -57,15 +60,16 @@ class WorkerCounters:
     num_qo_heads: int
     num_kv_heads: int
     counters: Tensor
+    turned_away: Tensor
 
     @classmethod
     def create(
         cls, engine: int, rank: int, heads: tuple[int, int], layers: int, num_slots: int
     ) -> WorkerCounters:
         """New counters, all 0, in a file that `read_all` finds."""
-        shape = (layers, num_slots, len(COUNTERS))
+        shape = (layers, num_slots, len(COLUMNS))
         path = folder() / f"engine{engine}-rank{rank}"
-        path.with_suffix(".i64").write_bytes(bytes(8 * torch.Size(shape).numel()))
+        path.with_suffix(".i64").write_bytes(bytes(8 * (torch.Size(shape).numel() + 1)))
         about = {"engine": engine, "rank": rank, "heads": heads, "shape": shape}
         path.with_suffix(".json").write_text(json.dumps(about))
         return cls._map(path.with_suffix(".json"))
@@ -74,11 +78,12 @@ class WorkerCounters:
     def _map(cls, about_path: Path) -> WorkerCounters:
         about = json.loads(about_path.read_text())
         shape = torch.Size(about["shape"])
-        counters = torch.from_file(
-            str(about_path.with_suffix(".i64")), shared=True, size=shape.numel(), dtype=torch.int64
-        )
+        path, size = str(about_path.with_suffix(".i64")), shape.numel()
+        numbers = torch.from_file(path, shared=True, size=size + 1, dtype=torch.int64)
+        counters, turned_away = numbers[:size].view(shape), numbers[size:]
         num_qo_heads, num_kv_heads = about["heads"]
-        return cls(about["engine"], about["rank"], num_qo_heads, num_kv_heads, counters.view(shape))
+        where = (about["engine"], about["rank"])
+        return cls(*where, num_qo_heads, num_kv_heads, counters, turned_away)
 
     @classmethod
     def read_all(cls) -> list[WorkerCounters]:
@@ -100,40 +105,31 @@ class Collector:
         engines: dict[int, list[WorkerCounters]] = {}
         for worker in WorkerCounters.read_all():
             engines.setdefault(worker.engine, []).append(worker)
-        totals = {engine: _totals(workers) for engine, workers in engines.items()}
-        for name, text in _COUNTERS.items():
+        totals_of = {
+            engine: totals(worker.stats() for worker in workers)
+            for engine, workers in engines.items()
+        }
+        for name, text in COUNTERS.items():
             counter = CounterMetricFamily(f"mac_attn:{name}", text, labels=["engine"])
-            for engine, total in totals.items():
+            for engine, total in totals_of.items():
                 counter.add_metric([str(engine)], total[name])
             yield counter
+        away = CounterMetricFamily(f"mac_attn:{TURNED_AWAY}", TURNED_AWAY_TEXT, labels=["engine"])
+        for engine, workers in engines.items():  # each of whose ranks has the same requests
+            away.add_metric([str(engine)], max(int(worker.turned_away) for worker in workers))
+        yield away
         for name, (part, whole, text) in _SHARES.items():
             gauge = GaugeMetricFamily(f"mac_attn:{name}", text, labels=["engine"])
-            for engine, total in totals.items():
+            for engine, total in totals_of.items():
                 if total[whole]:
                     gauge.add_metric([str(engine)], total[part] / total[whole])
             yield gauge
 
 
-_COUNTERS = {
-    "query_heads": "Query heads of decode steps with a ring, counted for every layer and rank.",
-    "query_head_hits": "Those that reused a recent query's attention.",
-    "kv_tokens_full": "Keys that exact attention would have read in those steps.",
-    "kv_tokens_read": "Keys that were read.",
-}
 _SHARES = {
     "hit_rate": ("query_head_hits", "query_heads", "Share of the query heads that hit."),
     "kv_read_share": ("kv_tokens_read", "kv_tokens_full", "Share of the keys that were read."),
 }
-
-
-def _totals(workers: list[WorkerCounters]) -> dict[str, int]:
-    stats = [worker.stats() for worker in workers]
-    return {
-        "query_heads": sum(s.steps * s.num_qo_heads for s in stats),
-        "query_head_hits": sum(s.query_head_hits for s in stats),
-        "kv_tokens_full": sum(s.kv_tokens_full for s in stats),
-        "kv_tokens_read": sum(s.kv_tokens_read for s in stats),
-    }
 
 
 def register_collector() -> None:

@@ -12,7 +12,8 @@ _registered = False
 def register() -> None:
     """Put the backends of this package in the place of vLLM's, if MAC_ATTN_VLLM is 1.
 
-    vLLM may call it several times in a process.
+    If it is "custom", the one for GPUs becomes vLLM's backend CUSTOM instead, for its command line
+    to choose. vLLM may call it several times in a process.
 
     Raises:
         ValueError: a variable MAC_ATTN_VLLM* has a value that does not fit.
@@ -29,7 +30,11 @@ def register() -> None:
     from .worker import watch_workers
 
     # By name: a backend is imported when vLLM chooses it, and needs what its platform has.
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__package__}.cpu.MacCpuBackend")
-    register_backend(AttentionBackendEnum.FLASH_ATTN, f"{__package__}.cuda.MacFlashBackend")
+    flash = f"{__package__}.cuda.MacFlashBackend"
+    if options.by_name:
+        register_backend(AttentionBackendEnum.CUSTOM, flash)
+    else:
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__package__}.cpu.MacCpuBackend")
+        register_backend(AttentionBackendEnum.FLASH_ATTN, flash)
     watch_workers(options)
     metrics.register_collector()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from .slots import Row
+from ..serving.slots import Row
 
 
 def rows_of(runner: Any, common: Any) -> list[Row | None]:

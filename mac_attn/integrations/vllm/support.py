@@ -8,21 +8,16 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
-from mac_attn.info import info
+from ..serving.limits import device_reason, heads_reason
 
 _FLOAT8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn; it keeps them as bytes
-_CUDA_HEAD_SIZES = (64, 80, 96, 128, 256)
 
 
 def engine_reason(vllm_config: Any) -> str | None:
     """What keeps the plugin from serving any layer under this configuration."""
     parallel = vllm_config.parallel_config
     model = vllm_config.model_config
-    device = vllm_config.device_config.device_type
     reasons = {
-        f"a device of type {device}": device not in ("cpu", "cuda") or bool(torch.version.hip),
-        "a GPU, as mac_attn was built without CUDA,": device == "cuda"
-        and not info()["cuda_arches"],
         "speculative decoding": vllm_config.speculative_config is not None,
         "decode or prefill context parallelism": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
@@ -33,7 +28,8 @@ def engine_reason(vllm_config: Any) -> str | None:
         "a model that does not generate": model.runner_type != "generate",
         "bidirectional attention to parts of the prompt": model.is_mm_prefix_lm,
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    device = device_reason(vllm_config.device_config.device_type)
+    return device or next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def layer_reason(layer: Any, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -48,7 +44,6 @@ def layer_reason(layer: Any, dtype: torch.dtype, device: torch.device) -> str | 
     windows = (
         impl.sliding_window if isinstance(impl.sliding_window, tuple) else (impl.sliding_window,)
     )
-    cuda = device.type != "cpu"
     reasons = {
         f"layers of class {type(layer).__name__}": type(layer) is not Attention,
         f"{layer.attn_type} attention": layer.attn_type != AttentionType.DECODER,
@@ -57,20 +52,24 @@ def layer_reason(layer: Any, dtype: torch.dtype, device: torch.device) -> str | 
         f"KV cache of type {layer.kv_cache_dtype}": layer.kv_cache_torch_dtype != dtype
         and layer.kv_cache_dtype not in _FLOAT8,
         "values of another size than keys": layer.head_size_v != layer.head_size,
-        f"heads of {layer.head_size}": layer.head_size not in _CUDA_HEAD_SIZES
-        if cuda
-        else layer.head_size % 16 != 0 or layer.head_size > 256,
-        f"dtype {dtype}": cuda and dtype == torch.float32,
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    return reason or heads_reason(layer.head_size, dtype, device.type)
 
 
-def backend_reason(layer: Any) -> str:
-    """What keeps a layer without a backend of this package with vLLM's, and the way out."""
-    return (
-        f"vLLM's backend {layer.attn_backend.get_name()}, its default on some GPUs;"
-        " --attention-backend FLASH_ATTN has them served"
-    )
+def backend_reason(layer: Any, by_name: bool) -> str:
+    """What keeps a layer without a backend of this package with vLLM's, and the way out.
+
+    Args:
+        layer: the `Attention` module.
+        by_name: whether this package's is CUSTOM, else in the place of FLASH_ATTN.
+    """
+    way = "--attention-backend FLASH_ATTN"
+    if by_name:
+        way = """--attention-config.backend_per_kind '{"full_attention": "CUSTOM"}'"""
+    name = layer.attn_backend.get_name()
+    default = ", its default on compute capability 10" if name == "FLASHINFER" else ""
+    return f"vLLM's backend {name}{default}; on a GPU {way} has them served"
 
 
 def shares_kv(layers: dict[str, Any]) -> set[str]:

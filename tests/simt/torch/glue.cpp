@@ -40,13 +40,8 @@ cudaError_t launch_match(const MatchParams& p, const MatchWorkspace& w, cudaStre
   simt::launch_match_bf16(p, w, next_run());
   return 0;
 }
-cudaError_t launch_clear(int32_t* memory, int32_t count, cudaStream_t) {
-  simt::launch_clear(memory, count, next_run());
-  return 0;
-}
-cudaError_t launch_amend(const AmendParams& p, const AmendWorkspace& w, const CompleteParams& c, int32_t ctas,
-                         cudaStream_t) {
-  (p.kv.float8 ? simt::launch_amend_bf16_fp8 : simt::launch_amend_bf16)(p, w, c, ctas, next_run());
+cudaError_t launch_amend(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t) {
+  (p.kv.float8 ? simt::launch_amend_bf16_fp8 : simt::launch_amend_bf16)(p, w, ctas, next_run());
   return 0;
 }
 cudaError_t launch_complete(const CompleteParams& p, const CompleteWorkspace& w, cudaStream_t) {
@@ -83,9 +78,6 @@ void amend(const AmendParams& p, const AmendLimits& limits) {
 }
 void complete(const CompleteParams& p) {
   cuda_backend::complete(p, persistent(p.matched.source), on_host());
-}
-void attend(AmendParams p, const AmendLimits& limits, CompleteParams c) {
-  cuda_backend::attend(p, limits, c, persistent(p.matched.source), on_host());
 }
 void unrotate(const UnrotateParams& p) {
   cuda_backend::unrotate(p, on_host());

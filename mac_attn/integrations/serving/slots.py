@@ -1,7 +1,8 @@
 """Which request has which ring slot.
 
 Rows of a batch move from step to step, so that slots follow requests. A request keeps its slot
-until it is over, or until another needs one while it is not scheduled. It also has a number, which
+until it is over, until another needs one while it is not scheduled, or until one that is twice as
+long finds none: the longer the context, the more a ring saves. It also has a number, which
 `mac_attn` checks as its request id: a new one whenever the tokens of a step do not follow those of
 the step before (a request that was preempted and computes its KV cache anew, or whose prompt was
 continued), so that no entry outlives the KV cache it was made from.
@@ -42,6 +43,11 @@ class Place:
     number: int
 
 
+# How many times as long a request must be to take the slot of another that is scheduled too. What
+# the other one loses it cannot have back, so that slots must not go to and fro.
+_LONGER = 2
+
+
 @dataclass
 class _Tenant:
     key: Hashable
@@ -55,10 +61,17 @@ class SlotTable:
 
     Args:
         num_slots: how many there are.
+
+    Attributes:
+        turned_away: requests that wanted a slot and have found none, or have lost theirs to a
+            longer one; counted once each, at the first time.
     """
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
+        self.turned_away = 0
+        # Who is, and the last step it wanted one; hashes, so that no request is kept alive.
+        self._without: dict[int, int] = {}
         self._tenants: list[_Tenant | None] = [None] * num_slots
         self._slot_of: dict[Hashable, int] = {}
         self._numbers = 0
@@ -82,13 +95,27 @@ class SlotTable:
                 the same.
         """
         self._step += not same_step
-        for row in rows:  # first, so that no request of this step loses its slot to another
+        # First, so that who is of this step loses its slot to nobody but one that is much longer.
+        for row in rows:
             if (slot := self._slot_of.get(row.key)) is not None:
                 self._continue(self._tenants[slot], row)
-        return [
-            self._place(row, is_alive) if wanted or row.key in self._slot_of else None
-            for row, wanted in zip(rows, wants, strict=True)
-        ]
+        wanting = [row for row, wanted in zip(rows, wants, strict=True) if wanted]
+        for row in sorted(wanting, key=lambda row: -row.end):  # the longest first
+            if row.key not in self._slot_of:
+                self._admit(row, is_alive)
+        for row in wanting:
+            self._count(row.key)
+        return [self._place(row.key) for row in rows]
+
+    def _count(self, key: Hashable) -> None:
+        """Count a request that wanted a slot, if it has none."""
+        if key in self._slot_of:
+            return
+        self.turned_away += hash(key) not in self._without
+        self._without[hash(key)] = self._step
+        if len(self._without) > 4096:  # those long gone are forgotten
+            newest = sorted(self._without.items(), key=lambda item: item[1])[2048:]
+            self._without = dict(newest)
 
     def _continue(self, tenant: _Tenant | None, row: Row) -> None:
         assert tenant is not None  # by _slot_of
@@ -98,29 +125,41 @@ class SlotTable:
             tenant.number = self._next_number()
         tenant.end, tenant.step = row.end, self._step
 
-    def _place(self, row: Row, is_alive: Callable[[Hashable], bool]) -> Place | None:
-        slot = self._slot_of.get(row.key)
+    def _place(self, key: Hashable) -> Place | None:
+        slot = self._slot_of.get(key)
         if slot is None:
-            slot = self._vacate(is_alive)
-            if slot is None:
-                return None
-            self._slot_of[row.key] = slot
-            self._tenants[slot] = _Tenant(row.key, self._next_number(), row.end, self._step)
+            return None
         tenant = self._tenants[slot]
         assert tenant is not None
         return Place(slot, tenant.number)
 
-    def _vacate(self, is_alive: Callable[[Hashable], bool]) -> int | None:
-        """A free slot: never used, of a request that is over, or of the one longest away."""
+    def _admit(self, row: Row, is_alive: Callable[[Hashable], bool]) -> None:
+        """Give a request a slot, if there is one for it."""
+        slot = self._vacate(row, is_alive)
+        if slot is not None:
+            self._slot_of[row.key] = slot
+            self._tenants[slot] = _Tenant(row.key, self._next_number(), row.end, self._step)
+
+    def _vacate(self, row: Row, is_alive: Callable[[Hashable], bool]) -> int | None:
+        """A slot for a request: one never used, of a request that is over, of the one longest away.
+
+        Failing these, of the shortest that is scheduled, if this one is so much longer.
+        """
         absent: list[tuple[bool, int, int]] = []
+        present: list[tuple[int, int]] = []
         for slot, tenant in enumerate(self._tenants):
             if tenant is None:
                 return slot
             if tenant.step != self._step:
                 absent.append((is_alive(tenant.key), tenant.step, slot))
-        if not absent:
-            return None
-        slot = min(absent)[2]
+            else:
+                present.append((tenant.end, slot))
+        if absent:
+            slot = min(absent)[2]
+        else:
+            shortest, slot = min(present)
+            if row.end < _LONGER * shortest:
+                return None
         tenant = self._tenants[slot]
         assert tenant is not None
         del self._slot_of[tenant.key]

@@ -1,4 +1,7 @@
-"""The rotary embedding of a vLLM attention layer, in mac_attn's terms."""
+"""The rotary embedding of an engine's attention layer, in mac_attn's terms.
+
+vLLM's rotary modules and SGLang's, which come from them, tell it in the same way.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,15 @@ from torch import Tensor, nn
 
 import mac_attn
 
-# What vLLM's models name the switch of a layer that does not rotate, and its value there.
-_NOT_ROTATED = {"nope": True, "use_rope": False, "apply_rope_all_layers": False}
+# What the engines' models name the switch of a layer that does not rotate, and its value there.
+_NOT_ROTATED = {
+    "nope": True,
+    "use_rope": False,
+    "apply_rope": False,
+    "apply_rope_all_layers": False,
+}
 
-# Largest difference of a cosine or sine from vLLM's table. Both are float32, of the same angles.
+# Largest difference of a cosine or sine from the engine's table. Both are of the same angles.
 _TOLERANCE = 1e-3
 
 
@@ -23,14 +31,14 @@ def is_rotated(attention: nn.Module) -> bool:
 
 
 def rotary_of(module: Any, max_position: int) -> mac_attn.RotaryEmbedding:
-    """The rotation that a rotary module of vLLM does, from the table of angles it computes.
+    """The rotation that a rotary module does, from the table of angles it computes.
 
     Whatever scaling the module knows, its table is [positions, R]: scale * cos(p * f), then
     scale * sin(p * f), for R/2 frequencies f. A few positions tell them, and the others tell
     whether it is such a table.
 
     Args:
-        module: the module that vLLM's `get_rope` made.
+        module: the module that the engine's `get_rope` made.
         max_position: positions below this one are used.
 
     Raises:

@@ -1,0 +1,1 @@
+"""What the plugins of serving engines have in common; imports none of the engines."""
