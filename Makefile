@@ -135,7 +135,7 @@ sanitized_python = cd $(sanitized) && ASAN_OPTIONS=detect_leaks=0:allocator_may_
   LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so) $(abspath $(sanitized))/libcoverage.so" \
   MAC_ATTN_FUZZ_COVERAGE=$(abspath $(sanitized))/libcoverage.so $(abspath $(bin))/python
 can_sanitize := $(shell [ "$$(uname -s)" = Linux ] && $(CXX) --version 2> /dev/null | grep -q "Free Software" && echo yes)
-op_tests := ops bad_arguments chain decode_reference bad_data cache slot_state seed serving
+op_tests := ops bad_arguments chain decode_reference float8 bad_data cache slot_state seed serving
 
 ifeq ($(can_sanitize),yes)
 sanitize: $(sanitized)/built

@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck python bench/sanitize_case.py
 
 Exact decode, and chained steps that miss and hit, with decisions per head and per group, with and
-without anchors, several head sizes and both dtypes, lengths off every tile boundary, and padding.
+without anchors, several head sizes and both dtypes, float8 caches with sinks, lengths off every
+tile boundary, and padding.
 """
 
 from __future__ import annotations
@@ -17,24 +18,28 @@ from torch import Tensor
 
 import mac_attn
 
-# head_dim, num_qo_heads, num_kv_heads, dtype, granularity, anchors
+# head_dim, num_qo_heads, num_kv_heads, dtype, granularity, float8 KV cache and sinks, anchors
 CASES = [
-    (128, 8, 2, torch.bfloat16, "group", 16),
-    (128, 8, 1, torch.bfloat16, "head", 0),
-    (64, 6, 2, torch.float16, "group", 0),
-    (96, 20, 1, torch.bfloat16, "group", 0),
-    (256, 4, 2, torch.bfloat16, "group", 8),
+    (128, 8, 2, torch.bfloat16, "group", False, 16),
+    (128, 8, 1, torch.bfloat16, "head", False, 0),
+    (64, 6, 2, torch.float16, "group", False, 0),
+    (96, 20, 1, torch.bfloat16, "group", False, 0),
+    (256, 4, 2, torch.bfloat16, "group", False, 8),
+    (128, 8, 2, torch.bfloat16, "group", True, 16),
+    (64, 6, 2, torch.float16, "head", True, 0),
+    (80, 20, 1, torch.bfloat16, "group", True, 0),
+    (256, 4, 2, torch.bfloat16, "group", True, 8),
 ]
 LENGTHS = [401, 0, 150, 333]  # before the first step; 0 stays a padding row
 PAGE_SIZE, STEPS = 16, 5
 
 
-Case = tuple[int, int, int, torch.dtype, str, int]
+Case = tuple[int, int, int, torch.dtype, str, bool, int]
 
 
 def run(case: Case, device: str) -> list[Tensor]:
     """Outputs of exact decode, chained steps of reuse and `unrotate`, on the CPU in float32."""
-    head_dim, num_qo_heads, num_kv_heads, dtype, granularity, anchors = case
+    head_dim, num_qo_heads, num_kv_heads, dtype, granularity, float8, anchors = case
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -42,6 +47,12 @@ def run(case: Case, device: str) -> list[Tensor]:
 
     batch, per_request = len(LENGTHS), (max(LENGTHS) + STEPS) // PAGE_SIZE + 1
     kv = random(batch * per_request, 2, PAGE_SIZE, num_kv_heads, head_dim)
+    more: dict[str, Tensor] = {}
+    if float8:
+        kv = kv.to(torch.float8_e4m3fn)
+        scales = torch.linspace(0.5, 2, num_kv_heads, device=device)
+        sinks = torch.linspace(-2, 4, num_qo_heads, device=device)
+        more = {"k_scale": scales, "v_scale": scales.flip(0), "sinks": sinks}
     table = torch.randperm(batch * per_request, generator=generator, dtype=torch.int32)
     table = table.view(batch, per_request).to(device)
     cfg = mac_attn.ReuseConfig(
@@ -77,8 +88,9 @@ def run(case: Case, device: str) -> list[Tensor]:
         q = torch.where(again, first, fresh)
         lengths = [n + step + 1 if n else 0 for n in LENGTHS]
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-        outs.append(mac_attn.decode(q, kv, table, seq_lens))
-        outs.append(mac_attn.decode(q, kv, table, seq_lens, reuse=reuse, slots=slots, q_match=q))
+        outs.append(mac_attn.decode(q, kv, table, seq_lens, **more))
+        ring = {"reuse": reuse, "slots": slots, "q_match": q}
+        outs.append(mac_attn.decode(q, kv, table, seq_lens, **ring, **more))
         outs.append(mac_attn.unrotate(q, seq_lens - 1, rotary))
     reuse.check()
     outs.append(torch.tensor([reuse.stats().query_head_hits]))

@@ -32,6 +32,7 @@ class Case:
     head_dim: int = 128
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
+    float8: bool = False  # the KV cache
 
     @classmethod
     def of(
@@ -75,6 +76,7 @@ class Case:
             head_dim=self.head_dim,
             itemsize=self.dtype.itemsize,
             page_size=self.page_size,
+            kv_itemsize=1 if self.float8 else None,
             cfg=cfg,
             sources=sources,
         )
@@ -97,7 +99,15 @@ class Workload:
         pages = case.batch * case.pages_per_request
         shape = (pages, 2, case.page_size, case.num_kv_heads, case.head_dim)
         # In the cache's dtype from the start: at 33 GB there is no room for a float32 copy.
-        self.kv = torch.empty(shape, dtype=case.dtype, device=device).normal_()
+        self.scales: dict[str, Tensor] = {}
+        if case.float8:
+            self.kv = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+            for part in self.kv.split(1024):
+                part.copy_(torch.randn(part.shape, dtype=case.dtype, device=device))
+            one = torch.ones(case.num_kv_heads, device=device)
+            self.scales = {"k_scale": one, "v_scale": one}
+        else:
+            self.kv = torch.empty(shape, dtype=case.dtype, device=device).normal_()
         self.block_table = (
             torch.randperm(pages, device=device).int().view(case.batch, case.pages_per_request)
         )
@@ -110,7 +120,7 @@ class Workload:
         self.q = mac_attn.rotate(self.q_match, self.seq_lens - 1, self.rotary)
 
     def exact(self) -> Tensor:
-        out = mac_attn.decode(self.q, self.kv, self.block_table, self.seq_lens)
+        out = mac_attn.decode(self.q, self.kv, self.block_table, self.seq_lens, **self.scales)
         assert isinstance(out, Tensor)
         return out
 
@@ -124,6 +134,7 @@ class Workload:
             reuse=reuse,
             slots=self.slots,
             q_match=None if turned else self.q_match,
+            **self.scales,
         )
         assert isinstance(out, Tensor)
         return out

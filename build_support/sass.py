@@ -20,7 +20,7 @@ LIMITS = {
 }
 KERNEL = re.compile(
     r"(?P<stage>match|amend|complete|unrotate)_kernelI\w*?(?P<dtype>bf16|fp16)E"
-    r"(?:Li(?P<dim>\d+)E)?(?:Li(?P<blocks>\d)E)?"
+    r"(?:Li(?P<dim>\d+)E)?(?:Li(?P<blocks>\d)E)?(?P<cache>\w*?fp8E)?"
 )
 WARPS = 4  # of an amend CTA; kWarps in csrc/cuda/schedule.cuh
 WARP_TOKENS = 16  # kWarpTokens in csrc/cuda/kernels.h
@@ -35,6 +35,7 @@ class Kernel:
     dtype: str
     head_dim: int  # 0: any
     head_blocks: int | None
+    fp8: bool = False  # the KV cache
     registers: int = 0
     static_shared: int = 0  # with what the system reserves, on sm_90
     spilled: int = 0  # bytes of stack and local memory
@@ -44,7 +45,8 @@ class Kernel:
     @property
     def name(self) -> str:
         blocks = f", {8 * self.head_blocks} heads" if self.head_blocks else ""
-        return f"{self.stage} {self.dtype} {self.head_dim or ''}{blocks}".rstrip()
+        cache = " fp8" if self.fp8 else ""
+        return f"{self.stage} {self.dtype}{cache} {self.head_dim or ''}{blocks}".rstrip()
 
     @property
     def threads(self) -> int:
@@ -55,8 +57,11 @@ class Kernel:
         """Of amend: its stages and two queries; of match, for 8 query heads (*_shared_bytes)."""
         if self.stage == "amend":
             stages = 3 if self.head_dim < 128 else 2
+            itemsize = 2
+            if self.fp8:
+                stages, itemsize = (6 if self.head_dim < 128 else 3), 1
             rows = WARPS * stages * 2 * WARP_TOKENS * -(-self.head_dim // 64) * 64
-            return (rows + 16 * (self.head_blocks or 1) * (self.head_dim + 8)) * 2
+            return rows * itemsize + 16 * (self.head_blocks or 1) * (self.head_dim + 8) * 2
         return 1552 + 8 * self.head_dim * 4 if self.stage == "match" else 0
 
     @property
@@ -98,14 +103,15 @@ class Kernel:
 
 def missing(kernels: list[Kernel]) -> list[str]:
     """Which of the kernels that there must be for every architecture are not there."""
+    kinds = [("match", None, False), ("complete", None, False)]
+    kinds += [("amend", blocks, fp8) for blocks in (1, 2) for fp8 in (False, True)]
     wanted = [
-        (stage, dtype, head_dim, blocks)
-        for stage, all_blocks in (("match", [None]), ("amend", [1, 2]), ("complete", [None]))
+        (stage, dtype, head_dim, blocks, fp8)
+        for stage, blocks, fp8 in kinds
         for dtype in ("bf16", "fp16")
         for head_dim in (64, 80, 96, 128, 256)
-        for blocks in all_blocks
-    ] + [("unrotate", dtype, 0, None) for dtype in ("bf16", "fp16")]
-    there = {(k.arch, k.stage, k.dtype, k.head_dim, k.head_blocks) for k in kernels}
+    ] + [("unrotate", dtype, 0, None, False) for dtype in ("bf16", "fp16")]
+    there = {(k.arch, k.stage, k.dtype, k.head_dim, k.head_blocks, k.fp8) for k in kernels}
     return [
         f"{Kernel(arch, *names).name} ({arch}) is missing"
         for arch in sorted({kernel.arch for kernel in kernels})
@@ -125,6 +131,7 @@ def _kernel(arch: str, symbol: str) -> Kernel | None:
         found["dtype"],
         int(found["dim"] or 0),
         int(blocks) if blocks else None,
+        found["cache"] is not None,
     )
 
 

@@ -24,6 +24,8 @@ void run_team(Kernel kernel, const Params& params, Work& work, bool alone) {
 
 // What amend is going to read: the tokens of every request, the anchors of every matched entry.
 void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_pages) {
+  check_scale(p.kv.k_scale, "k_scale", p.shape.num_kv_heads);
+  check_scale(p.kv.v_scale, "v_scale", p.shape.num_kv_heads);
   check_seq_lens(p.shape, p.requests, std::min(max_pages * p.kv.page_size, kMaxTokens));
   if (p.matched.source) {
     check_slots(p.shape, p.requests, p.ring.num_slots);
@@ -69,6 +71,9 @@ void amend(const AmendParams& p, const AmendLimits& limits) {
 }
 
 void complete(const CompleteParams& p) {
+  for (int32_t h = 0; p.sinks && h < p.shape.num_qo_heads(); ++h) {
+    TORCH_CHECK_VALUE(p.sinks[h] < INFINITY, "sinks[", h, "] is ", p.sinks[h], ", must be below infinity");
+  }
   if (p.matched.source) {
     check_seq_lens(p.shape, p.requests, INT32_MAX);
     check_slots(p.shape, p.requests, p.ring.num_slots);

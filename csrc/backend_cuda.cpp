@@ -47,9 +47,9 @@ void check_supported(const Shape& shape, DType dtype) {
 }
 
 // cp.async moves 16 bytes at a time, so every row must begin at a multiple of them.
-void check_rows(const void* data, const char* name, std::initializer_list<int64_t> strides) {
+void check_rows(const void* data, const char* name, int64_t itemsize, std::initializer_list<int64_t> strides) {
   bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  for (const int64_t stride : strides) aligned = aligned && stride % 8 == 0;
+  for (const int64_t stride : strides) aligned = aligned && stride * itemsize % 16 == 0;
   TORCH_CHECK_VALUE(aligned, name, " has strides ", at::IntArrayRef(strides.begin(), strides.size()),
                     ", must have rows aligned to 16 bytes on CUDA");
 }
@@ -110,13 +110,14 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   const int64_t most_heads = std::min<int64_t>(cuda::kMaxTileHeads, cuda::kMostReplaced / D * 8);
   TORCH_CHECK_VALUE(p.num_anchors == 0 || G <= most_heads, "num_qo_heads / num_kv_heads is ", G,
                     ", must be at most ", most_heads, " with anchors and head_dim ", D, " on CUDA");
-  check_rows(p.query.data, "q", {p.query.batch_stride, p.query.head_stride});
-  check_rows(p.kv.k, "k_cache", {p.kv.k_page_stride, p.kv.k_token_stride, p.kv.k_head_stride});
-  check_rows(p.kv.v, "v_cache", {p.kv.v_page_stride, p.kv.v_token_stride, p.kv.v_head_stride});
+  const int64_t kv_itemsize = p.kv.float8 ? 1 : 2;
+  check_rows(p.query.data, "q", 2, {p.query.batch_stride, p.query.head_stride});
+  check_rows(p.kv.k, "k_cache", kv_itemsize, {p.kv.k_page_stride, p.kv.k_token_stride, p.kv.k_head_stride});
+  check_rows(p.kv.v, "v_cache", kv_itemsize, {p.kv.v_page_stride, p.kv.v_token_stride, p.kv.v_head_stride});
   if (B == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
   int32_t ctas = 0;
-  check(cuda::amend_ctas(p.shape.head_dim, p.shape.group_size, &ctas));
+  check(cuda::amend_ctas(p, &ctas));
 
   const Workspace workspace(p.shape, persistent, on);
   cuda::AmendWorkspace w{};

@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -142,6 +143,14 @@ inline void check_matched(const Shape& shape, const Requests& requests, const Ma
       TORCH_CHECK_VALUE(tag == source, "source[", b, ", ", head, "] is ", source, ", but its place in the ring, ",
                         place, ", holds position ", tag);
     }
+  }
+}
+
+// Positive numbers.
+inline void check_scale(const Scale& scale, const char* name, int32_t num_kv_heads) {
+  for (int32_t h = 0; scale.data && h < (scale.stride ? num_kv_heads : 1); ++h) {
+    const float x = scale.data[h];
+    TORCH_CHECK_VALUE(std::isfinite(x) && x > 0.f, name, "[", h, "] is ", x, ", must be finite and above 0");
   }
 }
 

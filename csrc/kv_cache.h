@@ -12,6 +12,7 @@ struct KVCache {
   const at::Tensor& k;  // without `v` both: the pair in dimension 1
   const std::optional<at::Tensor>& v;
   bool hnd;  // [.., num_kv_heads, page_size, head_dim], else [.., page_size, num_kv_heads, head_dim]
+  const std::optional<at::Tensor>&k_scale, &v_scale;  // of float8 pages, else null
 
   const char* name() const { return v ? "k_cache" : "kv_cache"; }
   int64_t dims() const { return v ? 4 : 5; }
@@ -30,8 +31,12 @@ struct KVCache {
     sizes[head_dim()] = shape.num_kv_heads;
     sizes[dims() - 1] = shape.head_dim;
     if (!v) sizes[1] = 2;
-    check_tensor(k, name(), sizes, q.scalar_type(), q.device());
-    if (v) check_tensor(*v, "v_cache", k.sizes(), q.scalar_type(), q.device());
+    const at::ScalarType type = k.scalar_type();
+    const bool float8 = type == at::kFloat8_e4m3fn;
+    TORCH_CHECK_TYPE(float8 || type == q.scalar_type(), name(), " is ", type, ", must be ", q.scalar_type(), " or ",
+                     at::kFloat8_e4m3fn);
+    check_tensor(k, name(), sizes, type, q.device());
+    if (v) check_tensor(*v, "v_cache", k.sizes(), type, q.device());
     check_tensor(block_table, "block_table", {shape.batch, kAny}, at::kInt, q.device());
     check_int32(num_pages(), "num_pages", 0);
     check_int32(block_table.size(1), "max_pages", 0);
@@ -46,7 +51,24 @@ struct KVCache {
     kv.k_head_stride = k.stride(head_dim()), kv.v_head_stride = values.stride(head_dim());
     kv.block_table = block_table.const_data_ptr<int32_t>();
     kv.block_table_stride = block_table.stride(0);
+    kv.float8 = float8;
+    kv.k_scale = check_scale(k_scale, "k_scale", shape, q.device());
+    kv.v_scale = check_scale(v_scale, "v_scale", shape, q.device());
     return kv;
+  }
+
+ private:
+  Scale check_scale(const std::optional<at::Tensor>& scale, const char* scale_name, const Shape& shape,
+                    at::Device device) const {
+    const bool float8 = k.scalar_type() == at::kFloat8_e4m3fn;
+    TORCH_CHECK_VALUE(scale.has_value() == float8, scale_name, " is ", scale ? "given" : "None", ", must be ",
+                      float8 ? "given" : "None", ", as ", name(), " is ", k.scalar_type());
+    if (!scale) return {nullptr, 0};
+    const bool one = scale->dim() == 0 || (scale->dim() == 1 && scale->size(0) == 1);
+    TORCH_CHECK_VALUE(one || (scale->dim() == 1 && scale->size(0) == shape.num_kv_heads), scale_name, " has shape ",
+                      scale->sizes(), ", must be [], [1] or [num_kv_heads], [", shape.num_kv_heads, "]");
+    check_array(*scale, scale_name, scale->sizes(), at::kFloat, device);
+    return {scale->const_data_ptr<float>(), one ? 0 : 1};
   }
 };
 

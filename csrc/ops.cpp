@@ -157,13 +157,14 @@ AmendedTensors attend(const Tensor& q, const KVCache& cache, const Tensor& block
   return {states, state_lse, log_ratio, anchors, anchor_weights, sampled};
 }
 
-AmendedTensors amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                     const Tensor& seq_lens, const OptionalTensor& source, const OptionalTensor& place,
-                     const OptionalTensor& stored, const OptionalTensor& slots, const OptionalTensor& ring,
-                     int64_t entries, int64_t anchors, int64_t band, int64_t layer, double sm_scale,
-                     double logits_soft_cap, const OptionalTensor& workspace, const OptionalTensor& error_flag) {
+AmendedTensors amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scale,
+                     const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens,
+                     const OptionalTensor& source, const OptionalTensor& place, const OptionalTensor& stored,
+                     const OptionalTensor& slots, const OptionalTensor& ring, int64_t entries, int64_t anchors,
+                     int64_t band, int64_t layer, double sm_scale, double logits_soft_cap,
+                     const OptionalTensor& workspace, const OptionalTensor& error_flag) {
   const OptionalTensor values = v_cache;
-  const KVCache cache{k_cache, values, false};
+  const KVCache cache{k_cache, values, false, k_scale, v_scale};
   const Persistent persistent{workspace, error_flag};
   if (!source) return attend(q, cache, block_table, seq_lens, nullptr, sm_scale, logits_soft_cap, persistent);
   TORCH_CHECK_VALUE(place && stored && slots && ring,
@@ -174,7 +175,8 @@ AmendedTensors amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
 
 // The states of amend and the tensors that receive their merger.
 CompleteParams check_merge(const Tensor& states, const Tensor& state_lse, int64_t num_kv_heads,
-                           const Tensor& seq_lens, const Tensor& out, const Tensor& lse) {
+                           const Tensor& seq_lens, const OptionalTensor& sinks, const Tensor& out,
+                           const Tensor& lse) {
   check_query(out, "out");
   check_rows_apart(out, "out");
   CompleteParams p{};
@@ -185,6 +187,8 @@ CompleteParams check_merge(const Tensor& states, const Tensor& state_lse, int64_
   check_array(states, "states", {kNumSpans, batch, heads, p.shape.head_dim}, at::kFloat, out.device());
   check_array(state_lse, "state_lse", {kNumSpans, batch, heads}, at::kFloat, out.device());
   check_array(lse, "lse", {batch, heads}, at::kFloat, out.device());
+  if (sinks) check_array(*sinks, "sinks", {heads}, at::kFloat, out.device());
+  p.sinks = sinks ? sinks->const_data_ptr<float>() : nullptr;
   p.states = states.const_data_ptr<float>();
   p.state_lse = state_lse.const_data_ptr<float>();
   p.out = out.data_ptr();
@@ -202,18 +206,19 @@ void run_complete(const CompleteParams& p, const Persistent& persistent, const T
   }
 }
 
-void complete_exact(const Tensor& states, const Tensor& state_lse, const Tensor& seq_lens, Tensor& out,
-                    Tensor& lse) {
-  run_complete(check_merge(states, state_lse, out.dim() == 3 ? out.size(1) : 1, seq_lens, out, lse), {}, out);
+void complete_exact(const Tensor& states, const Tensor& state_lse, const Tensor& seq_lens,
+                    const OptionalTensor& sinks, Tensor& out, Tensor& lse) {
+  run_complete(check_merge(states, state_lse, out.dim() == 3 ? out.size(1) : 1, seq_lens, sinks, out, lse), {},
+               out);
 }
 
 void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_ratio, const Tensor& anchors,
               const Tensor& anchor_weights, const Tensor& sampled, const Tensor& source, const Tensor& place,
               const Tensor& stored, const Tensor& q, const Tensor& q_match, const Tensor& seq_lens,
               const Tensor& slots, const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads,
-              int64_t entries, int64_t band, int64_t max_reuse_depth, const OptionalTensor& workspace, Tensor& out,
-              Tensor& lse) {
-  CompleteParams p = check_merge(states, state_lse, num_kv_heads, seq_lens, out, lse);
+              int64_t entries, int64_t band, int64_t max_reuse_depth, const OptionalTensor& sinks,
+              const OptionalTensor& workspace, Tensor& out, Tensor& lse) {
+  CompleteParams p = check_merge(states, state_lse, num_kv_heads, seq_lens, sinks, out, lse);
   const at::Device device = out.device();
   const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, Hq = p.shape.num_qo_heads();
   check_query(q_match, "q_match");
@@ -240,39 +245,43 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_r
 // A whole decode step in one op: what a caller pays for an op, above all when nothing of it lies in a cache, is
 // more than what a stage takes. So is what a tensor made in Python costs: the results are made here.
 Tensor decode_exact_into(const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd,
-                         const Tensor& block_table, const Tensor& seq_lens, double sm_scale, double logits_soft_cap,
-                         Tensor& out) {
+                         const OptionalTensor& k_scale, const OptionalTensor& v_scale, const Tensor& block_table,
+                         const Tensor& seq_lens, double sm_scale, double logits_soft_cap,
+                         const OptionalTensor& sinks, Tensor& out) {
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
-  const AmendedTensors amended =
-      attend(q, {k_cache, v_cache, hnd}, block_table, seq_lens, nullptr, sm_scale, logits_soft_cap, {});
+  const AmendedTensors amended = attend(q, {k_cache, v_cache, hnd, k_scale, v_scale}, block_table, seq_lens,
+                                        nullptr, sm_scale, logits_soft_cap, {});
   Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
-  complete_exact(std::get<0>(amended), std::get<1>(amended), seq_lens, out, lse);
+  complete_exact(std::get<0>(amended), std::get<1>(amended), seq_lens, sinks, out, lse);
   return lse;
 }
 
 std::tuple<Tensor, Tensor> decode_exact(const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache,
-                                        bool hnd, const Tensor& block_table, const Tensor& seq_lens,
-                                        double sm_scale, double logits_soft_cap) {
+                                        bool hnd, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                        const Tensor& block_table, const Tensor& seq_lens, double sm_scale,
+                                        double logits_soft_cap, const OptionalTensor& sinks) {
   Tensor out = at::empty(q.sizes(), q.options());
-  Tensor lse = decode_exact_into(q, k_cache, v_cache, hnd, block_table, seq_lens, sm_scale, logits_soft_cap, out);
+  Tensor lse = decode_exact_into(q, k_cache, v_cache, hnd, k_scale, v_scale, block_table, seq_lens, sm_scale,
+                                 logits_soft_cap, sinks, out);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor> decode_reuse_into(
-    const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const Tensor& block_table,
-    const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& given_q_match,
-    const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t num_anchors,
-    const Tensor& threshold, bool relative, double max_drift, bool per_head, int64_t window, int64_t band,
-    int64_t min_context, int64_t max_reuse_depth, int64_t layer, double sm_scale, double logits_soft_cap,
-    const OptionalTensor& workspace, const OptionalTensor& error_flag, const OptionalTensor& inv_freq,
-    bool interleaved, double rotary_scale, Tensor& out) {
+    const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const OptionalTensor& k_scale,
+    const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens, const Tensor& slots,
+    const OptionalTensor& given_q_match, const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads,
+    int64_t entries, int64_t num_anchors, const Tensor& threshold, bool relative, double max_drift, bool per_head,
+    int64_t window, int64_t band, int64_t min_context, int64_t max_reuse_depth, int64_t layer, double sm_scale,
+    double logits_soft_cap, const OptionalTensor& sinks, const OptionalTensor& workspace,
+    const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale,
+    Tensor& out) {
   TORCH_CHECK_VALUE(given_q_match.has_value() != inv_freq.has_value(),
                     "q_match and inv_freq: ", inv_freq ? "both are" : "neither is", " given, must be one of them");
   const Tensor q_match =
       given_q_match ? *given_q_match : unrotate(q, seq_lens, "seq_lens", 1, *inv_freq, interleaved, rotary_scale);
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
-  const KVCache cache{k_cache, v_cache, hnd};
+  const KVCache cache{k_cache, v_cache, hnd, k_scale, v_scale};
   TORCH_CHECK_VALUE(cache.num_kv_heads() == num_kv_heads, cache.name(), " has ", cache.num_kv_heads(),
                     " KV heads, must have those of the ring, ", num_kv_heads);
   const auto [source, place, stored] =
@@ -283,22 +292,25 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
       attend(q, cache, block_table, seq_lens, &reuse, sm_scale, logits_soft_cap, {workspace, error_flag});
   Tensor lse = at::empty({q.size(0), q.size(1)}, state_lse.options());
   complete(states, state_lse, log_ratio, anchors, anchor_weights, sampled, source, place, stored, q, q_match,
-           seq_lens, slots, request_ids, ring, num_kv_heads, entries, band, max_reuse_depth, workspace, out, lse);
+           seq_lens, slots, request_ids, ring, num_kv_heads, entries, band, max_reuse_depth, sinks, workspace, out,
+           lse);
   return {source, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> decode_reuse(
-    const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const Tensor& block_table,
-    const Tensor& seq_lens, const Tensor& slots, const OptionalTensor& q_match, const OptionalTensor& request_ids,
-    Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t anchors, const Tensor& threshold, bool relative,
-    double max_drift, bool per_head, int64_t window, int64_t band, int64_t min_context, int64_t max_reuse_depth,
-    int64_t layer, double sm_scale, double logits_soft_cap, const OptionalTensor& workspace,
+    const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const OptionalTensor& k_scale,
+    const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens, const Tensor& slots,
+    const OptionalTensor& q_match, const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads,
+    int64_t entries, int64_t anchors, const Tensor& threshold, bool relative, double max_drift, bool per_head,
+    int64_t window, int64_t band, int64_t min_context, int64_t max_reuse_depth, int64_t layer, double sm_scale,
+    double logits_soft_cap, const OptionalTensor& sinks, const OptionalTensor& workspace,
     const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
   Tensor out = at::empty(q.sizes(), q.options());
-  const auto [source, lse] = decode_reuse_into(
-      q, k_cache, v_cache, hnd, block_table, seq_lens, slots, q_match, request_ids, ring, num_kv_heads, entries,
-      anchors, threshold, relative, max_drift, per_head, window, band, min_context, max_reuse_depth, layer,
-      sm_scale, logits_soft_cap, workspace, error_flag, inv_freq, interleaved, rotary_scale, out);
+  const auto [source, lse] =
+      decode_reuse_into(q, k_cache, v_cache, hnd, k_scale, v_scale, block_table, seq_lens, slots, q_match,
+                        request_ids, ring, num_kv_heads, entries, anchors, threshold, relative, max_drift, per_head,
+                        window, band, min_context, max_reuse_depth, layer, sm_scale, logits_soft_cap, sinks,
+                        workspace, error_flag, inv_freq, interleaved, rotary_scale, out);
   return {source, out, lse};
 }
 
@@ -369,29 +381,34 @@ void define(torch::Library& m) {
       "int min_context, int max_reuse_depth, Tensor(a!)? workspace, Tensor(b!)? error_flag) "
       "-> (Tensor source, Tensor place, Tensor stored)");
   m.def(
-      "amend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? source, "
-      "Tensor? place, Tensor? stored, Tensor? slots, Tensor? ring, int entries, int anchors, int band, int layer, "
+      "amend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
+      "Tensor seq_lens, Tensor? source, Tensor? place, Tensor? stored, Tensor? slots, Tensor? ring, int entries, "
+      "int anchors, int band, int layer, "
       "float sm_scale, float logits_soft_cap, Tensor(a!)? workspace, Tensor(b!)? error_flag) "
       "-> (Tensor states, Tensor state_lse, Tensor log_ratio, Tensor anchors, Tensor anchor_weights, "
       "Tensor sampled)");
-  m.def("complete_exact(Tensor states, Tensor state_lse, Tensor seq_lens, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "complete_exact(Tensor states, Tensor state_lse, Tensor seq_lens, Tensor? sinks, Tensor(a!) out, Tensor(b!) "
+      "lse) -> ()");
   m.def(
       "complete(Tensor states, Tensor state_lse, Tensor log_ratio, Tensor anchors, Tensor anchor_weights, "
       "Tensor sampled, Tensor source, Tensor place, Tensor stored, Tensor q, Tensor q_match, Tensor seq_lens, "
       "Tensor slots, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int band, "
-      "int max_reuse_depth, Tensor? workspace, Tensor(b!) out, Tensor(c!) lse) -> ()");
+      "int max_reuse_depth, Tensor? sinks, Tensor? workspace, Tensor(b!) out, Tensor(c!) lse) -> ()");
   // Each as a function, and `into` a tensor that the caller has. For the cache see KVCache.
   const std::string exact =
-      "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor block_table, Tensor seq_lens, float sm_scale, "
-      "float logits_soft_cap";
+      "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
+      "Tensor seq_lens, float sm_scale, float logits_soft_cap, Tensor? sinks";
   m.def(("decode_exact(" + exact + ") -> (Tensor out, Tensor lse)").c_str());
   m.def(("decode_exact.into(" + exact + ", Tensor(a!) out) -> Tensor lse").c_str());
   const std::string reuse =
-      "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor block_table, Tensor seq_lens, Tensor slots, "
+      "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
+      "Tensor seq_lens, Tensor slots, "
       "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int anchors, "
       "Tensor threshold, bool relative, float max_drift, bool per_head, int window, int band, int min_context, "
       "int max_reuse_depth, "
-      "int layer, float sm_scale, float logits_soft_cap, Tensor(b!)? workspace, Tensor(c!)? error_flag, "
+      "int layer, float sm_scale, float logits_soft_cap, Tensor? sinks, Tensor(b!)? workspace, "
+      "Tensor(c!)? error_flag, "
       "Tensor? inv_freq, bool interleaved, float rotary_scale";
   m.def(("decode_reuse(" + reuse + ") -> (Tensor source, Tensor out, Tensor lse)").c_str());
   m.def(("decode_reuse.into(" + reuse + ", Tensor(d!) out) -> (Tensor source, Tensor lse)").c_str());

@@ -45,6 +45,13 @@ constexpr bool has_ring(const Requests& requests, int32_t request) {
   return !requests.slots || requests.slots[request] != kNoSlot;
 }
 
+// What the numbers of a float8 cache are multiplied by: one for each KV head (stride 1) or for all (0).
+struct Scale {
+  const float* data;  // null: the cache is not float8
+  int32_t stride;
+  constexpr float of(int32_t kv_head) const { return data ? data[kv_head * stride] : 1.f; }
+};
+
 struct KVPages {
   const void* k;  // [num_pages, page_size, H, D], any strides but the last
   const void* v;
@@ -53,6 +60,8 @@ struct KVPages {
   const int32_t* block_table;  // [B, max_pages]
   int64_t block_table_stride;
   int32_t page_size;
+  bool float8;  // k and v are float8_e4m3fn, else of the queries' type
+  Scale k_scale, v_scale;
 };
 
 // Queries without their rotary embedding: R(-p) q / scale for p = positions[b] - back. KV heads do not matter here:
@@ -136,8 +145,9 @@ struct CompleteParams {
   const int32_t* anchors;  // [B, H, S]
   const float* anchor_weights;
   const int32_t* sampled;
-  HeadsView query;    // pre-RoPE, stored in the ring
-  HeadsView rotated;  // post-RoPE, stored if S > 0
+  const float* sinks;  // [Hq] a logit that each head attends to besides, whose value is 0; or null
+  HeadsView query;     // pre-RoPE, stored in the ring
+  HeadsView rotated;   // post-RoPE, stored if S > 0
   Ring ring;
   int32_t band;
   int32_t max_reuse_depth;

@@ -12,7 +12,7 @@ from .cache import ReuseCache
 from .config import ReuseConfig
 from .decode import decode
 from .ops import Amended, Matched, amend, complete, match, merge_states
-from .paging import dense_as_pages, from_flashinfer
+from .paging import dense_as_pages, from_flashinfer, to_float8
 from .rope import RotaryEmbedding, rotate, unrotate
 from .seed import seed
 from .slot_state import SlotState
@@ -37,5 +37,6 @@ __all__ = [
     "merge_states",
     "rotate",
     "seed",
+    "to_float8",
     "unrotate",
 ]

@@ -75,6 +75,7 @@ class Audit:
         block_table: Tensor,
         seq_lens: Tensor,
         slots: Tensor,
+        sinks: Tensor | None = None,
         **attention: Any,
     ) -> None:
         """Compare the sampled rows of a step with exact attention; arguments as in `decode`.
@@ -86,7 +87,7 @@ class Audit:
             return
         lens = torch.where(sampled, seq_lens, 0)
         amended = ops.amend(q, kv_cache, block_table, lens, **attention)
-        exact, _ = ops.complete(amended, lens, dtype=q.dtype)
+        exact, _ = ops.complete(amended, lens, dtype=q.dtype, sinks=sinks)
         exact = exact.double()
         error = (out.double() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-30)
         # A request with bad values has NaN in its output; ReuseCache.check tells of it.

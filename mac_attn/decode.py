@@ -8,7 +8,7 @@ from torch import Tensor
 from . import ops
 from ._checks import FLOAT_DTYPES, INT32_MAX, check_tensor, check_type
 from .cache import ReuseCache
-from .paging import KVCache, kv_arguments, kv_views
+from .paging import KVCache, Scale, kv_arguments, kv_scales, kv_views
 from .rope import pre_rope_query
 
 
@@ -25,6 +25,9 @@ def decode(
     sm_scale: float | None = None,
     logits_soft_cap: float = 0.0,
     kv_layout: str = "NHD",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -40,8 +43,9 @@ def decode(
             multiple of 16, at most 256. Only the last dimension has to be contiguous.
         kv_cache: a pair (k_cache, v_cache), each [num_pages, page_size, num_kv_heads, head_dim] for
             kv_layout "NHD" or [num_pages, num_kv_heads, page_size, head_dim] for "HND", or one
-            tensor with the pair in dimension 1. In q's dtype; read in place. num_kv_heads divides
-            num_qo_heads: query head h reads KV head h // (num_qo_heads / num_kv_heads).
+            tensor with the pair in dimension 1. In q's dtype or float8_e4m3fn; read in place.
+            num_kv_heads divides num_qo_heads: query head h reads KV head
+            h // (num_qo_heads / num_kv_heads).
         block_table: [B, max_pages] int32, the pages of each request in order. Entries past the
             pages in use are never read.
         seq_lens: [B] int32, tokens per request, the new one included. 0 marks a padding row, whose
@@ -56,9 +60,17 @@ def decode(
         sm_scale: factor of the logits, default 1 / sqrt(head_dim).
         logits_soft_cap: cap * tanh(logit / cap) when above 0.
         kv_layout: "NHD" or "HND", see `kv_cache`.
+        k_scale, v_scale: with a float8 cache what its numbers stand for: key = k_scale * number,
+            value = v_scale * number. float32, [] or [1], or [num_kv_heads] for one of each KV head;
+            a Python float is made a tensor in every call. Finite and above 0, which is checked on
+            the CPU; on CUDA a NaN is a NaN in all keys, or values, of its heads.
+        sinks: [num_qo_heads] float32, a logit of each query head that is attended to besides the
+            tokens and has a value of 0, as learned by gpt-oss: one more term of the softmax's sum,
+            after `sm_scale` and `logits_soft_cap`. -inf is none; NaN and inf are refused, on the
+            CPU. A padding row has none. Ring entries do not hold it.
         out: [B, num_qo_heads, head_dim] in q's dtype, written in place.
-        return_lse: also return the log-sum-exp of the logits: natural log, float32,
-            [B, num_qo_heads].
+        return_lse: also return the log-sum-exp of the logits, a sink among them: natural log,
+            float32, [B, num_qo_heads].
 
     Returns:
         [B, num_qo_heads, head_dim] in q's dtype, or (out, lse).
@@ -69,12 +81,12 @@ def decode(
         TypeError: an argument is no tensor or has another dtype than it must.
     """
     arguments = (q, kv_cache, block_table, seq_lens, reuse, slots, q_match, request_ids)
-    options = (sm_scale, logits_soft_cap, kv_layout, out)
+    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, sinks, out)
     try:
         out, lse = _decode(*arguments, *options)
     except Exception:
         # The op has checked everything before it wrote anything, but knows no Python objects.
-        _check(*arguments, kv_layout, out)
+        _check(*arguments, kv_layout, sinks, out)
         raise
     return (out, lse) if return_lse else out
 
@@ -91,20 +103,24 @@ def _decode(
     sm_scale: float | None,
     logits_soft_cap: float,
     kv_layout: str,
+    k_scale: Scale,
+    v_scale: Scale,
+    sinks: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    attention = (q, *kv_arguments(kv_cache, kv_layout), block_table, seq_lens)
+    scales = kv_scales(k_scale, v_scale, q)
+    attention = (q, *kv_arguments(kv_cache, kv_layout), *scales, block_table, seq_lens)
     if sm_scale is None:
         sm_scale = q.size(-1) ** -0.5
     if reuse is None:
-        return ops.decode_exact(*attention, sm_scale, logits_soft_cap, out)
+        return ops.decode_exact(*attention, sm_scale, logits_soft_cap, sinks, out)
 
     # match:    source = the recent query to reuse, or none, by `q_match`; without it the op turns
     #           `q` back
     # amend:    attention of `q` to the tokens from E(source) on, or to all; the new entry's anchors
     # complete: out, lse = that and the reused state merged; the new entry goes into the ring
     source, out, lse = ops.match_amend_complete(
-        *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, out
+        *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, sinks, out
     )
     if reuse.auditor is not None and slots is not None:  # the op has refused None
         reuse.auditor.record(
@@ -115,9 +131,12 @@ def _decode(
             block_table,
             seq_lens,
             slots,
+            sinks,
             sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap,
             kv_layout=kv_layout,
+            k_scale=scales[0],
+            v_scale=scales[1],
         )
     return out, lse
 
@@ -132,6 +151,7 @@ def _check(
     q_match: Tensor | None,
     request_ids: Tensor | None,
     kv_layout: str,
+    sinks: Tensor | None,
     out: Tensor | None,
 ) -> None:
     """Raise ValueError or TypeError naming the first argument that is wrong, if one is."""
@@ -145,9 +165,12 @@ def _check(
         check_type("reuse", reuse, ReuseCache)
         ops.check_query("q", q, reuse)
         heads = reuse.num_kv_heads
-    check_tensor("k_cache", k_cache, ("pages", "page", heads, q.size(2)), q.dtype, device)
+    dtypes = (q.dtype, torch.float8_e4m3fn)
+    check_tensor("k_cache", k_cache, ("pages", "page", heads, q.size(2)), dtypes, device)
     check_tensor("block_table", block_table, (batch, "max_pages"), torch.int32, device)
     check_tensor("seq_lens", seq_lens, (batch,), torch.int32, device)
+    if sinks is not None:
+        check_tensor("sinks", sinks, (q.size(1),), torch.float32, device)
     if out is not None:
         check_tensor("out", out, tuple(q.shape), q.dtype, device, rows=True)
     if reuse is None:

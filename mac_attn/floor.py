@@ -75,6 +75,7 @@ def step_floor(
     head_dim: int,
     itemsize: int,
     page_size: int,
+    kv_itemsize: int | None = None,
     cfg: ReuseConfig | None = None,
     sources: Sequence[Sequence[int]] | None = None,
 ) -> Floor:
@@ -83,8 +84,9 @@ def step_floor(
     Args:
         seq_lens: [B] tokens of each request, the current one included; 0 is a padding row.
         num_qo_heads, num_kv_heads, head_dim: of the model.
-        itemsize: bytes of an element of the queries and the KV cache.
+        itemsize: bytes of an element of the queries.
         page_size: tokens per page.
+        kv_itemsize: bytes of an element of the KV cache; None is `itemsize`.
         cfg: the options of reuse; None is exact decode.
         sources: [B][num_qo_heads], with `cfg`: the position of the entry that a query head reuses,
             or -1 for a miss, as `mac_attn.match` answers. Rings count as full, of entries within
@@ -102,7 +104,8 @@ def step_floor(
     if len(sources) != len(seq_lens):
         raise ValueError(f"sources has {len(sources)} rows, must have {len(seq_lens)} as seq_lens")
 
-    row = head_dim * itemsize  # bytes of one query, key or value of a head
+    row = head_dim * itemsize  # bytes of one query of a head
+    kv_row = row if kv_itemsize is None else head_dim * kv_itemsize  # of one key or value
     state = head_dim * _FLOAT32 + _FLOAT32 + _INT32  # mean of values, log-sum-exp, depth
     kv = anchors = table = ring = ring_max = states_read = states_write = queries = flops = 0
     for n, source in zip(seq_lens, sources, strict=True):
@@ -113,7 +116,7 @@ def step_floor(
         band = cfg.band if cfg is not None else 0
         starts = [0 if c == _MISS else max(0, c + 1 - band) for c in source]
         groups = [starts[h : h + group_size] for h in range(0, num_qo_heads, group_size)]
-        kv += sum(n - min(group) for group in groups) * 2 * row
+        kv += sum(n - min(group) for group in groups) * 2 * kv_row
         table += ((n - 1) // page_size - min(starts) // page_size + 1) * _INT32
         queries += num_qo_heads * (2 * row + _FLOAT32)
         flops += sum(n - start for start in starts) * 4 * head_dim
@@ -122,7 +125,7 @@ def step_floor(
         # Anchors belong to a KV head, of which all heads hit or none: its first one tells.
         hits = [c for c in source[::group_size] if c != _MISS] if cfg.anchors else []
         listed = sum(sample_size(c, cfg) for c in hits)
-        anchors += listed * (2 * row + _INT32 + _FLOAT32)
+        anchors += listed * (2 * kv_row + _INT32 + _FLOAT32)
         flops += listed * 2 * group_size * 4 * head_dim
         states_read += len(hits) * group_size * row
         stored = num_candidates(n, cfg)

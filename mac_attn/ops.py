@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _C  # registers torch.ops.mac_attn
 from ._checks import check_tensor
-from .paging import KVCache, kv_views
+from .paging import KVCache, Scale, kv_scales, kv_views
 
 if TYPE_CHECKING:
     from .cache import ReuseCache
@@ -119,6 +119,8 @@ def amend(
     sm_scale: float | None = None,
     logits_soft_cap: float = 0.0,
     kv_layout: str = "NHD",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
 ) -> Amended:
     """Attend afresh to what the reused state does not cover (paper §3.2, "amend").
 
@@ -128,6 +130,7 @@ def amend(
     Args: as for `mac_attn.decode`; `matched` is what `match` returned.
     """
     k_cache, v_cache = kv_views(kv_cache, kv_layout)
+    scales = kv_scales(k_scale, v_scale, q)
     if (matched is None) != (reuse is None):
         raise ValueError("matched and reuse: one is None, must be given both or neither")
     if sm_scale is None:
@@ -145,6 +148,7 @@ def amend(
             q,
             k_cache,
             v_cache,
+            *scales,
             block_table,
             seq_lens,
             *rings,
@@ -167,6 +171,7 @@ def complete(
     q_match: Tensor | None = None,
     slots: Tensor | None = None,
     request_ids: Tensor | None = None,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge the parts by log-sum-exp and store the new ring entries (paper §3.3, "complete").
@@ -179,6 +184,7 @@ def complete(
         dtype: of the output, when neither `reuse` nor `out` says it.
         reuse, q_match, slots, request_ids: as for `match`, whose answer `matched` is.
         q: [B, num_qo_heads, head_dim] post-RoPE queries, as given to `amend`.
+        sinks: [num_qo_heads] float32, as for `mac_attn.decode`.
         out: [B, num_qo_heads, head_dim], written in place, or None for a new tensor.
 
     Returns:
@@ -189,7 +195,8 @@ def complete(
         dtype = reuse.dtype if reuse is not None else dtype
         out = torch.empty_like(amended.states[0], dtype=dtype)
     if reuse is None:
-        torch.ops.mac_attn.complete_exact(amended.states, amended.state_lse, seq_lens, out, lse)
+        states, state_lse = amended[:2]
+        torch.ops.mac_attn.complete_exact(states, state_lse, seq_lens, sinks, out, lse)
         return out, lse
     if matched is None:
         raise ValueError("matched is None, must be what match answered, as reuse is given")
@@ -210,6 +217,7 @@ def complete(
         entries,
         reuse.cfg.band,
         reuse.match_options[-1],
+        sinks,
         reuse.workspace,
         out,
         lse,
@@ -222,6 +230,8 @@ def match_amend_complete(
     k_cache: Tensor,
     v_cache: Tensor | None,
     hnd: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     block_table: Tensor,
     seq_lens: Tensor,
     slots: Tensor | None,
@@ -230,12 +240,13 @@ def match_amend_complete(
     reuse: ReuseCache,
     sm_scale: float,
     logits_soft_cap: float,
+    sinks: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three stages in one op: what a call costs besides is then paid once.
 
-    Args: as for `mac_attn.decode`, the cache as `kv_arguments` answers it. Without `q_match`
-        the op turns `q` back itself, if the cache has `rotary`.
+    Args: as for `mac_attn.decode`, the cache as `kv_arguments` and `kv_scales` answer it. Without
+        `q_match` the op turns `q` back itself, if the cache has `rotary`.
 
     Returns:
         (source, out, lse): what `match` answered, `out` or a new tensor, and [B, num_qo_heads]
@@ -246,6 +257,8 @@ def match_amend_complete(
         k_cache,
         v_cache,
         hnd,
+        k_scale,
+        v_scale,
         block_table,
         seq_lens,
         slots,
@@ -257,6 +270,7 @@ def match_amend_complete(
         reuse.layer,
         sm_scale,
         logits_soft_cap,
+        sinks,
         reuse.workspace,
         reuse.error_flag,
         *(_NO_ROTARY if q_match is not None or reuse.rotary is None else reuse.rotary.arguments),
@@ -274,14 +288,18 @@ def decode_exact(
     k_cache: Tensor,
     v_cache: Tensor | None,
     hnd: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     block_table: Tensor,
     seq_lens: Tensor,
     sm_scale: float,
     logits_soft_cap: float,
+    sinks: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`amend` and `complete` without reuse in one op; returns (`out` or a new tensor, lse)."""
-    arguments = (q, k_cache, v_cache, hnd, block_table, seq_lens, sm_scale, logits_soft_cap)
+    cache = (k_cache, v_cache, hnd, k_scale, v_scale)
+    arguments = (q, *cache, block_table, seq_lens, sm_scale, logits_soft_cap, sinks)
     decode, decode_into, _, _ = _COMPILED if torch.compiler.is_compiling() else _EAGER
     if out is None:
         out, lse = decode(*arguments)
@@ -347,6 +365,8 @@ def _amend_fake(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     block_table: Tensor,
     seq_lens: Tensor,
     source: Tensor | None,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import INT_DTYPES, check_choice, check_int, check_tensor
+from ._checks import FLOAT_DTYPES, INT_DTYPES, check_choice, check_int, check_number, check_tensor
 
 KVCache = Tensor | tuple[Tensor, Tensor]
+Scale = Tensor | float | None  # of a float8 cache
 
 _LAYOUTS = ("NHD", "HND")
 _NHD = ("num_pages", "page_size", "num_kv_heads", "head_dim")
@@ -59,6 +60,59 @@ def kv_arguments(kv_cache: KVCache, kv_layout: str) -> tuple[Tensor, Tensor | No
     if v is None:  # of a pair; the ops would take `k` for both
         check_tensor("v_cache", v)
     return k, v, kv_layout == "HND"
+
+
+def to_float8(x: Tensor, scale: Tensor | float) -> Tensor:
+    """Keys or values as the numbers of a float8 cache: x / scale, rounded to float8_e4m3fn.
+
+    What exceeds its largest number, 448, becomes that, as in vLLM and FlashInfer; what is not
+    finite becomes NaN, so that it shows.
+
+    Args:
+        x: [..., num_kv_heads, head_dim], any float dtype.
+        scale: float32, [] or [1], or [num_kv_heads]; or a number.
+
+    Returns:
+        float8_e4m3fn of x's shape. `decode` takes the scale as `k_scale` or `v_scale`.
+
+    Raises:
+        ValueError, TypeError: x is no tensor, or a shape, dtype or device does not fit.
+    """
+    check_tensor("x", x, dtype=FLOAT_DTYPES)
+    if isinstance(scale, Tensor):
+        check_tensor("scale", scale, dtype=torch.float32, device=x.device)
+        if scale.dim() > 1 or (scale.numel() != 1 and scale.shape != x.shape[-2:-1]):
+            raise ValueError(
+                f"scale has shape {list(scale.shape)}, must be [], [1] or [num_kv_heads], "
+                f"{list(x.shape[-2:-1])}"
+            )
+        scale = scale.reshape(-1, 1)
+    else:
+        check_number("scale", scale, low=torch.finfo(torch.float32).tiny)
+    most = torch.finfo(torch.float8_e4m3fn).max
+    numbers = (x.float() / scale).clamp(-most, most)
+    return numbers.where(x.isfinite(), torch.nan).to(torch.float8_e4m3fn)
+
+
+def kv_scales(k_scale: Scale, v_scale: Scale, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The scales of a float8 cache as tensors, which the ops check further.
+
+    Raises ValueError or TypeError for a number that is not finite and above 0, and for a tensor of
+    another dtype than float32 or on another device than q.
+    """
+    if k_scale is None and v_scale is None:
+        return None, None
+    return _scale("k_scale", k_scale, q), _scale("v_scale", v_scale, q)
+
+
+def _scale(name: str, scale: Scale, q: Tensor) -> Tensor | None:
+    if scale is None:
+        return None
+    if isinstance(scale, Tensor):
+        check_tensor(name, scale, dtype=torch.float32, device=q.device)
+        return scale
+    check_number(name, scale, low=torch.finfo(torch.float32).tiny)
+    return torch.full((), scale, dtype=torch.float32, device=q.device)
 
 
 def from_flashinfer(

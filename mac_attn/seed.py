@@ -14,9 +14,9 @@ from . import ops
 from ._checks import check_number, check_tensor, check_type
 from .cache import ReuseCache
 from .ops import Matched
-from .spread import key_spread
-from .paging import KVCache, kv_views
+from .paging import KVCache, Scale, kv_scales, kv_views
 from .rope import pre_rope_query
+from .spread import key_spread
 
 
 @torch.no_grad()
@@ -33,14 +33,16 @@ def seed(
     sm_scale: float | None = None,
     logits_soft_cap: float = 0.0,
     kv_layout: str = "NHD",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
 ) -> None:
     """Write ring entries of the last T prompt tokens of every request, after prefill.
 
     The prompt's keys and values are in the cache already. If T exceeds the entries of a ring, every
     k-th token has one, k = ceil(T / entries), the last one among them. If a slot ended where the T
     tokens begin, in the same request, its older entries stay; else it starts anew. Each entry costs
-    one exact decode step. Statistics do not count them. How far the keys spread is measured as well,
-    see `ReuseConfig.max_drift`.
+    one exact decode step. Statistics do not count them. How far the keys spread is measured too
+    (`ReuseConfig.max_drift`).
 
     Args:
         reuse: the layer's cache.
@@ -52,7 +54,7 @@ def seed(
         q_match: [B, T, num_qo_heads, head_dim] pre-RoPE queries, or None to compute them from `q`
             with the cache's `rotary`.
         request_ids: [B] int64, not negative, or None.
-        sm_scale, logits_soft_cap, kv_layout: as for `mac_attn.decode`.
+        sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale: as for `mac_attn.decode`.
 
     Raises:
         ValueError: a shape, layout, device or value (length, page id, slot) does not fit. Nothing
@@ -68,7 +70,8 @@ def seed(
         raise ValueError(f"q has length {length}, must be from 1 to the window, {reuse.cfg.window}")
     k, v = kv_views(kv_cache, kv_layout)
     kv_shape = ("num_pages", "page_size", reuse.num_kv_heads, reuse.head_dim)
-    check_tensor("k_cache", k, kv_shape, q.dtype, device)
+    check_tensor("k_cache", k, kv_shape, (q.dtype, torch.float8_e4m3fn), device)
+    scales = kv_scales(k_scale, v_scale, q)
     check_tensor("block_table", block_table, (batch, "max_pages"), torch.int32, device)
     check_tensor("seq_lens", seq_lens, (batch,), torch.int32, device)
     check_tensor("slots", slots, (batch,), torch.int32, device)
@@ -105,6 +108,8 @@ def seed(
             slots=slots,
             sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap,
+            k_scale=scales[0],
+            v_scale=scales[1],
         )
         ops.complete(
             amended,
@@ -134,6 +139,8 @@ def seed(
     reuse.counters.copy_(counted)
     # The first pass has forgotten what another request may have left.
     spread = key_spread(k, block_table, seq_lens) * sm_scale**2
+    if scales[0] is not None:  # the keys of a float8 cache are numbers
+        spread = spread * scales[0] ** 2
     rows = torch.where(active & (slots >= 0) & (slots < reuse.num_slots), slots, reuse.num_slots)
     padded = torch.cat([reuse.ring_spread, spread.new_zeros(1, reuse.num_kv_heads)])
     reuse.ring_spread.copy_(padded.index_copy(0, rows.long(), spread)[:-1])

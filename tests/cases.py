@@ -26,6 +26,7 @@ class PagedKV:
 
     k: Tensor  # [B, L, Hkv, D] what the pages receive, in order
     v: Tensor  # [B, L, Hkv, D]
+    scales: dict[str, Tensor]  # k_scale and v_scale of a float8 cache
     cache: Tensor | tuple[Tensor, Tensor]  # as mac_attn.decode takes it
     pages: Tensor  # [B, P] int64, the page ids of a request of length L
     page_size: int
@@ -39,6 +40,14 @@ class PagedKV:
             for b, (first, last) in enumerate(zip(begin, end, strict=True)):
                 at = torch.arange(first, last, device=self.pages.device)
                 rows[self.pages[b, at // self.page_size], at % self.page_size] = tokens[b, at]
+
+    def double(self) -> tuple[Tensor, Tensor]:
+        """k and v as float64, float8 numbers as what they stand for."""
+        one = torch.ones(())
+        factors = (self.scales.get(name, one).double() for name in ("k_scale", "v_scale"))
+        pairs = zip((self.k, self.v), factors, strict=True)
+        k, v = (x.double() * factor.reshape(-1, 1) for x, factor in pairs)
+        return k, v
 
     def table(self, seq_lens: list[int]) -> Tensor:
         """Block table int32 `[B, P]` with garbage beyond each request's `ceil(n / page_size)`."""
@@ -63,11 +72,13 @@ def make_kv(
     layout: str = "NHD",
     combined: bool = False,
     strided: bool = False,
+    float8: str = "",
 ) -> PagedKV:
     """KV for `batch` requests of up to `length` tokens, none of them written yet.
 
     `combined` is one tensor with K and V in dimension 1 instead of a pair. `strided` leaves gaps
-    between pages, tokens and heads, as caches cut from a larger allocation have them.
+    between pages, tokens and heads, as caches cut from a larger allocation have them. `float8` is
+    a cache of float8_e4m3fn with scales that are "0-d", "1-d" or one "per head".
     """
     generator = torch.Generator().manual_seed(seed)
     pages_each = -(-length // page_size)
@@ -79,16 +90,27 @@ def make_kv(
         full = (*lead, *shape, head_dim)
         if not strided:
             return torch.full(full, torch.nan, dtype=dtype, device=device)
-        # Rows stay aligned to 16 bytes: 8 elements of padding in the last dimension.
-        padded = (2 * lead[0], *lead[1:], shape[0] + 1, shape[1] + 2, head_dim + 8)
+        # Rows stay aligned to 16 bytes by the padding in the last dimension.
+        gap = 16 // dtype.itemsize
+        padded = (2 * lead[0], *lead[1:], shape[0] + 1, shape[1] + 2, head_dim + gap)
         buffer = torch.full(padded, torch.nan, dtype=dtype, device=device)
         return buffer[::2, ..., : shape[0], : shape[1], :head_dim]
 
     size = (batch, length, num_kv_heads, head_dim)
-    k, v = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
+    k, v = (torch.randn(size, generator=generator) for _ in range(2))
+    scales = {}
+    if float8:
+        dtype = torch.float8_e4m3fn
+        # From 0.02, where numbers exceed 200, to 6, where one in twelve is subnormal.
+        wanted = {"0-d": (), "1-d": (1,), "per head": (num_kv_heads,)}[float8]
+        for name in ("k_scale", "v_scale"):
+            scales[name] = 0.02 * 300 ** torch.rand(wanted, generator=generator)
+        k, v = (x / s.reshape(-1, 1) for x, s in zip((k, v), scales.values(), strict=True))
+        scales = {name: scale.to(device) for name, scale in scales.items()}
+    k, v = (x.to(device, dtype) for x in (k, v))
     cache = allocate(num_pages, 2) if combined else (allocate(num_pages), allocate(num_pages))
     pages = order.view(batch, pages_each).to(device)
-    return PagedKV(k, v, cache, pages, page_size, layout)
+    return PagedKV(k, v, scales, cache, pages, page_size, layout)
 
 
 def make_q(

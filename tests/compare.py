@@ -186,6 +186,7 @@ class Twins:
             if request_ids is None
             else torch.tensor([request_ids[b] for b in order], device=device),
             "kv_layout": kv.layout,
+            **kv.scales,
         }
         counters = self.cache.counters.cpu().clone()
         out, lse = mac_attn.decode(*call, reuse=self.cache, **rows, **softmax, return_lse=True)

@@ -73,22 +73,23 @@ def op_arguments(reuse, device):
     matched = torch.ops.mac_attn.match(*match)
     assert (matched[0] == seq_lens[:, None] - 2).all()  # the planted hit
     ring, _, entries, anchors = reuse.ring_arguments
-    amend = (q, kv[:, 0], kv[:, 1], table, seq_lens, *matched, slots, ring, entries, anchors, BAND)
+    cache = (kv[:, 0], kv[:, 1], None, None, table)
+    amend = (q, *cache, seq_lens, *matched, slots, ring, entries, anchors, BAND)
     amend += (reuse.layer, scale, 0.0, *persistent)
     amended = torch.ops.mac_attn.amend(*amend)
     out, lse = torch.empty_like(q), torch.empty_like(amended[1][0])
     complete = (*amended, *matched, q, q_match, seq_lens, slots, None, ring, KV_HEADS, entries)
-    complete += (BAND, reuse.match_options[-1], reuse.workspace, out, lse)
-    attention = (*amend[:3], False, *amend[3:5])
-    decode = (*attention, slots, q_match, None, *rings, reuse.layer, scale, 0.0)
+    complete += (BAND, reuse.match_options[-1], None, reuse.workspace, out, lse)
+    attention = (*amend[:3], False, *amend[3:7])
+    decode = (*attention, slots, q_match, None, *rings, reuse.layer, scale, 0.0, None)
     decode += (*persistent, None, False, 1.0)
     return {
         "match.default": match,
         "amend.default": amend,
         "complete.default": complete,
-        "decode_exact.default": (*attention, scale, 0.0),
-        "decode_exact.into": (*attention, scale, 0.0, out),
+        "decode_exact.default": (*attention, scale, 0.0, None),
+        "decode_exact.into": (*attention, scale, 0.0, None, out),
         "decode_reuse.default": decode,
         "decode_reuse.into": (*decode, out),
-        "complete_exact.default": (*amended[:2], seq_lens, out, lse),
+        "complete_exact.default": (*amended[:2], seq_lens, None, out, lse),
     }

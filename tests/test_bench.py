@@ -180,3 +180,13 @@ def test_serving_figures():
     )
     assert other.row(slow)["same_tokens"] == pytest.approx(5 / 10)  # up to a first difference
     assert (other.row(slow)["hit_rate"], other.row(slow)["kv_read_share"]) == (0.75, 0.5)
+
+
+def test_float8(tmp_path):
+    import float8
+
+    path = tmp_path / "float8.json"
+    float8.main([*TINY, "--batches", "2", "--rounds", "1", "--json", str(path)])
+    (row,) = json.loads(path.read_text())
+    steps = {f"{cache}{step}" for cache in ("", "float8 ") for step in float8.STEPS}
+    assert row["us"].keys() == steps and all(step["us"] > 0 for step in row["us"].values())

@@ -202,3 +202,11 @@ def test_refusals(captured: Capture, tmp_path: Path) -> None:
     path.write_text(json.dumps({"format": "mac_attn calibration 1", "layers": []}))
     with pytest.raises(ValueError, match="an earlier version made it"):
         Calibration.load(path)
+
+
+def test_sinks_are_refused() -> None:
+    from all_models import tiny_causal_model
+
+    model = tiny_causal_model("flint")
+    with pytest.raises(ValueError, match="model has attention sinks"):
+        capture(model, prompts(CPU, 1, LENGTH), steps=STEPS, seeded=SEEDED)

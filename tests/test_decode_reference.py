@@ -31,7 +31,7 @@ def check_exact(
     dtype: torch.dtype,
     device: torch.device,
     strided: bool = False,
-    softmax: dict[str, float] | None = None,
+    softmax: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
     """Exact decode of requests of the given lengths equals the reference and torch's SDPA."""
@@ -52,17 +52,18 @@ def check_exact(
     q = make_q(seed + 1, *shape, dtype=dtype, device=device, strided=strided)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     call = (q, kv.cache, kv.table(lengths), seq_lens)
-    out, lse = mac_attn.decode(*call, kv_layout=kv.layout, return_lse=True, **softmax)
+    cache = {"kv_layout": kv.layout, **kv.scales}
+    out, lse = mac_attn.decode(*call, **cache, return_lse=True, **softmax)
     with one_thread():
-        want = reference.decode(*call, kv_layout=kv.layout, **softmax)
+        want = reference.decode(*call, **cache, **softmax)
     assert out.shape == shape and out.dtype == dtype and lse.dtype == torch.float32
     out_tolerance(dtype, device).check(out, want.out, "out")
     state_tolerance(dtype, device).check(lse, want.lse, "lse")
-    if "logits_soft_cap" in softmax:
+    if softmax.keys() & {"logits_soft_cap", "sinks"}:  # SDPA has none
         return
     for b, n in enumerate(lengths):
         if n:
-            k, v = (x[b, :n].transpose(0, 1).double() for x in (kv.k, kv.v))
+            k, v = (x[b, :n].transpose(0, 1) for x in kv.double())
             row = scaled_dot_product_attention(
                 q[b, :, None].double(), k, v, scale=softmax.get("sm_scale"), enable_gqa=True
             )
@@ -172,7 +173,7 @@ def chain(
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    softmax: dict[str, float] | None = None,
+    softmax: dict[str, Any] | None = None,
     **options: Any,
 ) -> Twins:
     """Decode three requests for `steps` steps from empty rings and compare everything each time.

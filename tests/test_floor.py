@@ -36,6 +36,20 @@ def test_exact_step_by_hand():
     assert floor.total_bytes == floor.total_bytes_max == 8512 + 40 + 288
 
 
+def test_a_float8_cache_has_half_the_bytes():
+    cfg = mac_attn.ReuseConfig(entries=10, window=50, band=20, anchors=3, min_context=0)
+    sources = [[77] * 4, [-1] * 4]
+    wide = step_floor([100, 70], **MODEL, cfg=cfg, sources=sources)
+    half = step_floor([100, 70], **MODEL, kv_itemsize=1, cfg=cfg, sources=sources)
+    listed = 2 * 3 * (4 + 4)  # of two KV heads three anchors, their positions and weights
+    assert half.kv_bytes * 2 == wide.kv_bytes
+    assert 2 * (half.anchor_bytes - listed) == wide.anchor_bytes - listed
+    changed = {"kv_bytes", "anchor_bytes"}
+    for field in dataclasses.fields(Floor):
+        same = getattr(half, field.name) == getattr(wide, field.name)
+        assert same == (field.name not in changed), field.name
+
+
 def test_group_step_by_hand():
     cfg = mac_attn.ReuseConfig(entries=10, window=50, band=20, anchors=3, min_context=0)
     # Position 99; the first KV head reuses the entry of position 97, so it starts at 97 + 1 - 20.

@@ -66,3 +66,7 @@ except RuntimeError as error:
 @pytest.mark.parametrize("regime", ["threshold", "either", "priority"])
 def test_samples_estimate_without_bias(regime):
     assert run(str(TRAFFIC), "estimate", regime) == f"{regime}: unbiased"
+
+
+def test_float8_caches_and_sinks_equal_the_reference():
+    assert run(str(TRAFFIC.parent / "steps.py")).endswith("steps equal the reference's")

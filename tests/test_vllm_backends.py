@@ -155,11 +155,17 @@ def _layer(**changes: Any) -> Any:
         ({"sliding_window": 128}, "sliding-window attention"),
         ({"sliding_window": (127, 0)}, "sliding-window attention"),
         ({"alibi_slopes": torch.ones(8)}, "ALiBi"),
-        ({"sinks": torch.ones(8)}, "attention sinks"),
+        ({"sinks": torch.ones(8)}, None),
         ({"attn_type": "encoder_only"}, "encoder_only attention"),
+        ({"kv_cache_dtype": "fp8", "kv_cache_torch_dtype": torch.uint8}, None),
+        ({"kv_cache_dtype": "fp8_e4m3", "kv_cache_torch_dtype": torch.uint8}, None),
         (
-            {"kv_cache_dtype": "fp8", "kv_cache_torch_dtype": torch.uint8},
-            "KV cache of type fp8",
+            {"kv_cache_dtype": "fp8_e5m2", "kv_cache_torch_dtype": torch.uint8},
+            "KV cache of type fp8_e5m2",
+        ),
+        (
+            {"kv_cache_dtype": "fp8_per_token_head", "kv_cache_torch_dtype": torch.uint8},
+            "KV cache of type fp8_per_token_head",
         ),
         ({"head_size_v": 32}, "values of another size than keys"),
         ({"head_size": 72, "head_size_v": 72}, "heads of 72"),
@@ -227,8 +233,12 @@ def test_no_more_is_seeded_than_a_window_holds() -> None:
 HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 16, 4
 
 
-def test_the_flash_impl_serves_a_mixed_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode rows with and without a ring by mac_attn, those in prefill by FlashAttention."""
+@pytest.mark.parametrize("float8", [False, True])
+def test_the_flash_impl_serves_a_mixed_step(float8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode rows with and without a ring by mac_attn, those in prefill by FlashAttention.
+
+    That one wants queries of a float8 cache rounded, which mac_attn takes as they are.
+    """
     seen: list[tuple[Any, ...]] = []
 
     def vllms(
@@ -255,10 +265,17 @@ def test_the_flash_impl_serves_a_mixed_step(monkeypatch: pytest.MonkeyPatch) -> 
         head_dim=DIM,
         dtype=torch.float32,
     )
-    impl.mac = Served(None, ring, rotated=False)  # type: ignore[arg-type]
+    quant = (lambda query, scale: (query.to(torch.float8_e4m3fn), scale)) if float8 else None
+    impl.mac = Served(None, ring, False, float8, quant)  # type: ignore[arg-type]
+    scale = torch.tensor(0.5)
+    layer = SimpleNamespace(impl=impl, _k_scale=scale, _v_scale=scale, _q_scale=scale)
     impl.scale, impl.logits_soft_cap, impl.head_size = DIM**-0.5, 0, DIM
     query = torch.randn(5, HEADS, DIM)
     kv_cache = torch.randn(8, KV_HEADS, BLOCK, 2 * DIM)
+    wide = kv_cache
+    if float8:
+        kv_cache = kv_cache.to(torch.float8_e4m3fn).view(torch.uint8)
+        wide = kv_cache.view(torch.float8_e4m3fn).float() * scale
     table = torch.arange(8, dtype=torch.int32).view(2, 4)
     lens = torch.tensor([9, 13], dtype=torch.int32)
     buffers = cuda_plan.Buffers(4, torch.device("cpu"))
@@ -271,21 +288,22 @@ def test_the_flash_impl_serves_a_mixed_step(monkeypatch: pytest.MonkeyPatch) -> 
     )
     output = torch.zeros_like(query)
     key = torch.randn(5, KV_HEADS, DIM)
-    impl.forward(None, query, key, key, kv_cache, SimpleNamespace(mac=plan), output)
+    impl.forward(layer, query, key, key, kv_cache, SimpleNamespace(mac=plan), output)
 
-    expected = mac_attn.decode(query[:2], kv_cache.split(DIM, dim=-1), table, lens, kv_layout="HND")
+    expected = mac_attn.decode(query[:2], wide.split(DIM, dim=-1), table, lens, kv_layout="HND")
     torch.testing.assert_close(output[:2], expected)
     assert (output[2:] == 7).all()
     ((new, cache, metadata),) = seen
-    assert torch.equal(new, query[2:])
+    assert torch.equal(new.float(), (quant(query, scale)[0] if quant else query)[2:].float())
+    assert new.shape == (3, HEADS, DIM)
     assert cache is kv_cache
     assert metadata == "prefill"
     assert ring.slot_request.tolist() == [-1, 5]
 
     # A layer that is not served, and a profiling run, are vLLM's.
     impl.mac = None
-    impl.forward(None, query, key, key, kv_cache, SimpleNamespace(mac=plan), output)
-    impl.forward(None, query, key, key, kv_cache, None, output)
+    impl.forward(layer, query, key, key, kv_cache, SimpleNamespace(mac=plan), output)
+    impl.forward(layer, query, key, key, kv_cache, None, output)
     assert len(seen) == 3
     assert (output == 7).all()
 

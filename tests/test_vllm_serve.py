@@ -243,6 +243,22 @@ def test_the_benchmark_of_decode_steps(
     assert all(row["ms"] > 0 for row in rows.values())
 
 
+def test_a_float8_cache(smollm: Path, logs: Path, without_plugin: list[Answer]) -> None:
+    """Beside a cache of float32: vLLM's own float8 on the CPU cuts off where this one rounds."""
+    arguments = [*COMMON, "--kv-cache-dtype", "fp8"]
+    environment, requests = {"VLLM_CPU_KVCACHE_SPACE": "1", **plugin(REUSING)}, traffic(12)
+    with Server(smollm, arguments, environment, logs / "float8") as server:
+        answers = server.complete_all(requests)
+        metrics = server.metrics()
+    assert "MAC-Attention serves 30 of 30 layers" in (logs / "float8").read_text()
+    assert metrics["mac_attn:hit_rate"] > 0.1
+    finished = [i for i, request in enumerate(requests) if request.cancel_after is None]
+    same = [common(without_plugin[i].tokens, answers[i].tokens) for i in finished]
+    total = sum(requests[i].max_tokens for i in finished)
+    print(f"\n{sum(same)} of {total} tokens come before an output's first difference")
+    assert sum(count > 0 for count in same) >= len(same) - 1
+
+
 def test_speculative_decoding_is_refused(llama: Path, logs: Path) -> None:
     """Once, with the reason; the server answers with vLLM's attention."""
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}

@@ -16,6 +16,8 @@ import mac_attn
 from mac_attn.integrations.serving.slots import Place, Row
 from mac_attn.integrations.vllm import attend, cpu_plan, cuda_plan
 
+SCALES = {"_k_scale": torch.tensor(0.5), "_v_scale": torch.tensor([0.25, 2.0])}
+
 
 class FakeEngine:
     """An engine whose requests and places are given."""
@@ -35,7 +37,7 @@ class FakeEngine:
         return 0 if row.is_decode else min(self._seed, row.end - row.begin)
 
 
-def _impl(rotated: bool = False) -> SimpleNamespace:
+def _layer(rotated: bool = False, float8: bool = False) -> SimpleNamespace:
     config = mac_attn.ReuseConfig(
         entries=8, window=8, band=4, anchors=0, min_context=8, threshold=0
     )
@@ -47,8 +49,9 @@ def _impl(rotated: bool = False) -> SimpleNamespace:
         head_dim=DIM,
         dtype=torch.float32,
     )
-    served = attend.Served(None, ring, rotated)  # type: ignore[arg-type]
-    return SimpleNamespace(mac=served, scale=DIM**-0.5, logits_soft_cap=0, head_size=DIM)
+    served = attend.Served(None, ring, rotated, float8)  # type: ignore[arg-type]
+    impl = SimpleNamespace(mac=served, scale=DIM**-0.5, logits_soft_cap=0, head_size=DIM)
+    return SimpleNamespace(impl=impl, **SCALES)
 
 
 @pytest.fixture
@@ -68,10 +71,14 @@ PLACES = [Place(2, 7), None, Place(0, 9), Place(1, 4)]
 
 
 def _expected(common: Common, query: Tensor, kv_cache: Tensor) -> Tensor:
-    """Attention of the rows of decode, with every row by itself."""
-    pages = kv_cache.split(DIM, dim=-1)
+    """Attention of the rows of decode, each by itself; bytes count what they stand for."""
+    pages = list(kv_cache.split(DIM, dim=-1))
+    if kv_cache.dtype == torch.uint8:
+        scales = SCALES.values()
+        numbers = (x.contiguous().view(torch.float8_e4m3fn) for x in pages)
+        pages = [x.float() * scale.view(-1, 1, 1) for x, scale in zip(numbers, scales, strict=True)]
     table, lens = common.block_table_tensor[:3], common.seq_lens[:3]
-    out = mac_attn.decode(query[:3], pages, table, lens, kv_layout="HND")
+    out = mac_attn.decode(query[:3], (pages[0], pages[1]), table, lens, kv_layout="HND")
     assert isinstance(out, Tensor)
     return out
 
@@ -84,17 +91,20 @@ def _build(seen: list[Common]) -> Callable[[Any], str]:
     return build
 
 
-def test_a_step_on_the_cpu(batch: tuple[Common, Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("float8", [False, True])
+def test_a_step_on_the_cpu(batch: tuple[Common, Tensor, Tensor], float8: bool) -> None:
     common, query, kv_cache = batch
-    impl, seen = _impl(), list[Common]()
+    if float8:
+        kv_cache = kv_cache.to(torch.float8_e4m3fn).view(torch.uint8)
+    layer, seen = _layer(float8=float8), list[Common]()
     engine = FakeEngine(ROWS, PLACES, seed=3)
     plan = cpu_plan.plan_step(engine, True, common, BLOCK, _build(seen))  # type: ignore[arg-type]
     output = torch.full_like(query, torch.nan)
     assert plan.decode is not None
     assert plan.num_decodes == 3
-    attend.decode(impl, plan.decode, query[:3], kv_cache, output[:3])
+    attend.decode(layer, plan.decode, query[:3], kv_cache, output[:3])
     torch.testing.assert_close(output[:3], _expected(common, query, kv_cache))
-    ring = impl.mac.ring
+    ring = layer.impl.mac.ring
     assert ring.slot_end.tolist() == [30, 0, 9]
     assert ring.slot_request.tolist() == [9, -1, 7]
 
@@ -110,7 +120,7 @@ def test_a_step_on_the_cpu(batch: tuple[Common, Tensor, Tensor]) -> None:
     assert plan.prefill.slot_mapping.tolist() == list(range(12))
     assert part.block_table_tensor.tolist() == [[0, 1, 2]]
 
-    attend.seed(impl, plan.seeds, query, kv_cache)
+    attend.seed(layer, plan.seeds, query, kv_cache)
     assert ring.slot_end[1] == 12
     assert ring.ring_stored[1].tolist() == [3] * KV_HEADS
     assert (ring.ring_position[1, :, :3] == torch.tensor([9, 10, 11])).all()
@@ -123,7 +133,7 @@ def test_a_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor], padding: int) -> 
     _, query, kv_cache = batch
     lens = [9, 17, 30, *[0] * padding]
     common = common_metadata([1, 1, 1, *[0] * padding], lens)
-    impl, buffers = _impl(), cuda_plan.Buffers(8, torch.device("cpu"))
+    layer, buffers = _layer(), cuda_plan.Buffers(8, torch.device("cpu"))
     recorded = cuda_plan.plan_capture(common_metadata([1] * len(lens), [1] * len(lens)), buffers)
     rows = [*ROWS[:3], *[None] * padding]
     places = [*PLACES[:3], *[None] * padding]
@@ -138,13 +148,13 @@ def test_a_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor], padding: int) -> 
         # A graph reads the block table where it was when recorded; vLLM writes it there.
         table = common.block_table_tensor[: step.num_decodes]
         q = query[: step.num_decodes]
-        return attend.decode(impl, replace(step.decode, block_table=table), q, kv_cache)
+        return attend.decode(layer, replace(step.decode, block_table=table), q, kv_cache)
 
     torch.testing.assert_close(run(plan), expected)
     replayed = run(recorded)
     torch.testing.assert_close(replayed[:3], expected)
     assert not replayed[3:].any()
-    assert impl.mac.ring.slot_request.tolist() == [9, -1, 7]
+    assert layer.impl.mac.ring.slot_request.tolist() == [9, -1, 7]
 
 
 def test_a_mixed_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor]) -> None:
@@ -166,20 +176,39 @@ def test_a_mixed_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor]) -> None:
     assert (seed.first, seed.last) == (5, 8)
 
 
+def test_sinks_of_a_layer_are_in_its_answers(batch: tuple[Common, Tensor, Tensor]) -> None:
+    common, query, kv_cache = batch
+    layer = _layer()
+    layer.impl.sinks = torch.tensor([0.5, -3.0, 2.0, 4.0], dtype=torch.bfloat16)
+    rows = attend.Rows(common.block_table_tensor[:3], common.seq_lens[:3])
+    got = attend.decode(layer, rows, query[:3], kv_cache)
+    pages = kv_cache.split(DIM, dim=-1)
+    plain, lse = mac_attn.decode(
+        query[:3],
+        (pages[0], pages[1]),
+        rows.block_table,
+        rows.seq_lens,
+        kv_layout="HND",
+        return_lse=True,
+    )
+    share = (lse - layer.impl.sinks.float()).sigmoid()
+    torch.testing.assert_close(got, plain * share[..., None])
+
+
 def test_queries_that_are_not_rotated_are_matched_as_they_are(
     batch: tuple[Common, Tensor, Tensor],
 ) -> None:
     common, query, kv_cache = batch
-    impl = _impl(rotated=False)
+    layer = _layer(rotated=False)
     rows = attend.Rows(
         common.block_table_tensor[:1],
         common.seq_lens[:1],
         torch.tensor([1], dtype=torch.int32),
         torch.tensor([5]),
     )
-    attend.decode(impl, rows, query[:1], kv_cache)
-    stored = impl.mac.ring.ring_query[1, :, 0].flatten(0, 1)
+    attend.decode(layer, rows, query[:1], kv_cache)
+    stored = layer.impl.mac.ring.ring_query[1, :, 0].flatten(0, 1)
     assert torch.equal(stored, query[0])
-    impl = _impl(rotated=True)
+    layer = _layer(rotated=True)
     with pytest.raises(ValueError, match="rotary"):  # and this ring knows no rotation
-        attend.decode(impl, rows, query[:1], kv_cache)
+        attend.decode(layer, rows, query[:1], kv_cache)

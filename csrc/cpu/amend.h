@@ -10,8 +10,8 @@ constexpr int kFetchedRows = 2;                     // V rows that are fetched b
 constexpr int kFetchedLines = 4;                    // and lines of the stream
 constexpr int kTileVectors = 4;                     // vectors of a V row kept in registers
 
-// With bf16 dot products the query stays bf16, in all other cases it is expanded once. It is stored as the dots
-// read it: for every tile of heads and kDotElements of a row, those of each head.
+// T is what the cache holds. With bf16 dot products the query stays bf16, in all other cases it is expanded once.
+// It is stored as the dots read it: for every tile of heads and kDotElements of a row, those of each head.
 template <typename T>
 struct QueryType {
   using type = float;
@@ -142,6 +142,7 @@ struct Running {
   const float* counts;    // [kBlock] how many tokens each of those is counted as
   const float* last_lse;  // [kHeads] while a sample is drawn, else null
   float* weight;          // [kBlock] then raised to each head's exp(logit - last_lse)
+  float scale;            // of the logits
 };
 
 template <typename T, int kHeads, typename Q>
@@ -156,7 +157,7 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
     for (int t = 0; t < kFetchedRows; ++t) prefetch_row(next.v + next.v_at[kBlock - 1 - h * kFetchedRows - t], D);
     stream.fetch<kFetchedLines>();
     for (int t = 0; t < kBlock; t += kLanes) {
-      vf x = load(row + t) * p.sm_scale;
+      vf x = load(row + t) * state.scale;
       if (p.logits_soft_cap > 0.f) x = p.logits_soft_cap * vtanh(x / p.logits_soft_cap);
       store(row + t, x);
     }
@@ -263,6 +264,7 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
   const AmendGroup& group = work.groups[group_index];
   const bool draws = group.candidates >= 0 && task.tokens == Tokens::kOld;
   const int64_t tile_size = query_tile_size<Q>(D);
+  const float scale = p.sm_scale * kUnit<T> * p.kv.k_scale.of(kv_head);
   alignas(64) float weight[kBlock];
   if (draws) std::fill(weight, weight + kBlock, 0.f);
   for (int h = 0; h < heads; h += kTileHeads) {
@@ -274,7 +276,8 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
                           a,
                           counts,
                           draws ? group.last_lse + h : nullptr,
-                          weight};
+                          weight,
+                          scale};
     const Q* query = state.query + (static_cast<int64_t>(kv_head) * num_tiles(G) + h / kTileHeads) * tile_size;
     switch (std::min(heads - h, kTileHeads)) {
       case 1: attend_block<T, 1>(p, query, rows, next, stream, running); break;
@@ -437,12 +440,13 @@ void write_partial(const AmendParams& p, const AmendWork& work, const int32_t* h
   }
 }
 
-template <typename T>
+// Q: the queries' type.
+template <typename Q, typename T>
 void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, const AmendTask* following,
                 bool fetched, Scratch& scratch) {
   const int G = p.shape.group_size, Hq = p.shape.num_qo_heads();
   const int32_t* head_of = work.qo_heads.data() + static_cast<int64_t>(task.request) * Hq;
-  const T* rows = static_cast<const T*>(p.query.data) + task.request * p.query.batch_stride;
+  const Q* rows = static_cast<const Q*>(p.query.data) + task.request * p.query.batch_stride;
   const TaskState<T> state = empty_state<T>(p, scratch, 0);
   for (int h = 0; h < Hq; ++h) arrange_query(p, h, rows + head_of[h] * p.query.head_stride, state.query);
   if (task.tokens != Tokens::kAnchors) {
@@ -459,7 +463,7 @@ void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, co
   for (int h = 0; h < Hq; ++h) {
     const int64_t row = static_cast<int64_t>(task.request) * Hq + h;
     if (p.matched.source[row] == kMiss) continue;
-    const T* entry = p.ring.rotated<T>(p.requests.slots[task.request], h / G, p.matched.place[row]);
+    const Q* entry = p.ring.rotated<Q>(p.requests.slots[task.request], h / G, p.matched.place[row]);
     arrange_query(p, h, entry + static_cast<int64_t>(h % G) * p.shape.head_dim, replaced.query);
   }
   attend_anchors<T>(p, work, task, state, replaced);
@@ -467,7 +471,7 @@ void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, co
   write_partial(p, work, head_of, task.partial + 1, replaced);
 }
 
-template <typename T>
+template <typename Q, typename T>
 void amend_all(const AmendParams& p, AmendWork& work) {
   Scratch& scratch = thread_scratch();
   const int64_t num_tasks = static_cast<int64_t>(work.tasks.size());
@@ -480,7 +484,7 @@ void amend_all(const AmendParams& p, AmendWork& work) {
     next = early ? draw() : num_tasks;
     const auto listed = [](const AmendTask& one) { return one.tokens == Tokens::kAnchors; };
     const AmendTask* following = next < num_tasks && !listed(work.tasks[next]) ? &work.tasks[next] : nullptr;
-    amend_task<T>(p, work, task, following, fetched, scratch);
+    amend_task<Q, T>(p, work, task, following, fetched, scratch);
     fetched = following && !listed(task);
     work.pending[task.request].fetch_sub(1, std::memory_order_release);
     if (!early) next = draw();
@@ -493,10 +497,15 @@ void amend_all(const AmendParams& p, AmendWork& work) {
   }
 }
 
+template <typename Q>
+void amend_type(const AmendParams& p, AmendWork& work) {
+  p.kv.float8 ? amend_all<Q, float8>(p, work) : amend_all<Q, Q>(p, work);
+}
+
 void amend(const AmendParams& p, AmendWork& work) {
   switch (p.dtype) {
-    case DType::kFloat32: return amend_all<float>(p, work);
-    case DType::kBFloat16: return amend_all<bfloat16>(p, work);
-    case DType::kFloat16: return amend_all<float16>(p, work);
+    case DType::kFloat32: return amend_type<float>(p, work);
+    case DType::kBFloat16: return amend_type<bfloat16>(p, work);
+    case DType::kFloat16: return amend_type<float16>(p, work);
   }
 }

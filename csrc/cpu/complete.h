@@ -3,6 +3,7 @@
 //   carried = old on a miss; reused (+) old on a hit without anchors
 //   out = carried (+) fresh; by hit_weights on a hit with anchors, which nobody reuses
 //   entry p = (q_match, q, carried, anchors, depth)
+//   a sink joins `out` and its log-sum-exp, and nothing else
 //
 // Tasks: (request, KV head). Traffic: two states, one record of the ring read and perhaps one entry written.
 
@@ -11,35 +12,46 @@ MAC_INLINE void write_row(T* to, const float* a, float wa, const float* b, float
   for (int d = 0; d < head_dim; d += kLanes) store(to + d, load(a + d) * wa + load(b + d) * wb);
 }
 
-// One query head's output from its carried state.
+// Writes the log-sum-exp that a head answers from that of its tokens; returns their share of it, which is all but
+// for a sink.
+MAC_INLINE float write_lse(const CompleteParams& p, int request, int head, float lse) {
+  const bool has_sink = p.sinks && p.requests.seq_lens[request] != 0;
+  const MergeWeights w = has_sink ? merge_weights(lse, p.sinks[head]) : MergeWeights{1.f, 0.f, lse};
+  p.lse[static_cast<int64_t>(request) * p.shape.num_qo_heads() + head] = w.lse;
+  return w.first;
+}
+
+// One query head's output from its carried state; returns the log-sum-exp of its tokens.
 template <typename T>
-void write_out(const CompleteParams& p, int request, int head, const float* carried, float carried_lse) {
+float write_out(const CompleteParams& p, int request, int head, const float* carried, float carried_lse) {
   const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
   const int64_t row = static_cast<int64_t>(request) * Hq + head;
   const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
   const MergeWeights w = merge_weights(carried_lse, p.state_lse[fresh_row]);
   T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
-  write_row(out, carried, w.first, p.states + fresh_row * D, w.second, D);
-  p.lse[row] = w.lse;
+  const float share = write_lse(p, request, head, w.lse);
+  write_row(out, carried, w.first * share, p.states + fresh_row * D, w.second * share, D);
+  return w.lse;
 }
 
-// One query head's output on a hit with anchors; returns its depth.
+// One query head's output on a hit with anchors; returns the log-sum-exp of its tokens.
 template <typename T>
-int32_t write_hit(const CompleteParams& p, int request, int kv_head, int g) {
+float write_hit(const CompleteParams& p, int request, int kv_head, int g) {
   const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads(), head = kv_head * p.shape.group_size + g;
   const int64_t slot = p.requests.slots[request], row = static_cast<int64_t>(request) * Hq + head;
   const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
   const int place = p.matched.place[row];
-  const HitWeights w =
+  HitWeights w =
       hit_weights(p.ring.lse(slot, kv_head, place)[g], p.state_lse[row], p.log_ratio[row], p.state_lse[fresh_row]);
   const float* entry = p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * D;
   const float *replaced = p.states + row * D, *fresh = p.states + fresh_row * D;
   T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
+  const float share = write_lse(p, request, head, w.lse);
+  w.entry *= share, w.replaced *= share, w.fresh *= share;
   for (int d = 0; d < D; d += kLanes) {
     store(out + d, load(entry + d) * w.entry + load(replaced + d) * w.replaced + load(fresh + d) * w.fresh);
   }
-  p.lse[row] = w.lse;
-  return next_depth(p.ring.depth(slot, kv_head, place)[g]);
+  return w.lse;
 }
 
 // What a group carries on: states [G, D] with their lse and depths.
@@ -108,11 +120,14 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
   int hits = 0, start = n, least_depth = INT32_MAX;
   for (int g = 0; g < G; ++g) {
     const int32_t source = p.matched.source[group * G + g];
-    if (S > 0 && p.matched.source[group * G + g] != kMiss) {
-      carried.depth[g] = write_hit<T>(p, request, kv_head, g);
+    float& last_lse = p.ring.last_lse(slot, kv_head)[g];
+    if (S > 0 && source != kMiss) {
+      last_lse = write_hit<T>(p, request, kv_head, g);
+      carried.depth[g] = next_depth(p.ring.depth(slot, kv_head, p.matched.place[group * G + g])[g]);
     } else {
       carry(p, slot, kv_head, group * G + g, g, carried);
-      write_out<T>(p, request, first + g, carried.out + static_cast<int64_t>(g) * D, carried.lse[g]);
+      const float* state = carried.out + static_cast<int64_t>(g) * D;
+      last_lse = write_out<T>(p, request, first + g, state, carried.lse[g]);
     }
     hits += source != kMiss;
     start = std::min(start, source == kMiss ? 0 : band_start(source, p.band));
@@ -129,7 +144,6 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
     if (p.matched.stored[group] == kNoHistory || !usable_tau(tau)) tau = first_tau(size);
     if (hits == 0 && sampled >= 0) tau = next_tau(tau, sampled, size);
   }
-  std::copy(p.lse + group * G, p.lse + (group + 1) * G, p.ring.last_lse(slot, kv_head));
 
   // Its own part of the slot's counters: tasks of the request's other KV heads count at the same time.
   const auto count = [&](Counter which, int64_t number) {

@@ -37,11 +37,11 @@ MAC_INLINE void merge_partials(const AmendParams& p, const AmendWork& work, int 
   }
 }
 
-// Writes a state where amend's caller wants it.
-MAC_INLINE void write_state(const AmendParams& p, Span span, int64_t row, const Total& total) {
+// Writes a state where amend's caller wants it. `unit`: what the values that were summed are multiplied by.
+MAC_INLINE void write_state(const AmendParams& p, Span span, int64_t row, const Total& total, float unit) {
   const int D = p.shape.head_dim;
   row += static_cast<int64_t>(span) * p.shape.batch * p.shape.num_qo_heads();
-  const float scale = total.sum == 0.f ? 0.f : 1.f / total.sum;
+  const float scale = total.sum == 0.f ? 0.f : unit / total.sum;
   for (int d = 0; d < D; d += kLanes) store(p.out + row * D + d, load(total.out + d) * scale);
   p.lse[row] = total.sum == 0.f ? -std::numeric_limits<float>::infinity() : total.max + std::log(total.sum);
 }
@@ -130,6 +130,7 @@ inline void finish_group(const AmendParams& p, const AmendWork& work, int64_t gr
   const int G = p.shape.group_size, D = p.shape.head_dim, H = p.shape.num_kv_heads;
   const int request = static_cast<int>(group_index / H), kv_head = static_cast<int>(group_index % H);
   const bool hit = work.groups[group_index].hit;
+  const float unit = p.kv.v_scale.of(kv_head) * (p.kv.float8 ? kUnit<float8> : 1.f);
   float* out = scratch.array<float>(0, D);
   for (int g = 0; g < G; ++g) {
     const int64_t row = group_index * G + g;
@@ -137,7 +138,7 @@ inline void finish_group(const AmendParams& p, const AmendWork& work, int64_t gr
     for (int span = 0; span < kNumSpans; ++span) {
       Total total{-std::numeric_limits<float>::infinity(), 0.f, 0.f, out};
       merge_partials(p, work, request, kv_head * G + g, static_cast<Span>(span), hit, total);
-      write_state(p, static_cast<Span>(span), row, total);
+      write_state(p, static_cast<Span>(span), row, total, unit);
       log_light[span] = total.max + std::log(total.light);
       lse[span] = p.lse[span * static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads() + row];
     }

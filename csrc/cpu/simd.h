@@ -21,6 +21,7 @@ typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t vb __attribute__((vector_size(kLanes)));
 
 // Storage types of the 16-bit formats; arithmetic is always float.
 struct bfloat16 {
@@ -29,6 +30,15 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
+struct float8 {  // e4m3fn: no infinities, NaN is 0x7f and 0xff (OCP 8-bit floating point specification)
+  uint8_t bits;
+};
+
+// What a loaded 1 stands for: float8 comes at 2^-8 of its value, which costs nothing where sums are scaled anyway.
+template <typename T>
+constexpr float kUnit = 1.f;
+template <>
+constexpr float kUnit<float8> = 256.f;
 
 MAC_INLINE vf broadcast(float x) {
 #if MAC_LEVEL >= 2
@@ -79,6 +89,35 @@ MAC_INLINE vf load(const float16* p) {
   const vu special = (vu)(magnitude >= 0x0f800000u) & 0x7f800000u;
   const vu value = bits_of(float_of(magnitude) * 0x1p112f) | special;
   return float_of(value | ((u & 0x8000u) << 16));
+#endif
+}
+// In units of kUnit.
+MAC_INLINE vf load(const float8* p) {
+#if MAC_LEVEL >= 1
+  // Sign and the other bits go to where a float16 has them, with an exponent whose bias is greater by 8. Of a NaN,
+  // and nothing else, the next greater number has the highest bit of a float16's exponent; with it it is NaN there.
+#if MAC_LEVEL >= 2
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(short(0xbf80)));
+  const __m256i next = _mm256_add_epi16(half, _mm256_set1_epi16(0x80));
+  constexpr int kAOrBAndC = 0xf8;
+  return (vf)_mm512_cvtph_ps(_mm256_ternarylogic_epi32(half, next, _mm256_set1_epi16(0x4000), kAOrBAndC));
+#else
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i half = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(short(0xbf80)));
+  const __m128i next = _mm_and_si128(_mm_add_epi16(half, _mm_set1_epi16(0x80)), _mm_set1_epi16(0x4000));
+  return (vf)_mm256_cvtph_ps(_mm_or_si128(half, next));
+#endif
+#else
+  vb b;
+  std::memcpy(&b, p, sizeof b);
+  const vu u = __builtin_convertvector(b, vu);
+  const vu magnitude = u & 0x7fu;
+  const vu normal = (magnitude << 20) + (112u << 23);
+  const vu small = bits_of(__builtin_convertvector((vi)magnitude, vf) * 0x1p-17f);
+  const vu is_small = (vu)(magnitude < 8u);
+  const vu is_nan = (vu)(magnitude == 0x7fu) & 0x7fc00000u;
+  return float_of((small & is_small) | (normal & ~is_small) | is_nan | (u & 0x80u) << 24);
 #endif
 }
 

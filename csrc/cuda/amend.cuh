@@ -8,6 +8,8 @@
 // a cp.async pipeline of its own straight from the pages (stage.cuh) and without a barrier of the block.
 // Traffic: the K and V rows of [s, n) and of the anchors, once per 16 query heads; the partial states; the
 // candidates.
+//
+// Q is the queries' type, T what the cache holds: the same, or fp8.
 #pragma once
 
 #include <type_traits>
@@ -22,9 +24,10 @@ namespace mac_attn::cuda {
 template <int kHeadDim, int kHeadBlocks>
 constexpr int kQueryElements = 8 * kHeadBlocks * WarpState<bf16, kHeadDim, kHeadBlocks>::kQueryRow;
 
-template <int kHeadDim, int kHeadBlocks>
+template <int kHeadDim, int kHeadBlocks, typename T = bf16>
 constexpr int amend_shared_bytes() {
-  return kWarps * Stage<kHeadDim>::kCount * Stage<kHeadDim>::kBytes + 2 * 2 * kQueryElements<kHeadDim, kHeadBlocks>;
+  return kWarps * Stage<kHeadDim, T>::kCount * Stage<kHeadDim, T>::kBytes +
+         2 * 2 * kQueryElements<kHeadDim, kHeadBlocks>;
 }
 
 // Areas of shared memory, each of a stage's size.
@@ -35,50 +38,63 @@ struct Scratch {
 };
 
 // Merges the four warps' states through the stages they have just read and writes the piece's partial
-// state. Every thread of the block comes here at the same tile.
+// state. Every thread of the block comes here at the same tile. `value_scale`: of the values, with fp8.
 template <typename T, int kHeadDim, int kHeadBlocks, bool kReplaced>
 MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kHeadBlocks, kReplaced>& state,
-                              const Scratch& scratch, int64_t partial) {
+                              const Scratch& scratch, int64_t partial, [[maybe_unused]] float value_scale) {
   constexpr int kRow = (kHeadDim + 31) / 32 * 32;  // floats
   constexpr int kHeads = 8 * kHeadBlocks;
+  // Blocks of heads whose states fit a stage together: of fp8 two may not.
+  constexpr int kAtOnce = kHeads * kRow * 4 <= Stage<kHeadDim, T>::kBytes ? kHeadBlocks : 1;
+  static_assert(kAtOnce * 8 * kRow * 4 <= Stage<kHeadDim, T>::kBytes, "a state fits a stage");
   __shared__ float4 warp_sums[kWarps][kHeads];
   // Columns are shuffled within 32, so that the four heads that a warp writes at a time lie in different banks.
-  const auto place = [](int head, int column) { return head * kRow + (column ^ head / 2 % 4 * 8); };
+  const auto place = [](int head, int column) {
+    return (kAtOnce == kHeadBlocks ? head : head % 8) * kRow + (column ^ head / 2 % 4 * 8);
+  };
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32, heads = w.tile_heads;
-  static_assert(kHeads * kRow * 4 <= Stage<kHeadDim>::kBytes, "a state fits a stage");
   float* mine = static_cast<float*>(scratch.area(warp));
 #pragma unroll
-  for (int b = 0; b < kHeadBlocks; ++b) {
-    for (int i = 0; i < 2; ++i) {
-      const int head = b * 8 + lane % 4 * 2 + i;
-      for (int distance = 4; distance < 32; distance *= 2) {
-        state.sum[b][i] += ptx::shfl_xor(state.sum[b][i], distance);
-        state.light[b][i] += ptx::shfl_xor(state.light[b][i], distance);
-      }
-      const auto anchors = static_cast<float>(state.anchors);
-      if (lane < 4) warp_sums[warp][head] = {state.max[b][i], state.sum[b][i], state.light[b][i], anchors};
+  for (int block = 0; block < kHeadBlocks; block += kAtOnce) {
+    if (block > 0) ptx::sync_block();  // all have read the last one's
 #pragma unroll
-      for (int s = 0; s < kHeadDim / 16; ++s) {
-        mine[place(head, s * 16 + lane / 4)] = state.out[b][s][i];
-        mine[place(head, s * 16 + lane / 4 + 8)] = state.out[b][s][2 + i];
+    for (int b = block; b < block + kAtOnce; ++b) {
+      for (int i = 0; i < 2; ++i) {
+        const int head = b * 8 + lane % 4 * 2 + i;
+        for (int distance = 4; distance < 32; distance *= 2) {
+          state.sum[b][i] += ptx::shfl_xor(state.sum[b][i], distance);
+          state.light[b][i] += ptx::shfl_xor(state.light[b][i], distance);
+        }
+        const auto anchors = static_cast<float>(state.anchors);
+        if (lane < 4) warp_sums[warp][head] = {state.max[b][i], state.sum[b][i], state.light[b][i], anchors};
+#pragma unroll
+        for (int s = 0; s < kHeadDim / 16; ++s) {
+          const int first = kIsFp8<T> ? lane / 4 * 2 : lane / 4, step = kIsFp8<T> ? 1 : 8;
+          mine[place(head, s * 16 + first)] = state.out[b][s][i];
+          mine[place(head, s * 16 + first + step)] = state.out[b][s][2 + i];
+        }
       }
     }
-  }
-  ptx::sync_block();
+    ptx::sync_block();
+    const int end = kAtOnce == kHeadBlocks || heads < 8 * (block + 1) ? heads : 8 * (block + 1);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
-    const int head = i / (kHeadDim / 4), d = i % (kHeadDim / 4) * 4;
-    float4 sums{-INFINITY, 0.f, 0.f, 0.f}, out{0.f, 0.f, 0.f, 0.f};
-    for (int j = 0; j < kWarps; ++j) sums.x = fmaxf(sums.x, warp_sums[j][head].x);
-    for (int j = 0; j < kWarps; ++j) {
-      const float4 warp_sum = warp_sums[j][head];
-      const float weight = ptx::ex2(warp_sum.x - finite_or_zero(sums.x));
-      const float4 part = ptx::load_float4(static_cast<float*>(scratch.area(j)) + place(head, d));
-      sums.y += warp_sum.y * weight, sums.z += warp_sum.z * weight, sums.w += warp_sum.w;
-      out.x += part.x * weight, out.y += part.y * weight, out.z += part.z * weight, out.w += part.w * weight;
+    for (int i = threadIdx.x + 8 * block * (kHeadDim / 4); i < end * (kHeadDim / 4); i += kThreads) {
+      const int head = i / (kHeadDim / 4), d = i % (kHeadDim / 4) * 4;
+      float4 sums{-INFINITY, 0.f, 0.f, 0.f}, out{0.f, 0.f, 0.f, 0.f};
+      for (int j = 0; j < kWarps; ++j) sums.x = fmaxf(sums.x, warp_sums[j][head].x);
+      for (int j = 0; j < kWarps; ++j) {
+        const float4 warp_sum = warp_sums[j][head];
+        const float weight = ptx::ex2(warp_sum.x - finite_or_zero(sums.x));
+        const float4 part = ptx::load_float4(static_cast<float*>(scratch.area(j)) + place(head, d));
+        sums.y += warp_sum.y * weight, sums.z += warp_sum.z * weight, sums.w += warp_sum.w;
+        out.x += part.x * weight, out.y += part.y * weight, out.z += part.z * weight, out.w += part.w * weight;
+      }
+      if constexpr (kIsFp8<T>) {
+        out = {out.x * value_scale, out.y * value_scale, out.z * value_scale, out.w * value_scale};
+      }
+      ptx::store_float4(w.partial_out + (partial * heads + head) * kHeadDim + d, out);
+      if (d == 0) ptx::store_float4(w.partial_sums + (partial * heads + head) * 4, sums);
     }
-    ptx::store_float4(w.partial_out + (partial * heads + head) * kHeadDim + d, out);
-    if (d == 0) ptx::store_float4(w.partial_sums + (partial * heads + head) * 4, sums);
   }
   ptx::sync_block();  // the stages may be filled again
   state.clear();
@@ -91,9 +107,10 @@ struct Replaced {
   static constexpr bool kFits = kHeadDim * kHeadBlocks <= kMostReplaced;
   WarpState<T, kHeadDim, kHeadBlocks, true> state;
 
-  MAC_DEVICE void load_query(const AmendParams& p, const Piece& piece, T* shared) {
+  template <typename Q>
+  MAC_DEVICE void load_query(const AmendParams& p, const Piece& piece, float scale, Factor<T>* shared) {
     const int64_t slot = p.requests.slots[piece.request];
-    state.load_query(p.ring.rotated<T>(slot, piece.kv_head, piece.work.place), kHeadDim, p.shape.group_size,
+    state.load_query(p.ring.rotated<Q>(slot, piece.kv_head, piece.work.place), kHeadDim, p.shape.group_size, scale,
                      shared);
   }
   // Of the strip from place `first` of the list on.
@@ -109,8 +126,8 @@ struct Replaced {
     }
     return of;
   }
-  MAC_DEVICE void attend(const AmendParams& p, const int* starts, const T* stage, const T* query, int first_token,
-                         uint32_t valid, const Counted& counted) {
+  MAC_DEVICE void attend(const AmendParams& p, const int* starts, const T* stage, const Factor<T>* query,
+                         int first_token, uint32_t valid, const Counted& counted) {
     float x[kHeadBlocks][4];
     warp_logits(p, state, starts, stage, query, first_token, valid, x);
     lift(x, counted);
@@ -125,17 +142,18 @@ struct Replaced {
 template <int kHeadDim, int kHeadBlocks>
 constexpr bool kShortOfRegisters = kHeadDim * kHeadBlocks >= kMostReplaced;
 
-template <typename T, int kHeadDim, int kHeadBlocks>
+template <typename Q, typename T, int kHeadDim, int kHeadBlocks>
 MAC_DEVICE void amend_piece(
     const AmendParams& p, const AmendWorkspace& w,
     std::conditional_t<kShortOfRegisters<kHeadDim, kHeadBlocks>, const Piece&, const Piece> piece) {
-  using Stage = Stage<kHeadDim>;
+  using Stage = Stage<kHeadDim, T>;
+  static_assert(sizeof(SampleScratch) <= kWarps * Stage::kCount * Stage::kBytes, "it fits where the stages were");
   constexpr bool kReplaces = Replaced<T, kHeadDim, kHeadBlocks>::kFits;
   __shared__ int starts[8 * kHeadBlocks];
   __shared__ typename Sampler<kHeadBlocks>::Shared sampler_shared[kWarps];
   T* shared = static_cast<T*>(dynamic_shared());
-  T* query = shared + kWarps * Stage::kCount * Stage::kElements;
-  T* replaced_query = query + kQueryElements<kHeadDim, kHeadBlocks>;
+  auto* query = reinterpret_cast<Factor<T>*>(shared + kWarps * Stage::kCount * Stage::kElements);
+  Factor<T>* replaced_query = query + kQueryElements<kHeadDim, kHeadBlocks>;
   const int warp = threadIdx.x / 32;
   T* stages = shared + warp * Stage::kCount * Stage::kElements;
   Sampler<kHeadBlocks> sampler;
@@ -144,11 +162,15 @@ MAC_DEVICE void amend_piece(
   state.clear();
   replaced.state.clear();
 
+  float scale = 1.f, value_scale = 1.f;
+  if constexpr (kIsFp8<T>) {
+    scale = p.sm_scale * p.kv.k_scale.of(piece.kv_head), value_scale = p.kv.v_scale.of(piece.kv_head);
+  }
+
   // Round r looks up the rows of tile r, asks for tile r - 1 and computes tile r - kCount. There is one loop for
   // filling the pipeline and for using it.
   Row row{};
-  uint64_t valid = 0;  // 16 bits a round: which rows of the tile are there
-  static_assert(kWarpTokens * (Stage::kCount + 1) <= 64, "the rounds in flight");
+  typename Stage::Valid valid = 0;
   int slot = 0;
 #pragma unroll 1
   for (int ahead = piece.begin;; ++ahead) {
@@ -164,8 +186,8 @@ MAC_DEVICE void amend_piece(
       const int first_head = piece.head_tile * kMaxTileHeads;
       const int64_t head = static_cast<int64_t>(piece.kv_head) * p.shape.group_size + first_head;
       state.load_query(
-          static_cast<const T*>(p.query.data) + piece.request * p.query.batch_stride + head * p.query.head_stride,
-          p.query.head_stride, p.shape.group_size - first_head, query);
+          static_cast<const Q*>(p.query.data) + piece.request * p.query.batch_stride + head * p.query.head_stride,
+          p.query.head_stride, p.shape.group_size - first_head, scale, query);
     }
     const int tile = ahead - Stage::kCount;
     if (tile < piece.begin) continue;
@@ -173,7 +195,7 @@ MAC_DEVICE void amend_piece(
     const int first = tokens.begin + warp * kWarpTokens;
     if (tile == piece.begin) {  // while the first tiles are on their way
       sampler.begin(p, piece, sampler_shared[warp]);
-      if (kReplaces && tokens.anchors) replaced.load_query(p, piece, replaced_query);
+      if (kReplaces && tokens.anchors) replaced.template load_query<Q>(p, piece, scale, replaced_query);
     }
     Counted counted;
     if (kReplaces && tokens.anchors) counted = replaced.load_weights(p, piece, first);
@@ -213,12 +235,12 @@ MAC_DEVICE void amend_piece(
     if (tile == last_old || (at_end && tile < last_old)) {
       if (sampler.draws) sampler.hand_over(p, w, piece.kv_group(p));
       if constexpr (kReplaces) {
-        if (tokens.anchors) write_partial(w, replaced.state, scratch, partial + kOld);
+        if (tokens.anchors) write_partial(w, replaced.state, scratch, partial + kOld, value_scale);
       }
-      if (!tokens.anchors) write_partial(w, state, scratch, partial + kOld);
+      if (!tokens.anchors) write_partial(w, state, scratch, partial + kOld, value_scale);
     }
     if (at_end) {
-      if (piece.span(tile) == kFresh) write_partial(w, state, scratch, partial + kFresh);
+      if (piece.span(tile) == kFresh) write_partial(w, state, scratch, partial + kFresh, value_scale);
       break;
     }
     slot = slot + 1 == Stage::kCount ? 0 : slot + 1;
@@ -229,20 +251,21 @@ MAC_DEVICE void amend_piece(
 // Asks for the queries and the bands, which are read whatever match answers, while match is still looking. The
 // lengths and pages that this goes by may still be written by the launches before: a wrong one is a prefetch in
 // vain, within the caches all the same.
-template <typename T, int kHeadDim>
+template <typename Q, typename T, int kHeadDim>
 MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
-  constexpr int kLine = 64, kLines = (kHeadDim + kLine - 1) / kLine;  // elements; in a row
-  constexpr int kMostBytes = 20 << 20;                                // of the L2 cache's 50 MB
+  constexpr int kQueryLine = 64, kQueryLines = (kHeadDim + kQueryLine - 1) / kQueryLine;
+  constexpr int kLine = 128 / sizeof(T), kLines = (kHeadDim + kLine - 1) / kLine;  // elements; in a row
+  constexpr int kMostBytes = 20 << 20;                                             // of the L2 cache's 50 MB
   const int thread = blockIdx.x * kThreads + threadIdx.x, threads = gridDim.x * kThreads;
   const int B = p.shape.batch, H = p.shape.num_kv_heads, Hq = p.shape.num_qo_heads();
 #pragma unroll 1
   for (int row = thread; row < B * Hq; row += threads) {
-    const T* query =
-        static_cast<const T*>(p.query.data) + row / Hq * p.query.batch_stride + row % Hq * p.query.head_stride;
-    for (int i = 0; i < kLines; ++i) ptx::prefetch_l2(query + i * kLine);
+    const Q* query =
+        static_cast<const Q*>(p.query.data) + row / Hq * p.query.batch_stride + row % Hq * p.query.head_stride;
+    for (int i = 0; i < kQueryLines; ++i) ptx::prefetch_l2(query + i * kQueryLine);
   }
   const int64_t rows = int64_t{B} * p.band * H;
-  if (rows * kHeadDim * 4 > kMostBytes) return;
+  if (rows * kHeadDim * 2 * static_cast<int>(sizeof(T)) > kMostBytes) return;
 #pragma unroll 1
   for (int row = thread; row < rows; row += threads) {
     const int kv_head = row % H, request = row / H / p.band, n = p.requests.seq_lens[request];
@@ -265,10 +288,10 @@ constexpr int ctas_per_processor(int head_dim) {
   return head_dim <= 128 ? 2 : 1;
 }
 
-template <typename T, int kHeadDim, int kHeadBlocks>
+template <typename Q, int kHeadDim, int kHeadBlocks, typename T = Q>
 __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
     amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
-  if (p.matched.source) prefetch_bands<T, kHeadDim>(p, w);
+  if (p.matched.source) prefetch_bands<Q, T, kHeadDim>(p, w);
   ptx::grid_dependency_wait();  // match's answer
   constexpr bool kShort = kShortOfRegisters<kHeadDim, kHeadBlocks>;
   __shared__ Share shares[kShort ? kThreads : 1];
@@ -288,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
       drawn = ptx::atomic_add(w.drawn, 1);
       if (kShort) next = drawn;
     }
-    amend_piece<T, kHeadDim, kHeadBlocks>(p, w, piece);
+    amend_piece<Q, T, kHeadDim, kHeadBlocks>(p, w, piece);
     // Read once more, so that no register holds it meanwhile.
     leave_kv_head<kHeadDim>(p, w, Piece(piece), dynamic_shared());
     if (share.all_pieces <= ctas) break;

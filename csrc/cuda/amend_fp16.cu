@@ -3,7 +3,7 @@
 namespace mac_attn::cuda {
 
 cudaError_t launch_amend_fp16(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t stream) {
-  return launch_amend_type<fp16>(p, w, ctas, stream);
+  return launch_amend_type<fp16, fp16>(p, w, ctas, stream);
 }
 
 }  // namespace mac_attn::cuda

@@ -1,4 +1,5 @@
-// One translation unit per dtype includes this, so that they compile side by side.
+// One translation unit per dtype, of the queries and of the cache, includes this, so that they compile side by
+// side.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@ namespace mac_attn::cuda {
 // Calls `use` with the kernel for these sizes and its shared memory: so much that no more CTAs fit a processor than
 // the grid has for each. While match leaves the processors, one that is free before the others would else take a
 // third CTA, and another be left with one, for the whole step.
-template <typename T, typename Use>
+template <typename Q, typename T, typename Use>
 cudaError_t with_amend_kernel(int head_dim, int group_size, const Use& use) {
   int device = 0, all = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
@@ -22,19 +23,40 @@ cudaError_t with_amend_kernel(int head_dim, int group_size, const Use& use) {
   const int least = all / (ctas_per_processor(head_dim) + 1);  // beside it a CTA has static shared memory
   return with_head_dim(head_dim, [&](auto dim) {
     constexpr int kHeadDim = decltype(dim)::value;
-    return group_size <= 8 ? use(amend_kernel<T, kHeadDim, 1>, std::max(least, amend_shared_bytes<kHeadDim, 1>()))
-                           : use(amend_kernel<T, kHeadDim, 2>, std::max(least, amend_shared_bytes<kHeadDim, 2>()));
+    return group_size <= 8
+               ? use(amend_kernel<Q, kHeadDim, 1, T>, std::max(least, amend_shared_bytes<kHeadDim, 1, T>()))
+               : use(amend_kernel<Q, kHeadDim, 2, T>, std::max(least, amend_shared_bytes<kHeadDim, 2, T>()));
   });
 }
 
-template <typename T>
+template <typename Q, typename T>
 cudaError_t launch_amend_type(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t stream) {
-  return with_amend_kernel<T>(p.shape.head_dim, p.shape.group_size, [&](auto* kernel, int shared) {
+  return with_amend_kernel<Q, T>(p.shape.head_dim, p.shape.group_size, [&](auto* kernel, int shared) {
     return launch(kernel, dim3(ctas), kThreads, shared, stream, p, w);
+  });
+}
+
+// As many CTAs as the device is to hold at a time.
+template <typename Q, typename T>
+cudaError_t amend_ctas_type(const AmendParams& p, int32_t* ctas) {
+  int device = 0, processors = 0;
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+  return with_amend_kernel<Q, T>(p.shape.head_dim, p.shape.group_size, [&](auto* kernel, int shared) {
+    int each = 0;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, shared);
+    if (!error && each == 0) error = cudaErrorInvalidConfiguration;
+    *ctas = processors * std::min(each, ctas_per_processor(p.shape.head_dim));
+    return error;
   });
 }
 
 cudaError_t launch_amend_bf16(const AmendParams&, const AmendWorkspace&, int32_t ctas, cudaStream_t);
 cudaError_t launch_amend_fp16(const AmendParams&, const AmendWorkspace&, int32_t ctas, cudaStream_t);
+cudaError_t launch_amend_bf16_fp8(const AmendParams&, const AmendWorkspace&, int32_t ctas, cudaStream_t);
+cudaError_t launch_amend_fp16_fp8(const AmendParams&, const AmendWorkspace&, int32_t ctas, cudaStream_t);
+// Queries of both dtypes have the same shared memory and launch bounds.
+cudaError_t amend_ctas_fp8(const AmendParams&, int32_t* ctas);
 
 }  // namespace mac_attn::cuda

@@ -3,6 +3,7 @@
 //   carried = old on a miss; reused (+) old on a hit without anchors
 //   out = carried (+) fresh; by hit_weights on a hit with anchors, which nobody reuses
 //   entry p = (q_match, q, carried, anchors, depth)
+//   a sink joins `out` and its log-sum-exp, and nothing else
 //
 // Grid: one CTA for each (request, KV head), whose warps take the query heads. Traffic: two states, one record of
 // the ring read and perhaps one entry written, all small.
@@ -230,16 +231,20 @@ MAC_DEVICE void write_out(const CompleteParams& p, const CompleteWork& work, int
                           const CompleteHead<kHeadDim>& head) {
   const int lane = ptx::lane_id();
   const MergeWeights merge = merge_weights(head.carried_lse, head.fresh_lse);
-  T* out = static_cast<T*>(p.out) + work.request * p.out_batch_stride +
-           (work.kv_head * p.shape.group_size + g) * p.out_head_stride;
+  const int qo_head = work.kv_head * p.shape.group_size + g;
+  T* out = static_cast<T*>(p.out) + work.request * p.out_batch_stride + qo_head * p.out_head_stride;
+  MergeWeights tokens{1.f, 0.f, merge.lse};
+  if (p.sinks && work.seq_len != 0) tokens = merge_weights(merge.lse, p.sinks[qo_head]);
+  const float carried_weight = merge.first * tokens.first, fresh_weight = merge.second * tokens.first;
+  if (lane == 0) {
+    p.lse[work.row(p, g)] = work.bad ? NAN : tokens.lse;
+    if (work.reuses) p.ring.last_lse(work.slot, work.kv_head)[g] = merge.lse;
+  }
 #pragma unroll
   for (int i = 0; i < head.kLaneElements; ++i) {
-    const float value = head.carried[i] * merge.first + head.fresh[i] * merge.second;
+    const float value = head.carried[i] * carried_weight + head.fresh[i] * fresh_weight;
     if (lane + 32 * i < kHeadDim) out[lane + 32 * i] = ptx::from_float<T>(work.bad ? NAN : value);
   }
-  if (lane != 0) return;
-  p.lse[work.row(p, g)] = work.bad ? NAN : merge.lse;
-  if (work.reuses) p.ring.last_lse(work.slot, work.kv_head)[g] = merge.lse;
 }
 
 // At batch 1 this is a chain of waits for memory, so everything is asked for as early as its address is known.

@@ -89,14 +89,15 @@ constexpr int64_t max_pieces(int32_t ctas, int64_t passes) {
 inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_pages, int32_t ctas,
                      AmendWorkspace& w) {
   const KVPages& kv = params.kv;
+  const int64_t unit = kv.float8 ? 16 : 8;  // elements of 16 bytes
   const auto fits = [&](int64_t page_stride, int64_t token_stride) {
-    return num_pages * (page_stride / 8) + kv.page_size * (token_stride / 8) <= int64_t{UINT32_MAX};
+    return num_pages * (page_stride / unit) + kv.page_size * (token_stride / unit) <= int64_t{UINT32_MAX};
   };
   w.num_pages = num_pages;
-  w.k_page_units = static_cast<uint32_t>(kv.k_page_stride / 8);
-  w.v_page_units = static_cast<uint32_t>(kv.v_page_stride / 8);
-  w.k_token_units = static_cast<uint32_t>(kv.k_token_stride / 8);
-  w.v_token_units = static_cast<uint32_t>(kv.v_token_stride / 8);
+  w.k_page_units = static_cast<uint32_t>(kv.k_page_stride / unit);
+  w.v_page_units = static_cast<uint32_t>(kv.v_page_stride / unit);
+  w.k_token_units = static_cast<uint32_t>(kv.k_token_stride / unit);
+  w.v_token_units = static_cast<uint32_t>(kv.v_token_stride / unit);
   w.page_size = Divisor(kv.page_size);
   w.num_kv_heads = Divisor(params.shape.num_kv_heads);
   w.ctas = Divisor(ctas);
@@ -107,7 +108,7 @@ inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_p
 }
 
 // CTAs of the persistent amend grid on the current device.
-cudaError_t amend_ctas(int32_t head_dim, int32_t group_size, int32_t* ctas);
+cudaError_t amend_ctas(const AmendParams& params, int32_t* ctas);
 
 cudaError_t launch_unrotate(const UnrotateParams& params, cudaStream_t stream);
 cudaError_t launch_match(const MatchParams& params, const MatchWorkspace& workspace, cudaStream_t stream);

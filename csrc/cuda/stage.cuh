@@ -4,6 +4,8 @@
 // Traffic: each row once, 128 bytes at a time; a block-table entry for every row (one line for all of a page).
 #pragma once
 
+#include <type_traits>
+
 #include "ptx/async_copy.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
@@ -16,15 +18,24 @@ namespace mac_attn::cuda {
 // Padding would do the same, but an asynchronous copy of 128 bytes that straddles a line of shared memory is two
 // requests, some sectors in both: half as much again came out of the L2 cache.
 // Two stages of 8 KB for each of the 8 warps of a processor keep enough in flight; more only queue up, at a loss.
-template <int kHeadDim>
+// Those of fp8 are half as long, so there are so many that as much is in flight while one is computed.
+template <int kHeadDim, typename T = bf16>
 struct Stage {
-  static constexpr int kCount = kHeadDim < 128 ? 3 : 2;   // in the pipeline
-  static constexpr int kRow = (kHeadDim + 63) / 64 * 64;  // elements: whole lines
+  static constexpr bool kHalf = sizeof(T) == 1;
+  static constexpr int kCount = kHeadDim < 128 ? (kHalf ? 6 : 3) : kHalf ? 3 : 2;  // in the pipeline
+  static constexpr int kRow = (kHeadDim + 63) / 64 * 64;                           // elements: whole lines, or half
   static constexpr int kElements = 2 * kWarpTokens * kRow;
-  static constexpr int kBytes = kElements * 2;
+  static constexpr int kBytes = kElements * static_cast<int>(sizeof(T));
+  static constexpr int kUnit = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
+  static constexpr bool kHalfLines = kRow * sizeof(T) < 128;
 
   // Where 16-byte piece `piece` of row `row` lies, in elements from the row's beginning.
-  MAC_DEVICE static int place(int row, int piece) { return ((piece & ~7) | ((piece ^ row) & 7)) * 8; }
+  MAC_DEVICE static int place(int row, int piece) {
+    if constexpr (kHalfLines) return (piece ^ (row / 2 & 3)) * kUnit;  // two rows share a line
+    return ((piece & ~7) | ((piece ^ row) & 7)) * kUnit;
+  }
+  // Which rows of a tile are there, 16 bits for each of the rounds in flight.
+  using Valid = std::conditional_t<kWarpTokens*(kCount + 1) <= 64, uint64_t, unsigned __int128>;
 };
 
 // The token row that a lane has looked up: lanes r and r + 16 row r of the warp's 16.
@@ -52,10 +63,12 @@ MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Pie
   return row;
 }
 
-// Eight lanes side by side copy a row's 128 bytes at a time: whole lines of the L2 cache.
+// Eight lanes side by side copy a row's 128 bytes at a time: whole lines of the L2 cache. Four do of 64 bytes.
 template <typename T, int kHeadDim>
 MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, Row row, T* stage) {
-  constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = 4, kUnit = 8;  // elements of 16 bytes
+  using Stage = Stage<kHeadDim, T>;
+  constexpr int kUnit = Stage::kUnit, kChunks = kHeadDim / kUnit;
+  constexpr int kLanes = Stage::kHalfLines ? 4 : 8, kRowsAtOnce = 32 / kLanes;
   const int lane = ptx::lane_id();
   // A page id outside the cache is not followed: the request is marked and answers NaN.
   if (row.valid && row.page >= static_cast<uint32_t>(w.num_pages)) {
@@ -71,17 +84,17 @@ MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const 
   const T* v_head = static_cast<const T*>(p.kv.v) + piece.kv_head * p.kv.v_head_stride;
 #pragma unroll
   for (int first = 0; first < kWarpTokens; first += kRowsAtOnce) {
-    const int r = first + lane / 8;
+    const int r = first + lane / kLanes;
     const bool fill = valid >> r & 1u;
     const T* k = k_head + static_cast<uint64_t>(ptx::shfl(k_place, r)) * kUnit;
     const T* v = v_head + static_cast<uint64_t>(ptx::shfl(v_place, r)) * kUnit;
-    T* k_row = stage + r * Stage<kHeadDim>::kRow;
-    T* v_row = k_row + kWarpTokens * Stage<kHeadDim>::kRow;
+    T* k_row = stage + r * Stage::kRow;
+    T* v_row = k_row + kWarpTokens * Stage::kRow;
 #pragma unroll
-    for (int chunk = lane % 8; chunk < kChunks; chunk += 8) {
-      const int place = Stage<kHeadDim>::place(r, chunk);
-      ptx::cp_async_16(k_row + place, k + chunk * 8, fill);
-      ptx::cp_async_16(v_row + place, v + chunk * 8, fill);
+    for (int chunk = lane % kLanes; chunk < kChunks; chunk += kLanes) {
+      const int place = Stage::place(r, chunk);
+      ptx::cp_async_16(k_row + place, k + chunk * kUnit, fill);
+      ptx::cp_async_16(v_row + place, v + chunk * kUnit, fill);
     }
   }
 }

@@ -1,4 +1,4 @@
-// The 16-bit formats as the kernels store them; arithmetic is fp32.
+// The 16-bit formats as the kernels store them, and what a KV cache may hold besides; arithmetic is fp32.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,9 @@ struct bf16 {
 };
 struct fp16 {
   uint16_t bits;
+};
+struct fp8 {  // e4m3fn
+  uint8_t bits;
 };
 
 }  // namespace mac_attn

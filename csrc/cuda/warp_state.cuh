@@ -3,6 +3,13 @@
 //   S^T [16 tokens, heads] = K Q^T,   O^T [D, heads] += V^T P^T.
 // The maximum a weight is relative to moves only when a logit passes it by 8 (log2): until then neither a
 // shuffle nor a rescaling is needed, and no weight exceeds 256.
+//
+// fp8 becomes fp16 on its way from shared memory to the MMAs, and so do the queries and the weights: fp16 holds
+// every fp8 number, and its weights are finer than those of bf16. bf16 reaches further than fp16, so a query is
+// brought to fp16's range by a power of two that its logits are multiplied by again.
+// A register that ldmatrix fills has four neighbouring dimensions of a K row in place of two, or two of two V rows.
+// So the dimensions of a step of 16 are multiplied in another order, which the query has in shared memory
+// (load_query), and those of the output come in another (write_partial).
 // Traffic: shared memory only.
 #pragma once
 
@@ -17,8 +24,38 @@ namespace mac_attn::cuda {
 constexpr int kNoHead = 0x7ffffffe;
 constexpr float kMaxLead = 8.f;  // log2, see above
 
-// One warp's running softmax over its tokens. A lane holds heads 2 (lane % 4) + {0, 1} of each block of
-// eight, of O^T rows lane / 4 + {0, 8} of each 16.
+template <typename T>
+constexpr bool kIsFp8 = std::is_same_v<T, fp8>;
+// What the MMAs multiply where the cache holds T.
+template <typename T>
+using Factor = std::conditional_t<kIsFp8<T>, fp16, T>;
+
+// Brings a query row's 8 numbers of this lane to fp16's range; `scale` is multiplied by what undoes that. The whole
+// warp takes part.
+template <typename Q>
+MAC_DEVICE void to_fp16(uint32_t (&pairs)[4], float& scale) {
+  if constexpr (std::is_same_v<Q, bf16>) {
+    uint32_t high = 0;
+    for (const uint32_t pair : pairs) {
+      const uint32_t a = pair & 0x7fffu, b = pair >> 16 & 0x7fffu;
+      high = a > high ? a : high, high = b > high ? b : high;
+    }
+    // The greatest becomes 2^8 at least, less than 2^9, so that what fp16 rounds off is 2^-32 of it. One that is
+    // not finite stays what it is.
+    constexpr int kWanted = 127 + 8;
+    int exponent = static_cast<int>(ptx::reduce_max(high) >> 7);
+    exponent = exponent == 255 ? kWanted : exponent < 9 ? 9 : exponent;
+    const float factor = bits_float(static_cast<uint32_t>(127 + kWanted - exponent) << 23);
+    scale *= bits_float(static_cast<uint32_t>(127 + exponent - kWanted) << 23);
+    for (uint32_t& pair : pairs) {
+      const float2 x = ptx::unpack2<bf16>(pair);
+      pair = ptx::pack2<fp16>(x.x * factor, x.y * factor);
+    }
+  }
+}
+
+// One warp's running softmax over its tokens, where the cache holds T. A lane holds heads 2 (lane % 4) + {0, 1} of
+// each block of eight, of O^T rows lane / 4 + {0, 8} of each 16.
 template <typename T, int kHeadDim, int kHeadBlocks, bool kReplaced = false>
 struct WarpState {
   static constexpr int kSteps = kHeadDim / 16;
@@ -43,15 +80,43 @@ struct WarpState {
     }
   }
 
-  // Brings the query heads of a pass to `shared`. `rows`: of the group. The whole block takes part.
-  MAC_DEVICE void load_query(const T* rows, int64_t head_stride, int heads, T* shared) {
+  // What the logits of a column are multiplied by, with fp8: it lies in the padding of the query's row.
+  MAC_DEVICE static float* column_scale(Factor<T>* query, int column) {
+    return reinterpret_cast<float*>(query + column * kQueryRow + kHeadDim);
+  }
+  MAC_DEVICE static float column_scale(const Factor<T>* query, int column) {
+    return *reinterpret_cast<const float*>(query + column * kQueryRow + kHeadDim);
+  }
+
+  // Brings the query heads of a pass to `shared`. `rows`: of the group; `scale`: of the logits, with fp8. The whole
+  // block takes part.
+  template <typename Q>
+  MAC_DEVICE void load_query(const Q* rows, int64_t head_stride, int heads, [[maybe_unused]] float scale,
+                             Factor<T>* shared) {
     constexpr int kPieces = kHeadDim / 8;
     const int lane = ptx::lane_id();
+    if constexpr (kIsFp8<T>) {
+      static_assert(kPieces <= 32, "a row is a warp's");
 #pragma unroll 1
-    for (int i = threadIdx.x; i < 8 * kHeadBlocks * kPieces; i += kThreads) {
-      const int g = i / kPieces, d = i % kPieces * 8;
-      const uint4 data = g < heads ? ptx::load_16(rows + g * head_stride + d) : uint4{0, 0, 0, 0};
-      ptx::store_16(shared + g * kQueryRow + d, data);
+      for (int g = threadIdx.x / 32; g < 8 * kHeadBlocks; g += kWarps) {
+        const int d = lane * 8;
+        const bool mine = lane < kPieces;
+        const uint4 data = mine && g < heads ? ptx::load_16(rows + g * head_stride + d) : uint4{0, 0, 0, 0};
+        uint32_t pairs[4] = {data.x, data.y, data.z, data.w};
+        float logit_scale = scale;
+        to_fp16<Q>(pairs, logit_scale);
+        // Dimensions 4 c + 2 i + {0, 1} of 16 go to 8 i + 2 c + {0, 1}.
+        Factor<T>* to = shared + g * kQueryRow + d / 16 * 16 + d % 16 / 2;
+        if (mine) ptx::store_8(to, {pairs[0], pairs[2]}), ptx::store_8(to + 8, {pairs[1], pairs[3]});
+        if (lane == 0) *column_scale(shared, g) = logit_scale;
+      }
+    } else {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < 8 * kHeadBlocks * kPieces; i += kThreads) {
+        const int g = i / kPieces, d = i % kPieces * 8;
+        const uint4 data = g < heads ? ptx::load_16(rows + g * head_stride + d) : uint4{0, 0, 0, 0};
+        ptx::store_16(shared + g * kQueryRow + d, data);
+      }
     }
     ptx::sync_block();
     if constexpr (kQueryInRegisters) {
@@ -78,21 +143,29 @@ MAC_DEVICE void load_starts(const AmendParams& p, const Piece& piece, int* start
 // lane / 4 + 8.
 template <typename T, int kHeadDim, int kHeadBlocks, bool kReplaced>
 MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, kHeadBlocks, kReplaced>& state,
-                            const int* starts, const T* stage, const T* query, int first_token, uint32_t valid,
-                            float (&x)[kHeadBlocks][4]) {
+                            const int* starts, const T* stage, const Factor<T>* query, int first_token,
+                            uint32_t valid, float (&x)[kHeadBlocks][4]) {
+  using Stage = Stage<kHeadDim, T>;
   constexpr int kSteps = kHeadDim / 16;
   const int lane = ptx::lane_id();
   // Two chains of MMAs hide their latency; two blocks of heads are two chains already.
   float sum[2][4] = {};
-  const T* row = stage + (lane % 8 + lane / 8 % 2 * 8) * Stage<kHeadDim>::kRow;
+  const T* row = stage + (lane % 8 + lane / 8 % 2 * 8) * Stage::kRow;
   // The upper lanes read the second block, of one block the step after.
-  const T* query_row =
+  const Factor<T>* query_row =
       query + (lane % 8 + (kHeadBlocks > 1 ? lane / 16 * 8 : 0)) * state.kQueryRow + lane / 8 % 2 * 8;
   uint32_t q[4];
+  [[maybe_unused]] uint32_t bytes[4];  // of this step and the next, of an odd last one twice the same
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     uint32_t k[4];
-    ptx::ldmatrix_x4(k, row + Stage<kHeadDim>::place(lane, 2 * s + lane / 16));
+    if constexpr (kIsFp8<T>) {
+      if (s % 2 == 0) ptx::ldmatrix_x4(bytes, row + Stage::place(lane, s + (s + 1 < kSteps ? lane / 16 : 0)));
+      const uint2 low = ptx::fp8_to_fp16(bytes[s % 2 * 2]), high = ptx::fp8_to_fp16(bytes[s % 2 * 2 + 1]);
+      k[0] = low.x, k[1] = high.x, k[2] = low.y, k[3] = high.y;
+    } else {
+      ptx::ldmatrix_x4(k, row + Stage::place(lane, 2 * s + lane / 16));
+    }
     if constexpr (state.kQueryInRegisters) {
       q[0] = state.q[s][0], q[1] = state.q[s][1];
     } else if (kHeadBlocks > 1) {
@@ -104,14 +177,15 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
     }
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
-      ptx::mma_m16n8k16<T>(sum[kHeadBlocks == 1 ? s % 2 : b], k, q[2 * b], q[2 * b + 1]);
+      ptx::mma_m16n8k16<Factor<T>>(sum[kHeadBlocks == 1 ? s % 2 : b], k, q[2 * b], q[2 * b + 1]);
     }
   }
   for (int i = 0; i < 4; ++i) {
     const int token = first_token + lane / 4 + i / 2 * 8;
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
-      float logit = (kHeadBlocks == 1 ? sum[0][i] + sum[1][i] : sum[b][i]) * p.sm_scale;
+      const float scale = kIsFp8<T> ? state.column_scale(query, b * 8 + lane % 4 * 2 + i % 2) : p.sm_scale;
+      float logit = (kHeadBlocks == 1 ? sum[0][i] + sum[1][i] : sum[b][i]) * scale;
       if (p.logits_soft_cap > 0.f) logit = p.logits_soft_cap * ptx::tanh(logit / p.logits_soft_cap);
       const bool counts = token >= starts[b * 8 + lane % 4 * 2 + i % 2];
       x[b][i] = (valid >> (lane / 4 + i / 2 * 8) & 1u) && counts ? logit * kLog2E : -INFINITY;
@@ -177,6 +251,8 @@ MAC_DEVICE void add_light(WarpState<T, kHeadDim, kHeadBlocks, kReplaced>& state,
 template <typename T, int kHeadDim, int kHeadBlocks, bool kReplaced>
 MAC_DEVICE void add_values(WarpState<T, kHeadDim, kHeadBlocks, kReplaced>& state, const float (&x)[kHeadBlocks][4],
                            const T* stage) {
+  using Stage = Stage<kHeadDim, T>;
+  constexpr int kSteps = kHeadDim / 16;
   const int lane = ptx::lane_id();
   uint32_t weights[kHeadBlocks][2];
 #pragma unroll
@@ -184,21 +260,34 @@ MAC_DEVICE void add_values(WarpState<T, kHeadDim, kHeadBlocks, kReplaced>& state
     for (int half = 0; half < 2; ++half) {
       float weight[2];
       for (int i = 0; i < 2; ++i) weight[i] = ptx::ex2(x[b][2 * half + i] - finite_or_zero(state.max[b][i]));
-      const uint32_t pair = ptx::pack2<T>(weight[0], weight[1]);
+      const uint32_t pair = ptx::pack2<Factor<T>>(weight[0], weight[1]);
       // Sum what the MMA multiplies by, so that numerator and denominator are rounded alike.
-      const float2 rounded = ptx::unpack2<T>(pair);
+      const float2 rounded = ptx::unpack2<Factor<T>>(pair);
       state.sum[b][0] += rounded.x;
       state.sum[b][1] += rounded.y;
       weights[b][half] = ptx::movmatrix_trans(pair);
     }
   }
-  const T* row = stage + (kWarpTokens + lane / 16 * 8 + lane % 8) * Stage<kHeadDim>::kRow;
+  const T* row = stage + (kWarpTokens + lane / 16 * 8 + lane % 8) * Stage::kRow;
+  [[maybe_unused]] uint32_t bytes[4];
 #pragma unroll
-  for (int s = 0; s < kHeadDim / 16; ++s) {
+  for (int s = 0; s < kSteps; ++s) {
     uint32_t v[4];
-    ptx::ldmatrix_x4_trans(v, row + Stage<kHeadDim>::place(lane, 2 * s + lane / 8 % 2));
+    if constexpr (kIsFp8<T>) {
+      // Of two dimensions the first is a row of the upper half of the product, the second of the lower.
+      if (s % 2 == 0) {
+        ptx::ldmatrix_x4_trans(bytes, row + Stage::place(lane, s + (s + 1 < kSteps ? lane / 8 % 2 : 0)));
+      }
+      const uint2 low = ptx::fp8_to_fp16(ptx::swap_middle_bytes(bytes[s % 2]));
+      const uint2 high = ptx::fp8_to_fp16(ptx::swap_middle_bytes(bytes[s % 2 + 2]));
+      v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+    } else {
+      ptx::ldmatrix_x4_trans(v, row + Stage::place(lane, 2 * s + lane / 8 % 2));
+    }
 #pragma unroll
-    for (int b = 0; b < kHeadBlocks; ++b) ptx::mma_m16n8k16<T>(state.out[b][s], v, weights[b][0], weights[b][1]);
+    for (int b = 0; b < kHeadBlocks; ++b) {
+      ptx::mma_m16n8k16<Factor<T>>(state.out[b][s], v, weights[b][0], weights[b][1]);
+    }
   }
 }
 

@@ -96,7 +96,8 @@ def capture(model: PreTrainedModel, ids: Tensor, *, steps: int = 512, seeded: in
         seeded: how many positions before them have their queries kept for `mac_attn.seed`, >= 1.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, or layers have different head counts.
+        ValueError, TypeError: an argument does not fit, layers have different head counts, or
+            attention sinks.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -117,6 +118,8 @@ def capture(model: PreTrainedModel, ids: Tensor, *, steps: int = 512, seeded: in
     ) -> tuple[Tensor, None]:
         if kwargs.get("sliding_window") is not None:
             raise ValueError("model has layers with local attention, must attend in full in all")
+        if kwargs.get("s_aux") is not None:
+            raise ValueError("model has attention sinks, must have none: the replay does not")
         scale = kwargs.get("scaling")
         scales.add(1 / math.sqrt(query.shape[-1]) if scale is None else float(scale))
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H, D]

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .reuse import HeadStep, ReferenceReuse
 from .sample import Choose, draw_sample, first_tau
-from .states import KVCache, attention_state, gather_kv
-
+from .states import KVCache, Scale, attention_state, gather_kv
 
 SAMPLED_KEYS = 512  # by which `seed` measures their spread: evenly over the tokens
 
@@ -38,6 +37,9 @@ def decode(
     sm_scale: float | None = None,
     logits_soft_cap: float = 0.0,
     kv_layout: str = "NHD",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    sinks: Tensor | None = None,
     choose: Choose = draw_sample,
 ) -> Step:
     """One decode step, as `mac_attn.decode`; without `reuse` exact attention.
@@ -58,7 +60,7 @@ def decode(
     for b, n in enumerate(seq_lens.tolist()):
         if n == 0:
             continue  # a padding row: the empty state, and its slot stays as it was
-        k, v = gather_kv(kv_cache, block_table[b], n, kv_layout)
+        k, v = gather_kv(kv_cache, block_table[b], n, kv_layout, (k_scale, v_scale))
         kv = list(zip(k.unbind(1), v.unbind(1), strict=True))
         groups = q[b].chunk(len(kv))
         if reuse is None or (slots is not None and slots[b] == -1):
@@ -80,7 +82,17 @@ def decode(
         slot.end = n
         for name in ("out", "lse", "source"):
             getattr(result, name)[b] = torch.cat([getattr(head, name) for head in result.heads[b]])
+    if sinks is not None:
+        add_sinks(result, sinks.cpu().double(), seq_lens.cpu() > 0)
     return result
+
+
+def add_sinks(step: Step, sinks: Tensor, active: Tensor) -> None:
+    """Add a logit `[Hq]` whose value is 0 to the softmax of the active requests `[B]`."""
+    lse = torch.logaddexp(step.lse, sinks)
+    share = torch.where(lse == -torch.inf, 0.0, torch.exp(step.lse - lse))
+    step.out = torch.where(active[:, None, None], step.out * share[..., None], step.out)
+    step.lse = torch.where(active[:, None], lse, step.lse)
 
 
 def seed(
@@ -96,6 +108,8 @@ def seed(
     sm_scale: float | None = None,
     logits_soft_cap: float = 0.0,
     kv_layout: str = "NHD",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     choose: Choose = draw_sample,
 ) -> None:
     """Write entries of the last T prompt queries, as `mac_attn.seed`, and how far the keys spread.
@@ -113,7 +127,7 @@ def seed(
         slot = reuse.slots[int(slots[b])]
         reuse.resume(slot, n - length, -1 if request_ids is None else int(request_ids[b]))
         slot.end = n
-        k, v = gather_kv(kv_cache, block_table[b], n, kv_layout)
+        k, v = gather_kv(kv_cache, block_table[b], n, kv_layout, (k_scale, v_scale))
         rotated, queries = (
             x[b].cpu().double().unflatten(1, (reuse.num_kv_heads, -1)) for x in (q, q_match)
         )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 State = tuple[Tensor, Tensor]
 KVCache = Tensor | tuple[Tensor, Tensor]
+Scale = Tensor | float | None
 
 
 def attention_logits(q: Tensor, k: Tensor, sm_scale: float, logits_soft_cap: float) -> Tensor:
@@ -49,18 +50,25 @@ def merge_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> State:
 
 
 def gather_kv(
-    kv_cache: KVCache, block_table_row: Tensor, n: int, kv_layout: str = "NHD"
+    kv_cache: KVCache,
+    block_table_row: Tensor,
+    n: int,
+    kv_layout: str = "NHD",
+    scales: tuple[Scale, Scale] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """The first n tokens of one request: k and v `[n, num_kv_heads, D]`, float64.
 
     `kv_cache` is a pair of `[num_pages, page_size, num_kv_heads, D]` (NHD) or `[num_pages,
     num_kv_heads, page_size, D]` (HND), or one tensor with the pair in dimension 1. Only the first
-    `ceil(n / page_size)` ids of `block_table_row` are looked at.
+    `ceil(n / page_size)` ids of `block_table_row` are looked at. `scales`, of K and V, are what the
+    numbers of a float8 cache are multiplied by: one, or one for each KV head.
     """
     pair = kv_cache.unbind(1) if isinstance(kv_cache, Tensor) else kv_cache
     tokens = []
-    for pages in pair:
+    for pages, scale in zip(pair, scales, strict=True):
         pages = pages.transpose(1, 2) if kv_layout == "HND" else pages
         ids = block_table_row[: -(-n // pages.shape[1])].long()
-        tokens.append(pages[ids].flatten(0, 1)[:n].cpu().double())
+        numbers = pages[ids].flatten(0, 1)[:n].cpu().double()
+        factor = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float64).cpu()
+        tokens.append(numbers * factor.reshape(-1, 1))
     return tokens[0], tokens[1]

@@ -41,19 +41,44 @@ struct State {
   std::vector<double> out = std::vector<double>(kHeadDim, 0.0);
 };
 
+// float8_e4m3fn but for NaN, with as many subnormals as any other exponent.
+std::vector<uint8_t> random_bytes(size_t count) {
+  std::vector<uint8_t> bytes(count);
+  for (uint8_t& byte : bytes) {
+    do byte = static_cast<uint8_t>(generator());
+    while ((byte & 127) == 127);
+  }
+  return bytes;
+}
+float float8_value(uint8_t byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  const float magnitude = std::ldexp(float(exponent ? 8 + mantissa : mantissa), std::max(exponent, 1) - 10);
+  return byte & 128 ? -magnitude : magnitude;
+}
+
 struct Model {
   int max_pages;
   std::vector<float> k, v;
+  std::vector<uint8_t> k_bytes, v_bytes;  // of a float8 cache, whose values are in k and v
+  std::vector<float> k_scale, v_scale;
   std::vector<int32_t> block_table;
   std::vector<float> query = random_floats(kBatch * kHeads * kHeadDim);
   std::vector<int32_t> seq_lens = std::vector<int32_t>(kBatch);
   std::vector<int32_t> slots = {2, 0};
 
   // Page i of request b is page i * kBatch + b of the cache.
-  explicit Model(int longest)
+  Model(int longest, bool float8)
       : max_pages((longest + kPageSize - 1) / kPageSize),
         k(random_floats(size_t(kBatch) * max_pages * kPageSize * kKvHeads * kHeadDim)),
         v(random_floats(k.size())) {
+    if (float8) {
+      k_bytes = random_bytes(k.size()), v_bytes = random_bytes(v.size());
+      k_scale = {0.01f, 0.02f}, v_scale = {0.03f};
+      for (size_t i = 0; i < k.size(); ++i) {
+        k[i] = float8_value(k_bytes[i]) * k_scale[i / kHeadDim % kKvHeads];
+        v[i] = float8_value(v_bytes[i]) * v_scale[0];
+      }
+    }
     for (int b = 0; b < kBatch; ++b) {
       for (int i = 0; i < max_pages; ++i) block_table.push_back(i * kBatch + b);
     }
@@ -95,8 +120,8 @@ struct RingMemory {
 // Decodes `tokens` tokens after `first`. The query changes only every `repeat` steps, so with a threshold above 0
 // the steps between are hits on an equal query, whose result must still be exact: what the anchors tell of the rest
 // is that it has not moved. Returns the largest error.
-double decode(int first, int tokens, float threshold, int repeat, int64_t& hits) {
-  Model model(first + tokens + 5);
+double decode(int first, int tokens, float threshold, int repeat, int64_t& hits, bool float8 = false) {
+  Model model(first + tokens + 5, float8);
   RingMemory ring;
   std::vector<float> thresholds(kHeads, threshold);
   const Shape shape{kBatch, kKvHeads, kGroup, kHeadDim};
@@ -125,10 +150,16 @@ double decode(int first, int tokens, float threshold, int repeat, int64_t& hits)
 
     AmendParams amend{};
     amend.shape = shape, amend.dtype = DType::kFloat32, amend.query = now, amend.requests = requests;
-    amend.kv = {model.k.data(),      model.v.data(), kPageSize * kKvHeads * kHeadDim,
-                kKvHeads * kHeadDim, kHeadDim,       kPageSize * kKvHeads * kHeadDim,
-                kKvHeads * kHeadDim, kHeadDim,       model.block_table.data(),
-                model.max_pages,     kPageSize};
+    amend.kv.k = model.k.data(), amend.kv.v = model.v.data();
+    if (float8) {
+      amend.kv.k = model.k_bytes.data(), amend.kv.v = model.v_bytes.data(), amend.kv.float8 = true;
+      amend.kv.k_scale = {model.k_scale.data(), 1}, amend.kv.v_scale = {model.v_scale.data(), 0};
+    }
+    amend.kv.k_page_stride = amend.kv.v_page_stride = kPageSize * kKvHeads * kHeadDim;
+    amend.kv.k_token_stride = amend.kv.v_token_stride = kKvHeads * kHeadDim;
+    amend.kv.k_head_stride = amend.kv.v_head_stride = kHeadDim;
+    amend.kv.block_table = model.block_table.data(), amend.kv.block_table_stride = model.max_pages;
+    amend.kv.page_size = kPageSize;
     amend.matched = matched, amend.ring = ring.view(), amend.band = kBand, amend.num_anchors = kAnchors;
     amend.sm_scale = 1 / std::sqrt(float(kHeadDim));
     amend.out = states.data(), amend.lse = state_lse.data(), amend.log_ratio = log_ratio.data();
@@ -187,5 +218,9 @@ int main() {
   error = decode(kLongFirst, kLongTokens, 1e-6f, kLongTokens, hits);
   const int64_t last_step = kBatch * kKvHeads;
   failed += check("a long context is exact", error < kTolerance && hits == last_step, error, hits, kLongTokens);
+  error = decode(kFirst, kTokens, 0.f, 1, hits, true);
+  failed += check("float8 at threshold 0 is exact", error < kTolerance && hits == 0, error, hits);
+  error = decode(kFirst, kTokens, 1e-6f, 8, hits, true);
+  failed += check("a hit on float8 is exact", error < kTolerance && expected(), error, hits);
   return failed;
 }

@@ -16,7 +16,15 @@ from torch import Tensor
 import mac_attn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ODD_DTYPES = (*DTYPES, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool)
+ODD_DTYPES = (
+    *DTYPES,
+    torch.float8_e4m3fn,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+)
 INTS = (0, 1, -1, 2, 7, 63, 2**15, 2**31 - 1, -(2**31), 2**30)
 WIDE_INTS = (*INTS, 2**31, 2**32, 2**62, 2**63 - 1, -(2**63))
 FLOATS = (0.0, 1.0, -1.0, 1e-45, 3e38, -3e38, float("inf"), float("nan"), 1e30, -float("inf"))
@@ -34,6 +42,7 @@ class Call:
         self.slots, self.entries, self.num_anchors = 5 - pick(1, 4), 7 - pick(1, 6), pick(0, 3)
         self.band, self.page_size, self.max_pages = pick(1, 5), 6 - pick(1, 5), 5 - pick(0, 5)
         self.num_pages = 6 - pick(0, 6)
+        self.float8 = pick(0, 2) == 1
         self.dtype = draw.PickValueInList(list(DTYPES))
         self.per_head = self.num_anchors == 0 and draw.ConsumeBool()
         self.generator = torch.Generator().manual_seed(pick(0, 2**16))
@@ -41,6 +50,14 @@ class Call:
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
+
+    def pages(self, *shape: int) -> Tensor:
+        return self.normal(*shape, dtype=torch.float8_e4m3fn if self.float8 else None)
+
+    def scale(self) -> Tensor | None:
+        """Of a float8 cache."""
+        shape = ([], [1], [self.kv_heads])[self.draw.ConsumeIntInRange(0, 2)]
+        return torch.full(shape, 0.5) if self.float8 else None
 
     def ints(self, *shape: int, low: int, high: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.randint(low, max(low + 1, high), shape, generator=self.generator).to(dtype)
@@ -65,8 +82,10 @@ class Call:
         return {
             "q": lambda: self.normal(B, H * G, D),
             "q_match": lambda: self.normal(B, H * G, D),
-            "k_cache": lambda: self.normal(*cache),
-            "v_cache": lambda: self.normal(*cache),
+            "k_cache": lambda: self.pages(*cache),
+            "v_cache": lambda: self.pages(*cache),
+            "k_scale": self.scale,
+            "v_scale": self.scale,
             "hnd": lambda: False,
             "block_table": lambda: self.ints(B, self.max_pages, low=0, high=self.num_pages),
             "seq_lens": lambda: lens,
@@ -88,6 +107,7 @@ class Call:
             "layer": lambda: 3,
             "threshold": lambda: torch.full((H * G,), 3.0),
             "relative": lambda: self.draw.ConsumeBool(),
+            "max_drift": lambda: self.draw.PickValueInList([0.0, 3.0]),
             "per_head": lambda: self.per_head,
             "window": lambda: 6,
             "band": lambda: self.band,
@@ -95,6 +115,9 @@ class Call:
             "max_reuse_depth": lambda: 1 if S else 2**31 - 1,
             "sm_scale": lambda: 0.25,
             "logits_soft_cap": lambda: self.draw.PickValueInList([0.0, 2.0]),
+            "sinks": lambda: self.draw.PickValueInList(
+                [None, self.normal(H * G, dtype=torch.float32)]
+            ),
             "workspace": lambda: None,
             "error_flag": lambda: None,
             "inv_freq": lambda: None,
@@ -155,6 +178,10 @@ class Call:
             self.args[name] = self.draw.PickValueInList(list(FLOATS))
         elif name == "request_ids":
             self.args[name] = self.ints(self.batch, low=-1, high=4, dtype=torch.int64)
+        elif name == "sinks":
+            self.args[name] = torch.full((self.kv_heads * self.group,), 3.0)
+        elif name in ("k_scale", "v_scale"):
+            self.args[name] = torch.ones(self.kv_heads)
         elif name == "inv_freq":
             self.args[name] = self.frequencies()
 
@@ -172,7 +199,10 @@ class Call:
             shape[at] = max(0, shape[at] + self.draw.PickValueInList([-1, 1, 3, -shape[at]]))
             return torch.zeros(shape, dtype=value.dtype)
         if how == 7:
-            return value[None] if self.draw.ConsumeBool() or not shape else value.sum(0).to(value)
+            if self.draw.ConsumeBool() or not shape:
+                return value[None]
+            wide = value.float() if value.dtype == torch.float8_e4m3fn else value
+            return wide.sum(0).to(value)
         return self.other_strides(value)
 
     def other_values(self, value: Tensor) -> Tensor:
@@ -185,7 +215,9 @@ class Call:
             if value.numel() == 0:
                 break
             at = self.draw.ConsumeIntInRange(0, value.numel() - 1)
-            if value.is_floating_point():
+            if value.dtype == torch.float8_e4m3fn:  # any byte is a number
+                value.view(-1).view(torch.uint8)[at] = self.draw.ConsumeIntInRange(0, 255)
+            elif value.is_floating_point():
                 value.view(-1)[at] = self.draw.PickValueInList(list(FLOATS))
             elif value.dtype in (torch.int32, torch.int64):
                 value.view(-1)[at] = (

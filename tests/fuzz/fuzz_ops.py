@@ -80,6 +80,9 @@ def exact_decode(call: Call) -> None:
         a["seq_lens"],
         sm_scale=a["sm_scale"],
         logits_soft_cap=a["logits_soft_cap"],
+        k_scale=a["k_scale"],
+        v_scale=a["v_scale"],
+        sinks=a["sinks"],
         out=a["out"],
     )
 

@@ -21,7 +21,7 @@ std::string list(const std::vector<int>& values) {
 }  // namespace
 
 std::string AmendSpec::name() const {
-  return std::string("amend ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") +
+  return std::string("amend ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") + (fp8 ? " on fp8" : "") +
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
          " D=" + std::to_string(head_dim) + " page=" + std::to_string(page_size) + (hnd ? " HND" : " NHD") +
          " n=" + list(seq_lens) + (exact ? " exact" : " W=" + std::to_string(band)) +
@@ -47,7 +47,8 @@ AmendCase::AmendCase(const AmendSpec& spec)
       data_(spec.seed),
       softmax_{static_cast<float>(1 / std::sqrt(spec.head_dim)), static_cast<float>(spec.soft_cap)},
       query_(spec.dtype, static_cast<int>(spec.seq_lens.size()), heads(), spec.head_dim, spec.sharpness, data_),
-      pages_(spec.dtype, spec.seq_lens, spec.num_kv_heads, spec.head_dim, spec.page_size, spec.hnd, data_) {
+      pages_(spec.dtype, spec.fp8, spec.seq_lens, spec.num_kv_heads, spec.head_dim, spec.page_size, spec.hnd,
+             data_) {
   const int batch = static_cast<int>(spec.seq_lens.size()), H = spec.num_kv_heads, G = spec.group_size;
   for (int i = 0; i < ring.num_slots; ++i) slots_.push_back(i);
   data_.shuffle(slots_);
@@ -112,9 +113,7 @@ AmendCase::AmendCase(const AmendSpec& spec)
           const double logit = 6 + data_.below(8), one = reference::logit(q, q, {softmax_.scale, 0});
           for (int d = 0; d < spec.head_dim; ++d) k[token][d] = q[d] * logit / one;
         }
-        for (reference::Vector* row : {&k[token], &v[token]}) {
-          for (double& x : *row) x = decode(spec.dtype, encode(spec.dtype, x));
-        }
+        pages_.round(h, k[token], v[token]);
         pages_.set(b, token, h, k[token], v[token]);
       }
       keys_[b].push_back(std::move(k)), values_[b].push_back(std::move(v));
@@ -268,14 +267,17 @@ void AmendCase::run(const Run& run) {
   anchor_weights_.assign(groups * spec_.anchors, 12345.f);
   sampled_.assign(groups, kGarbage);
   unchanged_ = {};
-  unchanged_.note(query_.bits()), unchanged_.note(pages_.k_bits()), unchanged_.note(pages_.v_bits());
+  unchanged_.note(query_.bits()), unchanged_.note(pages_.k_bytes()), unchanged_.note(pages_.v_bytes());
   unchanged_.note(pages_.table()), unchanged_.note(seq_lens), unchanged_.note(slots_), unchanged_.note(source_);
   unchanged_.note(place_), unchanged_.note(stored), unchanged_.note(ring.bytes);
   int32_t found = kStickyBit;
   for (size_t b = 0; b < errors.size(); ++b) found |= errors[b] & ~status[b];
   expected_flag_ = found;
   const cuda::AmendWorkspace w = workspace();
-  (spec_.dtype == DType::kBFloat16 ? launch_amend_bf16 : launch_amend_fp16)(params(), w, spec_.ctas, run);
+  const bool is_bf16 = spec_.dtype == DType::kBFloat16;
+  const auto launch = is_bf16 ? (spec_.fp8 ? launch_amend_bf16_fp8 : launch_amend_bf16)
+                              : (spec_.fp8 ? launch_amend_fp16_fp8 : launch_amend_fp16);
+  launch(params(), w, spec_.ctas, run);
   if (first_anchors_.empty()) first_anchors_ = anchors_, first_weights_ = anchor_weights_;
 }
 
@@ -386,7 +388,7 @@ void AmendCase::check_state(int request, int head, Span span, const reference::S
     CHECK(std::all_of(out, out + spec_.head_dim, [&](float x) { return std::isnan(want.lse) ? x != x : x == 0; }));
     return;
   }
-  const double u = 1.01 * unit_roundoff(spec_.dtype), slack = 5e-5;
+  const double u = 1.01 * unit_roundoff(spec_.fp8 ? DType::kFloat16 : spec_.dtype), slack = 5e-5;
   double worst = std::abs(lse_[row] - want.lse) / (u + slack);
   for (int d = 0; d < spec_.head_dim; ++d) {
     const double error = std::abs(out[d] - want.out[d]) / (u * want.spread[d] + slack);

@@ -7,6 +7,7 @@ namespace mac_attn::simt {
 
 struct AmendSpec {
   DType dtype = DType::kBFloat16;
+  bool fp8 = false;  // the cache
   int num_kv_heads = 2, group_size = 3, head_dim = 64, page_size = 16;
   std::vector<int> seq_lens = {150, 37};
   bool hnd = false;

@@ -19,7 +19,7 @@ std::string CompleteSpec::name() const {
   return std::string("complete ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") +
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
          " D=" + std::to_string(head_dim) + " S=" + std::to_string(anchors) + (exact ? " exact" : "") +
-         (per_head ? " per head" : "") + " depth=" + std::to_string(max_reuse_depth) +
+         (per_head ? " per head" : "") + (sinks ? " sinks" : "") + " depth=" + std::to_string(max_reuse_depth) +
          " seed=" + std::to_string(seed);
 }
 
@@ -89,6 +89,9 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
     if (position < 0) slots[b] = kGarbage;
     if (!has_ring) slots[b] = kNoSlot;
   }
+  for (int h = 0; spec.sinks && h < heads(); ++h) {
+    sinks_.push_back(data_.below(6) ? static_cast<float>(4 * data_.normal()) : -INFINITY);
+  }
   for (int i = 0; i < batch * H * S; ++i) {
     anchors_.push_back(data_.below(4) ? data_.below(1000) : kNoAnchor);
     anchor_weights_.push_back(static_cast<float>(data_.normal()));
@@ -107,7 +110,7 @@ void CompleteCase::run(const Run& run) {
   unchanged_.note(state_lse), unchanged_.note(source_), unchanged_.note(place_), unchanged_.note(stored_);
   unchanged_.note(anchors_), unchanged_.note(anchor_weights_), unchanged_.note(sampled_);
   unchanged_.note(log_ratio_), unchanged_.note(seq_lens), unchanged_.note(slots), unchanged_.note(request_ids_);
-  unchanged_.note(status);
+  unchanged_.note(status), unchanged_.note(sinks_);
   CompleteParams p{};
   p.shape = ring.shape, p.dtype = spec_.dtype;
   p.requests = {seq_lens.data(), spec_.exact ? nullptr : slots.data(),
@@ -124,6 +127,7 @@ void CompleteCase::run(const Run& run) {
   p.band = spec_.band;
   p.out = out_.data(), p.out_batch_stride = batch_stride_, p.out_head_stride = head_stride_;
   p.lse = lse_.data();
+  p.sinks = spec_.sinks ? sinks_.data() : nullptr;
   const cuda::CompleteWorkspace w{spec_.exact ? nullptr : status.data()};
   (spec_.dtype == DType::kBFloat16 ? launch_complete_bf16 : launch_complete_fp16)(p, w, run);
 }
@@ -173,11 +177,14 @@ CompleteCase::Carried CompleteCase::carried(int request, int head) const {
 void CompleteCase::check_head(int request, int head, const Carried& carried) const {
   const int64_t row = int64_t{request} * heads() + head;
   const uint16_t* out = &out_[request * batch_stride_ + head * head_stride_];
-  const reference::State& whole = carried.whole;
-  if ((!spec_.exact && status[request] != 0) || std::isnan(whole.lse)) {
+  if ((!spec_.exact && status[request] != 0) || std::isnan(carried.whole.lse)) {
     CHECK(std::isnan(lse_[row]));
     for (int d = 0; d < spec_.head_dim; ++d) CHECK(std::isnan(decode(spec_.dtype, out[d])));
     return;
+  }
+  reference::State whole = carried.whole;
+  if (spec_.sinks && seq_lens[request] != 0) {
+    whole = reference::merge(whole, {reference::Vector(spec_.head_dim, 0), sinks_[head], {}});
   }
   CHECK(close(lse_[row], whole.lse));
   double largest = 1;
@@ -229,7 +236,9 @@ void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carr
     first = std::min(first, source == kMiss ? 0 : reference::old_end(source, spec_.band));
     shallow = shallow || carried[head].depth < (S > 0 ? 1 : spec_.max_reuse_depth);
     float& last_lse = to.last_lse(slot, kv_head)[head % G];
-    last_lse = lse_[request * heads() + head];  // compared by check_head
+    const float lse = got.last_lse(slot, kv_head)[head % G];
+    if (spec_.sinks) CHECK(close(lse, carried[head].whole.lse));    // which it is without
+    last_lse = spec_.sinks ? lse : lse_[request * heads() + head];  // compared by check_head
   }
   const bool stores = reference::old_end(n - 1, spec_.band) > 0 && shallow &&
                       (S == 0 || (hits == 0 && sampled >= 0 && sampled <= 4 * size));

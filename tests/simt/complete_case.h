@@ -15,6 +15,7 @@ struct CompleteSpec {
   std::vector<int> ages = {0, 5};  // as in AmendSpec
   bool per_head = false;
   bool request_ids = true;
+  bool sinks = false;
   std::vector<int> without_ring = {};  // requests that have no slot
   uint64_t seed = 1;
 
@@ -54,7 +55,7 @@ class CompleteCase {
   Data data_;
   HeadsTensor query_, rotated_;
   std::vector<int32_t> source_, place_, stored_, anchors_, sampled_;
-  std::vector<float> log_ratio_, anchor_weights_;
+  std::vector<float> log_ratio_, anchor_weights_, sinks_;
   std::vector<int64_t> request_ids_;
   std::vector<uint16_t> out_;
   std::vector<float> lse_;

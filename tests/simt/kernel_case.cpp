@@ -44,6 +44,22 @@ double unit_roundoff(DType dtype) {
   return std::ldexp(1.0, -format_of(dtype).mantissa_bits - 1);
 }
 
+double decode_fp8(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if ((bits & 127) == 127) return NAN;
+  return (bits & 128 ? -1 : 1) * std::ldexp(exponent ? 8 + mantissa : mantissa, std::max(exponent, 1) - 10);
+}
+
+uint8_t encode_fp8(double value) {
+  if (std::isnan(value)) return 0x7f;
+  uint8_t best = 0;
+  for (uint8_t bits = 1; bits < 127; ++bits) {  // the nearest, of two the even one; beyond the last, that
+    const double gain = std::abs(std::abs(value) - decode_fp8(best)) - std::abs(std::abs(value) - decode_fp8(bits));
+    if (gain > 0 || (gain == 0 && bits % 2 == 0)) best = bits;
+  }
+  return best | (std::signbit(value) ? 0x80 : 0);
+}
+
 HeadsTensor::HeadsTensor(DType dtype, int batch, int heads, int head_dim, double scale, Data& data)
     : dtype_(dtype), head_dim_(head_dim), head_stride_(head_dim + 8), batch_stride_(heads * head_stride_ + 16) {
   values_.assign((batch - 1) * batch_stride_ + (heads - 1) * head_stride_ + head_dim, encode(dtype, NAN));
@@ -76,20 +92,26 @@ Pages::Strides Pages::strides(int gap) const {
   return s;
 }
 
-Pages::Pages(DType dtype, const std::vector<int>& lengths, int num_kv_heads, int head_dim, int page_size, bool hnd,
-             Data& data)
-    : dtype_(dtype), num_kv_heads_(num_kv_heads), head_dim_(head_dim), page_size_(page_size), hnd_(hnd) {
+Pages::Pages(DType dtype, bool fp8, const std::vector<int>& lengths, int num_kv_heads, int head_dim, int page_size,
+             bool hnd, Data& data)
+    : dtype_(dtype), fp8_(fp8), num_kv_heads_(num_kv_heads), head_dim_(head_dim), page_size_(page_size), hnd_(hnd) {
   const auto pages_of = [&](int length) { return (std::max(length, 0) + page_size - 1) / page_size; };
   for (const int length : lengths) {
     max_pages_ = std::max(max_pages_, pages_of(length));
     num_pages_ += pages_of(length);
   }
-  k_strides_ = strides(8), v_strides_ = strides(0);
+  k_strides_ = strides(fp8 ? 16 : 8), v_strides_ = strides(0);
   const auto size = [&](const Strides& s) {
     return (num_pages_ - 1) * s.page + (page_size - 1) * s.token + (num_kv_heads - 1) * s.head + head_dim;
   };
-  k_.assign(size(k_strides_), encode(dtype, NAN));
-  v_.assign(size(v_strides_), encode(dtype, NAN));
+  k_.resize(size(k_strides_) * (fp8 ? 1 : 2)), v_.resize(size(v_strides_) * (fp8 ? 1 : 2));
+  for (int64_t i = 0; i < size(k_strides_); ++i) put(k_, i, NAN);
+  for (int64_t i = 0; i < size(v_strides_); ++i) put(v_, i, NAN);
+  // From numbers up to 200 to such that many are subnormal.
+  for (std::vector<float>* scales : {&k_scale_, &v_scale_}) {
+    const int count = !fp8 ? 0 : data.below(2) ? 1 : num_kv_heads;
+    for (int i = 0; i < count; ++i) scales->push_back(0.02f * std::pow(300.f, data.below(100) / 100.f));
+  }
 
   std::vector<int32_t> ids;
   for (int i = 0; i < num_pages_; ++i) ids.push_back(i);
@@ -106,16 +128,52 @@ Pages::Pages(DType dtype, const std::vector<int>& lengths, int num_kv_heads, int
 }
 
 KVPages Pages::view() const {
-  return {k_.data(),           v_.data(),       k_strides_.page,  k_strides_.token,
-          k_strides_.head,     v_strides_.page, v_strides_.token, v_strides_.head,
-          block_table_.data(), table_stride_,   page_size_};
+  return {k_.data(),
+          v_.data(),
+          k_strides_.page,
+          k_strides_.token,
+          k_strides_.head,
+          v_strides_.page,
+          v_strides_.token,
+          v_strides_.head,
+          block_table_.data(),
+          table_stride_,
+          page_size_,
+          fp8_,
+          {k_scale_.empty() ? nullptr : k_scale_.data(), k_scale_.size() > 1 ? 1 : 0},
+          {v_scale_.empty() ? nullptr : v_scale_.data(), v_scale_.size() > 1 ? 1 : 0}};
+}
+
+double Pages::scale_of(const std::vector<float>& scales, int kv_head) const {
+  return scales.empty() ? 1 : scales[scales.size() > 1 ? kv_head : 0];
+}
+
+void Pages::put(std::vector<char>& bytes, int64_t at, double value) {
+  if (fp8_) {
+    bytes[at] = static_cast<char>(encode_fp8(value));
+  } else {
+    const uint16_t bits = encode(dtype_, value);
+    std::memcpy(&bytes[2 * at], &bits, 2);
+  }
+}
+
+void Pages::round(int kv_head, reference::Vector& k, reference::Vector& v) const {
+  const double scales[2] = {scale_of(k_scale_, kv_head), scale_of(v_scale_, kv_head)};
+  for (int d = 0; d < head_dim_; ++d) {
+    for (double* x : {&k[d], &v[d]}) {
+      const double scale = scales[x == &v[d]];
+      *x = fp8_ ? scale * decode_fp8(encode_fp8(*x / scale)) : decode(dtype_, encode(dtype_, *x));
+    }
+  }
 }
 
 void Pages::set(int request, int token, int kv_head, const reference::Vector& k, const reference::Vector& v) {
   const int64_t page = page_id(request, token / page_size_), offset = token % page_size_;
   for (int d = 0; d < head_dim_; ++d) {
-    k_[page * k_strides_.page + offset * k_strides_.token + kv_head * k_strides_.head + d] = encode(dtype_, k[d]);
-    v_[page * v_strides_.page + offset * v_strides_.token + kv_head * v_strides_.head + d] = encode(dtype_, v[d]);
+    put(k_, page * k_strides_.page + offset * k_strides_.token + kv_head * k_strides_.head + d,
+        k[d] / scale_of(k_scale_, kv_head));
+    put(v_, page * v_strides_.page + offset * v_strides_.token + kv_head * v_strides_.head + d,
+        v[d] / scale_of(v_scale_, kv_head));
   }
 }
 

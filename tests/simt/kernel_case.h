@@ -55,32 +55,43 @@ class HeadsTensor {
   std::vector<uint16_t> values_;
 };
 
-// A paged KV cache: pages in random order, K and V with strides of their own. All NaN until rows are set.
+// float8_e4m3fn, by a table of all of its numbers.
+uint8_t encode_fp8(double value);
+double decode_fp8(uint8_t bits);
+
+// A paged KV cache: pages in random order, K and V with strides of their own. All NaN until rows are set. One of
+// fp8 has scales, one for all KV heads or one for each.
 class Pages {
  public:
-  Pages(DType dtype, const std::vector<int>& lengths, int num_kv_heads, int head_dim, int page_size, bool hnd,
-        Data& data);
+  Pages(DType dtype, bool fp8, const std::vector<int>& lengths, int num_kv_heads, int head_dim, int page_size,
+        bool hnd, Data& data);
   KVPages view() const;
+  // Rounds numbers to those that a row can hold.
+  void round(int kv_head, reference::Vector& k, reference::Vector& v) const;
   void set(int request, int token, int kv_head, const reference::Vector& k, const reference::Vector& v);
   int num_pages() const { return num_pages_; }
   int max_pages() const { return max_pages_; }
   int32_t& page_id(int request, int page) { return block_table_[request * table_stride_ + page]; }
   const std::vector<int32_t>& table() const { return block_table_; }
-  const std::vector<uint16_t>& k_bits() const { return k_; }
-  const std::vector<uint16_t>& v_bits() const { return v_; }
+  const std::vector<char>& k_bytes() const { return k_; }
+  const std::vector<char>& v_bytes() const { return v_; }
 
  private:
   struct Strides {
     int64_t page, token, head;
   };
   Strides strides(int gap) const;
+  double scale_of(const std::vector<float>& scales, int kv_head) const;
+  void put(std::vector<char>& bytes, int64_t at, double value);
 
   DType dtype_;
+  bool fp8_;
   int num_kv_heads_, head_dim_, page_size_, num_pages_ = 2, max_pages_ = 1;
   bool hnd_;
   int64_t table_stride_;
   Strides k_strides_, v_strides_;
-  std::vector<uint16_t> k_, v_;
+  std::vector<char> k_, v_;
+  std::vector<float> k_scale_, v_scale_;
   std::vector<int32_t> block_table_;
 };
 

@@ -9,7 +9,7 @@ void launch_match_bf16(const MatchParams& p, const cuda::MatchWorkspace& w, cons
   launch_match_type<bf16>(p, w, run);
 }
 void launch_amend_bf16(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
-  launch_amend_type<bf16>(p, w, ctas, run);
+  launch_amend_type<bf16, bf16>(p, w, ctas, run);
 }
 void launch_complete_bf16(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run) {
   launch_complete_type<bf16>(p, w, run);

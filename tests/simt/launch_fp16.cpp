@@ -9,7 +9,7 @@ void launch_match_fp16(const MatchParams& p, const cuda::MatchWorkspace& w, cons
   launch_match_type<fp16>(p, w, run);
 }
 void launch_amend_fp16(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
-  launch_amend_type<fp16>(p, w, ctas, run);
+  launch_amend_type<fp16, fp16>(p, w, ctas, run);
 }
 void launch_complete_fp16(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run) {
   launch_complete_type<fp16>(p, w, run);

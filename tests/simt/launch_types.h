@@ -42,16 +42,16 @@ void launch_match_type(const MatchParams& p, const cuda::MatchWorkspace& w, cons
   });
 }
 
-template <typename T>
+template <typename Q, typename T>
 void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
   with_head_dim(p.shape.head_dim, [&](auto head_dim) {
     const auto with_shared = [&](size_t shared) {
       return LaunchConfig{static_cast<unsigned>(ctas), cuda::kThreads, shared, run.engine, run.seed};
     };
     if (p.shape.group_size <= 8) {
-      launch(with_shared(cuda::amend_shared_bytes<head_dim, 1>()), cuda::amend_kernel<T, head_dim, 1>, p, w);
+      launch(with_shared(cuda::amend_shared_bytes<head_dim, 1, T>()), cuda::amend_kernel<Q, head_dim, 1, T>, p, w);
     } else {
-      launch(with_shared(cuda::amend_shared_bytes<head_dim, 2>()), cuda::amend_kernel<T, head_dim, 2>, p, w);
+      launch(with_shared(cuda::amend_shared_bytes<head_dim, 2, T>()), cuda::amend_kernel<Q, head_dim, 2, T>, p, w);
     }
   });
 }

@@ -1,4 +1,6 @@
-// amend_kernel: test_simt_amend shapes|mixes|errors|samples|schedules DTYPE
+// amend_kernel: test_simt_amend shapes|mixes|errors|samples|schedules bf16|fp16|bf16_fp8|fp16_fp8
+//
+// The dtype is the queries', then the cache's if that is another one.
 //
 // shapes     every instantiation and the awkward lengths, one or two schedules each
 // mixes      hits, misses, anchors, soft cap, granularities, grids
@@ -28,29 +30,37 @@ void test(const AmendSpec& spec, const std::vector<Run>& runs) {
 
 // An asynchronous copy of 128 bytes must not straddle two lines of shared memory (it would be two requests to the
 // L2 cache), and the eight rows that an ldmatrix reads a piece of must lie in different banks.
-template <int kHeadDim>
+template <int kHeadDim, typename T>
 void test_stage() {
-  using Stage = cuda::Stage<kHeadDim>;
-  constexpr int kLine = 64;  // elements
-  CHECK(Stage::kRow % kLine == 0 && Stage::kRow >= kHeadDim);
+  using Stage = cuda::Stage<kHeadDim, T>;
+  constexpr int kUnit = Stage::kUnit, kLine = 8 * kUnit;  // elements
+  CHECK(Stage::kRow >= kHeadDim && (Stage::kRow % kLine == 0 || Stage::kRow * 2 == kLine));
+  const int pieces_of_line = std::min(8, Stage::kRow / kUnit);
   for (int row = 0; row < cuda::kWarpTokens; ++row) {
-    for (int line = 0; line < Stage::kRow / kLine; ++line) {
+    for (int first = 0; first < Stage::kRow / kUnit; first += pieces_of_line) {
       std::set<int> places;
-      for (int piece = 8 * line; piece < 8 * line + 8; ++piece) {
+      for (int piece = first; piece < first + pieces_of_line; ++piece) {
         const int place = Stage::place(row, piece);
-        CHECK(place / kLine == line && place % 8 == 0);
+        CHECK(place / kUnit / pieces_of_line == first / pieces_of_line && place % kUnit == 0);
         places.insert(place);
       }
-      CHECK(places.size() == 8);
+      CHECK(static_cast<int>(places.size()) == pieces_of_line);
     }
   }
-  for (int piece = 0; piece < kHeadDim / 8; ++piece) {
+  for (int piece = 0; piece < kHeadDim / kUnit; ++piece) {
     for (const int first_row : {0, 8}) {
       std::set<int> banks;
-      for (int row = first_row; row < first_row + 8; ++row) banks.insert(Stage::place(row, piece) % kLine);
+      for (int row = first_row; row < first_row + 8; ++row) {
+        banks.insert((row * Stage::kRow + Stage::place(row, piece)) % kLine);
+      }
       CHECK(banks.size() == 8);
     }
   }
+}
+
+template <typename T>
+void test_stages() {
+  test_stage<64, T>(), test_stage<80, T>(), test_stage<96, T>(), test_stage<128, T>(), test_stage<256, T>();
 }
 
 // The division that rounds up, around multiples of the divisor, against integers.
@@ -71,16 +81,16 @@ std::vector<Run> one_run() {
   return {{Engine::kFibers, ++seed}};
 }
 
-void test_shapes(DType dtype) {
-  test_stage<64>(), test_stage<80>(), test_stage<96>(), test_stage<128>(), test_stage<256>();
+void test_shapes(const AmendSpec& base) {
+  base.fp8 ? test_stages<fp8>() : test_stages<bf16>();
   test_divide_up();
   const int pages[] = {1, 7, 16, 64};
   int i = 0;
   for (const int head_dim : {64, 80, 96, 128, 256}) {
     for (const int group_size : {1, 3, 5, 8, 16, 32}) {
       for (const int page_size : pages) {
-        AmendSpec spec;
-        spec.dtype = dtype, spec.head_dim = head_dim, spec.group_size = group_size;
+        AmendSpec spec = base;
+        spec.head_dim = head_dim, spec.group_size = group_size;
         spec.page_size = page_size, spec.hnd = i % 2 == 1;
         spec.num_kv_heads = 1 + i / 3 % 2;
         spec.seq_lens = {70 + i % 40, 0, 1 + i % 3};
@@ -96,9 +106,8 @@ void test_shapes(DType dtype) {
   }
   // Lengths around the band, tiles and pages.
   for (const int page_size : pages) {
-    AmendSpec spec;
-    spec.dtype = dtype, spec.page_size = page_size, spec.num_kv_heads = 1, spec.band = 24,
-    spec.hnd = page_size == 7;
+    AmendSpec spec = base;
+    spec.page_size = page_size, spec.num_kv_heads = 1, spec.band = 24, spec.hnd = page_size == 7;
     spec.seq_lens = {1, 0, spec.band, spec.band + 1, 2 * page_size, 2 * page_size + 1, 64, 65, spec.band + 64};
     spec.anchors = 3;
     for (const int age : {0, 1}) {
@@ -109,9 +118,9 @@ void test_shapes(DType dtype) {
   }
 }
 
-void test_mixes(DType dtype) {
-  AmendSpec spec;
-  spec.dtype = dtype, spec.page_size = 7, spec.seq_lens = {210, 90, 0, 150};
+void test_mixes(const AmendSpec& base) {
+  AmendSpec spec = base;
+  spec.page_size = 7, spec.seq_lens = {210, 90, 0, 150};
   const std::vector<int> all_ages[] = {{0}, {1}, {70}, {0, 3}, {20, 0, 66, 1, 0}};
   for (const std::vector<int>& ages : all_ages) {
     spec.ages = ages;
@@ -133,8 +142,8 @@ void test_mixes(DType dtype) {
     spec.ages = {9, 30, 4, 70, 1}, test(spec, one_run());
   }
   // Large logits: the maximum moves often, and most of the weight is in the anchors.
-  spec = {};
-  spec.dtype = dtype, spec.seq_lens = {300}, spec.heavy_tokens = 12, spec.ages = {0, 20};
+  spec = base;
+  spec.seq_lens = {300}, spec.heavy_tokens = 12, spec.ages = {0, 20};
   for (const double sharpness : {0.1, 2.0, 4.0}) {
     for (const int group_size : {1, 16}) {
       spec.sharpness = sharpness, spec.group_size = group_size, spec.anchors = 8;
@@ -172,10 +181,9 @@ void test_mixes(DType dtype) {
   spec.band = 100, test(spec, one_run());
 }
 
-void test_errors(DType dtype) {
-  AmendSpec spec;
-  spec.dtype = dtype, spec.seq_lens = {130, 70, 100, 45}, spec.page_size = 8,
-  spec.ages = {0, 0, 0, 0, 20, 20, 20, 20};
+void test_errors(const AmendSpec& base) {
+  AmendSpec spec = base;
+  spec.seq_lens = {130, 70, 100, 45}, spec.page_size = 8, spec.ages = {0, 0, 0, 0, 20, 20, 20, 20};
   const int ctas[] = {1, 3, 9};
   for (int i = 0; i < 9; ++i) {
     spec.anchors = i % 3 == 0 ? 0 : 8, spec.ctas = ctas[i / 3];
@@ -210,9 +218,9 @@ void test_errors(DType dtype) {
 }
 
 // What the slot knows decides whether a sample is drawn.
-void test_refusals(DType dtype) {
-  AmendSpec spec;
-  spec.dtype = dtype, spec.seq_lens = {150, 90}, spec.anchors = 8;
+void test_refusals(const AmendSpec& base) {
+  AmendSpec spec = base;
+  spec.seq_lens = {150, 90}, spec.anchors = 8;
   const auto changed = [&](const char* what, bool draws, auto change) {
     const CaseReport report(what);
     AmendCase amend(spec);
@@ -244,9 +252,9 @@ void test_refusals(DType dtype) {
 }
 
 // The comparison has to find faults: those of a right answer that is changed as a wrong kernel would have it.
-void test_faults(DType dtype) {
-  AmendSpec spec;
-  spec.dtype = dtype, spec.seq_lens = {600, 600}, spec.anchors = 30, spec.num_kv_heads = 1, spec.ages = {0, 9};
+void test_faults(const AmendSpec& base) {
+  AmendSpec spec = base;
+  spec.seq_lens = {600, 600}, spec.anchors = 30, spec.num_kv_heads = 1, spec.ages = {0, 9};
   for (const double candidates : {0.7, 2.5}) {
     spec.candidates = candidates;
     const CaseReport report(spec.name());
@@ -285,10 +293,10 @@ void test_faults(DType dtype) {
 
 // Over many hashes, which change with the layer: a token is taken as often as its weight by tau says, and the sums
 // that the samples stand for are those over all old tokens.
-void test_estimate(DType dtype) {
+void test_estimate(const AmendSpec& base) {
   constexpr int kHashes = 300;
-  AmendSpec spec;
-  spec.dtype = dtype, spec.seq_lens = {340}, spec.num_kv_heads = 1, spec.group_size = 2, spec.anchors = 40;
+  AmendSpec spec = base;
+  spec.seq_lens = {340}, spec.num_kv_heads = 1, spec.group_size = 2, spec.anchors = 40;
   spec.candidates = 0.5;
   const CaseReport report(spec.name());
   AmendCase amend(spec);
@@ -319,9 +327,9 @@ void test_estimate(DType dtype) {
   CHECK(light > 50 && std::abs(deviation - light) < 4 * std::sqrt(2. * light));
 }
 
-void test_samples(DType dtype) {
-  AmendSpec spec;
-  spec.dtype = dtype, spec.seq_lens = {500, 90}, spec.anchors = 16, spec.page_size = 64;
+void test_samples(const AmendSpec& base) {
+  AmendSpec spec = base;
+  spec.seq_lens = {500, 90}, spec.anchors = 16, spec.page_size = 64;
   for (const double candidates : {0.0, 0.6, 1.0, 1.1, 3.9, 4.0, 4.1, 6.0, 100.0}) {
     for (const int ctas : {1, 5}) {
       spec.candidates = candidates, spec.ctas = ctas, spec.heavy_tokens = ctas, ++spec.seed;
@@ -335,14 +343,14 @@ void test_samples(DType dtype) {
   spec.anchors = 1, spec.candidates = 3, test(spec, one_run());
   spec.sharpness = 0, spec.anchors = 20, spec.heavy_tokens = 0;  // all of one weight
   for (const double candidates : {0.5, 2.0}) spec.candidates = candidates, test(spec, one_run());
-  test_refusals(dtype);
-  test_faults(dtype);
-  if (dtype == DType::kBFloat16) test_estimate(dtype);
+  test_refusals(base);
+  test_faults(base);
+  if (base.dtype == DType::kBFloat16 && !base.fp8) test_estimate(base);
 }
 
-void test_schedules(DType dtype) {
-  AmendSpec spec;
-  spec.dtype = dtype, spec.seq_lens = {140, 0, 70, 25}, spec.page_size = 7, spec.ages = {0, 6, 20, 0};
+void test_schedules(const AmendSpec& base) {
+  AmendSpec spec = base;
+  spec.seq_lens = {140, 0, 70, 25}, spec.page_size = 7, spec.ages = {0, 6, 20, 0};
   spec.anchors = 8, spec.heavy_tokens = 3, spec.group_size = 3, spec.ctas = 4;
   test(spec, all_runs());
   spec.group_size = 11, spec.head_dim = 80, spec.ctas = 2, spec.hnd = true, spec.num_kv_heads = 1;
@@ -360,11 +368,14 @@ int main(int argc, char** argv) {
   using namespace mac_attn;
   if (argc != 3) return 2;
   const std::string part = argv[1];
-  const DType dtype = std::string(argv[2]) == "fp16" ? DType::kFloat16 : DType::kBFloat16;
-  if (part == "shapes") simt::test_shapes(dtype);
-  if (part == "mixes") simt::test_mixes(dtype);
-  if (part == "errors") simt::test_errors(dtype);
-  if (part == "samples") simt::test_samples(dtype);
-  if (part == "schedules") simt::test_schedules(dtype);
+  const std::string dtypes = argv[2];
+  simt::AmendSpec base;
+  base.dtype = dtypes.rfind("fp16", 0) == 0 ? DType::kFloat16 : DType::kBFloat16;
+  base.fp8 = dtypes.size() > 4;
+  if (part == "shapes") simt::test_shapes(base);
+  if (part == "mixes") simt::test_mixes(base);
+  if (part == "errors") simt::test_errors(base);
+  if (part == "samples") simt::test_samples(base);
+  if (part == "schedules") simt::test_schedules(base);
   return simt::test_result(("amend " + part).c_str());
 }

@@ -32,6 +32,7 @@ void test_all(DType dtype) {
         spec.request_ids = spec.seed % 3 != 0, spec.exact = spec.seed % 5 == 0;
         spec.max_reuse_depth = 1 + static_cast<int>(spec.seed % 6);
         spec.num_kv_heads = 1 + static_cast<int>(spec.seed % 3);
+        spec.sinks = spec.seed % 4 == 2;
         ++spec.seed;
         spec.per_head = spec.seed / 4 % 2, spec.anchors = !spec.per_head && spec.seed % 2 ? 4 : 0;
         test(spec, one_run());
@@ -62,13 +63,15 @@ void test_all(DType dtype) {
   spec = {};
   spec.dtype = dtype, spec.num_kv_heads = 3, spec.ages = {30}, test(spec, all_runs());
   spec.without_ring = {0, 3}, test(spec, all_runs());
+  spec.sinks = true, test(spec, all_runs());
   spec.exact = true, test(spec, all_runs());
 }
 
 void test_errors(DType dtype) {
   for (int i = 0; i < 6; ++i) {
     CompleteSpec spec;
-    spec.dtype = dtype, spec.seed = 50 + i, spec.per_head = i % 2, spec.anchors = i % 2 ? 0 : 4;
+    spec.dtype = dtype, spec.seed = 50 + i, spec.sinks = i % 3 == 0, spec.per_head = i % 2,
+    spec.anchors = i % 2 ? 0 : 4;
     const CaseReport report(spec.name());
     CompleteCase complete(spec);
     complete.status[0] = cuda::kBadSlot, complete.slots[0] = i < 2 ? kGarbage : i < 4 ? -2 : complete.slots[1];

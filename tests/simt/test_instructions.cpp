@@ -1,5 +1,6 @@
 // The host meaning of the instructions in csrc/cuda/ptx against the tables of the PTX ISA, which are written out
 // here element by element, and whole matrix products through them against sums in double.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -204,6 +205,25 @@ void test_conversions(float largest) {
   CHECK(pair.x == 1.5f && pair.y == -2.f);
 }
 
+// Each fp8 number in each place; what the host runs of fp8_to_fp16 is what GPUs before sm_89 do.
+void test_fp8() {
+  for (uint32_t bits = 0; bits < 256; ++bits) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    const double magnitude = std::ldexp(exponent ? 8 + mantissa : mantissa, std::max(exponent, 1) - 10);
+    for (int place = 0; place < 4; ++place) {
+      const uint32_t others = 0x7f38c0ffu;  // NaN, 1, -2, NaN
+      const uint32_t four = (others & ~(0xffu << 8 * place)) | bits << 8 * place;
+      const uint2 pairs = ptx::fp8_to_fp16(four);
+      const float2 pair = ptx::unpack2<fp16>(place < 2 ? pairs.x : pairs.y);
+      const float got = place % 2 ? pair.y : pair.x, other = ptx::unpack2<fp16>(place < 2 ? pairs.y : pairs.x).x;
+      CHECK((bits & 127) == 127 ? std::isnan(got) : got == (bits & 128 ? -magnitude : magnitude));
+      CHECK(std::signbit(got) == (bits >> 7) || std::isnan(got));
+      CHECK(place < 2 ? other == 1.f : std::isnan(other));
+    }
+  }
+  CHECK(ptx::swap_middle_bytes(0x44332211u) == 0x44223311u);
+}
+
 void test_functions() {
   for (float x = -140.f; x < 128.f; x += 0.37f) {
     const double exact = std::exp2(static_cast<double>(x));
@@ -230,6 +250,7 @@ int main() {
   }
   simt::test_conversions<bf16>(3.38e38f);
   simt::test_conversions<fp16>(65504.f);
+  simt::test_fp8();
   simt::test_functions();
   return simt::test_result("instructions");
 }

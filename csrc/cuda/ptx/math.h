@@ -11,6 +11,14 @@
 
 namespace mac_attn::ptx {
 
+// Two fp8 numbers, given in the upper byte of each half, as fp16 at 2^-8 of their value: sign and the other bits go
+// to where an fp16 has them, with an exponent whose bias is greater by 8. Of a NaN, and nothing else, the next
+// greater number has the highest bit of an fp16's exponent; with it it is NaN there.
+MAC_DEVICE uint32_t fp8_in_fp16(uint32_t high_bytes) {
+  const uint32_t half = (high_bytes & 0x80008000u) | (high_bytes & 0x7f007f00u) >> 1;
+  return half | ((half + 0x00800080u) & 0x40004000u);
+}
+
 #if defined(__CUDACC__)
 
 // 2^x within 2 ulp; subnormal results are 0.
@@ -58,6 +66,28 @@ MAC_DEVICE float2 unpack2(uint32_t pair) {
   } else {
     return __half22float2(*reinterpret_cast<const __half2*>(&pair));
   }
+}
+
+// Four fp8 numbers as fp16, exactly: the lower two, the upper two. NaN stays NaN. (cvt of e4m3: sm_89)
+MAC_DEVICE uint2 fp8_to_fp16(uint32_t four) {
+  uint2 pairs;
+#if __CUDA_ARCH__ >= 890
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+      : "=r"(pairs.x), "=r"(pairs.y)
+      : "r"(four));
+#else
+  constexpr uint32_t kTwice256 = 0x5c005c00;
+  const uint32_t low = fp8_in_fp16(__byte_perm(four, 0, 0x1404)), high = fp8_in_fp16(__byte_perm(four, 0, 0x3424));
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(pairs.x) : "r"(low), "r"(kTwice256));
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(pairs.y) : "r"(high), "r"(kTwice256));
+#endif
+  return pairs;
+}
+
+// Bytes 0, 2, 1 and 3.
+MAC_DEVICE uint32_t swap_middle_bytes(uint32_t four) {
+  return __byte_perm(four, 0, 0x3120);
 }
 
 #else
@@ -115,6 +145,18 @@ inline uint32_t pack2(float low, float high) {
 template <typename T>
 inline float2 unpack2(uint32_t pair) {
   return {from_16_bits<T>(pair & 0xffffu), from_16_bits<T>(pair >> 16)};
+}
+
+inline uint2 fp8_to_fp16(uint32_t four) {
+  const auto scaled = [](uint32_t high_bytes) {
+    const float2 x = unpack2<fp16>(fp8_in_fp16(high_bytes));
+    return pack2<fp16>(256 * x.x, 256 * x.y);
+  };
+  return {scaled((four & 0xffu) << 8 | (four & 0xff00u) << 16),
+          scaled((four >> 8 & 0xff00u) | (four & 0xff000000u))};
+}
+inline uint32_t swap_middle_bytes(uint32_t four) {
+  return (four & 0xff0000ffu) | (four & 0xff00u) << 8 | (four >> 8 & 0xff00u);
 }
 
 #endif

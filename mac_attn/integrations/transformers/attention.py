@@ -10,8 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .layer import MacLayer
+from .layer import FLOAT8, MacLayer
 from .shared import Mode
+from .sinks import attention_with_sinks, check_sinks
 from .support import Refusal, check_config, check_keywords, check_module
 from .timer import measured
 
@@ -26,9 +27,12 @@ def mac_attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer: `mac_attn.decode` for single new tokens in a MacCache, else SDPA.
+
+    With sinks what is not decode is plain torch, see sinks.py.
 
     Args:
         module: the model's attention module.
@@ -38,6 +42,7 @@ def mac_attention_forward(
         attention_mask: bool or additive float [B, 1, T, n], or None for plain causal attention.
         dropout, scaling, is_causal, position_bias: as for SDPA, in transformers' order; `scaling`
             is the factor of the logits, and None is 1 / sqrt(D).
+        s_aux: [Hq] sinks, see `mac_attn.decode`, or None.
         **kwargs: `sliding_window` not None marks a layer with local attention, which is left to
             SDPA. Others must be None, or known to change nothing.
     Returns:
@@ -52,7 +57,19 @@ def mac_attention_forward(
     try:
         check_module(module)
         check_keywords(kwargs)
+        if layer is None and key.dtype == FLOAT8:
+            raise Refusal(
+                "the model changes keys between its cache and its attention, which keys of a "
+                "MacCache with kv_dtype=torch.float8_e4m3fn do not bear; leave it out"
+            )
         new, length = query.shape[2], key.shape[2]
+        sinks = None if s_aux is None else check_sinks(s_aux, query.shape[1])
+        if sinks is not None and (dropout or position_bias is not None):
+            raise Refusal(
+                f"dropout is {dropout} and position_bias is "
+                f"{'None' if position_bias is None else 'given'}, which attention with sinks does "
+                "not do: call model.eval(), or use attn_implementation='eager'"
+            )
         if attention_mask is None and 1 < new < length and _is_causal(module, is_causal):
             # SDPA would let the first query see the first key alone, the second two, and so on.
             raise Refusal(
@@ -71,7 +88,15 @@ def mac_attention_forward(
         raise
 
     with measured(query.device):
-        if layer is None or mode is None or mode == "sdpa" or new > 1:
+        if layer is not None and layer.is_float8 and (mode is None or "sdpa" in mode or new > 1):
+            key, value = layer.wide()  # a copy, for this call
+        plain = layer is None or mode is None or "sdpa" in mode or new > 1
+        if sinks is not None and plain:
+            causal = _is_causal(module, is_causal)
+            output = attention_with_sinks(
+                query, key, value, attention_mask, sinks, scaling, causal=causal
+            )
+        elif layer is None or mode is None or mode == "sdpa" or new > 1:
             output, _ = sdpa_attention_forward(
                 module,
                 query,
@@ -87,7 +112,7 @@ def mac_attention_forward(
         elif mode == "packed-sdpa":
             output = _packed_sdpa(query, key, value, attention_mask, scaling)
         else:
-            output = layer.decode(query, scaling, reuse=mode == "reuse")
+            output = layer.decode(query, scaling, sinks, reuse=mode == "reuse")
     if layer is not None and mode == "reuse" and new > 1:
         layer.seed(query, scaling)
     return output, None

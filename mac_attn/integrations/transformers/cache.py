@@ -13,8 +13,15 @@ from transformers.cache_utils import Cache
 import mac_attn
 from mac_attn._checks import check_int, check_type
 
-from .layer import Kind, MacLayer
-from .rotation import PROBE_TOKENS, Link, Rotation, check_rotations, find_rotations
+from .layer import FLOAT8, Kind, MacLayer
+from .rotation import (
+    PROBE_TOKENS,
+    Link,
+    Rotation,
+    check_rotations,
+    find_rotations,
+    probe_queries,
+)
 from .shared import Mode, Shared
 from .support import Refusal, check_model
 
@@ -48,6 +55,11 @@ class MacCache(Cache):
             first forward, and anew after `reset()`.
         config: what to reuse when, one for all layers or one for each (`Calibration.configs`); None
             means exact decode attention.
+        kv_dtype: torch.float8_e4m3fn keeps keys and values as float8, in layers with full
+            attention, at half the memory and reads of bfloat16; None, in the model's dtype. Each KV
+            head has a scale for its keys and one for its values, set by the first tokens of a batch
+            so that 16 times their largest number still fits; what exceeds that becomes the largest
+            number. Prefill, and several tokens at a time, attend to a copy in the model's dtype.
         rotary: how queries are rotated, one for all layers or one for each, with None for a layer
             that does not rotate. None takes it from the model, and follows it if its frequencies
             change while the cache is empty (`model.to(dtype)` rounds them).
@@ -75,6 +87,7 @@ class MacCache(Cache):
         batch_size: int | None = None,
         config: mac_attn.ReuseConfig | Sequence[mac_attn.ReuseConfig] | None = _DEFAULT_CONFIG,
         rotary: Rotary = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         check_type("model", model, nn.Module)
         # The model itself, or what is inside a wrapper (torch.compile, PEFT).
@@ -85,6 +98,8 @@ class MacCache(Cache):
         check_int("max_length", max_length, low=1)
         if batch_size is not None:
             check_int("batch_size", batch_size, low=1)
+        if kv_dtype not in (None, FLOAT8):
+            raise Refusal(f"kv_dtype is {kv_dtype}, must be None or {FLOAT8}")
         check_model(model)
         text_config = model.config.get_text_config(decoder=True)
         kinds = _kinds(text_config)
@@ -95,19 +110,23 @@ class MacCache(Cache):
         self._model = Link(model)
         self._rotations: dict[int, Rotation | None] = {}
         strangers: list[str | None] = [None] * len(kinds)
-        if config is not None:
+        if config is not None or kv_dtype is not None:
             probe = MacCache(model, max_length=PROBE_TOKENS, config=None)
         if config is not None and rotary is not None:
             check_rotations(model, probe, rotaries)
         elif config is not None:
             self._rotations = find_rotations(model, probe)
+        elif kv_dtype is not None:
+            probe_queries(model, probe)
+        if kv_dtype is not None or (config is not None and rotary is None):
             strangers = [layer.stranger for layer in probe.layers]
+        if config is not None and rotary is None:
             # What the probe did not see is never decoded here; see Shared.warn_of_strangers.
             configs = [c if i in self._rotations else None for i, c in enumerate(configs)]
             rotaries = [r and r.embedding for r in map(self._rotations.get, range(len(kinds)))]
         mode: Mode = "exact" if config is None else "reuse"
         self._reuses = config is not None
-        self._shared = Shared(max_length, batch_size, mode)
+        self._shared = Shared(max_length, batch_size, mode, kv_dtype is not None)
         layers = [
             MacLayer(self._shared, index, kind, _window(text_config), *each)
             for index, (kind, *each) in enumerate(zip(kinds, configs, rotaries, strict=True))
@@ -122,7 +141,7 @@ class MacCache(Cache):
         first = self._shared.layers[0]
         stored = "empty"
         if first.is_initialized:
-            stored = f"{first.batch_size} x {first.length} tokens in {first.dtype}"
+            stored = f"{first.batch_size} x {first.length} tokens in {first.key_store.dtype}"
         reusing = sum(layer.config is not None for layer in self._shared.layers)
         return (
             f"MacCache({len(self._shared.layers)} layers, {reusing} that reuse, "

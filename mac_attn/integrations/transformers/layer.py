@@ -18,6 +18,8 @@ from .support import Refusal
 
 Kind = Literal["full", "local", "none"]
 
+FLOAT8 = torch.float8_e4m3fn
+
 # Why keys that have just been stored were not attended by mac_attn, should it stay like that.
 _STRANGERS: dict[Kind, str] = {
     "full": "the model changes keys between its cache and its attention",
@@ -32,10 +34,15 @@ class MacLayer(CacheLayerMixin):
     cache with one page per request), allocated by the first `update`; the rings by the first
     attention. `keys` and `values` are views of the tokens in use, `[batch, Hkv, n, D]`. They may be
     written, which empties the rings; another tensor cannot take their place.
+
+    As float8 they are numbers, of which `scales` `[Hkv]` tell what they stand for. Those are set by
+    the first tokens: their largest number becomes 1/16 of the largest that float8 has. It is a
+    floating-point format, so that room for later tokens costs no precision.
     """
 
     key_store: Tensor
     value_store: Tensor
+    scales: tuple[Tensor, Tensor]
 
     is_compileable = False
     is_sliding = False
@@ -54,6 +61,7 @@ class MacLayer(CacheLayerMixin):
         self.shared = shared
         self.index = index
         self.kind = kind
+        self.is_float8 = shared.float8 and kind == "full"
         self.window = window  # of a local layer, where the config tells
         self.config = config
         self.rotary = rotary
@@ -69,7 +77,7 @@ class MacLayer(CacheLayerMixin):
         stored = "empty"
         if self.is_initialized:
             batch, _, heads, dim = self.key_store.shape
-            stored = f"[{batch}, {heads}, {self.length}, {dim}] {self.dtype}"
+            stored = f"[{batch}, {heads}, {self.length}, {dim}] {self.key_store.dtype}"
         return f"MacLayer({self.kind}, {stored}, reuse={self.reuse is not None})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,7 +129,7 @@ class MacLayer(CacheLayerMixin):
         self.key_store, self.value_store = (
             torch.empty(
                 (self.batch_size, self.shared.max_length, *size),
-                dtype=self.dtype,
+                dtype=FLOAT8 if self.is_float8 else self.dtype,
                 device=self.device,
             )
             for size in heads_and_dims
@@ -168,8 +176,15 @@ class MacLayer(CacheLayerMixin):
                 f"{self.shared.max_length}; make it with a larger MacCache(max_length=...)"
             )
         self._notice_edits()
-        self.key_store[:, self.length : end] = key_states.detach().transpose(1, 2)
-        self.value_store[:, self.length : end] = value_states.detach().transpose(1, 2)
+        new_states = [states.detach().transpose(1, 2) for states in (key_states, value_states)]
+        if self.is_float8:
+            if self.length == 0:
+                self.scales = _scale(new_states[0]), _scale(new_states[1])
+            new_states = [
+                mac_attn.to_float8(states, scale)
+                for states, scale in zip(new_states, self.scales, strict=True)
+            ]
+        self.key_store[:, self.length : end], self.value_store[:, self.length : end] = new_states
         self.sign()
         self.length = end
         self._unclaimed = True
@@ -182,6 +197,17 @@ class MacLayer(CacheLayerMixin):
         # made. A table by storage address would claim those too, and could outlive the storage.
         keys.mac_layer = values.mac_layer = self  # type: ignore[attr-defined]
         return keys, values
+
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Hkv, n, D]` in the model's dtype; of a float8 store copies."""
+        stores = (self.key_store, self.value_store)
+        if not self.is_float8:
+            return self._view(stores[0]), self._view(stores[1])
+        k, v = (
+            (store[:, : self.length].float() * scale[:, None]).to(self.dtype).transpose(1, 2)
+            for store, scale in zip(stores, self.scales, strict=True)
+        )
+        return k, v
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
         """ValueError unless these are keys and values of the model that the layer has seen."""
@@ -242,9 +268,8 @@ class MacLayer(CacheLayerMixin):
         if query.dtype != self.dtype:
             self.stranger = f"queries are {query.dtype}, keys and values {self.dtype}"
             return None
-        if reason := _undecodable(
-            self.device.type, self.dtype, query.shape[1], *self.key_store.shape[2:]
-        ):
+        shape = query.shape[1], *self.key_store.shape[2:]
+        if reason := _undecodable(self.device.type, self.dtype, self.key_store.dtype, *shape):
             raise Refusal(
                 f"layer {self.index}: {reason}\nmac_attn.decode cannot serve these heads; use "
                 "attn_implementation='sdpa' with transformers' own cache"
@@ -287,14 +312,19 @@ class MacLayer(CacheLayerMixin):
             layout.seq_lens(self.length, self.device),
         )
 
-    def decode(self, query: Tensor, sm_scale: float | None, *, reuse: bool) -> Tensor:
+    def _scaling(self) -> dict[str, Any]:
+        return {"k_scale": self.scales[0], "v_scale": self.scales[1]} if self.is_float8 else {}
+
+    def decode(
+        self, query: Tensor, sm_scale: float | None, sinks: Tensor | None, *, reuse: bool
+    ) -> Tensor:
         """Attention of one new query per request, `[B, Hq, 1, D]`; returns `[B, 1, Hq, D]`."""
         q = query.detach()[:, :, 0]
         kv_cache, block_table, seq_lens = self._paging()
-        options: dict[str, Any] = {}
+        options = self._scaling() | {"sinks": sinks}
         if reuse:
             q_match = q if self.rotary is None else None
-            options = {"reuse": self.reuse, "slots": self.slots, "q_match": q_match}
+            options |= {"reuse": self.reuse, "slots": self.slots, "q_match": q_match}
         out = mac_attn.decode(q, kv_cache, block_table, seq_lens, sm_scale=sm_scale, **options)
         assert isinstance(out, Tensor)  # a pair only with `return_lse`
         return without_gradients(out.unsqueeze(1), query)
@@ -321,6 +351,7 @@ class MacLayer(CacheLayerMixin):
                     slots=self.slots[first:last],
                     q_match=queries if self.rotary is None else None,
                     sm_scale=sm_scale,
+                    **self._scaling(),
                 )
 
     def get_seq_length(self) -> int:
@@ -369,12 +400,17 @@ class MacLayer(CacheLayerMixin):
         if self.reuse is not None:
             self.reuse.reset()
 
+    def _bytes(self) -> tuple[Tensor, Tensor]:
+        """The stores, float8 as bytes, which may be indexed on every device."""
+        k, v = self.key_store, self.value_store
+        return (k.view(torch.uint8), v.view(torch.uint8)) if self.is_float8 else (k, v)
+
     def copy_rows(self, src: list[int], dst: list[int]) -> None:
         """Overwrite the requests `dst[i]` with `src[i]`, all at once."""
         if not self.is_initialized:
             return
         self._notice_edits()
-        for store in (self.key_store, self.value_store):
+        for store in self._bytes():
             store[dst, : self.length] = store[src, : self.length]
         self.sign()
         if self.reuse is not None:
@@ -391,11 +427,11 @@ class MacLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self._notice_edits()
-        stores, reuse = (self.key_store, self.value_store), self.reuse
+        stores, reuse = self._bytes(), self.reuse
         self.batch_size = len(rows)
         self._allocate(*(store.shape[2:] for store in stores))
-        self.key_store[:, : self.length] = stores[0][rows, : self.length]
-        self.value_store[:, : self.length] = stores[1][rows, : self.length]
+        for new, old in zip(self._bytes(), stores, strict=True):
+            new[:, : self.length] = old[rows, : self.length]
         self.sign()
         if reuse is not None:
             self.allocate_rings(reuse.num_qo_heads)
@@ -409,18 +445,29 @@ def _dtype(keys: Tensor, values: Tensor) -> torch.dtype:
     return torch.promote_types(keys.dtype, values.dtype)
 
 
+def _scale(states: Tensor) -> Tensor:
+    """What float8 numbers of tensors like `[B, T, Hkv, D]` stand for, `[Hkv]`: see `MacLayer`."""
+    headroom = 16
+    most = states.abs().amax(dim=(0, 1, 3)).float() * headroom / torch.finfo(FLOAT8).max
+    return most.where(most.isfinite() & (most > 0), 1.0)
+
+
 @cache
 def _undecodable(
-    device: str, dtype: torch.dtype, num_qo_heads: int, num_kv_heads: int, head_dim: int
+    device: str,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
 ) -> str | None:
     """Why `mac_attn.decode` refuses heads like these, in its own words; None: it does not."""
-    options: dict[str, Any] = {"dtype": dtype, "device": device}
-    kv = torch.zeros(1, 1, num_kv_heads, head_dim, **options)
+    kv = torch.zeros(1, 1, num_kv_heads, head_dim, dtype=kv_dtype, device=device)
+    q = torch.zeros(1, num_qo_heads, head_dim, dtype=dtype, device=device)
     ints = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    scale = 1.0 if kv_dtype == FLOAT8 else None
     try:
-        mac_attn.decode(
-            torch.zeros(1, num_qo_heads, head_dim, **options), (kv, kv), ints, ints[0] + 1
-        )
+        mac_attn.decode(q, (kv, kv), ints, ints[0] + 1, k_scale=scale, v_scale=scale)
     except (ValueError, TypeError) as error:
         return str(error)
     return None

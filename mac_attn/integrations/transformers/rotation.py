@@ -96,7 +96,7 @@ def find_rotations(model: PreTrainedModel, cache: MacCache) -> dict[int, Rotatio
     """
     candidates, refused = _candidates(model)
     found: dict[int, Rotation | None] = {}
-    for index, query in _probe(model, cache).items():
+    for index, query in probe_queries(model, cache).items():
         fitting = [c for c in candidates if _fits(query, c.embedding if c else None)]
         if not fitting:
             reason = refused or (
@@ -117,7 +117,7 @@ def check_rotations(
     What the probe cannot tell is left to whoever gave them.
     """
     try:
-        queries = _probe(model, cache)
+        queries = probe_queries(model, cache)
     except Refusal:
         return
     candidates, _ = _candidates(model)
@@ -131,7 +131,7 @@ def check_rotations(
                     )
 
 
-def _probe(model: PreTrainedModel, cache: MacCache) -> dict[int, Tensor]:
+def probe_queries(model: PreTrainedModel, cache: MacCache) -> dict[int, Tensor]:
     """Queries `[T, Hq, D]` of every layer for one hidden state at positions 0 to T - 1."""
     queries: dict[int, Tensor] = {}
 

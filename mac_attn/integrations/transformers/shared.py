@@ -22,8 +22,11 @@ Mode = Literal["reuse", "exact", "sdpa", "packed-sdpa"]
 class Shared:
     """What the layers of one MacCache have in common."""
 
-    def __init__(self, max_length: int, batch_size: int | None, mode: Mode) -> None:
+    def __init__(
+        self, max_length: int, batch_size: int | None, mode: Mode, float8: bool = False
+    ) -> None:
         self.max_length = max_length
+        self.float8 = float8  # full layers keep keys and values as float8_e4m3fn
         self.batch_size = batch_size
         self.mode: Mode = mode
         self.layout = RequestLayout(max_length)
@@ -54,6 +57,11 @@ class Shared:
         reasons: dict[str, list[int]] = {}
         for layer in self.layers:
             if layer.stranger is not None:
+                if layer.is_float8:
+                    raise Refusal(
+                        f"layer {layer.index} cannot have kv_dtype=torch.float8_e4m3fn, as "
+                        f"{layer.stranger}; leave it out"
+                    )
                 reasons.setdefault(layer.stranger, []).append(layer.index)
         for reason, indices in reasons.items():
             if reason not in self.warned:

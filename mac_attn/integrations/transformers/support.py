@@ -1,8 +1,9 @@
 """What "mac" may do for a model: transformers' word on SDPA, and the keywords of an attention call.
 
-"mac" is torch SDPA wherever it is not `mac_attn.decode`. SDPA takes no sinks and no sparse indices,
-and swallows what it does not know, so a model is refused unless transformers itself would give it
-SDPA, and so is a keyword unless it is known to change nothing.
+"mac" is torch SDPA wherever it is not `mac_attn.decode`. SDPA takes no sparse indices, and swallows
+what it does not know, so a model is refused unless transformers itself would give it SDPA, and so
+is a keyword unless it is known to change nothing. Sinks, which SDPA does not take either, are done
+in sinks.py, for models that are known to have nothing else against SDPA.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _NEUTRAL = frozenset(
         "deterministic",
     }
 )
+# Folders of transformers whose models have no SDPA for their sinks alone.
+_SINKS_ALONE = ("gpt_oss", "granite_swa", "granitemoe_swa", "flint")
 _EAGER = "use attn_implementation='eager', with transformers' own cache"
 
 
@@ -92,15 +95,20 @@ def _reason(file: str, config_class: type) -> str | None:
     return _refusal(fitting[0].__name__, fitting) if fitting else None
 
 
+def _has_sinks_alone(kind: type) -> bool:
+    files = tuple(f"transformers.models.{name}." for name in _SINKS_ALONE)
+    return any(parent.__module__.startswith(files) for parent in kind.__mro__)
+
+
 def _refusal(name: str, models: list[type[PreTrainedModel]]) -> str | None:
     if not any(kind._can_set_attn_implementation() for kind in models):
         return (
             f"{name} does not call its attention through transformers' AttentionInterface, which "
             f'"mac" is made for; {_EAGER}'
         )
-    if not any(kind._supports_sdpa for kind in models):
+    if not any(kind._supports_sdpa or _has_sinks_alone(kind) for kind in models):
         return (
-            f"{name} has `_supports_sdpa = False`: its attention is more than SDPA can do (sinks, "
-            f'soft caps, ...), and "mac" is SDPA or mac_attn.decode; {_EAGER}'
+            f"{name} has `_supports_sdpa = False`: its attention is more than SDPA can do (soft "
+            f'caps, sparse indices, ...), and "mac" is SDPA or mac_attn.decode; {_EAGER}'
         )
     return None

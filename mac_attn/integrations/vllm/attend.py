@@ -26,11 +26,15 @@ class Served:
         engine: the worker's.
         ring: the layer's.
         rotated: whether the layer's queries come rotated.
+        float8: whether its KV cache is float8_e4m3fn.
+        query_quant: what vLLM's own kernel needs its queries rounded to float8 by, or None.
     """
 
     engine: Engine
     ring: mac_attn.ReuseCache
     rotated: bool
+    float8: bool = False
+    query_quant: Any = None
 
 
 @dataclass(frozen=True)
@@ -48,18 +52,19 @@ class Seed:
 
 
 def decode(
-    impl: Any, rows: Rows, query: Tensor, kv_cache: Tensor, out: Tensor | None = None
+    layer: Any, rows: Rows, query: Tensor, kv_cache: Tensor, out: Tensor | None = None
 ) -> Tensor:
     """Attention of one token per row: `[rows, num_heads, head_dim]`.
 
     Args:
-        impl: of a served layer.
+        layer: a served `Attention`.
         rows: whose tokens.
         query: [rows, num_heads, head_dim].
-        kv_cache: vLLM's, [num_blocks, num_kv_heads, block_size, 2 * head_dim], key then value.
+        kv_cache: vLLM's, [num_blocks, num_kv_heads, block_size, 2 * head_dim], key then value, in
+            the query's dtype or bytes of float8_e4m3fn.
         out: where it is written to, or None.
     """
-    served: Served = impl.mac
+    served: Served = layer.impl.mac
     reuse: dict[str, Any] = {}
     if rows.slots is not None:
         reuse = {
@@ -70,32 +75,33 @@ def decode(
         }
     answer = mac_attn.decode(
         query,
-        _pages(impl, kv_cache),
+        pages(layer, kv_cache),
         rows.block_table,
         rows.seq_lens,
         out=out,
+        sinks=_sinks(layer.impl),
         **reuse,
-        **_scaling(impl),
+        **_scaling(layer),
     )
     assert isinstance(answer, Tensor)  # without `return_lse`
     return answer
 
 
-def seed(impl: Any, seeds: Sequence[Seed], query: Tensor, kv_cache: Tensor) -> None:
+def seed(layer: Any, seeds: Sequence[Seed], query: Tensor, kv_cache: Tensor) -> None:
     """Make ring entries of the last prompt tokens, whose queries are rows of `query`."""
-    served: Served = impl.mac
+    served: Served = layer.impl.mac
     for one in seeds:
         q = query[None, one.first : one.last]
         mac_attn.seed(
             served.ring,
             q,
-            _pages(impl, kv_cache),
+            pages(layer, kv_cache),
             one.rows.block_table,
             one.rows.seq_lens,
             slots=one.rows.slots,  # type: ignore[arg-type] # a seed has a slot
             request_ids=one.rows.request_ids,
             q_match=None if served.rotated else q,
-            **_scaling(impl),
+            **_scaling(layer),
         )
 
 
@@ -129,14 +135,27 @@ def count_decodes(starts: Sequence[int]) -> int:
     return next((row for row, length in enumerate(lengths) if length != 1), len(lengths))
 
 
-def _pages(impl: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    key, value = kv_cache.split(impl.head_size, dim=-1)
+def pages(layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of vLLM's cache; what it has as bytes as the float8 numbers they are."""
+    if kv_cache.dtype == torch.uint8:
+        kv_cache = kv_cache.view(torch.float8_e4m3fn)
+    key, value = kv_cache.split(layer.impl.head_size, dim=-1)
     return key, value
 
 
-def _scaling(impl: Any) -> dict[str, Any]:
-    return {
+def _sinks(impl: Any) -> Tensor | None:
+    sinks: Tensor | None = getattr(impl, "sinks", None)
+    return None if sinks is None else sinks.float()
+
+
+def _scaling(layer: Any) -> dict[str, Any]:
+    impl = layer.impl
+    scaling = {
         "sm_scale": impl.scale,
         "logits_soft_cap": float(impl.logits_soft_cap),
         "kv_layout": "HND",
     }
+    if impl.mac.float8:
+        # Looked up in every call: vLLM may put other tensors in their place.
+        scaling |= {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
+    return scaling

@@ -19,6 +19,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+import mac_attn
+
 from . import attend
 from .cpu_plan import CpuPlan, Prefill, plan_step
 from .engine import engine_of
@@ -85,7 +87,14 @@ class MacCpuImpl(CPUAttentionBackendImpl):
         block_size = kv_cache.shape[2]
         page, place = slot_mapping // block_size, slot_mapping % block_size
         count = len(slot_mapping)
-        kv_cache[page, :, place] = torch.cat((key[:count], value[:count]), dim=-1)
+        rows = [key[:count], value[:count]]
+        if self.mac.float8:
+            scales = (layer._k_scale, layer._v_scale)
+            rows = [
+                mac_attn.to_float8(states, scale).view(torch.uint8)
+                for states, scale in zip(rows, scales, strict=True)
+            ]
+        kv_cache[page, :, place] = torch.cat(rows, dim=-1)
 
     def forward(
         self,
@@ -107,18 +116,26 @@ class MacCpuImpl(CPUAttentionBackendImpl):
             return output
         if plan.decode is not None:
             rows = slice(plan.num_decodes)
-            attend.decode(self, plan.decode, query[rows], kv_cache, output[rows])
+            attend.decode(layer, plan.decode, query[rows], kv_cache, output[rows])
         if plan.prefill is not None:
             tokens = plan.prefill.tokens
-            scratch = self._packed(plan.prefill, layer, kv_cache)
+            scratch = self._packed(plan.prefill, layer, kv_cache, query.dtype)
             new = (query[tokens], key[tokens], value[tokens])
             super().forward(layer, *new, scratch, plan.prefill.metadata, output[tokens])
-            attend.seed(self, plan.seeds, query, kv_cache)
+            attend.seed(layer, plan.seeds, query, kv_cache)
         return output
 
-    def _packed(self, prefill: Prefill, layer: Any, kv_cache: Tensor) -> Tensor:
+    def _packed(self, prefill: Prefill, layer: Any, kv_cache: Tensor, dtype: torch.dtype) -> Tensor:
         """The context of the rows in prefill, as vLLM's kernels want it."""
         scratch = kv_cache.new_zeros((prefill.num_blocks, *kv_cache.shape[1:]))
-        key, value = kv_cache[prefill.pages, :, prefill.places].split(self.head_size, dim=-1)
+        rows = kv_cache[prefill.pages, :, prefill.places]
+        key, value = attend.pages(layer, rows)
+        if self.mac is not None and self.mac.float8:
+            # vLLM makes numbers of them once more, and cuts off what does not fit (0.32.0): a
+            # sixty-fourth more, an eighth of a step or two, is cut or rounded to what they were.
+            key, value = (
+                (numbers.float() * (scale.reshape(-1, 1) * (1 + 2**-6))).to(dtype)
+                for numbers, scale in ((key, layer._k_scale), (value, layer._v_scale))
+            )
         super().do_kv_cache_update(layer, key, value, scratch, prefill.slot_mapping)
         return scratch

@@ -111,14 +111,23 @@ class MacFlashImpl(FlashAttentionImpl):
         plan: CudaPlan | None = None if attn_metadata is None else attn_metadata.mac
         if self.mac is None or plan is None:
             scales = (output_scale, output_block_scale)
+            query = self._query(layer, query)
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             return output
         if plan.decode is not None:
             rows = slice(plan.num_decodes)
-            attend.decode(self, plan.decode, query[rows], kv_cache, output[rows])
+            attend.decode(layer, plan.decode, query[rows], kv_cache, output[rows])
         if plan.prefill is not None:
             tokens = plan.prefill.tokens
-            new = (query[tokens], key[tokens], value[tokens])
+            new = (self._query(layer, query[tokens]), key[tokens], value[tokens])
             super().forward(layer, *new, kv_cache, plan.prefill.metadata, output[tokens])
-            attend.seed(self, plan.seeds, query, kv_cache)
+            attend.seed(layer, plan.seeds, query, kv_cache)
         return output
+
+    def _query(self, layer: Any, query: Tensor) -> Tensor:
+        """Queries as vLLM's kernel wants them: float8 where the cache is and it can do no other."""
+        quant = self.mac.query_quant if self.mac is not None else None
+        if quant is None:
+            return query
+        rounded: Tensor = quant(query.flatten(1), layer._q_scale)[0]
+        return rounded.view(query.shape)

@@ -152,8 +152,12 @@ class Engine:
         if plans:
             self.slots = SlotTable(self._num_slots([plan.shape for plan in plans.values()]))
         for name, plan in plans.items():
-            self.rings[name] = self._ring(plan)
-            layers[name].impl.mac = Served(self, self.rings[name], plan.rotated)
+            layer, ring = layers[name], self._ring(plan)
+            self.rings[name] = ring
+            # Queries must come as they are; prefill's are rounded where vLLM's kernel is called.
+            quant, layer.query_quant = getattr(layer, "query_quant", None), None
+            float8 = layer.kv_cache_torch_dtype != plan.shape.dtype
+            layer.impl.mac = Served(self, ring, plan.rotated, float8, quant)
         for reason, count in left.items():
             self._warn("%d layers are left to vLLM's attention: %s", count, reason)
         if self.rings:

@@ -10,6 +10,8 @@ from vllm.v1.attention.backend import AttentionType
 
 from ..serving.limits import device_reason, heads_reason
 
+_FLOAT8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn; it keeps them as bytes
+
 
 def engine_reason(vllm_config: Any) -> str | None:
     """What keeps the plugin from serving any layer under this configuration."""
@@ -47,8 +49,8 @@ def layer_reason(layer: Any, dtype: torch.dtype, device: torch.device) -> str | 
         f"{layer.attn_type} attention": layer.attn_type != AttentionType.DECODER,
         "sliding-window attention": any(window != -1 for window in windows),
         "ALiBi": impl.alibi_slopes is not None,
-        "attention sinks": getattr(impl, "sinks", None) is not None,
-        f"KV cache of type {layer.kv_cache_dtype}": layer.kv_cache_torch_dtype != dtype,
+        f"KV cache of type {layer.kv_cache_dtype}": layer.kv_cache_torch_dtype != dtype
+        and layer.kv_cache_dtype not in _FLOAT8,
         "values of another size than keys": layer.head_size_v != layer.head_size,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)

@@ -28,7 +28,7 @@ cudaError_t match_splits(const MatchParams&, MatchWorkspace& w) {
   w.splits = 2, w.cluster = ++calls % 2 ? 2 : 1;
   return 0;
 }
-cudaError_t amend_ctas(int32_t, int32_t, int32_t* ctas) {
+cudaError_t amend_ctas(const AmendParams&, int32_t* ctas) {
   *ctas = 3;
   return std::getenv("MAC_SIMT_NO_CODE") ? cudaErrorNoKernelImageForDevice : 0;
 }
@@ -41,7 +41,7 @@ cudaError_t launch_match(const MatchParams& p, const MatchWorkspace& w, cudaStre
   return 0;
 }
 cudaError_t launch_amend(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t) {
-  simt::launch_amend_bf16(p, w, ctas, next_run());
+  (p.kv.float8 ? simt::launch_amend_bf16_fp8 : simt::launch_amend_bf16)(p, w, ctas, next_run());
   return 0;
 }
 cudaError_t launch_complete(const CompleteParams& p, const CompleteWorkspace& w, cudaStream_t) {

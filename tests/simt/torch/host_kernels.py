@@ -28,6 +28,7 @@ def load_as_c() -> ModuleType:
                 ROOT / "csrc" / "backend_cuda.cpp",
                 SIMT / "torch" / "glue.cpp",
                 SIMT / "launch_bf16.cpp",
+                SIMT / "launch_bf16_fp8.cpp",
                 *(SIMT / f"{name}.cpp" for name in names),
             )
         ],

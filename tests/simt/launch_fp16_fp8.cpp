@@ -1,0 +1,9 @@
+#include "launch_types.h"
+
+namespace mac_attn::simt {
+
+void launch_amend_fp16_fp8(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
+  launch_amend_type<fp16, fp8>(p, w, ctas, run);
+}
+
+}  // namespace mac_attn::simt
