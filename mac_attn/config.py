@@ -46,8 +46,8 @@ class ReuseConfig:
         threshold_mode: "relative": the squared distance must be below `threshold * |query|²`.
             "absolute" (the paper): below `2 * head_dim * (1 - threshold)²`, the threshold being
             the paper's τ in `[0, 1]`.
-        max_drift: by how much a hit may move logits: the expected square of the change, in nats², is
-            the squared distance of the queries times the keys' spread, which `mac_attn.seed`
+        max_drift: by how much a hit may move logits: the expected square of the change, in nats²,
+            is the squared distance of the queries times the keys' spread, which `mac_attn.seed`
             measures (before that it is taken as that of the sharpest heads). It lowers the
             threshold of heads whose queries and keys are large, where a token that no sample holds
             may suddenly become the heaviest. Not in the paper: None is no bound.

@@ -135,15 +135,16 @@ ALGEBRA = {
 class Slow:
     """One KV head, step by step: a loop over tokens with one logit for each.
 
-    A step is softmax over the whole context in which a reused token keeps an old logit. So an entry
-    is represented by one logit per token, and neither states nor merges occur: on a hit a token
-    below E(source) takes the source's logit, moved by ln rho if there are samples; a sample, and
-    any token from E(source) on, that of the current query.
+    A step is a weighted mean over the whole context in which a reused token keeps an old weight. So
+    an entry is represented by one weight per token, and neither states nor merges occur: on a hit a
+    token below E(source) takes the source's weight, times rho if there are samples, any from
+    E(source) on that of the current query. A sample has the current query's 1 + b times, and the
+    source's b times less than none.
     """
 
     def __init__(self, cfg: mac_attn.ReuseConfig, chain: ReferenceChain, kv_head: int):
         self.cfg, self.chain, self.kv_head = cfg, chain, kv_head
-        self.logits: dict[int, Tensor] = {}  # by position: [2, n]
+        self.weights: dict[int, Tensor] = {}  # exp(logit) by position: [2, n]
         self.depth: dict[int, list[int]] = {}
         self.samples: dict[int, dict[int, float]] = {}  # a by token
         self.stored: list[int] = []
@@ -151,34 +152,45 @@ class Slow:
         self.hits = 0
 
     def step(self, p: int) -> tuple[list[int], Tensor]:
-        """The two heads' sources and their logits `[2, n]`."""
-        fresh = self.fresh(p)
-        logits, sources = fresh.clone(), [self.match(p, g) for g in range(2)]
+        """The two heads' sources and their weights `[2, n]`, not normalised."""
+        logits = self.fresh(p)
+        fresh, sources = logits.exp(), [self.match(p, g) for g in range(2)]
+        weights = fresh.clone()
         depth = [0 if c < 0 else self.depth[c][g] + 1 for g, c in enumerate(sources)]
         for g, c in enumerate(sources):
             if c < 0:
                 continue
             old = max(0, c + 1 - self.cfg.band)
-            reused, anchors = self.logits[c][g, :old], self.samples[c]
-            rest = [i for i in range(old) if i not in anchors]
-            if anchors and reused[rest].exp().sum() < reused.exp().sum() / 1024:
-                reused = reused - math.inf
-            light = {i: a for i, a in anchors.items() if a > 0}
-            if light:
-                both = fresh[g], self.logits[c][g]
-                now, then = (sum(a * math.exp(x[i]) for i, a in light.items()) for x in both)
-                reused = reused + math.log(now / then)
-            logits[g, :old] = reused
-            for i in anchors:
-                logits[g, i] = fresh[g, i]
+            reused = self.weights[c][g, :old].clone()
+            if self.cfg.anchors:
+                weights[g] = self.sampled_hit(reused, fresh[g], self.samples[c])
+            else:
+                weights[g, :old] = reused
         self.hits += sum(c >= 0 for c in sources)
-        sample = self.sample(p, fresh) if self.cfg.anchors and sources[0] < 0 else None
+        sample = self.sample(p, logits) if self.cfg.anchors and sources[0] < 0 else None
         reusable = p >= self.cfg.band and min(depth) < (self.cfg.max_reuse_depth or math.inf)
         if reusable and (not self.cfg.anchors or sample is not None):
             self.stored.append(p)
-        self.logits[p], self.depth[p], self.samples[p] = logits, depth, sample or {}
-        self.lse = logits.exp().sum(-1).log()
-        return sources, logits
+        self.weights[p], self.depth[p], self.samples[p] = weights, depth, sample or {}
+        self.lse = weights.sum(-1).log()
+        return sources, weights
+
+    def sampled_hit(self, reused: Tensor, fresh: Tensor, sample: dict[int, float]) -> Tensor:
+        """One head's weights `[n]` from those of the source `[E(c)]` and its own, `[n]`."""
+        old = len(reused)
+        share = min(self.cfg.anchors, max(1, old // 6)) / old
+        counts = {i: 1 + (1 / (1 / a + share) if a else 0) for i, a in sample.items()}
+        light = sum(a * reused[i] for i, a in sample.items())
+        rho = sum(a * fresh[i] for i, a in sample.items()) / light if light else 1.0
+        left, anew, whole = reused.clone(), fresh.clone(), reused.sum()
+        anew[:old] = 0
+        for i, count in counts.items():
+            left[i] -= count * reused[i]
+            anew[i] = count * fresh[i]
+        nothing = abs(left.sum()) < whole / 1024 and light < whole / 1024
+        if not nothing and rho * left.sum() + anew.sum() >= anew.sum() / 4:
+            anew[:old] += rho * left
+        return anew
 
     def fresh(self, p: int) -> Tensor:
         """Logits of the query of position p over its context."""
@@ -244,10 +256,11 @@ def test_chain_equals_attention_with_inherited_logits(name):
         step = chain.step(p)
         for head, one in enumerate(slow):
             values = chain.kv.v[0, : p + 1, head].double()
-            sources, logits = one.step(p)
+            sources, weights = one.step(p)
             assert step.source[0, one.heads].tolist() == sources
-            close(step.out[0, one.heads], logits.softmax(-1) @ values)
-            close(step.lse[0, one.heads], logits.exp().sum(-1).log())
+            total = weights.sum(-1)
+            close(step.out[0, one.heads], weights @ values / total[:, None])
+            close(step.lse[0, one.heads], total.log())
             ring = chain.reuse.entries(0, head)
             assert list(ring) == one.stored[-cfg.entries :][::-1]
             assert step.heads[0][head].stored == (p in ring)
@@ -263,7 +276,7 @@ def check_entry(entry: reference.Entry, one: Slow, p: int, values: Tensor) -> No
     sample = one.samples[p]
     assert entry.anchors.tolist() == sorted(sample)
     close(entry.weights, torch.tensor([sample[i] for i in sorted(sample)], dtype=torch.float64))
-    weights = one.logits[p][:, : p + 1 - one.cfg.band].exp()
+    weights = one.weights[p][:, : p + 1 - one.cfg.band]
     close(entry.lse, weights.sum(-1).log())
     close(entry.out, weights @ values[: weights.shape[1]] / weights.sum(-1, keepdim=True))
 

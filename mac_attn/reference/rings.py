@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .states import State, attention_logits, attention_state
 
-# Nothing counts as left of an entry if both what its anchors leave of its sum and what they stand for
-# is less than this share of it,
+# Nothing counts as left of an entry if both what its anchors leave of its sum and what they stand
+# for is less than this share of it,
 LEAST_REST = 1 / 1024
 # or if it would leave less than this of the sum of what is attended anew.
 LEAST_OF_FRESH = 1 / 4
@@ -73,11 +73,11 @@ class Slot:
 def hit_state(
     entry: Entry, recent: State, q: Tensor, k: Tensor, v: Tensor, softmax: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output of q `[G, D]` on a hit with anchors A, from the state of all that it attends to itself.
+    """Output of q `[G, D]` on a hit with anchors A, from the state of all that it attends to.
 
     Every anchor leaves the entry's state `counts` times, for itself and for the others that it
-    answers for, as it has joined `recent`. The mean of what is left stays, and its sum grows by rho,
-    the quotient of `sum_A a exp(s)` for q and for the entry's query. Sums are signed: now and then
+    answers for, as it has joined `recent`. The mean of what is left stays, and its sum grows by
+    rho, the quotient of `sum_A a exp(s)` for q and for the entry's query. Sums are signed: now and then
     anchors leave with more than there was. k and v `[n, D]`. Returns o `[G, D]`, lse `[G]` and what
     is left of the entry's sum, as a share of it `[G]`.
     """

@@ -73,8 +73,8 @@ def draw_sample(draw: Draw) -> Sample:
 def counted(weights: Tensor, size: int, old: int) -> Tensor:
     """How many tokens each of a sample of at most `size` of `old` ones is counted as: 1 + b.
 
-    `1 / b = 1 / a + size / old`: a token that stands for many others answers for no more of them than
-    one of an even sample would, as the rarer it was the less its own value says about theirs.
+    `1 / b = 1 / a + size / old`: a token that stands for many others answers for no more of them
+    than one of an even sample would, as the rarer it was the less its value says about theirs.
     """
     return 1 + weights / (1 + weights * (size / max(old, 1)))
 

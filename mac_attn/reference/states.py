@@ -27,7 +27,8 @@ def attention_state(
     """Attention state of queries that share a KV head, over a set of n >= 0 tokens.
 
     q `[G, D]`, k and v `[n, D]`, float64. `logits_soft_cap` 0 is off; else a logit becomes
-    `cap * tanh(logit / cap)` (Gemma 2). With `counts` `[n]` a token counts as so many. Returns o `[G, D]` and lse `[G]` (natural log).
+    `cap * tanh(logit / cap)` (Gemma 2). With `counts` `[n]` a token counts as so
+    many. Returns o `[G, D]` and lse `[G]` (natural log).
     """
     logits = attention_logits(q, k, sm_scale, logits_soft_cap)
     if counts is not None:
