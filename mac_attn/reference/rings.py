@@ -78,8 +78,8 @@ def hit_state(
     Every anchor leaves the entry's state `counts` times, for itself and for the others that it
     answers for, as it has joined `recent`. The mean of what is left stays, and its sum grows by
     rho, the quotient of `sum_A a exp(s)` for q and for the entry's query. Sums are signed: now and
-    then anchors leave with more than there was. k and v `[n, D]`. Returns o `[G, D]`, lse `[G]` and what
-    is left of the entry's sum, as a share of it `[G]`.
+    then anchors leave with more than there was. k and v `[n, D]`. Returns o `[G, D]`, lse `[G]` and
+    what is left of the entry's sum, as a share of it `[G]`.
     """
     k, v = k[entry.anchors], v[entry.anchors]
     lifted = [attention_logits(x, k, *softmax) + entry.weights.log() for x in (q, entry.rotated)]
