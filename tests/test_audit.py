@@ -10,7 +10,9 @@ import mac_attn
 from mac_attn import ReuseCache, ReuseConfig
 
 HEADS, KV_HEADS, DIM, LENGTH, STEPS = 4, 2, 64, 80, 40
-CONFIG = ReuseConfig(entries=16, window=16, band=8, anchors=4, threshold=0.8, min_context=16)
+CONFIG = ReuseConfig(
+    entries=16, window=16, band=8, anchors=4, threshold=0.8, max_drift=None, min_context=16
+)
 
 
 def run(

@@ -79,7 +79,8 @@ def test_stages(tmp_path):
     import stages
 
     path = tmp_path / "stages.json"
-    arguments = [*TINY, "--batches", "2", "--anchors", "16", "--rounds", "5", "--json", str(path)]
+    arguments = [*TINY, "--batches", "1", "--anchors", "16", "--rounds", "5", "--json", str(path)]
+    arguments += ["--chain", "2"]
     stages.main(arguments)
     rows = json.loads(path.read_text())["rows"]
     assert [row["heads"] for row in rows] == ["miss", "hit"]
@@ -147,7 +148,9 @@ def test_end_to_end():
 
     from mac_attn import ReuseConfig
 
-    config = ReuseConfig(threshold=1e6, window=16, band=8, anchors=2, min_context=16)
+    config = ReuseConfig(
+        threshold=1e6, max_drift=None, window=16, band=8, anchors=2, min_context=16
+    )
     cpu = torch.device("cpu")
     rows = end_to_end.measure(tiny_model(cpu), prompts(cpu, 1, 40), 5, 1, config)
     assert [row["mode"] for row in rows] == list(end_to_end.MODES)

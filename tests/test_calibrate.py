@@ -25,7 +25,9 @@ from mac_attn.calibrate import (
 from mac_attn.integrations.transformers import MacCache
 
 CPU = torch.device("cpu")
-CONFIG = ReuseConfig(entries=16, window=16, band=8, anchors=4, threshold=0.9, min_context=20)
+CONFIG = ReuseConfig(
+    entries=16, window=16, band=8, anchors=4, threshold=0.9, max_drift=None, min_context=20
+)
 STEPS, SEEDED, LENGTH = 24, 16, 72
 
 

@@ -97,7 +97,7 @@ def test_without_hits_it_is_exact(run: Run) -> None:
 
 
 def test_with_hits_the_table_says_what_they_cost(run: Run) -> None:
-    text, figures = run("--threshold", "1000000")
+    text, figures = run("--threshold", "1000000", "--max-drift", "1000000")
     reuse = figures["modes"]["reuse"]
     assert figures["hit_rate"] == 1
     assert figures["steps"]["hit_rate"] == [1.0] * 12

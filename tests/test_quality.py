@@ -14,7 +14,7 @@ from mac_attn import ReuseConfig  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("bench_modules")
 CPU = torch.device("cpu")
-SMALL = ReuseConfig(threshold=1e6, window=32, band=8, anchors=4, min_context=16)
+SMALL = ReuseConfig(threshold=1e6, max_drift=None, window=32, band=8, anchors=4, min_context=16)
 MODES = ("exact", "sdpa", "MAC", "MAC:band=16", "streaming", "quest")
 
 

@@ -15,8 +15,9 @@ from mac_attn.integrations.transformers import MacCache  # noqa: E402
 
 VOCAB, EOS, PAD = 101, 100, 0
 NEW = 24
-# Small enough that prompts of 40 tokens have something to reuse.
-SMALL = {"entries": 32, "window": 32, "band": 8, "anchors": 4, "min_context": 0}
+# Small enough that prompts of 40 tokens have something to reuse; and the threshold alone decides.
+SMALL: dict[str, Any] = {"entries": 32, "window": 32, "band": 8, "anchors": 4, "min_context": 0}
+SMALL |= {"max_drift": None}
 NEVER = ReuseConfig(**SMALL, threshold=0.0)
 # With anchors a hit may not read more than half of the tokens: of so few it sometimes would.
 ALWAYS = ReuseConfig(**SMALL | {"anchors": 0}, threshold=1e6)

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         band=options.band,
         anchors=options.anchors,
         threshold=options.threshold,
+        max_drift=options.max_drift,
         min_context=options.min_context,
     )
     print("loading the model ...", end="\r", file=sys.stderr)
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         ("band", "newest tokens that are always attended afresh"),
         ("anchors", "sampled tokens that a hit attends exactly"),
         ("threshold", "how far apart two queries may be, relative to their length"),
+        ("max_drift", "how far a hit may move logits"),
         ("min_context", "shortest context that is reused"),
     ):
         default = getattr(DEFAULTS, option)
