@@ -20,10 +20,12 @@
 
 namespace mac_attn::cuda {
 
-constexpr int kMaxCompleteWarps = 16;
-
-constexpr int complete_threads(int group_size) {
-  return 32 * std::min(std::max(group_size, kWarps), kMaxCompleteWarps);
+// With the largest heads a thread of sixteen warps has too few registers.
+constexpr int max_complete_warps(int head_dim) {
+  return head_dim <= 128 ? 16 : 8;
+}
+constexpr int complete_threads(int group_size, int head_dim) {
+  return 32 * std::min(std::max(group_size, kWarps), max_complete_warps(head_dim));
 }
 
 // What a KV head does, the same for all of its threads.
@@ -249,7 +251,7 @@ MAC_DEVICE void write_out(const CompleteParams& p, const CompleteWork& work, int
 
 // At batch 1 this is a chain of waits for memory, so everything is asked for as early as its address is known.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(32 * kMaxCompleteWarps, 1)
+__global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
     complete_kernel(const __grid_constant__ CompleteParams p, const __grid_constant__ CompleteWorkspace w) {
   const int G = p.shape.group_size, H = p.shape.num_kv_heads, lane = ptx::lane_id();
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
