@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     replayer = Replayer(captured.layers(layers))
     print(f"{options.text}, layers {layers}, parts of {_PART} steps")
     for depth, threshold in CASES:
-        config = ReuseConfig(entries=512, anchors=0, threshold=threshold, max_reuse_depth=depth)
+        config = ReuseConfig(
+            entries=512, anchors=0, threshold=threshold, max_drift=None, max_reuse_depth=depth
+        )
         run = replayer(config)
         print(
             f"max_reuse_depth {depth}, threshold {threshold}: error {run.mean_error:.4f}, ", end=""

@@ -29,7 +29,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "vLLM": None,
     "nothing hits": {"threshold": 0},
     "nothing hits, no anchors": {"threshold": 0, "anchors": 0},
-    "all hit": {"threshold": 4},
+    "all hit": {"threshold": 4, "max_drift": None},
 }
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"],
