@@ -112,7 +112,7 @@ def test_follows_a_model_that_is_converted(device: torch.device) -> None:
     """model.to(dtype) rounds the frequencies, and the queries are then turned by other angles."""
     model, ids = tiny_model(device), prompts(device)
     cache = MacCache(model, max_length=80, config=ALWAYS)
-    before = cache.layers[0].rotary
+    before = cache.layers[0].rings.rotary
     model.to(torch.bfloat16)
     model(ids, past_key_values=cache)
     now = RotaryEmbedding.from_transformers(model)
@@ -137,7 +137,7 @@ def test_frequencies_that_change_too_late_are_refused(device: torch.device) -> N
         model(ids[:, :1], past_key_values=cache)  # still
     cache.reset()
     model(ids, past_key_values=cache)
-    rotary = cache.layers[1].rotary
+    rotary = cache.layers[1].rings.rotary
     assert rotary is not None
     assert torch.equal(rotary.inv_freq, model.model.rotary_emb.inv_freq)
 
@@ -368,7 +368,7 @@ def test_queries_turned_back_are_those_before_the_rotation() -> None:
     model = tiny_causal_model("nanochat")
     model.set_attn_implementation("mac")
     cache = MacCache(model, max_length=80)
-    rotary = cache.layers[0].rotary
+    rotary = cache.layers[0].rings.rotary
     assert rotary is not None
     cos, sin = model.model.rotary_emb(torch.zeros(1, 6, 64), torch.arange(6)[None])
     from transformers.models.nanochat.modeling_nanochat import apply_rotary_pos_emb

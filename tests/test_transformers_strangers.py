@@ -225,7 +225,7 @@ def test_a_rotation_for_each_kind_of_layer() -> None:
     cache = MacCache(model, max_length=64)
     (index,) = cache._rotations  # the full layer
     expected = RotaryEmbedding.from_transformers(model, layer_type="full_attention")
-    rotary = cache.layers[index].rotary
+    rotary = cache.layers[index].rings.rotary
     assert rotary is not None and torch.equal(rotary.inv_freq, expected.inv_freq)
 
 

@@ -83,8 +83,9 @@ def left_padded(rows: Tensor, padding: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def generate(model: Model, ids: Tensor, cache: MacCache | None = None, **options: Any) -> Any:
-    """Greedy generation with the cache, or with SDPA and transformers' own cache."""
-    implementation = "sdpa" if cache is None else "mac"
+    """Greedy generation with the cache, or with SDPA or eager and transformers' own cache."""
+    own = "sdpa" if type(model)._supports_sdpa else "eager"
+    implementation = own if cache is None else "mac"
     model.set_attn_implementation(implementation)
     options.setdefault("attention_mask", torch.ones_like(ids))
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **options}

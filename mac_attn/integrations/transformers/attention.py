@@ -10,7 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .layer import FLOAT8, MacLayer
+from .float8 import FLOAT8
+from .layer import MacLayer
+from .rings import Rings
 from .shared import Mode
 from .sinks import attention_with_sinks, check_sinks
 from .support import Refusal, check_config, check_keywords, check_module
@@ -54,6 +56,7 @@ def mac_attention_forward(
             The cache is then as it was before the forward.
     """
     layer: MacLayer | None = getattr(key, "mac_layer", None)
+    rings: Rings | None = None if layer is None else layer.rings_of(module)
     try:
         check_module(module)
         check_keywords(kwargs)
@@ -77,9 +80,9 @@ def mac_attention_forward(
                 "a mask that tells which tokens they may see"
             )
         mode: Mode | None = None
-        if layer is not None:
+        if rings is not None:
             local = kwargs.get("sliding_window") is not None
-            mode = layer.claim(query, value, attention_mask, local=local)
+            mode = rings.claim(query, value, attention_mask, local=local)
         if mode is not None:
             _check_cached(module, dropout, position_bias, new, attention_mask, is_causal)
     except Refusal:
@@ -112,9 +115,10 @@ def mac_attention_forward(
         elif mode == "packed-sdpa":
             output = _packed_sdpa(query, key, value, attention_mask, scaling)
         else:
-            output = layer.decode(query, scaling, sinks, reuse=mode == "reuse")
-    if layer is not None and mode == "reuse" and new > 1:
-        layer.seed(query, scaling)
+            assert rings is not None
+            output = rings.decode(query, scaling, sinks, reuse=mode == "reuse")
+    if rings is not None and mode == "reuse" and new > 1:
+        rings.seed(query, scaling)
     return output, None
 
 
