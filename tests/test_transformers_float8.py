@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,19 +23,16 @@ from tiny_models import (  # noqa: E402
     left_padded,
     next_logits,
     prompts,
+    run,
     tiny_model,
 )
 
 from mac_attn import ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 FLOAT8 = torch.float8_e4m3fn
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 class RoundedCache(transformers.DynamicCache):
@@ -71,16 +67,11 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     assert error.max() < 0.05, error.max()
 
 
-def logits(model: Model, cache: Any, ids: Tensor, prompt: int = 40, **options: Any) -> Tensor:
-    first = model(ids[:, :prompt], past_key_values=cache, **options).logits[:, -1:]
-    return torch.cat([first, next_logits(model, cache, ids[:, prompt:]).transpose(0, 1)], dim=1)
-
-
 def close_to_rounded(model: Model, cache: MacCache, ids: Tensor) -> None:
-    got = logits(model, cache, ids)
+    got = run(model, ids, cache)
     model.set_attn_implementation("sdpa")
-    want = logits(model, RoundedCache(), ids)
-    exact = logits(model, transformers.DynamicCache(), ids)
+    want = run(model, ids, RoundedCache())
+    exact = run(model, ids, transformers.DynamicCache())
     model.set_attn_implementation("mac")
     assert_close(got, want)
     assert (got - exact).abs().max() > 0.05  # float8 shows: the comparison is one
@@ -105,7 +96,7 @@ def test_layers_with_a_window_keep_the_models_dtype() -> None:
     model.set_attn_implementation("mac")
     cache = MacCache(model, max_length=64, config=NEVER, kv_dtype=FLOAT8)
     ids = prompts(torch.device("cpu"), 1, 56)
-    logits(model, cache, ids)
+    run(model, ids, cache)
     kinds = {layer.kind: layer.key_store.dtype for layer in cache.layers}
     assert kinds == {"full": FLOAT8, "local": torch.float32}
 
@@ -126,7 +117,7 @@ def test_modes_agree(device: torch.device) -> None:
     for mode in ("exact", "sdpa", "packed-sdpa"):
         cache = MacCache(model, max_length=64, config=NEVER, kv_dtype=FLOAT8)
         cache.mode = mode
-        answers.append(logits(model, cache, ids))
+        answers.append(run(model, ids, cache))
     assert_close(answers[1], answers[0])
     assert_close(answers[2], answers[0])
 

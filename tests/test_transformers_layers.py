@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +22,15 @@ from tiny_models import (  # noqa: E402
     assert_same,
     generate,
     left_padded,
-    next_logits,
     prompts,
+    run,
 )
 
 from mac_attn import ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
+from mac_attn.integrations.transformers.kinds import layer_kinds  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 CPU = torch.device("cpu")
 
@@ -144,12 +146,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], Layers]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(params=MODELS)
 def served(request: pytest.FixtureRequest) -> tuple[Model, Layers]:
     name, options, layers = MODELS[request.param]
@@ -196,9 +192,7 @@ def test_every_full_layer_hits_on_queries_that_repeat(served: tuple[Model, Layer
     model, layers = served
     # Alike, not equal: what a layer before has attended to changes with the position.
     cache = MacCache(model, max_length=64, config=ReuseConfig(**SMALL, threshold=0.3))
-    tokens = torch.full((1, 56), 7)
-    model(tokens[:, :40], past_key_values=cache)
-    next_logits(model, cache, tokens[:, 40:])
+    run(model, torch.full((1, 56), 7), cache)
     rates = [stats and stats.hit_rate for stats in cache.layer_stats()]
     assert rates == [None if layer == LOCAL else 1.0 for layer in layers]
 
@@ -213,6 +207,7 @@ def test_layers_that_share_keys_have_rings_of_their_own() -> None:
     cache = MacCache(model, max_length=80, config=NEVER)
     want = generate(model, ids, num_beams=3).sequences
     assert torch.equal(generate(model, ids, cache, num_beams=3).sequences, want)
+    assert cache.get_seq_length(3) == cache.get_seq_length()
     writer, reader = cache.layers[1].reuse, cache.layers[3].reuse
     assert writer is not None and reader is not None
     assert torch.equal(writer.slot_end, reader.slot_end)
@@ -242,11 +237,18 @@ def test_hits_change_something(served: tuple[Model, Layers]) -> None:
     logits = []
     for config in (ALWAYS, None):
         cache = MacCache(model, max_length=64, config=config)
-        model(ids[:, :40], past_key_values=cache)
-        logits.append(next_logits(model, cache, ids[:, 40:]))
+        logits.append(run(model, ids, cache))
         if config is not None:
             assert cache.stats().hit_rate == 1
             reusing = [stats for stats in cache.layer_stats() if stats is not None]
             assert len(reusing) == sum(layer != LOCAL for layer in layers)
     assert logits[0].isfinite().all()
     assert (logits[0] - logits[1]).abs().max() > 0.01
+
+
+def test_the_window_of_each_layer_is_its_own() -> None:
+    config = transformers.MistralConfig(num_hidden_layers=3, sliding_window=None)
+    if not hasattr(config, "per_layer_config"):
+        pytest.skip("layers cannot have options of their own in this release of transformers")
+    config.per_layer_config = {0: {"sliding_window": 8}, 2: {"sliding_window": 16}}
+    assert layer_kinds(config) == [("local", 8), ("full", None), ("local", 16)]

@@ -6,7 +6,6 @@ import copy
 import io
 import logging
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,13 +31,9 @@ from mac_attn import RotaryEmbedding, unrotate  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 from mac_attn.integrations.transformers.rotation import cache_name  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def filled(model: Any, ids: Tensor, config: Any = ALWAYS, **options: Any) -> MacCache:
