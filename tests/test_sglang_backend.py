@@ -26,7 +26,7 @@ from mac_attn.integrations.serving.options import Options  # noqa: E402
 from mac_attn.integrations.serving.slots import Place  # noqa: E402
 from mac_attn.integrations.sglang import backend, support  # noqa: E402
 from mac_attn.integrations.sglang import engine as engine_module  # noqa: E402
-from mac_attn.integrations.sglang.engine import Engine, Served  # noqa: E402
+from mac_attn.integrations.sglang.engine import Engine  # noqa: E402
 
 HEADS, KV_HEADS, DIM, CONTEXT = 4, 2, 16, 128
 LENGTHS = [9, 33, 64]
@@ -76,7 +76,7 @@ def batch(runner: Any, lens: list[int] = LENGTHS) -> ForwardBatch:
     )
 
 
-def new_engine(runner: Any, places: list[Place | None], rotated: bool = False) -> Any:
+def new_engine(runner: Any, places: list[Place | None]) -> Any:
     """An engine of one layer that has these places for every batch."""
     ring = mac_attn.ReuseCache(
         mac_attn.ReuseConfig(entries=8, window=8, band=4, anchors=0, min_context=8, threshold=0),
@@ -89,7 +89,7 @@ def new_engine(runner: Any, places: list[Place | None], rotated: bool = False) -
     engine: Any = object.__new__(Engine)
     engine.runner, engine.options = runner, Options(num_slots=4)
     engine._args, engine.slots = runner.server_args, engine_module.SlotTable(4)
-    engine.layers = {0: Served(ring, rotated)}
+    engine.rings = {0: ring}
     engine.places = lambda rows: [*places, *[None] * (rows - len(places))]
     engine.report = lambda: None
     return engine
@@ -128,7 +128,7 @@ def test_a_layer_answers_what_torch_native_answers(page_size: int) -> None:
     native.init_forward_metadata(step)
     expected = native.forward_decode(*new, layer(), step, save_kv_cache=False)
     torch.testing.assert_close(out, expected)  # float32 in another order
-    ring = engine.layers[0].ring
+    ring = engine.rings[0]
     assert ring.slot_request.tolist() == [9, -1, 7, -1]
     assert ring.slot_end.tolist() == [64, 0, 9, 0]
 
@@ -182,7 +182,7 @@ def test_soft_caps_and_queries_that_are_not_rotated() -> None:
     torch.testing.assert_close(out.view(3, HEADS, DIM), expected)
     uncapped = mac.forward_decode(*new, layer(), step)
     assert (out - uncapped).abs().max() > 1e-3
-    stored = engine.layers[0].ring.ring_query[1, :, 0].flatten(0, 1)
+    stored = engine.rings[0].ring_query[1, :, 0].flatten(0, 1)
     assert torch.equal(stored, new[0].view(3, HEADS, DIM)[0])
 
 
