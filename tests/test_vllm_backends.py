@@ -25,10 +25,10 @@ from vllm.v1.attention.backends.registry import (  # noqa: E402
 )
 from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
+from mac_attn.integrations.serving.rotary import is_rotated  # noqa: E402
 from mac_attn.integrations.serving.slots import Place, Row  # noqa: E402
 from mac_attn.integrations.vllm import cuda, cuda_plan, plugin, support, worker  # noqa: E402
 from mac_attn.integrations.vllm import engine as engine_module  # noqa: E402
-from mac_attn.integrations.serving.rotary import is_rotated  # noqa: E402
 from mac_attn.integrations.vllm.attend import Served  # noqa: E402
 from mac_attn.integrations.vllm.engine import Engine  # noqa: E402
 from mac_attn.integrations.vllm.options import Options  # noqa: E402
