@@ -23,9 +23,12 @@ class Tolerance:
     absolute: float
     relative: float
 
-    def check(self, got: Tensor, want: Tensor, what: str) -> None:
-        """Assert that got is within the tolerance of want, with equal infinities and no NaN."""
-        got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    def check(self, got: Tensor, want: Tensor, what: str, gain: Tensor | float = 1.0) -> None:
+        """Assert that got is within the tolerance of want, with equal infinities and no NaN.
+
+        `absolute` is of terms whose sum may raise their errors: `gain` times.
+        """
+        got, want = got.detach().cpu().double() / gain, want.detach().cpu().double() / gain
         assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
         torch.testing.assert_close(
             got, want, atol=self.absolute, rtol=self.relative, msg=lambda text: f"{what}: {text}"
@@ -195,8 +198,8 @@ class Twins:
             step = reference.decode(*call, reuse=self.reference, **rows, **softmax, choose=judge)
         check_clear(step)
         assert out.dtype == q.dtype and lse.dtype == torch.float32
-        self.out.check(out, step.out, "out")
-        self.state.check(lse, step.lse, "lse")
+        self.out.check(out, step.out, "out", step.gain[..., None])
+        self.state.check(lse, step.lse, "lse", step.gain)
         active = torch.tensor(n) > 0
         self.hits += int((step.source[active] >= 0).sum())
         self.decisions += step.source[active].numel()

@@ -21,6 +21,7 @@ class Step:
     out: Tensor  # [B, Hq, D] float64
     lse: Tensor  # [B, Hq] float64, natural log
     source: Tensor  # [B, Hq] int64, the matched position; -1 is a miss
+    gain: Tensor  # [B, Hq] float64, by how much the sums of a hit raise errors of their terms
     heads: list[list[HeadStep]]  # [B][Hkv]; of a padding row none
 
 
@@ -55,6 +56,7 @@ def decode(
         out=torch.zeros_like(q),
         lse=q.new_full(q.shape[:2], -torch.inf),
         source=torch.full(q.shape[:2], -1),
+        gain=q.new_ones(q.shape[:2]),
         heads=[[] for _ in range(len(q))],
     )
     for b, n in enumerate(seq_lens.tolist()):
@@ -80,7 +82,7 @@ def decode(
             for h in range(len(kv))
         ]
         slot.end = n
-        for name in ("out", "lse", "source"):
+        for name in ("out", "lse", "source", "gain"):
             getattr(result, name)[b] = torch.cat([getattr(head, name) for head in result.heads[b]])
     if sinks is not None:
         add_sinks(result, sinks.cpu().double(), seq_lens.cpu() > 0)

@@ -38,6 +38,7 @@ class HeadStep:
     out: Tensor  # [G, D] float64
     lse: Tensor  # [G] float64, natural log
     source: Tensor  # [G] int64, the matched position; -1 is a miss
+    gain: Tensor  # [G] float64, by how much the sums of a hit raise errors of their terms
     tokens: int = 0  # whose key and value were read, anchors included
     anchors: int = 0  # read by a hit
     stored: bool = False  # whether an entry was
@@ -212,6 +213,7 @@ class ReferenceReuse:
             out=torch.empty_like(q),
             lse=q.new_empty(len(q)),
             source=torch.full((len(q),), -1),
+            gain=q.new_ones(len(q)),
             candidates=[e.position for e in entries],
             scores=scores,
         )
@@ -236,7 +238,7 @@ class ReferenceReuse:
                     state = merge_states(matched.out[heads], matched.lse[heads], *middle)
             recent = attention_state(q[heads], k[fresh], v[fresh], *softmax, counts=counts)
             if matched is not None and self.cfg.anchors:
-                out, lse, result.rest = hit_state(matched, recent, q, k, v, softmax)
+                out, lse, result.rest, result.gain = hit_state(matched, recent, q, k, v, softmax)
                 result.out[heads], result.lse[heads] = out, lse
             else:
                 carried[heads], carried_lse[heads] = state
