@@ -58,10 +58,11 @@ class Ring:
 
 @dataclass
 class Slot:
-    """History of one request: the tokens before `end`, under the id `request`."""
+    """History of one request, under the id `request`; it may go on from `end` to `reach`."""
 
     rings: list[Ring]
     end: int = 0
+    reach: int = 0
     request: int = -1
 
     def copy(self) -> Slot:
