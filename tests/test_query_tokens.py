@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import mac_attn
 import pytest
 import torch
 from cases import make_kv, make_q, one_thread, random_walk, small_config
 from compare import Twins, out_tolerance, state_tolerance
 
+import mac_attn
 from mac_attn import reference
 from mac_attn.stats import COUNTERS
 
@@ -58,9 +58,9 @@ def test_exact(tokens, group, head_dim, page_size, options, device):
         strided=bool(options),
     )
     call = (q, kv.cache, kv.table(lengths), ints(lengths, device))
-    rows = {"query_lens": ints(query_lens, device), "kv_layout": layout, **kv.scales}
+    ragged = {"query_lens": ints(query_lens, device), "kv_layout": layout, **kv.scales}
     sinks = torch.randn(2 * group, generator=torch.Generator().manual_seed(at)).to(device)
-    for rows in (rows, rows | {"sinks": sinks}, rows | {"query_lens": None}):
+    for rows in (ragged, ragged | {"sinks": sinks}, ragged | {"query_lens": None}):
         if rows["query_lens"] is None:  # all of a short request's tokens would be too many
             call = (*call[:3], ints([n if n >= tokens else 0 for n in lengths], device))
         out, lse = mac_attn.decode(*call, **rows, return_lse=True)

@@ -48,8 +48,9 @@ def decode(
 
     q and q_match `[B, Hq, D]` of any float dtype, or of T query tokens `[B, T, Hq, D]`, of which a
     request has `query_lens[b]`: those are exact, and only the first is stored. block_table
-    `[B, max_pages]`, seq_lens, slots and request_ids `[B]`. `choose` draws the samples: a backend's may differ where keys are nearly
-    equal, so that who compares one passes a function that judges and then answers the backend's.
+    `[B, max_pages]`, seq_lens, slots and request_ids `[B]`. `choose` draws the samples: a backend's
+    may differ where keys are nearly equal, so that who compares one passes a function that judges
+    and then answers the backend's.
     Raises ValueError if `reuse` comes without `slots` or `q_match`.
     """
     softmax = (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale, logits_soft_cap)

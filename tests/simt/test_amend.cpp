@@ -230,7 +230,7 @@ void test_errors(const AmendSpec& base) {
     });
   }
   // A page that nobody reads may hold anything.
-  spec.anchors = 0, spec.ages = {20};
+  spec.anchors = 0, spec.ages = {20}, spec.tokens = 1, spec.query_lens = {};
   AmendCase unread(spec);
   CHECK(unread.start(0, 0) > 8);
   unread.pages().page_id(0, 0) = kGarbage;
