@@ -98,26 +98,34 @@ class Rings:
         # Whatever attends a second time does so exactly: the rings are of the first one's queries.
         first, self.claimed = not self.claimed, True
         mode: Mode = shared.mode
-        if mode != "reuse":
+        if mode not in ("reuse", "draft"):
             return mode
         if not first or self.config is None:
             return "exact"
         if self.reuse is None:
             self.allocate(query.shape[1])
-        return "reuse"
+        return mode
+
+    def decodes(self, new: int) -> bool:
+        """Whether so many new tokens are a step of `mac_attn.decode`, not a part of a prompt."""
+        few = new <= mac_attn.MAX_QUERY_TOKENS
+        store: MacLayer = self.store
+        return new == 1 or (few and min(store.shared.layout.lengths(store.length)) > new)
 
     def decode(
-        self, query: Tensor, sm_scale: float | None, sinks: Tensor | None, *, reuse: bool
+        self, query: Tensor, sm_scale: float | None, sinks: Tensor | None, mode: Mode
     ) -> Tensor:
-        """Attention of one new query per request, `[B, Hq, 1, D]`; returns `[B, 1, Hq, D]`."""
-        q = query.detach()[:, :, 0]
+        """Attention of the new queries, `[B, Hq, T, D]`; returns `[B, T, Hq, D]`."""
+        q = query.detach().transpose(1, 2)
+        q = q[:, 0] if q.shape[1] == 1 else q
         options = self.store.scaling | {"sinks": sinks}
-        if reuse:
+        if mode != "exact":
             q_match = q if self.rotary is None else None
             options |= {"reuse": self.reuse, "slots": self.store.slots, "q_match": q_match}
+            options |= {"learn": mode == "reuse"}
         out = mac_attn.decode(q, *self.store.paging(), sm_scale=sm_scale, **options)
         assert isinstance(out, Tensor)  # a pair only with `return_lse`
-        return without_gradients(out.unsqueeze(1), query)
+        return without_gradients(out.unsqueeze(1) if out.dim() == 3 else out, query)
 
     def seed(self, query: Tensor, sm_scale: float | None) -> None:
         """Write ring entries for the last of the queries `[B, Hq, T, D]` that joined the cache."""
