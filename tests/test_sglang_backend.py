@@ -23,9 +23,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 
 from mac_attn.integrations import sglang as package  # noqa: E402
 from mac_attn.integrations.serving.options import Options  # noqa: E402
-from mac_attn.integrations.serving.slots import Place  # noqa: E402
+from mac_attn.integrations.serving.slots import Place, SlotTable  # noqa: E402
 from mac_attn.integrations.sglang import backend, support  # noqa: E402
-from mac_attn.integrations.sglang import engine as engine_module  # noqa: E402
 from mac_attn.integrations.sglang.engine import Engine  # noqa: E402
 
 HEADS, KV_HEADS, DIM, CONTEXT = 4, 2, 16, 128
@@ -88,7 +87,7 @@ def new_engine(runner: Any, places: list[Place | None]) -> Any:
     )
     engine: Any = object.__new__(Engine)
     engine.runner, engine.options = runner, Options(num_slots=4)
-    engine._args, engine.slots = runner.server_args, engine_module.SlotTable(4)
+    engine._args, engine.slots = runner.server_args, SlotTable(4)
     engine.rings = {0: ring}
     engine.places = lambda rows: [*places, *[None] * (rows - len(places))]
     engine.report = lambda: None
@@ -196,7 +195,7 @@ def test_what_is_not_served_is_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(TorchNativeAttnBackend, "forward_decode", sglangs)
     said: list[str] = []
-    monkeypatch.setattr(Engine, "_warn", lambda self, text, *v: said.append(text % v))
+    monkeypatch.setattr(Engine, "warn", lambda self, text, *v: said.append(text % v))
     runner = pools(16)
     engine = new_engine(runner, [Place(1, 5)])
     mac, step, new = mac_backend(runner, engine), batch(runner), new_tokens(3)
@@ -291,7 +290,7 @@ def test_a_runner_that_is_not_served_keeps_sglangs_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(Engine, "_warn", lambda self, text, *v: said.append(text % v))
+    monkeypatch.setattr(Engine, "warn", lambda self, text, *v: said.append(text % v))
     runner = full_runner(speculative_algorithm="NGRAM")
     runner.prefill_attention_backend_str = "torch_native"
     runner.decode_attention_backend_str = "mac"
@@ -315,7 +314,7 @@ def announced(engine: Any, mode: ForwardMode, rids: list[str], lens: list[int]) 
 def test_places_follow_requests_and_not_rows() -> None:
     engine = new_engine(pools(1), [])
     del engine.places  # the class's
-    engine.slots = engine_module.SlotTable(2)
+    engine.slots = SlotTable(2)
     engine._places, engine._silent, engine._was_full = None, 0, False
     decode, extend = ForwardMode.DECODE, ForwardMode.EXTEND
     assert engine.places(3) == [None] * 3  # a dummy batch
@@ -343,7 +342,7 @@ def test_places_follow_requests_and_not_rows() -> None:
 
 def test_a_server_that_announces_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(Engine, "_warn", lambda self, text, *v: said.append(text % v))
+    monkeypatch.setattr(Engine, "warn", lambda self, text, *v: said.append(text % v))
     engine = new_engine(pools(1), [])
     del engine.places
     engine._places, engine._silent = None, 0

@@ -295,6 +295,8 @@ class TestRotary:
 
     class Fused(Attention):
         def turn(self, positions: Tensor, q: Tensor) -> Tensor:
+            if self.nope:
+                self.rotary_emb.prepare(positions)
             return torch.ops.fused.rope(positions, q)
 
     def test_layers_without_rotation(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,9 @@ import mac_attn
 
 Conditions = list[tuple[ast.expr, bool]]  # and whether each must hold
 
+# Not its other methods, which look up tables for instance.
+_ROTATES = r"self\.rotary_emb(\.forward\w*)?$"
+
 # Largest difference of a cosine or sine from the engine's table. Both are of the same angles.
 _TOLERANCE = 1e-3
 
@@ -28,7 +32,9 @@ def is_rotated(attention: nn.Module) -> bool:
 
     Layers that do not rotate have that all the same, as a rule, and an `if` before the call, on
     attributes of many names (`self.nope`, `self.v1 or self.sliding_window`, ...). A condition on
-    anything but attributes may hold. Without any call, kernels that do more may do it.
+    anything but attributes may hold. Without any call, kernels that do more may do it. (To take a
+    layer that rotates for one that does not is safe: rotated queries are equal less often, but then
+    their attention is.)
 
     Raises:
         ValueError: the code is not there.
@@ -48,7 +54,7 @@ def is_rotated(attention: nn.Module) -> bool:
 
 def _rotary_calls(node: ast.AST, tests: Conditions) -> Iterator[Conditions]:
     """The conditions that each call of `self.rotary_emb` in some code is under."""
-    if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self.rotary_emb"):
+    if isinstance(node, ast.Call) and re.match(_ROTATES, ast.unparse(node.func)):
         yield tests
     branches = {"body": True, "orelse": False} if isinstance(node, ast.If | ast.IfExp) else {}
     for name, value in ast.iter_fields(node):
@@ -65,7 +71,7 @@ def _may_hold(test: ast.expr, wanted: bool, attention: nn.Module) -> bool:
         return True
     try:
         holds = eval(ast.unparse(test), {"__builtins__": {}}, {"self": attention})
-    except AttributeError:
+    except (AttributeError, TypeError):
         return True
     return bool(holds) is wanted
 
