@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; `make vllm` has it", allow_module_level=True)
@@ -25,6 +24,7 @@ pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
+from engine_traffic import random_model  # noqa: E402
 from vllm_server import Answer, Request, Server  # noqa: E402
 
 from mac_attn.demo.model import folder, python_reference  # noqa: E402
@@ -76,27 +76,12 @@ def smollm() -> Path:
 
 
 def tiny(smollm: Path, folder: Path, name: str, **options: Any) -> Path:
-    """A random model of 8 query and 4 KV heads of 32, with SmolLM2's tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    """A random model with SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer
 
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        name,
-        vocab_size=49152,
-        hidden_size=256,
-        intermediate_size=512,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=4096,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-        **options,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(smollm).save_pretrained(folder)
-    return folder
+    sizes = {"vocab_size": 49152, "hidden_size": 256, "max_position_embeddings": 4096}
+    return random_model(folder, name, **sizes | options)
 
 
 @pytest.fixture(scope="session")
