@@ -3,6 +3,7 @@
 # make cuda    the CUDA extension against a CUDA torch, in .venv-cuda (6 GB; part of `make test`)
 # make vllm    a real `vllm serve` with the plugin, in .venv-vllm (3.5 GB; part of `make test`)
 # make sglang  a real SGLang scheduler and server with the backend, in .venv-sglang (3 GB; not part of `make test`)
+# make docs    the documentation as a site, in build/site, its links checked (part of `make test`)
 # make bench   the quick benchmarks
 # make sanitize, fuzz, package, soak   sanitized op tests, fuzzing, sdist and wheel, hours of traffic
 #              (part of `make test`, the last two of them short)
@@ -57,7 +58,7 @@ sglang_pip := $(sglang_bin)/python -m pip --disable-pip-version-check -q
 
 step := @sh build_support/step.sh
 
-.PHONY: demo test lint build kernels simt cuda vllm vllm-test sglang sglang-test sanitize fuzz soak package bench format clean help
+.PHONY: demo test lint docs build kernels simt cuda vllm vllm-test sglang sglang-test sanitize fuzz soak package bench format clean help
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -72,6 +73,7 @@ test: $(venv)/built-test
 	$(step) cuda "CUDA extension against a CUDA torch" $(MAKE) cuda
 	$(step) sanitize "op tests under sanitizers" $(MAKE) sanitize
 	$(step) package "sdist and wheel" $(MAKE) package
+	$(step) docs "documentation, its links" $(MAKE) docs
 	$(step) fuzz "fuzzing for a minute" $(MAKE) fuzz FUZZ_SECONDS=60 FUZZ_ARGS="-seed=1 -runs=50000"
 	$(step) soak "traffic" $(MAKE) soak SOAK_SECONDS=20
 	$(step) vllm "vLLM serves with the plugin" $(MAKE) vllm
@@ -82,6 +84,10 @@ lint: $(venv)/built-test
 	$(bin)/ruff format --check .
 	$(bin)/ruff check .
 	$(bin)/clang-format --dry-run -Werror $(cxx_files)
+
+# What mkdocs says of its own next version, and of its theme's, has nothing to do with us.
+docs: $(venv)/built-docs
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict
 
 # The kernels without torch, plain and under each sanitizer; the CUDA kernels on their host execution.
 kernels: $(venv)/built-test
@@ -254,4 +260,9 @@ $(venv)/built-demo: $(venv)/built
 
 $(venv)/built-test: $(venv)/built-demo
 	$(step) tests "packages of the tests" $(pip) install "mac-attn[test]"
+	@touch $@
+
+# mkdocs reads the sources, it does not import them; ruff, of the tests, formats signatures.
+$(venv)/built-docs: $(venv)/built-test
+	$(step) docs-tools "packages of the documentation" $(pip) install "mac-attn[docs]"
 	@touch $@
