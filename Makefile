@@ -42,7 +42,7 @@ venv := .venv
 bin := $(venv)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -q
 cxx_files := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/cpp/*.cpp tests/simt/*.cpp tests/simt/*.h tests/simt/torch/*.cpp tests/simt/torch/*/*/*.h tests/fuzz/*.cpp)
-sources := setup.py pyproject.toml build_support/toolkit.py mac_attn/_version.py $(cxx_files)
+sources := setup.py pyproject.toml build_support/compiler.py build_support/toolkit.py mac_attn/_version.py $(cxx_files)
 
 cuda_venv := .venv-cuda
 cuda_bin := $(cuda_venv)/bin
