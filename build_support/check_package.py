@@ -3,9 +3,9 @@
     python build_support/check_package.py [FOLDER]
 
 Works on a copy of what git has. The wheel is built from the sdist, as an installer would, and made
-portable as `make wheels` does; FOLDER keeps it. The other environment is a new one that sees this
-one's packages for torch and the rest of what it needs, but has a mac_attn of its own and no compiler
-on its PATH; the tests run there away from the sources.
+portable (wheels.py); FOLDER keeps it. The other environment is a new one that sees this one's
+packages for torch and the rest of what it needs, but has a mac_attn of its own and no compiler on
+its PATH; the tests run there away from the sources.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 from wheels import copy_of_sources, make_portable, run, write_label
@@ -47,6 +48,9 @@ def check_contents(sdist: Path, wheel: Path) -> None:
     assert not strange, f"the wheel has {strange}"
     extension = [n for n in files if n.startswith("mac_attn/_C.") and n.endswith(".so")]
     assert len(extension) == 1 and "mac_attn/py.typed" in files and "mac_attn/_C.pyi" in files
+    (described,) = [n for n in files if n.endswith(".dist-info/METADATA")]
+    torch = metadata.version("torch").partition("+")[0]
+    assert f"Requires-Dist: torch=={torch}\n" in zipfile.ZipFile(wheel).read(described).decode()
     print(
         f"{sdist.name}: {len(names)} files; {wheel.name}: {len(files)}, {wheel.stat().st_size:,} B"
     )

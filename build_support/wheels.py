@@ -3,9 +3,9 @@
     python build_support/wheels.py FOLDER
 
 Builds from a copy of what git has, or else from the files here, checks the wheel with auditwheel
-and gives it the name of what it is for: `mac_attn-0.1.0+torch2.13.0.cpu-cp311-...`. libtorch, libgomp
-and the CUDA runtime are torch's own and are not packed; which torch that must be is in the metadata
-(a requirement of just that version) and in the library, which says so before it is opened
+and gives it the name of what it is for: `mac_attn-0.1.0+torch2.13.0.cpu-cp311-...`. libtorch,
+libgomp and the CUDA runtime are torch's own and are not packed; which torch that must be is in the
+metadata (a requirement of just that version) and in the library, which says so before it is opened
 (mac_attn/_extension.py).
 """
 
