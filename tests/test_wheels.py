@@ -115,9 +115,8 @@ class TestWheel:
         """One that links a library of somebody's, which auditwheel would pack into it."""
         pytest.importorskip("auditwheel")
         (tmp_path / "theirs.c").write_text("int theirs(void) { return 1; }\n")
-        (tmp_path / "ours.c").write_text(
-            "int theirs(void); int PyInit__C(void) { return theirs(); }\n"
-        )
+        ours = "int theirs(void), puts(const char*); int PyInit__C(void) { return %s; }\n"
+        (tmp_path / "ours.c").write_text(ours % 'theirs() + puts("ours")')
         library, module = tmp_path / "libtheirs.so", tmp_path / "_C.so"
         compile_ = ["cc", "-shared", "-fPIC", "-o"]
         subprocess.run([*compile_, library, tmp_path / "theirs.c"], check=True)
