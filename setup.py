@@ -43,8 +43,8 @@ try:
     import torch
 except ModuleNotFoundError as error:
     raise SystemExit(
-        "mac_attn is built against the torch it runs with: install torch first, then\n"
-        "    pip install --no-build-isolation ."
+        "mac_attn is built against the torch it runs with, which an isolated build does not see:"
+        " install torch first, then\n    pip install --no-build-isolation ."
     ) from error
 
 cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu"))

@@ -54,7 +54,7 @@ def family(said: str) -> str:
             return name
     first = said.strip().splitlines()[0] if said.strip() else "nothing"
     raise BuildError(
-        f"the C++ compiler says {first!r}, must be GCC 9 or Clang 12 or later; CXX names it"
+        f"the C++ compiler says {first!r}, must be GCC or Clang; CXX names it"
     )
 
 

@@ -35,7 +35,7 @@ APPLE = "Apple clang version 16.0.0 (clang-1600.0.26.6)\nTarget: arm64-apple-dar
 class TestCompiler:
     def test_families(self) -> None:
         assert [family(said) for said in (GCC, CLANG, APPLE)] == ["gcc", "clang", "clang"]
-        with pytest.raises(BuildError, match="'Intel.*', must be GCC 9 or Clang 12 or later; CXX"):
+        with pytest.raises(BuildError, match="'Intel.*', must be GCC or Clang; CXX"):
             family("Intel(R) C++ Intel(R) 64 Compiler Classic\n")
         with pytest.raises(BuildError, match="says 'nothing', must be GCC"):
             family("")
