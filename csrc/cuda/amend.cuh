@@ -110,8 +110,8 @@ struct Replaced {
   template <typename Q>
   MAC_DEVICE void load_query(const AmendParams& p, const Piece& piece, float scale, Factor<T>* shared) {
     const int64_t slot = p.requests.slots[piece.request];
-    state.load_query(p.ring.rotated<Q>(slot, piece.kv_head, piece.work.place), kHeadDim, p.shape.group_size, scale,
-                     shared);
+    const Q* rows = p.ring.rotated<Q>(slot, piece.kv_head, piece.work.place);
+    state.load_query([&](int g) { return rows + g * kHeadDim; }, p.shape.group_size, scale, shared);
   }
   // Of the strip from place `first` of the list on.
   MAC_DEVICE static Counted load_weights(const AmendParams& p, const Piece& piece, int first) {
@@ -149,7 +149,7 @@ MAC_DEVICE void amend_piece(
   using Stage = Stage<kHeadDim, T>;
   static_assert(sizeof(SampleScratch) <= kWarps * Stage::kCount * Stage::kBytes, "it fits where the stages were");
   constexpr bool kReplaces = Replaced<T, kHeadDim, kHeadBlocks>::kFits;
-  __shared__ int starts[8 * kHeadBlocks];
+  __shared__ int starts[8 * kHeadBlocks], lasts[8 * kHeadBlocks];
   __shared__ typename Sampler<kHeadBlocks>::Shared sampler_shared[kWarps];
   T* shared = static_cast<T*>(dynamic_shared());
   auto* query = reinterpret_cast<Factor<T>*>(shared + kWarps * Stage::kCount * Stage::kElements);
@@ -182,12 +182,15 @@ MAC_DEVICE void amend_piece(
     if (ahead < piece.end) row = find_row(p, w, piece, ahead, warp);
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
     if (ahead == piece.begin) {
-      load_starts<kHeadBlocks>(p, piece, starts);
-      const int first_head = piece.head_tile * kMaxTileHeads;
-      const int64_t head = static_cast<int64_t>(piece.kv_head) * p.shape.group_size + first_head;
-      state.load_query(
-          static_cast<const Q*>(p.query.data) + piece.request * p.query.batch_stride + head * p.query.head_stride,
-          p.query.head_stride, p.shape.group_size - first_head, scale, query);
+      load_bounds<kHeadBlocks>(p, piece, starts, lasts);
+      const int first_query = piece.head_tile * kMaxTileHeads, G = p.shape.group_size;
+      const Q* rows = static_cast<const Q*>(p.query.data) + piece.request * p.query.batch_stride +
+                      int64_t{piece.kv_head} * G * p.query.head_stride;
+      const auto row_of = [&](int column) {
+        const int i = first_query + column, token = p.shape.tokens == 1 ? 0 : i / G;
+        return rows + token * p.query.token_stride + (i - token * G) * p.query.head_stride;
+      };
+      state.load_query(row_of, p.shape.group_queries() - first_query, scale, query);
     }
     const int tile = ahead - Stage::kCount;
     if (tile < piece.begin) continue;
@@ -209,6 +212,7 @@ MAC_DEVICE void amend_piece(
       const int first_token = tokens.anchors ? piece.work.start : first;  // where all heads attend to all of them
       warp_logits(p, state, starts, stage, query, first_token, there, x);
       if (kReplaces && tokens.anchors) lift(x, counted);
+      if (first + kWarpTokens > piece.work.position + 1 && !tokens.anchors) mask_later(lasts, first, x);
       raise_max(state, x);
       const bool draws = sampler.draws && piece.span(tile) == kOld;
       float lead = 0.f, bound = 0.f;

@@ -148,7 +148,7 @@ class Call:
         for n, slot in zip(lens.tolist(), slots.tolist(), strict=True):
             if slot < 0:
                 continue
-            cache.slot_end[slot] = max(0, n - 1)
+            cache.slot_end[slot] = cache.slot_reach[slot] = max(0, n - 1)
             for c in range(max(self.band, n - 1 - self.entries), n - 1):
                 cache.ring_position[slot, :, c % self.entries] = c
                 for i in range(min(self.num_anchors, c + 1 - self.band)):
