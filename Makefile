@@ -1,5 +1,6 @@
 # make demo    a real language model decodes a long document with MAC-Attention
 # make test    formatting, the kernels alone (CTest, sanitizers), the Python tests
+# make aarch64 the CPU kernels for aarch64 under qemu, if there is a cross compiler (part of `make test`)
 # make cuda    the CUDA extension against a CUDA torch, in .venv-cuda (6 GB; part of `make test`)
 # make vllm    a real `vllm serve` with the plugin, in .venv-vllm (3.5 GB; part of `make test`)
 # make sglang  a real SGLang scheduler and server with the backend, in .venv-sglang (3 GB; not part of `make test`)
@@ -59,7 +60,7 @@ sglang_pip := $(sglang_bin)/python -m pip --disable-pip-version-check -q
 
 step := @sh build_support/step.sh
 
-.PHONY: demo test lint docs wheels build kernels simt cuda vllm vllm-test sglang sglang-test sanitize fuzz soak package bench format clean help
+.PHONY: demo test lint docs wheels build kernels aarch64 simt cuda vllm vllm-test sglang sglang-test sanitize fuzz soak package bench format clean help
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -71,6 +72,7 @@ demo: $(venv)/built-demo
 test: $(venv)/built-test
 	$(step) lint "formatting and types" $(MAKE) lint
 	$(step) kernels "kernels without torch, plain and under each sanitizer" $(MAKE) kernels
+	$(step) aarch64 "CPU kernels for aarch64, emulated" $(MAKE) aarch64
 	$(step) cuda "CUDA extension against a CUDA torch" $(MAKE) cuda
 	$(step) sanitize "op tests under sanitizers" $(MAKE) sanitize
 	$(step) package "sdist and wheel" $(MAKE) package
@@ -98,6 +100,21 @@ kernels: $(venv)/built-test
 	    -DMAC_ATTN_SIMT=ON -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
 	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -j2 --output-on-failure || exit 1; \
 	done
+
+# The CPU kernels for another processor, cross-compiled and run by an emulator, in each of its instruction sets.
+cross := aarch64-linux-gnu-g++
+emulator := $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
+ifneq ($(and $(shell command -v $(cross)),$(emulator)),)
+aarch64: $(venv)/built-test
+	@dir=build/kernels-aarch64; \
+	$(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(cross) \
+	  "-DCMAKE_CROSSCOMPILING_EMULATOR=$(emulator);-L;/usr/aarch64-linux-gnu" > /dev/null && \
+	$(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -j2 --output-on-failure
+else
+aarch64:
+	@echo "make aarch64: skipped, it needs $(cross) and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)"
+endif
 
 # Of these, the CUDA kernels on the host execution and its own tests (tests/simt).
 simt: $(venv)/built-test

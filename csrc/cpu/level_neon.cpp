@@ -5,6 +5,7 @@
 #include <arm_neon.h>
 
 #define MAC_LEVEL 0
+#undef MAC_NEON
 #define MAC_NEON 1
 #define MAC_LEVEL_NAME neon
 namespace mac_attn::cpu::neon {

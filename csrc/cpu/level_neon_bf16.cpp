@@ -13,6 +13,7 @@
 #endif
 
 #define MAC_LEVEL 0
+#undef MAC_NEON
 #define MAC_NEON 2
 #define MAC_LEVEL_NAME neon_bf16
 namespace mac_attn::cpu::neon_bf16 {

@@ -110,8 +110,8 @@ double decode(const Format& format, bool float8, int kv_heads, int group, int he
 
   AmendParams amend{};
   amend.shape = {batch, kv_heads, group, head_dim}, amend.dtype = format.dtype;
-  amend.query = {q.data(), int64_t{heads} * head_dim, head_dim};
-  amend.requests = {seq_lens.data(), nullptr, nullptr};
+  amend.query = {q.data(), int64_t{heads} * head_dim, head_dim, 0};
+  amend.requests = {seq_lens.data(), nullptr, nullptr, nullptr};
   amend.kv.k = k.data(), amend.kv.v = v.data(), amend.kv.float8 = float8;
   if (float8) amend.kv.k_scale = {&k_scale, 0}, amend.kv.v_scale = {&v_scale, 0};
   amend.kv.k_page_stride = amend.kv.v_page_stride = int64_t{kPageSize} * kv_heads * head_dim;
