@@ -53,9 +53,7 @@ def family(said: str) -> str:
         if mark in said:
             return name
     first = said.strip().splitlines()[0] if said.strip() else "nothing"
-    raise BuildError(
-        f"the C++ compiler says {first!r}, must be GCC or Clang; CXX names it"
-    )
+    raise BuildError(f"the C++ compiler says {first!r}, must be GCC or Clang; CXX names it")
 
 
 def compiler_family(environ: Mapping[str, str] = os.environ) -> str:
