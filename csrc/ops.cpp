@@ -277,7 +277,7 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
     const OptionalTensor& query_lens, const Tensor& slots, const OptionalTensor& given_q_match,
     const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t num_anchors,
     const Tensor& threshold, bool relative, double max_drift, bool per_head, int64_t window, int64_t band,
-    int64_t min_context, int64_t max_reuse_depth, int64_t layer, double sm_scale, double logits_soft_cap,
+    int64_t min_context, int64_t max_reuse_depth, bool learn, int64_t layer, double sm_scale, double logits_soft_cap,
     const OptionalTensor& sinks, const OptionalTensor& workspace, const OptionalTensor& error_flag,
     const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
   TORCH_CHECK_VALUE(given_q_match.has_value() != inv_freq.has_value(),
@@ -298,8 +298,9 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
       q, cache, block_table, {seq_lens, query_lens}, &reuse, sm_scale, logits_soft_cap, {workspace, error_flag});
   Tensor lse = at::empty(q.sizes().slice(0, q.dim() - 1), state_lse.options());
   complete(states, state_lse, log_ratio, anchors, anchor_weights, sampled, source, place, stored, q, q_match,
-           seq_lens, query_lens, slots, request_ids, ring, num_kv_heads, entries, band, max_reuse_depth, sinks,
-           workspace, out, lse);
+           seq_lens, query_lens, slots, request_ids, ring, num_kv_heads, entries, band,
+           learn ? max_reuse_depth : 0,  // nothing is less deep
+           sinks, workspace, out, lse);
   return {source, lse};
 }
 
@@ -424,8 +425,7 @@ void define(torch::Library& m) {
       "Tensor seq_lens, Tensor? query_lens, Tensor slots, "
       "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int anchors, "
       "Tensor threshold, bool relative, float max_drift, bool per_head, int window, int band, int min_context, "
-      "int max_reuse_depth, "
-      "int layer, float sm_scale, float logits_soft_cap, Tensor? sinks, Tensor(b!)? workspace, "
+      "int max_reuse_depth, bool learn, int layer, float sm_scale, float logits_soft_cap, Tensor? sinks, Tensor(b!)? workspace, "
       "Tensor(c!)? error_flag, "
       "Tensor? inv_freq, bool interleaved, float rotary_scale";
   m.def(("decode_reuse(" + reuse + ") -> (Tensor out, Tensor source, Tensor lse)").c_str());

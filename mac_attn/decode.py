@@ -11,6 +11,8 @@ from .cache import ReuseCache
 from .paging import KVCache, Scale, kv_arguments, kv_scales, kv_views
 from .rope import pre_rope_query
 
+MAX_QUERY_TOKENS = 16  # of a request in one step; csrc/checks.h has it too
+
 
 def decode(
     q: Tensor,
@@ -29,6 +31,7 @@ def decode(
     k_scale: Scale = None,
     v_scale: Scale = None,
     sinks: Tensor | None = None,
+    learn: bool = True,
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -77,6 +80,7 @@ def decode(
             tokens and has a value of 0, as learned by gpt-oss: one more term of the softmax's sum,
             after `sm_scale` and `logits_soft_cap`. -inf is none; NaN and inf are refused, on the
             CPU. A padding row has none. Ring entries do not hold it.
+        learn: False stores no entry, as for drafts whose keys are yet to be computed exactly.
         out: as q, written in place.
         return_lse: also return the log-sum-exp of the logits, a sink among them: natural log,
             float32, q's shape without the last dimension.
@@ -90,7 +94,7 @@ def decode(
         TypeError: an argument is no tensor or has another dtype than it must.
     """
     arguments = (q, kv_cache, block_table, seq_lens, query_lens, reuse, slots, q_match, request_ids)
-    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, sinks, out)
+    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, sinks, learn, out)
     try:
         out, lse = _decode(*arguments, *options)
     except Exception:
@@ -116,6 +120,7 @@ def _decode(
     k_scale: Scale,
     v_scale: Scale,
     sinks: Tensor | None,
+    learn: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     scales = kv_scales(k_scale, v_scale, q)
@@ -131,7 +136,7 @@ def _decode(
     # amend:    attention of `q` to the tokens from E(source) on, or to all; the new entry's anchors
     # complete: out, lse = that and the reused state merged; the new entry goes into the ring
     source, out, lse = ops.match_amend_complete(
-        *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, sinks, out
+        *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, sinks, learn, out
     )
     if reuse.auditor is not None and slots is not None and q.dim() == 3:  # several are exact
         reuse.auditor.record(

@@ -260,6 +260,7 @@ def match_amend_complete(
     sm_scale: float,
     logits_soft_cap: float,
     sinks: Tensor | None,
+    learn: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three stages in one op: what a call costs besides is then paid once.
@@ -287,6 +288,7 @@ def match_amend_complete(
         *reuse.ring_arguments,
         reuse.threshold,
         *reuse.match_options,
+        learn,
         reuse.layer,
         sm_scale,
         logits_soft_cap,

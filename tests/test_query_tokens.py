@@ -185,7 +185,10 @@ def test_queries_are_turned_back(device):
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"q": (3, 0, 4, 64)}, r"q(_match)? has 0 tokens, must have from 1 to 16"),
-    ({"q": (3, 17, 4, 64)}, r"q(_match)? has 17 tokens, must have from 1 to 16"),
+    (
+        {"q": (3, 1 + mac_attn.MAX_QUERY_TOKENS, 4, 64)},
+        rf"q(_match)? has 17 tokens, must have from 1 to {mac_attn.MAX_QUERY_TOKENS}",
+    ),
     ({"query_lens": [4, 0, 4]}, r"query_lens\[1\] is 0, must be from 1 to 4"),
     ({"query_lens": [4, 4, 5]}, r"query_lens\[2\] is 5, must be from 1 to 4"),
     ({"seq_lens": [50, 50, 3]}, r"seq_lens\[2\] is 3, must be 0 or at least the query tokens, 4"),

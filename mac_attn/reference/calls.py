@@ -42,6 +42,7 @@ def decode(
     k_scale: Scale = None,
     v_scale: Scale = None,
     sinks: Tensor | None = None,
+    learn: bool = True,
     choose: Choose = draw_sample,
 ) -> Step:
     """One decode step, as `mac_attn.decode`; without `reuse` exact attention.
@@ -102,6 +103,7 @@ def decode(
                 (b, h),
                 choose,
                 miss=several and q.shape[1] > 1,
+                learn=learn,
             )
             for h in range(len(kv))
         ]

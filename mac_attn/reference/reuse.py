@@ -201,11 +201,13 @@ class ReferenceReuse:
         where: tuple[int, int],
         choose: Choose,
         miss: bool = False,
+        learn: bool = True,
     ) -> HeadStep:
         """Match, amend and complete the newest token of one request, for one KV head.
 
         q and the pre-RoPE query `[G, D]`, k and v `[n, D]`, softmax `(sm_scale, logits_soft_cap)`,
-        `where` the row of the batch and the KV head; with `miss` nothing is matched.
+        `where` the row of the batch and the KV head; with `miss` nothing is matched, without
+        `learn` nothing stored.
         """
         n = k.shape[0]
         p, old = n - 1, self.old_end(n - 1)
@@ -264,6 +266,7 @@ class ReferenceReuse:
                     )
             if not 0 < ring.tau <= MOST_TAU:
                 ring.tau = first_tau(self.sample_size(p))
+        result.stored = result.stored and learn
         if result.stored:
             ring.store(entry)
         ring.last_lse = result.lse

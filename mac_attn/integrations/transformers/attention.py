@@ -30,7 +30,7 @@ def mac_attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer: `mac_attn.decode` for single new tokens in a MacCache, else SDPA.
+    """Attention of one layer: `mac_attn.decode` for a few new tokens in a MacCache, else SDPA.
 
     With sinks what is not decode is plain torch, see sinks.py.
 
@@ -88,15 +88,19 @@ def mac_attention_forward(
         raise
 
     with measured(query.device):
-        if layer is not None and layer.is_float8 and (mode is None or "sdpa" in mode or new > 1):
+        decodes = layer is not None and mode in ("reuse", "draft", "exact") and layer.decodes(new)
+        if layer is not None and layer.is_float8 and not decodes:
             key, value = layer.wide()  # a copy, for this call
-        plain = layer is None or mode is None or "sdpa" in mode or new > 1
-        if sinks is not None and plain:
+        if layer is not None and mode is not None and decodes:
+            output = layer.decode(query, scaling, sinks, mode)
+        elif sinks is not None:
             causal = _is_causal(module, is_causal)
             output = attention_with_sinks(
                 query, key, value, attention_mask, sinks, scaling, causal=causal
             )
-        elif layer is None or mode is None or mode == "sdpa" or new > 1:
+        elif mode == "packed-sdpa" and new == 1:
+            output = _packed_sdpa(query, key, value, attention_mask, scaling)
+        else:
             output, _ = sdpa_attention_forward(
                 module,
                 query,
@@ -109,11 +113,7 @@ def mac_attention_forward(
                 position_bias=position_bias,
                 **kwargs,
             )
-        elif mode == "packed-sdpa":
-            output = _packed_sdpa(query, key, value, attention_mask, scaling)
-        else:
-            output = layer.decode(query, scaling, sinks, reuse=mode == "reuse")
-    if layer is not None and mode == "reuse" and new > 1:
+    if layer is not None and mode == "reuse" and not decodes:
         layer.seed(query, scaling)
     return output, None
 

@@ -65,7 +65,8 @@ class MacCache(Cache):
             change while the cache is empty (`model.to(dtype)` rounds them).
 
     Attributes:
-        mode: what a decode step runs: "reuse", "exact" (`mac_attn.decode` without reuse), "sdpa"
+        mode: what a decode step runs: "reuse", "draft" (which reuses, too, and leaves nothing to
+            reuse; `Lossless` has it), "exact" (`mac_attn.decode` without reuse), "sdpa"
             (as transformers calls it) or "packed-sdpa" (SDPA with the query heads of a KV head as
             rows of one matrix), all on the same cache. It may be switched at any time, to compare;
             the reuse rings do not see steps taken in another mode and start anew after them.
@@ -157,8 +158,8 @@ class MacCache(Cache):
         modes = get_args(Mode)
         if mode not in modes:
             raise Refusal(f"mode is {mode!r}, must be one of {modes}")
-        if mode == "reuse" and not self._reuses:
-            raise Refusal("mode 'reuse' needs a MacCache made with a `config`")
+        if mode in ("reuse", "draft") and not self._reuses:
+            raise Refusal(f"mode {mode!r} needs a MacCache made with a `config`")
         self._shared.mode = mode
 
     def update(

@@ -281,13 +281,13 @@ class MacLayer(CacheLayerMixin):
         # Layers that share the keys of this one attend exactly: the rings are of its own queries.
         first, self._unclaimed = self._unclaimed, False
         mode: Mode = self.shared.mode
-        if mode != "reuse":
+        if mode not in ("reuse", "draft"):
             return mode
         if not first or self.config is None:
             return "exact"
         if self.reuse is None:
             self.allocate_rings(query.shape[1])
-        return "reuse"
+        return mode
 
     def _check_local(self, mask: Tensor | None) -> None:
         """ValueError if the mask of a local layer is not local.
@@ -315,19 +315,26 @@ class MacLayer(CacheLayerMixin):
     def _scaling(self) -> dict[str, Any]:
         return {"k_scale": self.scales[0], "v_scale": self.scales[1]} if self.is_float8 else {}
 
+    def decodes(self, new: int) -> bool:
+        """Whether so many new tokens are a step of `mac_attn.decode`, not a part of a prompt."""
+        few = new <= mac_attn.MAX_QUERY_TOKENS
+        return new == 1 or (few and min(self.shared.layout.lengths(self.length)) > new)
+
     def decode(
-        self, query: Tensor, sm_scale: float | None, sinks: Tensor | None, *, reuse: bool
+        self, query: Tensor, sm_scale: float | None, sinks: Tensor | None, mode: Mode
     ) -> Tensor:
-        """Attention of one new query per request, `[B, Hq, 1, D]`; returns `[B, 1, Hq, D]`."""
-        q = query.detach()[:, :, 0]
+        """Attention of the new queries, `[B, Hq, T, D]`; returns `[B, T, Hq, D]`."""
+        q = query.detach().transpose(1, 2)
+        q = q[:, 0] if q.shape[1] == 1 else q
         kv_cache, block_table, seq_lens = self._paging()
         options = self._scaling() | {"sinks": sinks}
-        if reuse:
+        if mode != "exact":
             q_match = q if self.rotary is None else None
             options |= {"reuse": self.reuse, "slots": self.slots, "q_match": q_match}
+            options |= {"learn": mode == "reuse"}
         out = mac_attn.decode(q, kv_cache, block_table, seq_lens, sm_scale=sm_scale, **options)
         assert isinstance(out, Tensor)  # a pair only with `return_lse`
-        return without_gradients(out.unsqueeze(1), query)
+        return without_gradients(out.unsqueeze(1) if out.dim() == 3 else out, query)
 
     def seed(self, query: Tensor, sm_scale: float | None) -> None:
         """Write ring entries for the last of the queries `[B, Hq, T, D]` that joined the cache."""

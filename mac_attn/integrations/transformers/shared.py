@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["reuse", "exact", "sdpa", "packed-sdpa"]
+Mode = Literal["reuse", "draft", "exact", "sdpa", "packed-sdpa"]
 
 
 class Shared:
