@@ -6,7 +6,9 @@
 
 #include "common.h"
 
-#if MAC_ARM && defined(__linux__)
+#if MAC_X86
+#include <cpuid.h>
+#elif MAC_ARM && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -21,7 +23,13 @@ struct Level {
   bool runs;  // on this machine
 };
 
-#if MAC_ARM
+#if MAC_X86
+// Clang 14 does not know the name.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#elif MAC_ARM
 bool has_bf16() {
 #if defined(__linux__) && defined(HWCAP2_BF16)
   return getauxval(AT_HWCAP2) & HWCAP2_BF16;
@@ -35,8 +43,7 @@ bool has_bf16() {
 std::vector<Level> levels() {
   std::vector<Level> all{{"generic", &generic::table, true}};
 #if MAC_X86
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   all.push_back({"avx2", &avx2::table, has_avx2});
