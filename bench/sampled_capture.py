@@ -23,7 +23,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 NAME = "sampled_capture"
-BLOCK = 512
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def capture(model: PreTrainedModel, ids: Tensor, rows: int) -> dict[str, Any]:
     ) -> tuple[Tensor, None]:
         window, scale = kwargs.get("sliding_window"), float(kwargs["scaling"])
         if window is not None:
-            return _local(q, k, v, window, scale).transpose(1, 2), None
+            return gemma.local_attention(q, k, v, window, scale).transpose(1, 2), None
         scales.add(scale)
         heads = [t[0].transpose(0, 1).bfloat16() for t in (q[:, :, -rows:], k, v)]
         taken[module.layer_idx] = [t.contiguous() for t in heads]
@@ -98,20 +97,6 @@ def _keeper(kept: dict[int, Tensor], layer: int, rows: int) -> Callable[..., Non
         kept[layer] = x[-rows:].clone()
 
     return keep
-
-
-def _local(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-    """Attention to the `window` last tokens, `[1, Hq, n, D]`."""
-    n, out = q.shape[2], torch.empty_like(q)
-    for low in range(0, n, BLOCK):
-        high, start = min(n, low + BLOCK), max(0, low - window + 1)
-        row, token = torch.arange(low, high)[:, None], torch.arange(start, high)
-        mask = (token <= row) & (token > row - window)
-        keys, values = k[:, :, start:high], v[:, :, start:high]
-        out[:, :, low:high] = scaled_dot_product_attention(
-            q[:, :, low:high], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
-        )
-    return out
 
 
 if __name__ == "__main__":

@@ -503,7 +503,8 @@ auto plain_function(const char* name, const char* overload, Result (*)(Args...))
   return torch::wrap_pybind_function_no_gil([op](Args... args) -> Result { return op.call(args...); });
 }
 
-PYBIND11_MODULE(_C, m) {
+// What it keeps is made while it is imported, or per thread: no GIL is needed, and its ops run without one.
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   using namespace mac_attn;
   register_ops();
   m.attr("library") = own_path();

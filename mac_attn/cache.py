@@ -58,7 +58,9 @@ class ReuseCache:
         ValueError, TypeError: an argument is out of range or of the wrong type.
         MemoryError: the device has not enough memory; the message says how much it takes.
 
-    Attributes (N slots, H KV heads, G query heads per KV head, M entries, S anchors, D head_dim):
+    N slots, H KV heads, G query heads per KV head, M entries, S anchors, D head_dim:
+
+    Attributes:
         ring: [N, slot bytes] uint8, all that makes up the slots; csrc/ring.h has its layout. The
             next ones are views of it.
         slot_end, slot_reach: [N] int32, from which position to which the slot's next call may

@@ -5,10 +5,10 @@
 // tasks are done, whoever is free merges its KV heads' partials. Traffic: the K and V rows of the tokens once, in
 // place from their pages; those of a hit's anchors serve both queries.
 
-constexpr int kTileHeads = MAC_LEVEL >= 2 ? 4 : 2;  // query heads that share a loaded K or V row
-constexpr int kFetchedRows = 2;                     // V rows that are fetched beside a head's softmax
-constexpr int kFetchedLines = 4;                    // and lines of the stream
-constexpr int kTileVectors = 4;                     // vectors of a V row kept in registers
+constexpr int kTileHeads = MAC_LEVEL >= 2 || MAC_NEON ? 4 : 2;  // query heads that share a loaded K or V row
+constexpr int kFetchedRows = 2;                                 // V rows that are fetched beside a head's softmax
+constexpr int kFetchedLines = 4;                                // and lines of the stream
+constexpr int kTileVectors = 4;                                 // vectors of a V row kept in registers
 
 // T is what the cache holds. With bf16 dot products the query stays bf16, in all other cases it is expanded once.
 // It is stored as the dots read it: for every tile of heads and kDotElements of a row, those of each head.
@@ -16,14 +16,14 @@ template <typename T>
 struct QueryType {
   using type = float;
 };
-#if MAC_LEVEL >= 3
+#if MAC_LEVEL >= 3 || MAC_NEON >= 2
 template <>
 struct QueryType<bfloat16> {
   using type = bfloat16;
 };
 #endif
 template <typename Q>
-constexpr int kDotElements = sizeof(Q) == 2 ? 32 : kLanes;
+constexpr int kDotElements = sizeof(Q) == 2 ? 2 * kLanes : kLanes;
 template <typename Q>
 MAC_INLINE int query_tile_size(int head_dim) {
   return (head_dim + kDotElements<Q> - 1) / kDotElements<Q> * kDotElements<Q> * kTileHeads;
@@ -65,6 +65,21 @@ MAC_INLINE void add_last_dots(vf (&sum)[kHeads][4], const bfloat16* query, const
   }
   add_pairs<kHeads>(sum, query, k);
 }
+#elif MAC_NEON >= 2
+template <typename T, int kHeads>
+MAC_INLINE const bfloat16* add_dots(vf (&sum)[kHeads][4], const bfloat16* query, const T* const* rows, int64_t d) {
+  const auto eight = [](const bfloat16* p) { return vreinterpretq_bf16_u16(vld1q_u16(&p->bits)); };
+  bfloat16x8_t k[4];
+  for (int i = 0; i < 4; ++i) k[i] = eight(rows[i] + d);
+  for (int h = 0; h < kHeads; ++h) {
+    const bfloat16x8_t q = eight(query + h * 8);
+    for (int i = 0; i < 4; ++i) sum[h][i] = (vf)vbfdotq_f32((float32x4_t)sum[h][i], q, k[i]);
+  }
+  return query + kTileHeads * 8;
+}
+// A row is whole dots.
+template <typename T, int kHeads>
+MAC_INLINE void add_last_dots(vf (&)[kHeads][4], const bfloat16*, const T* const*, int64_t) {}
 #endif
 template <typename T, int kHeads>
 MAC_INLINE void add_last_dots(vf (&)[kHeads][4], const float*, const T* const*, int64_t) {}
@@ -283,7 +298,7 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
     switch (std::min(heads - h, kTileHeads)) {
       case 1: attend_block<T, 1>(p, query, rows, next, stream, running); break;
       case 2: attend_block<T, 2>(p, query, rows, next, stream, running); break;
-#if MAC_LEVEL >= 2
+#if MAC_LEVEL >= 2 || MAC_NEON
       case 3: attend_block<T, 3>(p, query, rows, next, stream, running); break;
       case 4: attend_block<T, 4>(p, query, rows, next, stream, running); break;
 #endif

@@ -129,9 +129,8 @@ struct Kernels {
   void (*complete)(const CompleteParams&, CompleteWork&);
 };
 
-// The best table this machine can run; the environment variable MAC_ATTN_SIMD (generic, avx2, avx512,
-// avx512_bf16) asks for a lesser one, so that all of them can be tested on one machine. Throws
-// std::invalid_argument if it has another value.
+// The best table this machine can run; the environment variable MAC_ATTN_SIMD asks for a lesser one by its name, so
+// that all of them can be tested on one machine. Throws std::invalid_argument if it has another value.
 const Kernels& kernels();
 
 namespace generic {
@@ -144,6 +143,12 @@ namespace avx512 {
 extern const Kernels table;
 }
 namespace avx512_bf16 {
+extern const Kernels table;
+}
+namespace neon {
+extern const Kernels table;
+}
+namespace neon_bf16 {
 extern const Kernels table;
 }
 

@@ -106,6 +106,10 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
 #pragma unroll 1
     for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
       const int column = i % (kHeadDim / 4) * 4, head = i / (kHeadDim / 4), g = first + head;
+      // Asked for before what it is needed with.
+      const bool replaces = column == 0 && piece.work.anchor_tiles > 0 && !status;
+      const float entry =
+          replaces ? p.ring.lse(p.requests.slots[piece.request], piece.kv_head, piece.work.place)[g] : 0.f;
       const Merged merged = merge_partials<kHeadDim>(w, head, column, pieces);
       const int64_t qo_row = static_cast<int64_t>(group) * queries + g;
 #pragma unroll
@@ -125,15 +129,11 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
       const float now = log2_total(merged.max[kFresh], merged.light[kFresh]);
       const float then = log2_total(merged.max[kOld], merged.light[kOld]);
       p.log_ratio[qo_row] = known ? (now - then) * kLn2 : 0.f;
-      if (piece.work.anchor_tiles > 0 && !status) {
-        const float entry = p.ring.lse(p.requests.slots[piece.request], piece.kv_head, piece.work.place)[g];
+      if (replaces) {
         const float replaced = log2_total(merged.max[kOld], merged.sum[kOld]) * kLn2;
         if (nothing_left(entry, replaced, then * kLn2)) p.log_ratio[qo_row] = -INFINITY;
       }
-      if (g == 0) {
-        const bool attends = piece.work.anchor_tiles > 0 && !status;
-        p.sampled[group] = attends ? static_cast<int>(merged.anchors) : kNotSampled;
-      }
+      if (g == 0) p.sampled[group] = replaces ? static_cast<int>(merged.anchors) : kNotSampled;
     }
   }
   if (status) {
