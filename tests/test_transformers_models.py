@@ -128,11 +128,6 @@ def test_attended_as_by_its_own_attention_or_refused(name: str) -> None:
         assert documented()[name] == kind
 
 
-def test_the_documented_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    exec(compile(example, str(DOCS), "exec"), {})
-
-
 def test_the_documentation_lists_every_model() -> None:
     if not transformers.__version__.startswith(DOCUMENTED):
         pytest.skip(f"docs/transformers.md is about transformers {DOCUMENTED}x")
