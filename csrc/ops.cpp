@@ -277,9 +277,9 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
     const OptionalTensor& query_lens, const Tensor& slots, const OptionalTensor& given_q_match,
     const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t num_anchors,
     const Tensor& threshold, bool relative, double max_drift, bool per_head, int64_t window, int64_t band,
-    int64_t min_context, int64_t max_reuse_depth, bool learn, int64_t layer, double sm_scale, double logits_soft_cap,
-    const OptionalTensor& sinks, const OptionalTensor& workspace, const OptionalTensor& error_flag,
-    const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
+    int64_t min_context, int64_t max_reuse_depth, bool learn, int64_t layer, double sm_scale,
+    double logits_soft_cap, const OptionalTensor& sinks, const OptionalTensor& workspace,
+    const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
   TORCH_CHECK_VALUE(given_q_match.has_value() != inv_freq.has_value(),
                     "q_match and inv_freq: ", inv_freq ? "both are" : "neither is", " given, must be one of them");
   const Tensor q_match = given_q_match
@@ -425,7 +425,8 @@ void define(torch::Library& m) {
       "Tensor seq_lens, Tensor? query_lens, Tensor slots, "
       "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int anchors, "
       "Tensor threshold, bool relative, float max_drift, bool per_head, int window, int band, int min_context, "
-      "int max_reuse_depth, bool learn, int layer, float sm_scale, float logits_soft_cap, Tensor? sinks, Tensor(b!)? workspace, "
+      "int max_reuse_depth, bool learn, int layer, float sm_scale, float logits_soft_cap, Tensor? sinks, "
+      "Tensor(b!)? workspace, "
       "Tensor(c!)? error_flag, "
       "Tensor? inv_freq, bool interleaved, float rotary_scale";
   m.def(("decode_reuse(" + reuse + ") -> (Tensor out, Tensor source, Tensor lse)").c_str());
