@@ -103,7 +103,7 @@ def measure(
             got, ms = generate(cache, custom_generate=method)
             stats, done = cache.stats(), method.stats
             read = stats.kv_tokens_read - before.kv_tokens_read
-            layers = sum(layer.reuse is not None for layer in cache.layers)
+            layers = sum(layer.rings.reuse is not None for layer in cache.layers)
             lengths = range(ids.shape[1] + 1, ids.shape[1] + new_tokens)
             full = layers * stats.num_kv_heads * sum(lengths)  # of exact decode
             rows.append(

@@ -149,7 +149,8 @@ void complete(const CompleteParams& p, const Persistent& persistent, const Tenso
   check_supported(p.shape, p.dtype);
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
-  const cuda::CompleteWorkspace w{p.matched.source ? Workspace(p.shape, persistent, on).status : nullptr};
+  const cuda::CompleteWorkspace w{p.matched.source ? Workspace(p.shape, persistent, on).status : nullptr,
+                                  cuda::Divisor(p.shape.group_size)};
   check(cuda::launch_complete(p, w, c10::cuda::getCurrentCUDAStream()));
 }
 

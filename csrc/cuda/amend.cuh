@@ -188,12 +188,12 @@ MAC_DEVICE void amend_piece(
     if (ahead < piece.end) row = find_row(p, w, piece, ahead, warp);
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
     if (ahead == piece.begin) {
-      load_bounds<kHeadBlocks>(p, piece, starts, lasts);
+      load_bounds<kHeadBlocks>(p, w, piece, starts, lasts);
       const int first_query = piece.head_tile * kMaxTileHeads, G = p.shape.group_size;
       const Q* rows = static_cast<const Q*>(p.query.data) + piece.request * p.query.batch_stride +
                       int64_t{piece.kv_head} * G * p.query.head_stride;
       const auto row_of = [&](int column) {
-        const int i = first_query + column, token = p.shape.tokens == 1 ? 0 : i / G;
+        const int i = first_query + column, token = w.group_size.divide(i);
         return rows + token * p.query.token_stride + (i - token * G) * p.query.head_stride;
       };
       state.load_query(row_of, p.shape.group_queries() - first_query, scale, query);

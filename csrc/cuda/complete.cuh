@@ -233,11 +233,11 @@ MAC_DEVICE void store_anchors(const CompleteParams& p, const CompleteWork& work,
 }
 
 template <typename T, int kHeadDim>
-MAC_DEVICE void write_out(const CompleteParams& p, const CompleteWork& work, int query,
+MAC_DEVICE void write_out(const CompleteParams& p, const CompleteWorkspace& w, const CompleteWork& work, int query,
                           const CompleteHead<kHeadDim>& head) {
   const int lane = ptx::lane_id(), G = p.shape.group_size;
   const MergeWeights merge = merge_weights(head.carried_lse, head.fresh_lse);
-  const int token = p.shape.tokens == 1 ? 0 : query / G, g = query - token * G, qo_head = work.kv_head * G + g;
+  const int token = w.group_size.divide(query), g = query - token * G, qo_head = work.kv_head * G + g;
   T* out = static_cast<T*>(p.out) + work.request * p.out_batch_stride + token * p.out_token_stride +
            qo_head * p.out_head_stride;
   MergeWeights tokens{1.f, 0.f, merge.lse};
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
   for (int i = warp; i < queries; i += warps) {
     if (i != warp) head.load_states(p, work, i), head.load_entry(p, work, i);
     head.carry(p, work);
-    write_out<T, kHeadDim>(p, work, i, head);
+    write_out<T, kHeadDim>(p, w, work, i, head);
     ptx::sync_warp();
     if (work.stores && i < G) store_head<T, kHeadDim>(p, work, i, head);
   }

@@ -11,15 +11,15 @@
 namespace mac_attn::cuda {
 
 struct PieceRange {
-  int begin, end;  // every head_tiles-th of them
+  int begin, count;  // every head_tiles-th from `begin` on
 };
 
 // Which pieces have a partial state of which span, of the pass over one head tile. Some piece may have both.
 MAC_DEVICE void find_pieces(const AmendWorkspace& w, const Piece& piece, int head_tile,
                             PieceRange (&pieces)[kNumSpans]) {
-  const int first = piece.first + head_tile, each = w.head_tiles;
-  pieces[kOld] = {first, first + each * divide_up(piece.work.tiles_of_old(), piece.most)};
-  pieces[kFresh] = {first + each * (piece.work.old_tiles / piece.most), first + each * piece.splits};
+  const int first = piece.first + head_tile, only_old = piece.work.old_tiles / piece.most;
+  pieces[kOld] = {first, divide_up(piece.work.tiles_of_old(), piece.most)};
+  pieces[kFresh] = {first + only_old * w.head_tiles, piece.splits - only_old};
 }
 
 // Where a head's part of a partial state lies.
@@ -39,11 +39,7 @@ template <int kHeadDim>
 MAC_DEVICE Merged merge_partials(const AmendWorkspace& w, int head, int column,
                                  const PieceRange (&pieces)[kNumSpans]) {
   constexpr int kAtOnce = kHeadDim <= 128 ? 8 : 4;  // registers are short with the greatest
-  const auto count = [&](Span span) {
-    const int pieces_of = pieces[span].end - pieces[span].begin;
-    return w.head_tiles == 1 ? pieces_of : pieces_of / w.head_tiles;
-  };
-  const int num_old = count(kOld), all = num_old + count(kFresh);
+  const int num_old = pieces[kOld].count, all = num_old + pieces[kFresh].count;
   Merged merged{{-INFINITY, -INFINITY}, {}, {}, 0.f, {}};
 #pragma unroll 1
   for (int first = 0; first < all; first += kAtOnce) {
@@ -93,7 +89,8 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
   const int queries = p.shape.group_queries(), group = piece.kv_group(p);
   // The first thread may be marking the request below already, as may the CTAs of other KV heads.
   const int given = ptx::load_volatile(w.status + piece.request),
-            status = given | (bad_length(p, w, piece.request) ? kBadLength : 0);
+            bad = p.requests.seq_lens[piece.request] != 0 && position_of(p, w, piece.request) < 0,
+            status = given | (bad ? kBadLength : 0);
   const int64_t spans = static_cast<int64_t>(p.shape.batch) * p.shape.num_queries();
 #pragma unroll 1
   for (int tile = 0; tile < w.head_tiles; ++tile) {

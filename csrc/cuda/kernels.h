@@ -67,14 +67,15 @@ struct AmendWorkspace {
   uint32_t k_page_units, k_token_units;  // strides in 16 bytes
   uint32_t v_page_units, v_token_units;
   Divisor page_size;
-  Divisor num_kv_heads, ctas;
-  int64_t max_tokens;  // max_pages * page_size
-  int32_t tile_heads;  // queries of a pass: min(T G, kMaxTileHeads)
-  int32_t head_tiles;  // passes per KV head: ceil(T G / kMaxTileHeads)
+  Divisor num_kv_heads, ctas, group_size, passes;  // passes: head_tiles
+  int64_t max_tokens;                              // max_pages * page_size
+  int32_t tile_heads;                              // queries of a pass: min(T G, kMaxTileHeads)
+  int32_t head_tiles;                              // passes per KV head: ceil(T G / kMaxTileHeads)
 };
 
 struct CompleteWorkspace {
   const int32_t* status;  // [B] Error bits of match and amend, null in exact mode
+  Divisor group_size;
 };
 
 // Fills in the CTAs for each KV head of the current device's match launch: as many as it keeps busy.
@@ -105,6 +106,8 @@ inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_p
   const int32_t queries = params.shape.group_queries();
   w.tile_heads = queries < kMaxTileHeads ? queries : kMaxTileHeads;
   w.head_tiles = (queries + kMaxTileHeads - 1) / kMaxTileHeads;
+  w.group_size = Divisor(params.shape.group_size);
+  w.passes = Divisor(w.head_tiles);
   return fits(kv.k_page_stride, kv.k_token_stride) && fits(kv.v_page_stride, kv.v_token_stride);
 }
 

@@ -32,11 +32,11 @@ MAC_DEVICE int amend_start(const AmendParams& p, int source) {
   return source == kMiss ? 0 : band_start(source, p.band);
 }
 
-// Whether a request's lengths cannot be: of tokens, of query tokens.
-MAC_DEVICE bool bad_length(const AmendParams& p, const AmendWorkspace& w, int request) {
-  const int n = p.requests.seq_lens[request];
-  if (n < 0 || n > w.max_tokens) return true;
-  return n > 0 && !fits_query(p.shape, p.requests, request);
+// Position of a request's first query token; -1 for padding, and where lengths cannot be.
+MAC_DEVICE int position_of(const AmendParams& p, const AmendWorkspace& w, int request) {
+  const int n = p.requests.seq_lens[request], tokens = query_len(p.shape, p.requests, request);
+  const bool fits = n <= w.max_tokens && tokens >= 1 && tokens <= p.shape.tokens && tokens <= n;
+  return fits ? n - tokens : -1;
 }
 
 // What one KV head of one request has to attend to. A hit with anchors has no old tiles: those and the rest are one
@@ -69,8 +69,8 @@ MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w
     start = amend_start(p, oldest);
   }
   // Padding, and a length that cannot be: one tile without tokens, so that its state is written.
-  if (n == 0 || bad_length(p, w, request)) return {0, 0, 0, kMiss, 0, 0, 0, 1};
-  const int position = first_position(p.shape, p.requests, request);
+  const int position = position_of(p, w, request);
+  if (position < 0) return {0, 0, 0, kMiss, 0, 0, 0, 1};
   const int anchor_tiles = start > 0 ? tiles_for(sample_size(p.num_anchors, start)) : 0;
   const int old_end = !reuses ? 0 : anchor_tiles > 0 ? start : band_start(position, p.band);
   const int old_tiles = tiles_for(old_end - start);
@@ -206,7 +206,7 @@ MAC_DEVICE void find_piece(const AmendParams& p, const AmendWorkspace& w, const 
       }
       const int most = work.tiles <= share.most ? work.tiles : (work.tiles + splits - 1) / splits;
       // Passes over the same tokens are neighbours, so that the second finds them in the L2 cache.
-      const int split = w.head_tiles == 1 ? in_group : in_group / w.head_tiles;
+      const int split = w.passes.divide(in_group);
       const int head_tile = in_group - split * w.head_tiles, begin = split * most;
       const int end = begin + most < work.tiles ? begin + most : work.tiles;
       const int request = w.num_kv_heads.divide(group);

@@ -132,10 +132,11 @@ struct WarpState {
 // Brings to shared memory which tokens the queries of a pass attend to: those from `starts` on, kNoHead for a
 // column without a query, up to their own, `lasts`. The block's barrier has to follow.
 template <int kHeadBlocks>
-MAC_DEVICE void load_bounds(const AmendParams& p, const Piece& piece, int* starts, int* lasts) {
+MAC_DEVICE void load_bounds(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, int* starts,
+                            int* lasts) {
   const int column = threadIdx.x, i = piece.head_tile * kMaxTileHeads + column, G = p.shape.group_size;
   if (column >= 8 * kHeadBlocks) return;
-  const int token = p.shape.tokens == 1 ? 0 : i / G;
+  const int token = w.group_size.divide(i);
   const bool there = i < p.shape.group_queries() && piece.work.position + token < piece.work.seq_len;
   // Only a single token reuses anything.
   const bool reuses = p.matched.source && p.shape.tokens == 1;

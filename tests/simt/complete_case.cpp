@@ -134,7 +134,7 @@ void CompleteCase::run(const Run& run) {
   p.out_token_stride = heads() * head_stride_;
   p.lse = lse_.data();
   p.sinks = spec_.sinks ? sinks_.data() : nullptr;
-  const cuda::CompleteWorkspace w{spec_.exact ? nullptr : status.data()};
+  const cuda::CompleteWorkspace w{spec_.exact ? nullptr : status.data(), cuda::Divisor(spec_.group_size)};
   (spec_.dtype == DType::kBFloat16 ? launch_complete_bf16 : launch_complete_fp16)(p, w, run);
 }
 
