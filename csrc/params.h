@@ -199,8 +199,8 @@ constexpr int32_t oldest_candidate(int32_t p, int32_t window, int32_t band, int3
 
 // The largest squared distance from a query, of squared length `norm`, at which logits are expected to move by no
 // more than `max_drift`, squared: the expected square is `spread` times the distance. Where `spread` is not known,
-// as it is for the sharpest heads: a query of theirs has logits whose variance is some 12.
-constexpr float kUnknownVariance = 12.f;
+// as it is for the sharpest heads: a query of theirs has logits whose variance is some 16.
+constexpr float kUnknownVariance = 16.f;
 constexpr float drift_bound(float max_drift, float spread, float norm) {
   return spread > 0.f ? max_drift / spread : max_drift / kUnknownVariance * norm;
 }

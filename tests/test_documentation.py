@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import mac_attn
+
 ROOT = Path(__file__).parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
@@ -75,6 +77,11 @@ def test_links_and_paths_lead_somewhere(page):
         first = name.partition("/")[0]
         if "/" in name and first in ("csrc", "mac_attn", "tests", "docs", "bench", "examples"):
             assert (ROOT / name).exists(), name
+
+
+def test_every_public_name_is_in_the_api():
+    named = {line.split(".")[-1] for line in PAGES["docs/api.md"].splitlines() if ":::" in line}
+    assert set(mac_attn.__all__) - {"__version__"} <= named
 
 
 def test_commands_of_scripts_exist():

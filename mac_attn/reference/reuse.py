@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mac_attn.config import ReuseConfig
 
 
-UNKNOWN_VARIANCE = 12.0  # of a query's logits, before the spread of the keys is known
+UNKNOWN_VARIANCE = 16.0  # of a query's logits, before the spread of the keys is known
 
 
 @dataclass
