@@ -166,10 +166,9 @@ MAC_DEVICE void amend_piece(
   state.clear();
   replaced.state.clear();
 
-  float scale = 1.f, value_scale = 1.f;
-  if constexpr (kIsFp8<T>) {
-    scale = p.sm_scale * p.kv.k_scale.of(piece.kv_head), value_scale = p.kv.v_scale.of(piece.kv_head);
-  }
+  // Read where they are needed, so that no register holds them meanwhile.
+  const auto scale = [&] { return kIsFp8<T> ? p.sm_scale * p.kv.k_scale.of(piece.kv_head) : 1.f; };
+  const auto value_scale = [&] { return kIsFp8<T> ? p.kv.v_scale.of(piece.kv_head) : 1.f; };
 
   // Round r looks up the rows of tile r, asks for tile r - 1 and computes tile r - kCount. There is one loop for
   // filling the pipeline and for using it.
@@ -196,12 +195,12 @@ MAC_DEVICE void amend_piece(
         const int i = first_query + column, token = w.group_size.divide(i);
         return rows + token * p.query.token_stride + (i - token * G) * p.query.head_stride;
       };
-      state.load_query(row_of, p.shape.group_queries() - first_query, scale, query);
+      state.load_query(row_of, p.shape.group_queries() - first_query, scale(), query);
       const TileTokens begin = tile_tokens(p, piece.work, ahead);
       if (kReplaces && kAhead && begin.anchors) {
         next_weights = replaced.load_weights(p, piece, begin.begin + warp * kWarpTokens);
       }
-      density = sample_density(p.num_anchors, piece.work.start);
+      if constexpr (kAhead) density = sample_density(p.num_anchors, piece.work.start);
     }
     const int tile = ahead - Stage::kCount;
     if (tile < piece.begin) continue;
@@ -209,12 +208,15 @@ MAC_DEVICE void amend_piece(
     const int first = tokens.begin + warp * kWarpTokens;
     if (tile == piece.begin) {  // while the first tiles are on their way
       sampler.begin(p, piece, sampler_shared[warp]);
-      if (kReplaces && tokens.anchors) replaced.template load_query<Q>(p, piece, scale, replaced_query);
+      if (kReplaces && tokens.anchors) replaced.template load_query<Q>(p, piece, scale(), replaced_query);
     }
     float2 weights = next_weights;
     if (kReplaces && tokens.anchors) {
       if constexpr (kAhead) next_weights = replaced.load_weights(p, piece, first + kTileTokens);
-      if constexpr (!kAhead) weights = replaced.load_weights(p, piece, first);
+      if constexpr (!kAhead) {
+        weights = replaced.load_weights(p, piece, first);
+        density = sample_density(p.num_anchors, piece.work.start);
+      }
     }
     ptx::cp_async_wait<Stage::kCount - 1>();
     ptx::sync_warp();  // the stage is filled for all lanes
@@ -254,12 +256,12 @@ MAC_DEVICE void amend_piece(
     if (tile == last_old || (at_end && tile < last_old)) {
       if (sampler.draws) sampler.hand_over(p, w, piece.kv_group(p));
       if constexpr (kReplaces) {
-        if (tokens.anchors) write_partial(w, replaced.state, scratch, partial + kOld, value_scale);
+        if (tokens.anchors) write_partial(w, replaced.state, scratch, partial + kOld, value_scale());
       }
-      if (!tokens.anchors) write_partial(w, state, scratch, partial + kOld, value_scale);
+      if (!tokens.anchors) write_partial(w, state, scratch, partial + kOld, value_scale());
     }
     if (at_end) {
-      if (piece.span(tile) == kFresh) write_partial(w, state, scratch, partial + kFresh, value_scale);
+      if (piece.span(tile) == kFresh) write_partial(w, state, scratch, partial + kFresh, value_scale());
       break;
     }
     slot = slot + 1 == Stage::kCount ? 0 : slot + 1;

@@ -306,8 +306,13 @@ constexpr size_t match_shared_bytes(int group_size) {
   return sizeof(MatchShared) + sizeof(float) * kHeadDim * group_size;
 }
 
+// CTAs of a processor. With half of its registers the instance of 96 keeps two of them in local memory.
+constexpr int match_ctas(int head_dim) {
+  return head_dim == 96 ? 1 : 2;
+}
+
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kMatchThreads, 2)
+__global__ void __launch_bounds__(kMatchThreads, match_ctas(kHeadDim))
     match_kernel(const __grid_constant__ MatchParams p, const __grid_constant__ MatchWorkspace w) {
   const int G = p.shape.group_size, H = p.shape.num_kv_heads, warp = threadIdx.x / 32;
   const int group = blockIdx.x / w.splits, split = blockIdx.x % w.splits;
