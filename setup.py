@@ -18,16 +18,24 @@ import setuptools
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # pip does not, and build_support lies here
 
+from build_support.compiler import (  # noqa: E402
+    check_platform,
+    compiler_family,
+    flags,
+    links_openmp,
+)
 from build_support.toolkit import (  # noqa: E402
     DEFAULT_ARCHES,
     BuildError,
     check_setuptools,
+    check_torch,
     find_toolkit,
     runtime_folder,
     use_cuda,
 )
 
 try:
+    check_platform()
     check_setuptools(setuptools.__version__)
 except BuildError as error:
     raise SystemExit(f"mac_attn: {error}") from error
@@ -35,20 +43,24 @@ try:
     import torch
 except ModuleNotFoundError as error:
     raise SystemExit(
-        "mac_attn is built against the torch it runs with: install torch first, then\n"
-        "    pip install --no-build-isolation ."
+        "mac_attn is built against the torch it runs with, which an isolated build does not see:"
+        " install torch first, then\n    pip install --no-build-isolation ."
     ) from error
 
 cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
 library_dirs = []
 try:
+    check_torch(torch.__version__)
     wanted = os.environ.get("MAC_ATTN_CUDA") != "0"
     toolkit = find_toolkit(torch.version.cuda) if wanted else None
     cuda = use_cuda(torch.version.cuda, bool(cuda_sources), toolkit)
+    chosen = flags(compiler_family(), links_openmp(), os.environ.get("MAC_ATTN_SANITIZE", ""))
     if cuda:
         library_dirs = [str(runtime_folder(toolkit, ROOT / "build" / "cuda-lib"))]
 except BuildError as error:
     raise SystemExit(f"mac_attn: {error}") from error
+if chosen.note:
+    print(f"mac_attn: {chosen.note}", file=sys.stderr)
 if cuda:
     os.environ["CUDA_HOME"] = str(toolkit)  # before torch's module looks for one itself
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHES)
@@ -57,29 +69,21 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 
 version = runpy.run_path(str(ROOT / "mac_attn" / "_version.py"))["__version__"]
 macros = [("MAC_ATTN_VERSION", f'"{version}"'), ("MAC_ATTN_TORCH", f'"{torch.__version__}"')]
-# The SIMD kernels choose their instructions file by file and at run time: no -march here.
-# torch's headers have unused parameters by the hundred.
-cxx = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fopenmp"]
-link = ["-fopenmp"]
-if sanitizers := os.environ.get("MAC_ATTN_SANITIZE"):
-    # What is found ends the process. vptr asks for type information that torch's libraries hide.
-    cxx += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
-    cxx += ["-fno-omit-frame-pointer", "-g1", "-O1"]
-    link += [f"-fsanitize={sanitizers}"]
-
 sources = [*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
-flags = {"cxx": cxx}
+arguments = {"cxx": list(chosen.compile)}
 if cuda:
     sources += cuda_sources
     macros += [
         ("MAC_ATTN_WITH_CUDA", "1"),
         ("MAC_ATTN_CUDA_ARCHES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'),
     ]
-    flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xptxas=-v"]
+    arguments["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xptxas=-v"]
 else:
     sources = [path for path in sources if path.name != "backend_cuda.cpp"]
 
 setuptools.setup(
+    # The torch of the build and no other: what is imported says so, and installers should know.
+    install_requires=[f"torch=={torch.__version__.partition('+')[0]}", "numpy"],
     ext_modules=[
         (CUDAExtension if cuda else CppExtension)(
             "mac_attn._C",
@@ -88,8 +92,8 @@ setuptools.setup(
             depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*h"))],
             define_macros=macros,
             library_dirs=library_dirs,
-            extra_compile_args=flags,
-            extra_link_args=link,
+            extra_compile_args=arguments,
+            extra_link_args=list(chosen.link),
         )
     ],
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},

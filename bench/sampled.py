@@ -34,7 +34,7 @@ BLOCK = 16  # steps whose errors are drawn together for an interval
 @dataclass(frozen=True)
 class Options:
     threshold: float = 0.4
-    max_drift: float | None = 3.0
+    max_drift: float | None = 4.0
     window: int = 2048
     entries: int = 128
     samples: int = 1024

@@ -13,6 +13,7 @@ from pathlib import Path
 # sm_80 runs on 8.6 and 8.9 too; GPUs after sm_90 compile its PTX when they load it.
 DEFAULT_ARCHES = "8.0;9.0+PTX"
 WITHOUT = "MAC_ATTN_CUDA=0 builds without CUDA"
+OLDEST_TORCH = (2, 9)
 OLDEST_SETUPTOOLS = 77  # that knows pyproject.toml's `license = "Apache-2.0"`
 
 
@@ -27,6 +28,14 @@ def check_setuptools(version: str) -> None:
             f"setuptools is {version}, must be {OLDEST_SETUPTOOLS} or later:"
             f' pip install "setuptools>={OLDEST_SETUPTOOLS}"'
         )
+
+
+def check_torch(version: str) -> None:
+    """Raises BuildError for a torch whose headers are older than the sources expect."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise BuildError(f"torch is {version}, must be {oldest} or later")
 
 
 def version_of(home: Path) -> str | None:

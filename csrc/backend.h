@@ -39,9 +39,11 @@ void complete(const CompleteParams& params, const Persistent& persistent, const 
 void unrotate(const UnrotateParams& params, const at::Tensor& on);
 }  // namespace cuda_backend
 
-// See UnrotateParams; `name` is what the caller calls `positions`. Defined in unrotate.cpp.
-at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const char* name, int32_t back,
-                    const at::Tensor& inv_freq, bool interleaved, double scale);
+// The queries of a step before their rotary embedding, as `q`; of several tokens only the first is. Defined in
+// unrotate.cpp.
+at::Tensor unrotate_first(const at::Tensor& q, const at::Tensor& seq_lens,
+                          const std::optional<at::Tensor>& query_lens, const at::Tensor& inv_freq, bool interleaved,
+                          double scale);
 // The op of that name.
 at::Tensor unrotate_op(const at::Tensor& q, const at::Tensor& positions, const at::Tensor& inv_freq,
                        bool interleaved, double scale);

@@ -74,14 +74,14 @@ void complete(const CompleteParams& p) {
   for (int32_t h = 0; p.sinks && h < p.shape.num_qo_heads(); ++h) {
     TORCH_CHECK_VALUE(p.sinks[h] < INFINITY, "sinks[", h, "] is ", p.sinks[h], ", must be below infinity");
   }
+  check_seq_lens(p.shape, p.requests, INT32_MAX);
   if (p.matched.source) {
-    check_seq_lens(p.shape, p.requests, INT32_MAX);
     check_slots(p.shape, p.requests, p.ring.num_slots);
     check_matched(p.shape, p.requests, p.matched, p.ring, p.band);
   }
   cpu::CompleteWork work(p);
   constexpr int64_t kFewElements = 8192;
-  const int64_t elements = int64_t{p.shape.batch} * p.shape.num_qo_heads() * p.shape.head_dim;
+  const int64_t elements = int64_t{p.shape.batch} * p.shape.num_queries() * p.shape.head_dim;
   run_team(cpu::kernels().complete, p, work, elements <= kFewElements);
 }
 
@@ -95,7 +95,8 @@ void unrotate(const UnrotateParams& p) {
                                                  : at::kFloat;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "unrotate", [&] {
     for (int64_t b = 0; b < p.shape.batch; ++b) {
-      const float position = static_cast<float>(int64_t{p.positions[b]} - p.back);
+      const int64_t back = p.each_back ? p.each_back[b] : p.back;
+      const float position = static_cast<float>(int64_t{p.positions[b]} - back);
       for (int64_t i = 0; i < p.pairs; ++i) {
         const float angle = position * p.inv_freq[i];
         cos[i] = std::cos(angle) * p.inverse_scale;

@@ -111,7 +111,7 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   TORCH_CHECK_VALUE(p.num_anchors == 0 || G <= most_heads, "num_qo_heads / num_kv_heads is ", G,
                     ", must be at most ", most_heads, " with anchors and head_dim ", D, " on CUDA");
   const int64_t kv_itemsize = p.kv.float8 ? 1 : 2;
-  check_rows(p.query.data, "q", 2, {p.query.batch_stride, p.query.head_stride});
+  check_rows(p.query.data, "q", 2, {p.query.batch_stride, p.query.head_stride, p.query.token_stride});
   check_rows(p.kv.k, "k_cache", kv_itemsize, {p.kv.k_page_stride, p.kv.k_token_stride, p.kv.k_head_stride});
   check_rows(p.kv.v, "v_cache", kv_itemsize, {p.kv.v_page_stride, p.kv.v_token_stride, p.kv.v_head_stride});
   if (B == 0) return;
@@ -149,7 +149,8 @@ void complete(const CompleteParams& p, const Persistent& persistent, const Tenso
   check_supported(p.shape, p.dtype);
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
-  const cuda::CompleteWorkspace w{p.matched.source ? Workspace(p.shape, persistent, on).status : nullptr};
+  const cuda::CompleteWorkspace w{p.matched.source ? Workspace(p.shape, persistent, on).status : nullptr,
+                                  cuda::Divisor(p.shape.group_size)};
   check(cuda::launch_complete(p, w, c10::cuda::getCurrentCUDAStream()));
 }
 

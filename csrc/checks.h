@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "params.h"
@@ -18,6 +19,7 @@ constexpr int64_t kAny = -1;  // in an expected shape: this size is free
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxTokens = INT32_MAX - 4096;  // of a request: loops count in int32 and look a block ahead
 constexpr int64_t kHeadDimStep = 16;              // elements; a vector of the widest instruction set
+constexpr int64_t kMaxQueryTokens = 16;           // of a request in a step
 
 // A tensor argument of a given shape, dtype and device whose last dimension is contiguous.
 inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType dtype,
@@ -38,12 +40,14 @@ inline void check_array(const at::Tensor& t, const char* name, at::IntArrayRef s
   TORCH_CHECK_VALUE(t.is_contiguous(), name, " has strides ", t.strides(), ", must be contiguous");
 }
 
-// A tensor [B, Hq, D] that is written: by several threads at once, so no two rows may share memory.
+// A tensor [.., D] that is written: by several threads at once, so no two rows may share memory.
 inline void check_rows_apart(const at::Tensor& t, const char* name) {
   if (t.numel() == 0) return;
-  int64_t inner = t.size(2);  // elements that one step of a larger stride has to pass
-  const int first = t.stride(0) < t.stride(1) ? 0 : 1;
-  for (const int dim : {first, 1 - first}) {
+  int64_t inner = t.size(-1);  // elements that one step of a larger stride has to pass
+  std::vector<int64_t> dims(t.dim() - 1);
+  std::iota(dims.begin(), dims.end(), 0);
+  std::sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return t.stride(a) < t.stride(b); });
+  for (const int64_t dim : dims) {
     if (t.size(dim) == 1) continue;
     TORCH_CHECK_VALUE(t.stride(dim) >= inner, name, " has strides ", t.strides(), " for shape ", t.sizes(),
                       ", must not overlap itself");
@@ -51,13 +55,16 @@ inline void check_rows_apart(const at::Tensor& t, const char* name) {
   }
 }
 
-// A tensor that defines the call's dtype and head_dim.
+// A tensor that defines the call's dtype and head_dim: [B, Hq, D] or, of several tokens, [B, T, Hq, D].
 inline void check_query(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 3, name, " has shape ", t.sizes(), ", must be [batch, num_qo_heads, head_dim]");
+  TORCH_CHECK_VALUE(t.dim() == 3 || t.dim() == 4, name, " has shape ", t.sizes(),
+                    ", must be [batch, num_qo_heads, head_dim] or [batch, tokens, num_qo_heads, head_dim]");
+  TORCH_CHECK_VALUE(t.dim() == 3 || (t.size(1) >= 1 && t.size(1) <= kMaxQueryTokens), name, " has ", t.size(1),
+                    " tokens, must have from 1 to ", kMaxQueryTokens);
   TORCH_CHECK_TYPE(
       t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf, name,
       " is ", t.scalar_type(), ", must be float32, bfloat16 or float16");
-  const int64_t head_dim = t.size(2);
+  const int64_t head_dim = t.size(-1);
   TORCH_CHECK_VALUE(head_dim > 0 && head_dim % kHeadDimStep == 0 && head_dim <= kMaxHeadDim, name, " has head_dim ",
                     head_dim, ", must be a multiple of ", kHeadDimStep, ", at most ", kMaxHeadDim);
   check_tensor(t, name, t.sizes(), t.scalar_type(), t.device());
@@ -65,13 +72,14 @@ inline void check_query(const at::Tensor& t, const char* name) {
 
 // GQA and MQA: `num_qo_heads` is a multiple of `num_kv_heads`.
 inline Shape make_shape(const at::Tensor& query, int64_t num_kv_heads) {
-  const int64_t num_qo_heads = query.size(1);
+  const int64_t num_qo_heads = query.size(-2), tokens = query.dim() == 4 ? query.size(1) : 1;
   TORCH_CHECK_VALUE(num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0, "num_qo_heads is ",
                     num_qo_heads, ", must be a positive multiple of num_kv_heads = ", num_kv_heads);
-  TORCH_CHECK_VALUE(query.size(0) * num_qo_heads <= INT32_MAX, "batch * num_qo_heads is ",
-                    query.size(0) * num_qo_heads, ", must be below 2^31");
+  TORCH_CHECK_VALUE(query.size(0) * tokens * num_qo_heads <= INT32_MAX, "batch * tokens * num_qo_heads is ",
+                    query.size(0) * tokens * num_qo_heads, ", must be below 2^31");
   return {static_cast<int32_t>(query.size(0)), static_cast<int32_t>(num_kv_heads),
-          static_cast<int32_t>(num_qo_heads / num_kv_heads), static_cast<int32_t>(query.size(2))};
+          static_cast<int32_t>(num_qo_heads / num_kv_heads), static_cast<int32_t>(query.size(-1)),
+          static_cast<int32_t>(tokens)};
 }
 
 inline DType dtype_of(const at::Tensor& t) {
@@ -95,6 +103,12 @@ inline void check_seq_lens(const Shape& shape, const Requests& requests, int64_t
     const int32_t n = requests.seq_lens[b];
     TORCH_CHECK_VALUE(n >= 0 && n <= longest, "seq_lens[", b, "] is ", n, ", must be from 0 to ", longest,
                       " (max_pages * page_size)");
+    if (n == 0) continue;
+    const int32_t tokens = query_len(shape, requests, b);
+    TORCH_CHECK_VALUE(tokens >= 1 && tokens <= shape.tokens, "query_lens[", b, "] is ", tokens,
+                      ", must be from 1 to ", shape.tokens);
+    TORCH_CHECK_VALUE(tokens <= n, "seq_lens[", b, "] is ", n, ", must be 0 or at least the query tokens, ",
+                      tokens);
   }
 }
 
@@ -122,8 +136,8 @@ inline void check_matched(const Shape& shape, const Requests& requests, const Ma
   const RingShape& sizes = ring.layout.shape;
   for (int64_t group = 0; group < int64_t{shape.batch} * shape.num_kv_heads; ++group) {
     const int64_t b = group / shape.num_kv_heads, kv_head = group % shape.num_kv_heads;
-    const int32_t position = requests.seq_lens[b] - 1, stored = matched.stored[group];
-    if (position < 0) continue;
+    if (requests.seq_lens[b] == 0) continue;
+    const int32_t position = first_position(shape, requests, b), stored = matched.stored[group];
     TORCH_CHECK_VALUE(stored >= kNoHistory && stored < 2 * int64_t{sizes.entries}, "stored[", b, ", ", kv_head,
                       "] is ", stored, ", must be from -1 to ", 2 * int64_t{sizes.entries} - 1);
     for (int64_t row = group * shape.group_size; row < (group + 1) * shape.group_size; ++row) {
@@ -133,6 +147,8 @@ inline void check_matched(const Shape& shape, const Requests& requests, const Ma
                         "source[", b, ", ", head, "] is ", source, " at place ", place,
                         ", must be the same for all query heads of a KV head with anchors");
       if (source == kMiss) continue;
+      TORCH_CHECK_VALUE(shape.tokens == 1, "source[", b, ", ", head, "] is ", source,
+                        ", must be -1 in a step of several tokens");
       TORCH_CHECK_VALUE(has_ring(requests, b), "source[", b, ", ", head, "] is ", source, ", must be -1, as slots[",
                         b, "] is -1");
       TORCH_CHECK_VALUE(source >= band && source < position, "source[", b, ", ", head, "] is ", source,

@@ -28,17 +28,26 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 HeadsView heads_view(const Tensor& t) {
-  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
+  return {t.const_data_ptr(), t.stride(0), t.stride(-2), t.dim() == 4 ? t.stride(1) : 0};
 }
 
+// How many tokens each row of the call has, of them query tokens.
+struct Lengths {
+  const Tensor& seq_lens;
+  const OptionalTensor& query_lens;
+};
+
 // Lengths, slots and ids of the call's rows.
-Requests check_requests(const Shape& shape, const Tensor& seq_lens, const OptionalTensor& slots,
+Requests check_requests(const Shape& shape, const Lengths& lengths, const OptionalTensor& slots,
                         const OptionalTensor& request_ids, at::Device device) {
+  const auto& [seq_lens, query_lens] = lengths;
   check_array(seq_lens, "seq_lens", {shape.batch}, at::kInt, device);
+  if (query_lens) check_array(*query_lens, "query_lens", {shape.batch}, at::kInt, device);
   if (slots) check_array(*slots, "slots", {shape.batch}, at::kInt, device);
   if (request_ids) check_array(*request_ids, "request_ids", {shape.batch}, at::kLong, device);
   return {seq_lens.const_data_ptr<int32_t>(), slots ? slots->const_data_ptr<int32_t>() : nullptr,
-          request_ids ? request_ids->const_data_ptr<int64_t>() : nullptr};
+          request_ids ? request_ids->const_data_ptr<int64_t>() : nullptr,
+          query_lens ? query_lens->const_data_ptr<int32_t>() : nullptr};
 }
 
 // The rings of a cache, see ring.h.
@@ -64,7 +73,8 @@ Matched check_matched(const Shape& shape, const Tensor& source, const Tensor& pl
   return {source.data_ptr<int32_t>(), place.data_ptr<int32_t>(), stored.data_ptr<int32_t>()};
 }
 
-std::tuple<Tensor, Tensor, Tensor> match(const Tensor& q_match, const Tensor& seq_lens, const Tensor& slots,
+std::tuple<Tensor, Tensor, Tensor> match(const Tensor& q_match, const Tensor& seq_lens,
+                                         const OptionalTensor& query_lens, const Tensor& slots,
                                          const OptionalTensor& request_ids, const Tensor& ring,
                                          int64_t num_kv_heads, int64_t entries, int64_t anchors,
                                          const Tensor& threshold, bool relative, double max_drift, bool per_head,
@@ -76,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& q_match, const Tensor& se
   p.shape = make_shape(q_match, num_kv_heads);
   p.dtype = dtype_of(q_match);
   p.query = heads_view(q_match);
-  p.requests = check_requests(p.shape, seq_lens, slots, request_ids, device);
+  p.requests = check_requests(p.shape, {seq_lens, query_lens}, slots, request_ids, device);
   p.ring = check_ring(ring, p.shape, q_match, entries, anchors);
   check_array(threshold, "threshold", {p.shape.num_qo_heads()}, at::kFloat, device);
   p.threshold = threshold.const_data_ptr<float>();
@@ -110,7 +120,7 @@ struct Reuse {
 
 using AmendedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-AmendedTensors attend(const Tensor& q, const KVCache& cache, const Tensor& block_table, const Tensor& seq_lens,
+AmendedTensors attend(const Tensor& q, const KVCache& cache, const Tensor& block_table, const Lengths& lengths,
                       const Reuse* reuse, double sm_scale, double logits_soft_cap, const Persistent& persistent) {
   check_query(q, "q");
   AmendParams p{};
@@ -119,7 +129,7 @@ AmendedTensors attend(const Tensor& q, const KVCache& cache, const Tensor& block
   p.query = heads_view(q);
   p.kv = cache.check(p.shape, q, block_table);
   const OptionalTensor slots = reuse ? OptionalTensor(reuse->slots) : std::nullopt;
-  p.requests = check_requests(p.shape, seq_lens, slots, std::nullopt, q.device());
+  p.requests = check_requests(p.shape, lengths, slots, std::nullopt, q.device());
   p.band = 1;
   if (reuse) {
     p.matched = check_matched(p.shape, reuse->source, reuse->place, reuse->stored, q.device());
@@ -134,14 +144,14 @@ AmendedTensors attend(const Tensor& q, const KVCache& cache, const Tensor& block
   p.sm_scale = static_cast<float>(sm_scale);
   p.logits_soft_cap = static_cast<float>(logits_soft_cap);
 
-  const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, Hq = p.shape.num_qo_heads(), S = p.num_anchors;
-  const auto floats = q.options().dtype(at::kFloat);
-  Tensor states = at::empty({kNumSpans, B, Hq, p.shape.head_dim}, floats);
-  Tensor state_lse = at::empty({kNumSpans, B, Hq}, floats);
-  Tensor log_ratio = at::empty({B, reuse ? Hq : 0}, floats);
-  Tensor anchors = at::empty({B, H, S}, seq_lens.options());
+  const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, Q = p.shape.num_queries(), S = p.num_anchors;
+  const auto floats = q.options().dtype(at::kFloat), ints = lengths.seq_lens.options();
+  Tensor states = at::empty({kNumSpans, B, Q, p.shape.head_dim}, floats);
+  Tensor state_lse = at::empty({kNumSpans, B, Q}, floats);
+  Tensor log_ratio = at::empty({B, reuse ? Q : 0}, floats);
+  Tensor anchors = at::empty({B, H, S}, ints);
   Tensor anchor_weights = at::empty({B, H, S}, floats);
-  Tensor sampled = at::empty({B, reuse ? H : 0}, seq_lens.options());
+  Tensor sampled = at::empty({B, reuse ? H : 0}, ints);
   p.out = states.data_ptr<float>();
   p.lse = state_lse.data_ptr<float>();
   p.log_ratio = log_ratio.data_ptr<float>();
@@ -159,41 +169,43 @@ AmendedTensors attend(const Tensor& q, const KVCache& cache, const Tensor& block
 
 AmendedTensors amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scale,
                      const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens,
-                     const OptionalTensor& source, const OptionalTensor& place, const OptionalTensor& stored,
-                     const OptionalTensor& slots, const OptionalTensor& ring, int64_t entries, int64_t anchors,
-                     int64_t band, int64_t layer, double sm_scale, double logits_soft_cap,
-                     const OptionalTensor& workspace, const OptionalTensor& error_flag) {
+                     const OptionalTensor& query_lens, const OptionalTensor& source, const OptionalTensor& place,
+                     const OptionalTensor& stored, const OptionalTensor& slots, const OptionalTensor& ring,
+                     int64_t entries, int64_t anchors, int64_t band, int64_t layer, double sm_scale,
+                     double logits_soft_cap, const OptionalTensor& workspace, const OptionalTensor& error_flag) {
   const OptionalTensor values = v_cache;
   const KVCache cache{k_cache, values, false, k_scale, v_scale};
   const Persistent persistent{workspace, error_flag};
-  if (!source) return attend(q, cache, block_table, seq_lens, nullptr, sm_scale, logits_soft_cap, persistent);
+  const Lengths lengths{seq_lens, query_lens};
+  if (!source) return attend(q, cache, block_table, lengths, nullptr, sm_scale, logits_soft_cap, persistent);
   TORCH_CHECK_VALUE(place && stored && slots && ring,
                     "source is given, so place, stored, slots and ring must be given too");
   const Reuse reuse{*source, *place, *stored, *slots, *ring, entries, anchors, band, layer};
-  return attend(q, cache, block_table, seq_lens, &reuse, sm_scale, logits_soft_cap, persistent);
+  return attend(q, cache, block_table, lengths, &reuse, sm_scale, logits_soft_cap, persistent);
 }
 
 // The states of amend and the tensors that receive their merger.
 CompleteParams check_merge(const Tensor& states, const Tensor& state_lse, int64_t num_kv_heads,
-                           const Tensor& seq_lens, const OptionalTensor& sinks, const Tensor& out,
+                           const Lengths& lengths, const OptionalTensor& sinks, const Tensor& out,
                            const Tensor& lse) {
   check_query(out, "out");
   check_rows_apart(out, "out");
   CompleteParams p{};
   p.shape = make_shape(out, num_kv_heads);
   p.dtype = dtype_of(out);
-  const int64_t batch = p.shape.batch, heads = p.shape.num_qo_heads();
-  p.requests = check_requests(p.shape, seq_lens, std::nullopt, std::nullopt, out.device());
-  check_array(states, "states", {kNumSpans, batch, heads, p.shape.head_dim}, at::kFloat, out.device());
-  check_array(state_lse, "state_lse", {kNumSpans, batch, heads}, at::kFloat, out.device());
-  check_array(lse, "lse", {batch, heads}, at::kFloat, out.device());
+  const int64_t batch = p.shape.batch, heads = p.shape.num_qo_heads(), queries = p.shape.num_queries();
+  p.requests = check_requests(p.shape, lengths, std::nullopt, std::nullopt, out.device());
+  check_array(states, "states", {kNumSpans, batch, queries, p.shape.head_dim}, at::kFloat, out.device());
+  check_array(state_lse, "state_lse", {kNumSpans, batch, queries}, at::kFloat, out.device());
+  check_array(lse, "lse", out.sizes().slice(0, out.dim() - 1), at::kFloat, out.device());
   if (sinks) check_array(*sinks, "sinks", {heads}, at::kFloat, out.device());
   p.sinks = sinks ? sinks->const_data_ptr<float>() : nullptr;
   p.states = states.const_data_ptr<float>();
   p.state_lse = state_lse.const_data_ptr<float>();
   p.out = out.data_ptr();
   p.out_batch_stride = out.stride(0);
-  p.out_head_stride = out.stride(1);
+  p.out_head_stride = out.stride(-2);
+  p.out_token_stride = out.dim() == 4 ? out.stride(1) : 0;
   p.lse = lse.data_ptr<float>();
   return p;
 }
@@ -207,31 +219,32 @@ void run_complete(const CompleteParams& p, const Persistent& persistent, const T
 }
 
 void complete_exact(const Tensor& states, const Tensor& state_lse, const Tensor& seq_lens,
-                    const OptionalTensor& sinks, Tensor& out, Tensor& lse) {
-  run_complete(check_merge(states, state_lse, out.dim() == 3 ? out.size(1) : 1, seq_lens, sinks, out, lse), {},
-               out);
+                    const OptionalTensor& query_lens, int64_t num_kv_heads, const OptionalTensor& sinks,
+                    Tensor& out, Tensor& lse) {
+  run_complete(check_merge(states, state_lse, num_kv_heads, {seq_lens, query_lens}, sinks, out, lse), {}, out);
 }
 
 void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_ratio, const Tensor& anchors,
               const Tensor& anchor_weights, const Tensor& sampled, const Tensor& source, const Tensor& place,
               const Tensor& stored, const Tensor& q, const Tensor& q_match, const Tensor& seq_lens,
-              const Tensor& slots, const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads,
-              int64_t entries, int64_t band, int64_t max_reuse_depth, const OptionalTensor& sinks,
-              const OptionalTensor& workspace, Tensor& out, Tensor& lse) {
-  CompleteParams p = check_merge(states, state_lse, num_kv_heads, seq_lens, sinks, out, lse);
+              const OptionalTensor& query_lens, const Tensor& slots, const OptionalTensor& request_ids,
+              Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t band, int64_t max_reuse_depth,
+              const OptionalTensor& sinks, const OptionalTensor& workspace, Tensor& out, Tensor& lse) {
+  const Lengths lengths{seq_lens, query_lens};
+  CompleteParams p = check_merge(states, state_lse, num_kv_heads, lengths, sinks, out, lse);
   const at::Device device = out.device();
-  const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, Hq = p.shape.num_qo_heads();
+  const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, Q = p.shape.num_queries();
   check_query(q_match, "q_match");
   check_tensor(q_match, "q_match", out.sizes(), out.scalar_type(), device);
   check_tensor(q, "q", out.sizes(), out.scalar_type(), device);
   p.query = heads_view(q_match);
   p.rotated = heads_view(q);
-  p.requests = check_requests(p.shape, seq_lens, slots, request_ids, device);
+  p.requests = check_requests(p.shape, lengths, slots, request_ids, device);
   p.matched = check_matched(p.shape, source, place, stored, device);
   check_array(anchors, "anchors", {B, H, kAny}, at::kInt, device);
   check_array(anchor_weights, "anchor_weights", anchors.sizes(), at::kFloat, device);
   check_array(sampled, "sampled", {B, H}, at::kInt, device);
-  check_array(log_ratio, "log_ratio", {B, Hq}, at::kFloat, device);
+  check_array(log_ratio, "log_ratio", {B, Q}, at::kFloat, device);
   p.ring = check_ring(ring, p.shape, q_match, entries, anchors.size(2));
   p.log_ratio = log_ratio.const_data_ptr<float>();
   p.anchors = anchors.const_data_ptr<int32_t>();
@@ -244,75 +257,77 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_r
 
 // A whole decode step in one op: what a caller pays for an op, above all when nothing of it lies in a cache, is
 // more than what a stage takes. So is what a tensor made in Python costs: the results are made here.
-Tensor decode_exact_into(const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd,
-                         const OptionalTensor& k_scale, const OptionalTensor& v_scale, const Tensor& block_table,
-                         const Tensor& seq_lens, double sm_scale, double logits_soft_cap,
-                         const OptionalTensor& sinks, Tensor& out) {
+Tensor decode_exact_into(Tensor& out, const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache,
+                         bool hnd, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                         const Tensor& block_table, const Tensor& seq_lens, const OptionalTensor& query_lens,
+                         double sm_scale, double logits_soft_cap, const OptionalTensor& sinks) {
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
-  const AmendedTensors amended = attend(q, {k_cache, v_cache, hnd, k_scale, v_scale}, block_table, seq_lens,
-                                        nullptr, sm_scale, logits_soft_cap, {});
-  Tensor lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
-  complete_exact(std::get<0>(amended), std::get<1>(amended), seq_lens, sinks, out, lse);
+  const KVCache cache{k_cache, v_cache, hnd, k_scale, v_scale};
+  const AmendedTensors amended =
+      attend(q, cache, block_table, {seq_lens, query_lens}, nullptr, sm_scale, logits_soft_cap, {});
+  Tensor lse = at::empty(q.sizes().slice(0, q.dim() - 1), q.options().dtype(at::kFloat));
+  complete_exact(std::get<0>(amended), std::get<1>(amended), seq_lens, query_lens, cache.num_kv_heads(), sinks, out,
+                 lse);
   return lse;
 }
 
-std::tuple<Tensor, Tensor> decode_exact(const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache,
-                                        bool hnd, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                                        const Tensor& block_table, const Tensor& seq_lens, double sm_scale,
-                                        double logits_soft_cap, const OptionalTensor& sinks) {
-  Tensor out = at::empty(q.sizes(), q.options());
-  Tensor lse = decode_exact_into(q, k_cache, v_cache, hnd, k_scale, v_scale, block_table, seq_lens, sm_scale,
-                                 logits_soft_cap, sinks, out);
-  return {out, lse};
-}
-
 std::tuple<Tensor, Tensor> decode_reuse_into(
-    const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const OptionalTensor& k_scale,
-    const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens, const Tensor& slots,
-    const OptionalTensor& given_q_match, const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads,
-    int64_t entries, int64_t num_anchors, const Tensor& threshold, bool relative, double max_drift, bool per_head,
-    int64_t window, int64_t band, int64_t min_context, int64_t max_reuse_depth, int64_t layer, double sm_scale,
+    Tensor& out, const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd,
+    const OptionalTensor& k_scale, const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens,
+    const OptionalTensor& query_lens, const Tensor& slots, const OptionalTensor& given_q_match,
+    const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t num_anchors,
+    const Tensor& threshold, bool relative, double max_drift, bool per_head, int64_t window, int64_t band,
+    int64_t min_context, int64_t max_reuse_depth, bool learn, int64_t layer, double sm_scale,
     double logits_soft_cap, const OptionalTensor& sinks, const OptionalTensor& workspace,
-    const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale,
-    Tensor& out) {
+    const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
   TORCH_CHECK_VALUE(given_q_match.has_value() != inv_freq.has_value(),
                     "q_match and inv_freq: ", inv_freq ? "both are" : "neither is", " given, must be one of them");
-  const Tensor q_match =
-      given_q_match ? *given_q_match : unrotate(q, seq_lens, "seq_lens", 1, *inv_freq, interleaved, rotary_scale);
+  const Tensor q_match = given_q_match
+                             ? *given_q_match
+                             : unrotate_first(q, seq_lens, query_lens, *inv_freq, interleaved, rotary_scale);
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
   const KVCache cache{k_cache, v_cache, hnd, k_scale, v_scale};
   TORCH_CHECK_VALUE(cache.num_kv_heads() == num_kv_heads, cache.name(), " has ", cache.num_kv_heads(),
                     " KV heads, must have those of the ring, ", num_kv_heads);
   const auto [source, place, stored] =
-      match(q_match, seq_lens, slots, request_ids, ring, num_kv_heads, entries, num_anchors, threshold, relative,
-            max_drift, per_head, window, band, min_context, max_reuse_depth, workspace, error_flag);
+      match(q_match, seq_lens, query_lens, slots, request_ids, ring, num_kv_heads, entries, num_anchors, threshold,
+            relative, max_drift, per_head, window, band, min_context, max_reuse_depth, workspace, error_flag);
   const Reuse reuse{source, place, stored, slots, ring, entries, num_anchors, band, layer};
-  const auto [states, state_lse, log_ratio, anchors, anchor_weights, sampled] =
-      attend(q, cache, block_table, seq_lens, &reuse, sm_scale, logits_soft_cap, {workspace, error_flag});
-  Tensor lse = at::empty({q.size(0), q.size(1)}, state_lse.options());
+  const auto [states, state_lse, log_ratio, anchors, anchor_weights, sampled] = attend(
+      q, cache, block_table, {seq_lens, query_lens}, &reuse, sm_scale, logits_soft_cap, {workspace, error_flag});
+  Tensor lse = at::empty(q.sizes().slice(0, q.dim() - 1), state_lse.options());
   complete(states, state_lse, log_ratio, anchors, anchor_weights, sampled, source, place, stored, q, q_match,
-           seq_lens, slots, request_ids, ring, num_kv_heads, entries, band, max_reuse_depth, sinks, workspace, out,
-           lse);
+           seq_lens, query_lens, slots, request_ids, ring, num_kv_heads, entries, band,
+           learn ? max_reuse_depth : 0,  // nothing is less deep
+           sinks, workspace, out, lse);
   return {source, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> decode_reuse(
-    const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd, const OptionalTensor& k_scale,
-    const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens, const Tensor& slots,
-    const OptionalTensor& q_match, const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads,
-    int64_t entries, int64_t anchors, const Tensor& threshold, bool relative, double max_drift, bool per_head,
-    int64_t window, int64_t band, int64_t min_context, int64_t max_reuse_depth, int64_t layer, double sm_scale,
-    double logits_soft_cap, const OptionalTensor& sinks, const OptionalTensor& workspace,
-    const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
-  Tensor out = at::empty(q.sizes(), q.options());
-  const auto [source, lse] =
-      decode_reuse_into(q, k_cache, v_cache, hnd, k_scale, v_scale, block_table, seq_lens, slots, q_match,
-                        request_ids, ring, num_kv_heads, entries, anchors, threshold, relative, max_drift, per_head,
-                        window, band, min_context, max_reuse_depth, layer, sm_scale, logits_soft_cap, sinks,
-                        workspace, error_flag, inv_freq, interleaved, rotary_scale, out);
-  return {source, out, lse};
-}
+// The op that makes `out` itself of one that is given it: (out, what the other answers).
+template <typename Result>
+struct WithOut {
+  using type = std::tuple<Tensor, Result>;
+};
+template <typename... Results>
+struct WithOut<std::tuple<Results...>> {
+  using type = std::tuple<Tensor, Results...>;
+};
+template <auto kInto>
+struct MakingOut;
+template <typename Result, typename... Rest, Result (*kInto)(Tensor&, const Tensor&, Rest...)>
+struct MakingOut<kInto> {
+  static typename WithOut<Result>::type call(const Tensor& q, Rest... rest) {
+    Tensor out = at::empty(q.sizes(), q.options());
+    if constexpr (std::is_same_v<Result, Tensor>) {
+      return {out, kInto(out, q, rest...)};
+    } else {
+      return std::tuple_cat(std::make_tuple(out), kInto(out, q, rest...));
+    }
+  }
+};
+constexpr auto decode_exact = MakingOut<decode_exact_into>::call;
+constexpr auto decode_reuse = MakingOut<decode_reuse_into>::call;
 
 // Where the parts of a slot lie, for the views that Python has of them: name -> (bytes from the slot's beginning,
 // type, sizes, strides in bytes), and the bytes of a slot. Type "T" is the queries'.
@@ -326,6 +341,7 @@ pybind11::tuple describe_ring(int32_t num_kv_heads, int32_t group_size, int32_t 
     parts[name] = pybind11::make_tuple(at, type, sizes, strides);
   };
   add("slot_end", "int32", l.end, {}, {});
+  add("slot_reach", "int32", l.reach, {}, {});
   add("slot_request", "int64", l.request, {}, {});
   add("counters", "int64", l.counters, {kNumCounters}, {8});
   add("ring_stored", "int32", l.stored, {H}, {4});
@@ -375,43 +391,46 @@ pybind11::dict build_info() {
 
 void define(torch::Library& m) {
   m.def(
-      "match(Tensor q_match, Tensor seq_lens, Tensor slots, Tensor? request_ids, Tensor ring, int num_kv_heads, "
+      "match(Tensor q_match, Tensor seq_lens, Tensor? query_lens, Tensor slots, Tensor? request_ids, Tensor ring, "
+      "int num_kv_heads, "
       "int entries, int anchors, Tensor threshold, bool relative, float max_drift, bool per_head, int window, int "
       "band, "
       "int min_context, int max_reuse_depth, Tensor(a!)? workspace, Tensor(b!)? error_flag) "
       "-> (Tensor source, Tensor place, Tensor stored)");
   m.def(
       "amend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
-      "Tensor seq_lens, Tensor? source, Tensor? place, Tensor? stored, Tensor? slots, Tensor? ring, int entries, "
+      "Tensor seq_lens, Tensor? query_lens, Tensor? source, Tensor? place, Tensor? stored, Tensor? slots, Tensor? "
+      "ring, int entries, "
       "int anchors, int band, int layer, "
       "float sm_scale, float logits_soft_cap, Tensor(a!)? workspace, Tensor(b!)? error_flag) "
       "-> (Tensor states, Tensor state_lse, Tensor log_ratio, Tensor anchors, Tensor anchor_weights, "
       "Tensor sampled)");
   m.def(
-      "complete_exact(Tensor states, Tensor state_lse, Tensor seq_lens, Tensor? sinks, Tensor(a!) out, Tensor(b!) "
-      "lse) -> ()");
+      "complete_exact(Tensor states, Tensor state_lse, Tensor seq_lens, Tensor? query_lens, int num_kv_heads, "
+      "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "complete(Tensor states, Tensor state_lse, Tensor log_ratio, Tensor anchors, Tensor anchor_weights, "
       "Tensor sampled, Tensor source, Tensor place, Tensor stored, Tensor q, Tensor q_match, Tensor seq_lens, "
-      "Tensor slots, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int band, "
+      "Tensor? query_lens, Tensor slots, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int "
+      "band, "
       "int max_reuse_depth, Tensor? sinks, Tensor? workspace, Tensor(b!) out, Tensor(c!) lse) -> ()");
-  // Each as a function, and `into` a tensor that the caller has. For the cache see KVCache.
+  // Each as a function, and `into` a tensor that the caller has, q's shape. For the cache see KVCache.
   const std::string exact =
       "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
-      "Tensor seq_lens, float sm_scale, float logits_soft_cap, Tensor? sinks";
+      "Tensor seq_lens, Tensor? query_lens, float sm_scale, float logits_soft_cap, Tensor? sinks";
   m.def(("decode_exact(" + exact + ") -> (Tensor out, Tensor lse)").c_str());
-  m.def(("decode_exact.into(" + exact + ", Tensor(a!) out) -> Tensor lse").c_str());
+  m.def(("decode_exact.into(Tensor(a!) out, " + exact + ") -> Tensor lse").c_str());
   const std::string reuse =
       "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
-      "Tensor seq_lens, Tensor slots, "
+      "Tensor seq_lens, Tensor? query_lens, Tensor slots, "
       "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int anchors, "
       "Tensor threshold, bool relative, float max_drift, bool per_head, int window, int band, int min_context, "
-      "int max_reuse_depth, "
-      "int layer, float sm_scale, float logits_soft_cap, Tensor? sinks, Tensor(b!)? workspace, "
+      "int max_reuse_depth, bool learn, int layer, float sm_scale, float logits_soft_cap, Tensor? sinks, "
+      "Tensor(b!)? workspace, "
       "Tensor(c!)? error_flag, "
       "Tensor? inv_freq, bool interleaved, float rotary_scale";
-  m.def(("decode_reuse(" + reuse + ") -> (Tensor source, Tensor out, Tensor lse)").c_str());
-  m.def(("decode_reuse.into(" + reuse + ", Tensor(d!) out) -> (Tensor source, Tensor lse)").c_str());
+  m.def(("decode_reuse(" + reuse + ") -> (Tensor out, Tensor source, Tensor lse)").c_str());
+  m.def(("decode_reuse.into(Tensor(d!) out, " + reuse + ") -> (Tensor source, Tensor lse)").c_str());
   m.def("unrotate(Tensor q, Tensor positions, Tensor inv_freq, bool interleaved, float scale) -> Tensor");
 }
 
@@ -485,7 +504,8 @@ auto plain_function(const char* name, const char* overload, Result (*)(Args...))
   return torch::wrap_pybind_function_no_gil([op](Args... args) -> Result { return op.call(args...); });
 }
 
-PYBIND11_MODULE(_C, m) {
+// What it keeps is made while it is imported, or per thread: no GIL is needed, and its ops run without one.
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   using namespace mac_attn;
   register_ops();
   m.attr("library") = own_path();

@@ -1,8 +1,9 @@
 // What every backend is handed: plain pointers, strides and sizes. No torch here, so that the
 // kernels build and run on their own (CMakeLists.txt).
 //
-// Letters in the shape comments: B requests, Hq query heads, H KV heads, G = Hq / H query heads per
-// KV head, D head_dim, M entries of a ring, S anchors. Strides count elements, the last one is 1.
+// Letters in the shape comments: B requests, T query tokens of each, Hq query heads, H KV heads, G = Hq / H query
+// heads per KV head, Q = T Hq queries, [H, T, G], D head_dim, M entries of a ring, S anchors. Strides count
+// elements, the last one is 1.
 #pragma once
 
 #include <cstdint>
@@ -23,14 +24,19 @@ struct Shape {
   int32_t num_kv_heads;
   int32_t group_size;
   int32_t head_dim;
+  int32_t tokens = 1;  // T
   constexpr int32_t num_qo_heads() const { return num_kv_heads * group_size; }
+  // Queries of a KV head: those of a token's heads, [T, G], one token after another.
+  constexpr int32_t group_queries() const { return tokens * group_size; }
+  constexpr int32_t num_queries() const { return num_kv_heads * group_queries(); }
 };
 
-// A [B, Hq, D] tensor whose outer strides are free.
+// A [B, T, Hq, D] tensor whose outer strides are free.
 struct HeadsView {
   const void* data;
   int64_t batch_stride;
   int64_t head_stride;
+  int64_t token_stride;
 };
 
 // The rows of the call: which request, how long, which slot.
@@ -38,7 +44,26 @@ struct Requests {
   const int32_t* seq_lens;     // [B], 0 marks a padding row
   const int32_t* slots;        // [B] or kNoSlot, null without reuse
   const int64_t* request_ids;  // [B] or null
+  const int32_t* query_lens;   // [B] of the T tokens those that are there, from 1; null: all
 };
+
+// Whether a step that begins at this position goes on where a slot's last one ended.
+MAC_HOST_DEVICE inline bool goes_on(const Ring& ring, int64_t slot, int32_t position) {
+  return *ring.end(slot) <= position && position <= *ring.reach(slot);
+}
+
+// How many query tokens a request has, and the position of the first of them. A step of several is exact, and what
+// it leaves in the ring is its first token's: the only one that nobody can reject.
+constexpr int32_t query_len(const Shape& shape, const Requests& requests, int32_t request) {
+  return requests.query_lens ? requests.query_lens[request] : shape.tokens;
+}
+constexpr bool fits_query(const Shape& shape, const Requests& requests, int32_t request) {
+  const int32_t tokens = query_len(shape, requests, request);
+  return tokens >= 1 && tokens <= shape.tokens && tokens <= requests.seq_lens[request];
+}
+constexpr int32_t first_position(const Shape& shape, const Requests& requests, int32_t request) {
+  return requests.seq_lens[request] - query_len(shape, requests, request);
+}
 
 // Whether a request has a ring, in a call with reuse; else it is attended to exactly, and nothing is stored.
 constexpr bool has_ring(const Requests& requests, int32_t request) {
@@ -72,9 +97,10 @@ struct UnrotateParams {
   HeadsView query;           // post-RoPE
   const int32_t* positions;  // [B]
   int32_t back;
-  const float* inv_freq;  // [pairs] radians per position
-  int32_t pairs;          // of dimensions that turn, the first 2 * pairs of D
-  bool interleaved;       // pairs are (2i, 2i + 1), else (i, i + pairs)
+  const int32_t* each_back;  // [B] instead of `back`, or null
+  const float* inv_freq;     // [pairs] radians per position
+  int32_t pairs;             // of dimensions that turn, the first 2 * pairs of D
+  bool interleaved;          // pairs are (2i, 2i + 1), else (i, i + pairs)
   float inverse_scale;
   void* out;  // out: [B, Hq, D] dtype
 };
@@ -117,11 +143,11 @@ struct AmendParams {
   int32_t layer;  // see sample_seed
   float sm_scale;
   float logits_soft_cap;  // 0: off
-  float* out;             // out: [2, B, Hq, D], see `Span`
-  float* lse;             // out: [2, B, Hq]
-  float* log_ratio;  // out: [B, Hq] on a hit ln of sum a exp(s_p) / sum a exp(s_c) over the anchors, or -inf if
-                     // those leave nothing of the entry; else 0
-  int32_t* anchors;  // out: [B, H, S] of a new entry, ascending, then kNoAnchor
+  float* out;             // out: [2, B, Q, D], see `Span`
+  float* lse;             // out: [2, B, Q]
+  float* log_ratio;       // out: [B, Q] on a hit ln of sum a exp(s_p) / sum a exp(s_c) over the anchors, or -inf if
+                          // those leave nothing of the entry; else 0
+  int32_t* anchors;       // out: [B, H, S] of a new entry, ascending, then kNoAnchor
   float* anchor_weights;  // out: [B, H, S] a of each, then 0
   int32_t* sampled;  // out: [B, H] on a miss the candidates there were, or kNotSampled; on a hit the anchors read
 };
@@ -138,10 +164,10 @@ struct CompleteParams {
   Shape shape;
   DType dtype;
   Requests requests;
-  const float* states;     // [2, B, Hq, D] from amend
-  const float* state_lse;  // [2, B, Hq]
+  const float* states;     // [2, B, Q, D] from amend
+  const float* state_lse;  // [2, B, Q]
   Matched matched;         // source is null without reuse; then what follows is not looked at
-  const float* log_ratio;  // [B, Hq] from amend, as are the next three
+  const float* log_ratio;  // [B, Q] from amend, as are the next three
   const int32_t* anchors;  // [B, H, S]
   const float* anchor_weights;
   const int32_t* sampled;
@@ -151,10 +177,11 @@ struct CompleteParams {
   Ring ring;
   int32_t band;
   int32_t max_reuse_depth;
-  void* out;  // out: [B, Hq, D] dtype
+  void* out;  // out: [B, T, Hq, D] dtype
   int64_t out_batch_stride;
   int64_t out_head_stride;
-  float* lse;  // out: [B, Hq]
+  int64_t out_token_stride;
+  float* lse;  // out: [B, T, Hq]
 };
 
 // First position that the entry of position `p` leaves out: E(p) = max(0, p + 1 - band).
@@ -172,10 +199,15 @@ constexpr int32_t oldest_candidate(int32_t p, int32_t window, int32_t band, int3
 
 // The largest squared distance from a query, of squared length `norm`, at which logits are expected to move by no
 // more than `max_drift`, squared: the expected square is `spread` times the distance. Where `spread` is not known,
-// as it is for the sharpest heads: a query of theirs has logits whose variance is some 12.
-constexpr float kUnknownVariance = 12.f;
+// as it is for the sharpest heads: a query of theirs has logits whose variance is some 16.
+constexpr float kUnknownVariance = 16.f;
 constexpr float drift_bound(float max_drift, float spread, float norm) {
   return spread > 0.f ? max_drift / spread : max_drift / kUnknownVariance * norm;
+}
+
+// What the query tokens of a step attend to, one after another, the last of them to `seq_len`.
+constexpr int64_t tokens_of_steps(int32_t seq_len, int32_t tokens) {
+  return int64_t{tokens} * seq_len - int64_t{tokens} * (tokens - 1) / 2;
 }
 
 // Depth of an entry that reuses one of depth `depth`.

@@ -38,7 +38,7 @@ struct RingShape {
 // Where the parts of a slot lie: bytes from its beginning, each at a multiple of 64.
 struct RingLayout {
   RingShape shape;
-  int64_t end;             // int32: seq_len of the slot's last call
+  int64_t end, reach;      // int32: the next call may begin from `end` to `reach`; its last one's seq_len
   int64_t request;         // int64: id of its last call, -1 if none was given
   int64_t counters;        // int64 [kNumCounters]
   int64_t stored;          // int32 [H] entries stored since the history began, see `next_stored`
@@ -74,7 +74,8 @@ constexpr RingLayout ring_layout(const RingShape& s) {
   l.anchor_weights = place(at, int64_t{s.anchors} * 4);
   l.record_bytes = at;
   at = 0;
-  l.end = place(at, 4);
+  l.end = at, l.reach = at + 4;
+  place(at, 8);
   l.request = place(at, 8);
   l.counters = place(at, kNumCounters * 8);
   l.stored = place(at, heads * 4);
@@ -103,6 +104,7 @@ struct Ring {
     return int64_t{kv_head} * layout.shape.entries + place;
   }
   MAC_HOST_DEVICE int32_t* end(int64_t slot) const { return at<int32_t>(slot, layout.end); }
+  MAC_HOST_DEVICE int32_t* reach(int64_t slot) const { return at<int32_t>(slot, layout.reach); }
   MAC_HOST_DEVICE int64_t* request(int64_t slot) const { return at<int64_t>(slot, layout.request); }
   MAC_HOST_DEVICE int64_t* counters(int64_t slot) const { return at<int64_t>(slot, layout.counters); }
   MAC_HOST_DEVICE int32_t* stored(int64_t slot, int kv_head) const {

@@ -1,5 +1,6 @@
 // Undoes a rotary embedding in one pass: R(-p) q / scale. mac_attn/rope.py has the same in torch ops for other
 // shapes; a decode step calls it once a layer, where a dozen of small ops cost more than the step saves.
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include "backend.h"
@@ -7,21 +8,20 @@
 
 namespace mac_attn {
 
-at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const char* name, int32_t back,
-                    const at::Tensor& inv_freq, bool interleaved, double scale) {
-  check_query(q, "q");
+namespace {
+
+// `name` is what the caller calls `positions`.
+void run(UnrotateParams& p, const at::Tensor& q, const at::Tensor& positions, const char* name,
+         const at::Tensor& inv_freq, bool interleaved, double scale, at::Tensor& out) {
   check_array(positions, name, {q.size(0)}, at::kInt, q.device());
   check_array(inv_freq, "inv_freq", {kAny}, at::kFloat, q.device());
-  TORCH_CHECK_VALUE(2 * inv_freq.size(0) <= q.size(2), "inv_freq has ", inv_freq.size(0),
-                    " frequencies, must have at most head_dim / 2 = ", q.size(2) / 2);
+  TORCH_CHECK_VALUE(2 * inv_freq.size(0) <= q.size(-1), "inv_freq has ", inv_freq.size(0),
+                    " frequencies, must have at most head_dim / 2 = ", q.size(-1) / 2);
   TORCH_CHECK_VALUE(scale > 0, "scale is ", scale, ", must be above 0");
-  at::Tensor out = at::empty_like(q, at::MemoryFormat::Contiguous);
-  UnrotateParams p{};
-  p.shape = make_shape(q, q.size(1));
+  p.shape = make_shape(q, q.size(-2));
   p.dtype = dtype_of(q);
-  p.query = {q.const_data_ptr(), q.stride(0), q.stride(1)};
+  p.query = {q.const_data_ptr(), q.stride(0), q.stride(-2), 0};
   p.positions = positions.const_data_ptr<int32_t>();
-  p.back = back;
   p.inv_freq = inv_freq.const_data_ptr<float>();
   p.pairs = static_cast<int32_t>(inv_freq.size(0));
   p.interleaved = interleaved;
@@ -32,12 +32,33 @@ at::Tensor unrotate(const at::Tensor& q, const at::Tensor& positions, const char
   } else {
     cuda_backend::unrotate(p, q);
   }
-  return out;
+}
+
+}  // namespace
+
+at::Tensor unrotate_first(const at::Tensor& q, const at::Tensor& seq_lens,
+                          const std::optional<at::Tensor>& query_lens, const at::Tensor& inv_freq, bool interleaved,
+                          double scale) {
+  check_query(q, "q");
+  UnrotateParams p{};
+  p.back = q.dim() == 4 ? static_cast<int32_t>(q.size(1)) : 1;
+  if (query_lens) {
+    check_array(*query_lens, "query_lens", {q.size(0)}, at::kInt, q.device());
+    p.each_back = query_lens->const_data_ptr<int32_t>();
+  }
+  at::Tensor out = at::empty({q.size(0), q.size(-2), q.size(-1)}, q.options());
+  run(p, q, seq_lens, "seq_lens", inv_freq, interleaved, scale, out);
+  return q.dim() == 4 ? out.unsqueeze(1).expand(q.sizes()) : out;  // nobody reads the others
 }
 
 at::Tensor unrotate_op(const at::Tensor& q, const at::Tensor& positions, const at::Tensor& inv_freq,
                        bool interleaved, double scale) {
-  return unrotate(q, positions, "positions", 0, inv_freq, interleaved, scale);
+  check_query(q, "q");
+  TORCH_CHECK_VALUE(q.dim() == 3, "q has shape ", q.sizes(), ", must be [batch, num_qo_heads, head_dim]");
+  UnrotateParams p{};
+  at::Tensor out = at::empty_like(q, at::MemoryFormat::Contiguous);
+  run(p, q, positions, "positions", inv_freq, interleaved, scale, out);
+  return out;
 }
 
 }  // namespace mac_attn

@@ -10,7 +10,7 @@ from ._version import __version__
 from .audit import AuditReport
 from .cache import ReuseCache
 from .config import ReuseConfig
-from .decode import decode
+from .decode import MAX_QUERY_TOKENS, decode
 from .ops import Amended, Matched, amend, complete, match, merge_states
 from .paging import dense_as_pages, from_flashinfer, to_float8
 from .rope import RotaryEmbedding, rotate, unrotate
@@ -19,6 +19,7 @@ from .slot_state import SlotState
 from .stats import ReuseStats
 
 __all__ = [
+    "MAX_QUERY_TOKENS",
     "Amended",
     "AuditReport",
     "Matched",

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ._version import __version__
+
 MARK = b"mac_attn built for torch "
 HOW = "`pip install --no-build-isolation .` in the folder of its sources builds it"
 
@@ -33,6 +35,15 @@ def check(library: Path | None) -> None:
         )
 
 
+def check_version(built: str) -> None:
+    """Raises ImportError for the extension of another release: an install was not built anew."""
+    if built != __version__:
+        raise ImportError(
+            f"the extension is of mac_attn {built}, the Python sources beside it are {__version__}:"
+            f" {HOW} anew"
+        )
+
+
 def _open() -> None:
     # Beside this file only: an editable install elsewhere would offer its own.
     spec = PathFinder.find_spec(f"{__package__}._C", [str(Path(__file__).parent)])
@@ -46,7 +57,8 @@ def _open() -> None:
             f"another copy of mac_attn is loaded in this process ({_C.library}), so {library}"
             " cannot be: keep one of them on sys.path"
         )
-    _C.build_info()  # a MAC_ATTN_SIMD that names no level is a ValueError now, not in a decode step
+    # A MAC_ATTN_SIMD that names no level is a ValueError now, not in a decode step.
+    check_version(_C.build_info()["version"])
 
 
 if f"{__package__}._C" not in sys.modules:

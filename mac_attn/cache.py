@@ -58,10 +58,13 @@ class ReuseCache:
         ValueError, TypeError: an argument is out of range or of the wrong type.
         MemoryError: the device has not enough memory; the message says how much it takes.
 
-    Attributes (N slots, H KV heads, G query heads per KV head, M entries, S anchors, D head_dim):
+    N slots, H KV heads, G query heads per KV head, M entries, S anchors, D head_dim:
+
+    Attributes:
         ring: [N, slot bytes] uint8, all that makes up the slots; csrc/ring.h has its layout. The
             next ones are views of it.
-        slot_end: [N] int32, the seq_len of the slot's last call.
+        slot_end, slot_reach: [N] int32, from which position to which the slot's next call may
+            begin: after the first and after the last query token of its last call.
         slot_request: [N] int64, request id of the slot's last call, -1 if none was given.
         counters: [N, 8] int64, see `ReuseStats`.
         ring_stored: [N, H] int32, entries stored since the slot's history began; beyond M only the
@@ -84,6 +87,7 @@ class ReuseCache:
     """
 
     slot_end: Tensor
+    slot_reach: Tensor
     slot_request: Tensor
     counters: Tensor
     ring_stored: Tensor
@@ -288,7 +292,8 @@ class ReuseCache:
                 )
         self._flag(wrong, ERROR_SEQ_LENS)
         limit = limit.clamp(0, INT32_MAX).to(torch.int32)
-        self.slot_end.copy_(torch.minimum(self.slot_end, limit))
+        for bound in (self.slot_end, self.slot_reach):
+            bound.copy_(torch.minimum(bound, limit))
         self.ring_position.masked_fill_(self.ring_position >= limit[:, None, None], NO_POSITION)
 
     def export_slots(self, slots: Ints, *, pin_memory: bool = False) -> SlotState:
@@ -378,6 +383,7 @@ class ReuseCache:
         self.ring_stored.masked_fill_(which[:, None], 0)
         self.ring_tau.masked_fill_(which[:, None], 0)
         self.slot_end.masked_fill_(which, 0)
+        self.slot_reach.masked_fill_(which, 0)
         self.slot_request.masked_fill_(which, NO_REQUEST)
         self.counters.masked_fill_(which[:, None], 0)
 

@@ -69,7 +69,7 @@ class ReuseConfig:
     anchors: int = 1024
     threshold: float | Sequence[float] | Tensor = 0.4
     threshold_mode: Literal["relative", "absolute"] = "relative"
-    max_drift: float | None = 3.0
+    max_drift: float | None = 4.0
     granularity: Literal["group", "head"] = "group"
     min_context: int = 2048
     max_reuse_depth: int | None = 1

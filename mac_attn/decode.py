@@ -11,6 +11,8 @@ from .cache import ReuseCache
 from .paging import KVCache, Scale, kv_arguments, kv_scales, kv_views
 from .rope import pre_rope_query
 
+MAX_QUERY_TOKENS = 16  # of a request in one step; csrc/checks.h has it too
+
 
 def decode(
     q: Tensor,
@@ -18,6 +20,7 @@ def decode(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
+    query_lens: Tensor | None = None,
     reuse: ReuseCache | None = None,
     slots: Tensor | None = None,
     q_match: Tensor | None = None,
@@ -28,19 +31,25 @@ def decode(
     k_scale: Scale = None,
     v_scale: Scale = None,
     sinks: Tensor | None = None,
+    learn: bool = True,
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of one new token per request over its paged KV cache, reusing what it can.
+    """Attention of the new tokens of each request over its paged KV cache, reusing what it can.
 
     The new tokens' keys and values are in the cache already. With `reuse=None` this is exact decode
     attention. With a `ReuseCache` a query that resembles a recent one takes over that one's
     attention to the old context (arXiv:2604.00235); a miss is exact; the cache learns the new query
     either way.
 
+    A step of several tokens, as speculative decoding has them to verify, is exact with `reuse`,
+    too, and reads keys and values once for all of them. The cache learns the first one, which
+    cannot be rejected; the next step may begin after any of them.
+
     Args:
-        q: [B, num_qo_heads, head_dim] float32, bfloat16 or float16, post-RoPE. head_dim is a
-            multiple of 16, at most 256. Only the last dimension has to be contiguous.
+        q: [B, num_qo_heads, head_dim] float32, bfloat16 or float16, post-RoPE, or of T new tokens,
+            from 1 to 16, [B, T, num_qo_heads, head_dim]. head_dim is a multiple of 16, at most 256.
+            Only the last dimension has to be contiguous.
         kv_cache: a pair (k_cache, v_cache), each [num_pages, page_size, num_kv_heads, head_dim] for
             kv_layout "NHD" or [num_pages, num_kv_heads, page_size, head_dim] for "HND", or one
             tensor with the pair in dimension 1. In q's dtype or float8_e4m3fn; read in place.
@@ -48,13 +57,16 @@ def decode(
             h // (num_qo_heads / num_kv_heads).
         block_table: [B, max_pages] int32, the pages of each request in order. Entries past the
             pages in use are never read.
-        seq_lens: [B] int32, tokens per request, the new one included. 0 marks a padding row, whose
+        seq_lens: [B] int32, tokens per request, the new ones included. 0 marks a padding row, whose
             output is 0 (lse -inf) and whose slot is left alone.
+        query_lens: [B] int32, of the T tokens how many a request has, from 1; those behind are
+            padding, whose output is 0 (lse -inf). None: T each. A request's t-th token stands at
+            position seq_lens - query_lens + t and attends to all up to itself.
         reuse: the layer's cache, or None.
         slots: [B] int32, the ring slot of each request, all different, or -1: that request is
             attended exactly, and nothing is stored for it. Needed with `reuse`.
-        q_match: [B, num_qo_heads, head_dim], pre-RoPE queries in q's dtype. None computes them from
-            `q` with the cache's `rotary`.
+        q_match: as q, pre-RoPE queries in q's dtype; of several tokens the first is looked at. None
+            computes them from `q` with the cache's `rotary`.
         request_ids: [B] int64, not negative, or None. A slot last used under another id counts as
             empty, so that no request can meet another's state.
         sm_scale: factor of the logits, default 1 / sqrt(head_dim).
@@ -68,20 +80,21 @@ def decode(
             tokens and has a value of 0, as learned by gpt-oss: one more term of the softmax's sum,
             after `sm_scale` and `logits_soft_cap`. -inf is none; NaN and inf are refused, on the
             CPU. A padding row has none. Ring entries do not hold it.
-        out: [B, num_qo_heads, head_dim] in q's dtype, written in place.
+        learn: False stores no entry, as for drafts whose keys are yet to be computed exactly.
+        out: as q, written in place.
         return_lse: also return the log-sum-exp of the logits, a sink among them: natural log,
-            float32, [B, num_qo_heads].
+            float32, q's shape without the last dimension.
 
     Returns:
-        [B, num_qo_heads, head_dim] in q's dtype, or (out, lse).
+        As q, or (out, lse).
 
     Raises:
         ValueError: a shape, layout, device or value (length, page id, slot) does not fit. On the
             CPU values are checked too; on CUDA see `ReuseCache.check`. Nothing has been written.
         TypeError: an argument is no tensor or has another dtype than it must.
     """
-    arguments = (q, kv_cache, block_table, seq_lens, reuse, slots, q_match, request_ids)
-    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, sinks, out)
+    arguments = (q, kv_cache, block_table, seq_lens, query_lens, reuse, slots, q_match, request_ids)
+    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, sinks, learn, out)
     try:
         out, lse = _decode(*arguments, *options)
     except Exception:
@@ -96,6 +109,7 @@ def _decode(
     kv_cache: KVCache,
     block_table: Tensor,
     seq_lens: Tensor,
+    query_lens: Tensor | None,
     reuse: ReuseCache | None,
     slots: Tensor | None,
     q_match: Tensor | None,
@@ -106,10 +120,12 @@ def _decode(
     k_scale: Scale,
     v_scale: Scale,
     sinks: Tensor | None,
+    learn: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     scales = kv_scales(k_scale, v_scale, q)
-    attention = (q, *kv_arguments(kv_cache, kv_layout), *scales, block_table, seq_lens)
+    cache = (*kv_arguments(kv_cache, kv_layout), *scales)
+    attention = (q, *cache, block_table, seq_lens, query_lens)
     if sm_scale is None:
         sm_scale = q.size(-1) ** -0.5
     if reuse is None:
@@ -120,9 +136,9 @@ def _decode(
     # amend:    attention of `q` to the tokens from E(source) on, or to all; the new entry's anchors
     # complete: out, lse = that and the reused state merged; the new entry goes into the ring
     source, out, lse = ops.match_amend_complete(
-        *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, sinks, out
+        *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, sinks, learn, out
     )
-    if reuse.auditor is not None and slots is not None:  # the op has refused None
+    if reuse.auditor is not None and slots is not None and q.dim() == 3:  # several are exact
         reuse.auditor.record(
             out,
             source,
@@ -146,6 +162,7 @@ def _check(
     kv_cache: KVCache,
     block_table: Tensor,
     seq_lens: Tensor,
+    query_lens: Tensor | None,
     reuse: ReuseCache | None,
     slots: Tensor | None,
     q_match: Tensor | None,
@@ -155,10 +172,13 @@ def _check(
     out: Tensor | None,
 ) -> None:
     """Raise ValueError or TypeError naming the first argument that is wrong, if one is."""
-    check_tensor("q", q, ("batch", "num_qo_heads", "head_dim"), FLOAT_DTYPES, rows=True)
+    tokens = ("tokens",) if isinstance(q, Tensor) and q.dim() == 4 else ()
+    shape = ("batch", *tokens, "num_qo_heads", "head_dim")
+    check_tensor("q", q, shape, FLOAT_DTYPES, rows=True)
     batch, device = q.size(0), q.device
-    if batch * q.size(1) > INT32_MAX:
-        raise ValueError(f"batch * num_qo_heads is {batch * q.size(1)}, must be below 2^31")
+    rows = q.shape[:-1].numel()
+    if rows > INT32_MAX:
+        raise ValueError(f"{' * '.join(shape[:-1])} is {rows}, must be below 2^31")
     k_cache, _ = kv_views(kv_cache, kv_layout)
     heads: int | str = "num_kv_heads"
     if reuse is not None:
@@ -166,16 +186,19 @@ def _check(
         ops.check_query("q", q, reuse)
         heads = reuse.num_kv_heads
     dtypes = (q.dtype, torch.float8_e4m3fn)
-    check_tensor("k_cache", k_cache, ("pages", "page", heads, q.size(2)), dtypes, device)
+    check_tensor("k_cache", k_cache, ("pages", "page", heads, q.size(-1)), dtypes, device)
     check_tensor("block_table", block_table, (batch, "max_pages"), torch.int32, device)
     check_tensor("seq_lens", seq_lens, (batch,), torch.int32, device)
+    if query_lens is not None:
+        check_tensor("query_lens", query_lens, (batch,), torch.int32, device)
     if sinks is not None:
-        check_tensor("sinks", sinks, (q.size(1),), torch.float32, device)
+        check_tensor("sinks", sinks, (q.size(-2),), torch.float32, device)
     if out is not None:
         check_tensor("out", out, tuple(q.shape), q.dtype, device, rows=True)
     if reuse is None:
         return
-    pre_rope_query(q, q_match, seq_lens - 1, reuse.rotary)
+    positions = (seq_lens - 1).reshape(-1, *(1 for _ in tokens)).expand(q.shape[:-2])
+    pre_rope_query(q, q_match, positions, reuse.rotary)
     check_tensor("slots", slots, (batch,), torch.int32, device)
     if request_ids is not None:
         check_tensor("request_ids", request_ids, (batch,), torch.int64, device)

@@ -88,10 +88,10 @@ def step_floor(
         page_size: tokens per page.
         kv_itemsize: bytes of an element of the KV cache; None is `itemsize`.
         cfg: the options of reuse; None is exact decode.
-        sources: [B][num_qo_heads], with `cfg`: the position of the entry that a query head reuses,
-            or -1 for a miss, as `mac_attn.match` answers. Rings count as full, of entries within
-            the window, and those of hits as full of anchors; a new entry is stored where it may be
-            reused.
+        sources: `[B][num_qo_heads]`, with `cfg`: the position of the entry that a query head
+            reuses, or -1 for a miss, as `mac_attn.match` answers. Rings count as full, of entries
+            within the window, and those of hits as full of anchors; a new entry is stored where it
+            may be reused.
 
     Raises:
         ValueError: the numbers of rows or heads do not fit one another.

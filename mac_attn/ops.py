@@ -36,7 +36,8 @@ class Matched(NamedTuple):
 
     Attributes:
         source: [B, num_qo_heads] int32, the position of the entry to reuse, or -1 for a miss. With
-            group decisions it is the same for all query heads of a KV head.
+            group decisions it is the same for all query heads of a KV head. A step of several query
+            tokens misses.
         place: [B, num_qo_heads] int32, where in the ring that entry lies, -1 for a miss.
         stored: [B, num_kv_heads] int32, `ReuseCache.ring_stored` of the request's slot, or -1 if
             the request does not go on where the slot ended.
@@ -55,6 +56,8 @@ class Amended(NamedTuple):
             over the old tokens [0, E(p)) and row 1 over the band [E(p), n). On a hit on the entry
             of position c without anchors they are over [E(c), E(p)) and the band; with anchors
             row 1 is over those and [E(c), n), and row 0 over the anchors by the entry's query.
+            Of T query tokens it has num_kv_heads * T * group rows a request, as the following
+            have, group = num_qo_heads / num_kv_heads; the first token's E(p) parts those of all.
         state_lse: [2, B, num_qo_heads] float32, natural log of the sum of exp(logit); -inf: empty.
         log_ratio: [B, num_qo_heads] float32, by how much the log-sum-exp of the reused rest moves.
         anchors: [B, num_kv_heads, S] int32 positions, ascending, -1 where unused.
@@ -78,15 +81,19 @@ def match(
     seq_lens: Tensor,
     slots: Tensor,
     request_ids: Tensor | None = None,
+    *,
+    query_lens: Tensor | None = None,
 ) -> Matched:
     """Find, for every query head, the recent query to reuse (paper §3.1, "match").
 
     Args:
         reuse: the layer's cache; it is only read.
-        q_match: [B, num_qo_heads, head_dim] pre-RoPE queries, in the cache's dtype.
-        seq_lens: [B] int32, tokens in the KV cache, the current one included; 0 is a padding row.
+        q_match: [B, num_qo_heads, head_dim] pre-RoPE queries, in the cache's dtype, or of several
+            query tokens [B, T, num_qo_heads, head_dim].
+        seq_lens: [B] int32, tokens in the KV cache, the current ones included; 0 is a padding row.
         slots: [B] int32, the ring slot of each request, or -1: it has none, and misses.
         request_ids: [B] int64 or None; a slot whose last call had another id counts as empty.
+        query_lens: [B] int32 or None, as for `mac_attn.decode`.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
@@ -96,6 +103,7 @@ def match(
         *torch.ops.mac_attn.match(
             q_match,
             seq_lens,
+            query_lens,
             slots,
             request_ids,
             *reuse.ring_arguments,
@@ -113,6 +121,7 @@ def amend(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
+    query_lens: Tensor | None = None,
     matched: Matched | None = None,
     reuse: ReuseCache | None = None,
     slots: Tensor | None = None,
@@ -151,6 +160,7 @@ def amend(
             *scales,
             block_table,
             seq_lens,
+            query_lens,
             *rings,
             sm_scale,
             logits_soft_cap,
@@ -164,6 +174,7 @@ def complete(
     amended: Amended,
     seq_lens: Tensor,
     *,
+    query_lens: Tensor | None = None,
     dtype: torch.dtype | None = None,
     reuse: ReuseCache | None = None,
     matched: Matched | None = None,
@@ -181,22 +192,28 @@ def complete(
     Args:
         amended: from `amend`, or from another kernel in the same form.
         seq_lens: [B] int32, as given to `amend`.
+        query_lens: as given to `amend`.
         dtype: of the output, when neither `reuse` nor `out` says it.
         reuse, q_match, slots, request_ids: as for `match`, whose answer `matched` is.
-        q: [B, num_qo_heads, head_dim] post-RoPE queries, as given to `amend`.
+        q: post-RoPE queries, as given to `amend`.
         sinks: [num_qo_heads] float32, as for `mac_attn.decode`.
-        out: [B, num_qo_heads, head_dim], written in place, or None for a new tensor.
+        out: as `q`, written in place, or None for a new tensor. With several query tokens either
+            `q` or `out` has to say how many.
 
     Returns:
-        (out, lse): [B, num_qo_heads, head_dim] and [B, num_qo_heads] float32 (natural log).
+        (out, lse): as `q`, and float32 without its last dimension (natural log).
     """
-    lse = torch.empty_like(amended.state_lse[0])
+    states, state_lse = amended[:2]
     if out is None:
         dtype = reuse.dtype if reuse is not None else dtype
-        out = torch.empty_like(amended.states[0], dtype=dtype)
+        out = states.new_empty(states[0].shape if q is None else q.shape, dtype=dtype)
+    lse = state_lse.new_empty(out.shape[:-1])
     if reuse is None:
-        states, state_lse = amended[:2]
-        torch.ops.mac_attn.complete_exact(states, state_lse, seq_lens, sinks, out, lse)
+        # What order the queries of several tokens are in depends on their KV heads.
+        num_kv_heads = 1 if out.dim() == 3 else amended.anchors.size(1)
+        torch.ops.mac_attn.complete_exact(
+            states, state_lse, seq_lens, query_lens, num_kv_heads, sinks, out, lse
+        )
         return out, lse
     if matched is None:
         raise ValueError("matched is None, must be what match answered, as reuse is given")
@@ -210,6 +227,7 @@ def complete(
         q,
         q_match,
         seq_lens,
+        query_lens,
         slots,
         request_ids,
         ring,
@@ -234,6 +252,7 @@ def match_amend_complete(
     v_scale: Tensor | None,
     block_table: Tensor,
     seq_lens: Tensor,
+    query_lens: Tensor | None,
     slots: Tensor | None,
     q_match: Tensor | None,
     request_ids: Tensor | None,
@@ -241,6 +260,7 @@ def match_amend_complete(
     sm_scale: float,
     logits_soft_cap: float,
     sinks: Tensor | None,
+    learn: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three stages in one op: what a call costs besides is then paid once.
@@ -261,12 +281,14 @@ def match_amend_complete(
         v_scale,
         block_table,
         seq_lens,
+        query_lens,
         slots,
         q_match,
         request_ids,
         *reuse.ring_arguments,
         reuse.threshold,
         *reuse.match_options,
+        learn,
         reuse.layer,
         sm_scale,
         logits_soft_cap,
@@ -277,9 +299,9 @@ def match_amend_complete(
     )
     _, _, decode, decode_into = _COMPILED if torch.compiler.is_compiling() else _EAGER
     if out is None:
-        source, out, lse = decode(*arguments)
+        out, source, lse = decode(*arguments)
     else:
-        source, lse = decode_into(*arguments, out)
+        source, lse = decode_into(out, *arguments)
     return source, out, lse
 
 
@@ -292,6 +314,7 @@ def decode_exact(
     v_scale: Tensor | None,
     block_table: Tensor,
     seq_lens: Tensor,
+    query_lens: Tensor | None,
     sm_scale: float,
     logits_soft_cap: float,
     sinks: Tensor | None,
@@ -299,18 +322,20 @@ def decode_exact(
 ) -> tuple[Tensor, Tensor]:
     """`amend` and `complete` without reuse in one op; returns (`out` or a new tensor, lse)."""
     cache = (k_cache, v_cache, hnd, k_scale, v_scale)
-    arguments = (q, *cache, block_table, seq_lens, sm_scale, logits_soft_cap, sinks)
+    arguments = (q, *cache, block_table, seq_lens, query_lens, sm_scale, logits_soft_cap, sinks)
     decode, decode_into, _, _ = _COMPILED if torch.compiler.is_compiling() else _EAGER
     if out is None:
         out, lse = decode(*arguments)
     else:
-        lse = decode_into(*arguments, out)
+        lse = decode_into(out, *arguments)
     return out, lse
 
 
 def check_query(name: str, query: Tensor | None, reuse: ReuseCache) -> None:
     """Queries of the model that the cache was made for."""
-    shape = ("batch", reuse.num_qo_heads, reuse.head_dim)
+    several = isinstance(query, Tensor) and query.dim() == 4
+    rows = ("batch", "tokens") if several else ("batch",)
+    shape = (*rows, reuse.num_qo_heads, reuse.head_dim)
     check_tensor(name, query, shape=shape, dtype=reuse.dtype, device=reuse.device)
 
 
@@ -349,13 +374,14 @@ def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tupl
 def _match_fake(
     q_match: Tensor,
     seq_lens: Tensor,
+    query_lens: Tensor | None,
     slots: Tensor,
     request_ids: Tensor | None,
     ring: Tensor,
     num_kv_heads: int,
     *args: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads = (q_match.size(0), q_match.size(1))
+    heads = (q_match.size(0), q_match.size(-2))
     stored = seq_lens.new_empty((q_match.size(0), num_kv_heads))
     return seq_lens.new_empty(heads), seq_lens.new_empty(heads), stored
 
@@ -369,6 +395,7 @@ def _amend_fake(
     v_scale: Tensor | None,
     block_table: Tensor,
     seq_lens: Tensor,
+    query_lens: Tensor | None,
     source: Tensor | None,
     place: Tensor | None,
     stored: Tensor | None,
@@ -378,7 +405,8 @@ def _amend_fake(
     anchors: int,
     *args: object,
 ) -> tuple[Tensor, ...]:
-    batch, num_qo_heads, head_dim = q.shape
+    batch, head_dim = q.size(0), q.size(-1)
+    queries = q.size(-2) * (q.size(1) if q.dim() == 4 else 1)
     num_kv_heads, reuses = k_cache.size(2), source is not None
 
     def floats(*shape: int) -> Tensor:
@@ -386,9 +414,9 @@ def _amend_fake(
 
     num_anchors = anchors if reuses else 0
     return (
-        floats(2, batch, num_qo_heads, head_dim),
-        floats(2, batch, num_qo_heads),
-        floats(batch, num_qo_heads if reuses else 0),
+        floats(2, batch, queries, head_dim),
+        floats(2, batch, queries),
+        floats(batch, queries if reuses else 0),
         seq_lens.new_empty((batch, num_kv_heads, num_anchors)),
         floats(batch, num_kv_heads, num_anchors),
         seq_lens.new_empty((batch, num_kv_heads if reuses else 0)),
@@ -411,22 +439,21 @@ def _decode_exact_fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("mac_attn::decode_exact.into")
-def _decode_exact_into_fake(q: Tensor, *args: object) -> Tensor:
-    _check_one_device((q, *args))
-    return q.new_empty((q.size(0), q.size(1)), dtype=torch.float32)
+def _decode_exact_into_fake(out: Tensor, *args: object) -> Tensor:
+    _check_one_device((out, *args))
+    return out.new_empty(out.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.register_fake("mac_attn::decode_reuse")
 def _decode_reuse_fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    source, lse = _decode_reuse_into_fake(q, *args)
-    return source, q.new_empty(q.shape), lse
+    return q.new_empty(q.shape), *_decode_reuse_into_fake(q, *args)
 
 
 @torch.library.register_fake("mac_attn::decode_reuse.into")
-def _decode_reuse_into_fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    _check_one_device((q, *args))
-    heads = (q.size(0), q.size(1))
-    return q.new_empty(heads, dtype=torch.int32), q.new_empty(heads, dtype=torch.float32)
+def _decode_reuse_into_fake(out: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    _check_one_device((out, *args))
+    source = out.new_empty((out.size(0), out.size(-2)), dtype=torch.int32)
+    return source, out.new_empty(out.shape[:-1], dtype=torch.float32)
 
 
 def _check_one_device(args: tuple[object, ...]) -> None:

@@ -39,7 +39,7 @@ class ReuseStats:
 
     @property
     def steps(self) -> int:
-        """Decode steps, one per request and call."""
+        """Query tokens, one per request and call or, in a step of several, as many."""
         return self._total("steps")
 
     @property

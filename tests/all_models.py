@@ -142,13 +142,13 @@ def tiny_config(name: str, **more: Any) -> Any:
     return kind(**options | _OPTIONS.get(name, {}) | more)
 
 
-def tiny_causal_model(name: str) -> Any:
-    """The causal language model of a type, tiny, with random weights."""
-    config = tiny_config(name)
+def tiny_causal_model(name: str, **options: Any) -> Any:
+    """The causal language model of a type, tiny, with random weights; options of its config."""
+    config = tiny_config(name, **options)
     kinds = getattr(config, "layer_types", None) or [None]
     if set(kinds) <= {"sliding_attention", "linear_attention"} and name not in _ONE_KIND:
         # Two kinds, where the default has the full layers farther apart than there are layers.
-        config = tiny_config(name, layer_types=[kinds[0], "full_attention"])
+        config = tiny_config(name, **options, layer_types=[kinds[0], "full_attention"])
     model_class = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if isinstance(model_class, tuple):
         model_class = model_class[0]

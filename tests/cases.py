@@ -43,7 +43,7 @@ class PagedKV:
 
     def double(self) -> tuple[Tensor, Tensor]:
         """k and v as float64, float8 numbers as what they stand for."""
-        one = torch.ones(())
+        one = torch.ones((), device=self.k.device)
         factors = (self.scales.get(name, one).double() for name in ("k_scale", "v_scale"))
         pairs = zip((self.k, self.v), factors, strict=True)
         k, v = (x.double() * factor.reshape(-1, 1) for x, factor in pairs)

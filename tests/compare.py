@@ -23,9 +23,12 @@ class Tolerance:
     absolute: float
     relative: float
 
-    def check(self, got: Tensor, want: Tensor, what: str) -> None:
-        """Assert that got is within the tolerance of want, with equal infinities and no NaN."""
-        got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    def check(self, got: Tensor, want: Tensor, what: str, gain: Tensor | float = 1.0) -> None:
+        """Assert that got is within the tolerance of want, with equal infinities and no NaN.
+
+        `absolute` is of terms whose sum may raise their errors: `gain` times.
+        """
+        got, want = got.detach().cpu().double() / gain, want.detach().cpu().double() / gain
         assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
         torch.testing.assert_close(
             got, want, atol=self.absolute, rtol=self.relative, msg=lambda text: f"{what}: {text}"
@@ -77,7 +80,10 @@ def added_counters(head: HeadStep, first: bool, seq_len: int) -> list[int]:
     """What a step of one KV head, the request's `first` or another, adds to a slot's counters."""
     hits = int((head.source >= 0).sum())
     all_hit = hits == len(head.source)
-    return [int(first), 1, int(all_hit), hits, head.tokens, seq_len, head.anchors, int(head.stored)]
+    full = sum(range(seq_len - head.queries + 1, seq_len + 1))
+    steps = head.queries
+    stored = int(head.stored)
+    return [first * steps, steps, int(all_hit), hits, head.tokens, full, head.anchors, stored]
 
 
 def check_ring(
@@ -85,7 +91,8 @@ def check_ring(
 ) -> None:
     """Assert that a slot of a ReuseCache holds what the reference's slot holds."""
     want = reference.slots[slot]
-    assert (int(cache.slot_end[slot]), int(cache.slot_request[slot])) == (want.end, want.request)
+    history = (cache.slot_end[slot], cache.slot_reach[slot], cache.slot_request[slot])
+    assert [int(number) for number in history] == [want.end, want.reach, want.request]
     for head, ring in enumerate(want.rings):
         size, where = len(ring.places), f"of slot {slot}, KV head {head}"
         assert int(cache.ring_stored[slot, head]) == ring.stored, f"entries {where}"
@@ -167,11 +174,14 @@ class Twins:
         slots: list[int],
         *,
         request_ids: list[int] | None = None,
+        query_lens: list[int] | None = None,
         order: list[int] | None = None,
         rings: bool = True,
         **softmax: Any,
     ) -> Step:
         """One step of both: request b has `lengths[b]` tokens (0: none now) and uses `slots[b]`.
+
+        q and q_match are of one query token or of several, `query_lens[b]` of each request.
 
         `order` is the order of the requests in the batch. Compares out, lse and, with `rings`, the
         rings and counters; the samples of a miss are judged on their own.
@@ -182,6 +192,9 @@ class Twins:
         rows = {
             "slots": torch.tensor([slots[b] for b in order], dtype=torch.int32, device=device),
             "q_match": q_match[order],
+            "query_lens": None
+            if query_lens is None
+            else torch.tensor([query_lens[b] for b in order], dtype=torch.int32, device=device),
             "request_ids": None
             if request_ids is None
             else torch.tensor([request_ids[b] for b in order], device=device),
@@ -195,8 +208,8 @@ class Twins:
             step = reference.decode(*call, reuse=self.reference, **rows, **softmax, choose=judge)
         check_clear(step)
         assert out.dtype == q.dtype and lse.dtype == torch.float32
-        self.out.check(out, step.out, "out")
-        self.state.check(lse, step.lse, "lse")
+        self.out.check(out, step.out, "out", step.gain[..., None])
+        self.state.check(lse, step.lse, "lse", step.gain)
         active = torch.tensor(n) > 0
         self.hits += int((step.source[active] >= 0).sum())
         self.decisions += step.source[active].numel()

@@ -1,6 +1,6 @@
 """Fixtures shared by all tests."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,13 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
 def _seeded() -> None:
     """The same random numbers in every run of a test."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """As models are run for inference."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ ENTRY_PARTS = (
 # And what belongs to its history as a whole.
 SLOT_PARTS = (
     "slot_end",
+    "slot_reach",
     "slot_request",
     "counters",
     "ring_stored",

@@ -362,8 +362,8 @@ class Server:
                 **{name: None if t is None else t[checked] for name, t in rows.items()},
             )
         self.counts.compared += len(checked)
-        self.out_tolerance.check(out[checked], step.out, "out")
-        self.state_tolerance.check(lse[checked], step.lse, "lse")
+        self.out_tolerance.check(out[checked], step.out, "out", step.gain[..., None])
+        self.state_tolerance.check(lse[checked], step.lse, "lse", step.gain)
         slots = [slot for slot in slots if slot != -1]
         adopt(self.cache, self.reference, slots, self.state_tolerance)
         for heads, request in zip(step.heads, some, strict=True):

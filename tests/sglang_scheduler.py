@@ -120,10 +120,9 @@ def rings(scheduler: Any) -> dict[str, Any]:
     mac = getattr(getattr(backend, "decode_backend", None), "mac", None)
     if mac is None:
         return {}
-    served = mac.engine.layers
+    served = mac.engine.rings
     stats = [
-        ReuseStats(one.ring.counters, one.ring.num_qo_heads, one.ring.num_kv_heads)
-        for one in served.values()
+        ReuseStats(one.counters, one.num_qo_heads, one.num_kv_heads) for one in served.values()
     ]
     return {
         "layers": len(served),

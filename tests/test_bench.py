@@ -193,3 +193,28 @@ def test_float8(tmp_path):
     (row,) = json.loads(path.read_text())
     steps = {f"{cache}{step}" for cache in ("", "float8 ") for step in float8.STEPS}
     assert row["us"].keys() == steps and all(step["us"] > 0 for step in row["us"].values())
+
+
+def test_query_tokens(tmp_path):
+    import query_tokens
+
+    path = tmp_path / "tokens.json"
+    options = ["--batches", "2", "--tokens", "1", "3", "--rounds", "1", "--json", str(path)]
+    query_tokens.main([*TINY, *options])
+    (row,) = json.loads(path.read_text())
+    assert row["us"].keys() == {"1", "1 reuse", "3", "3 reuse"}
+    assert all(step["us"] > 0 for step in row["us"].values())
+
+
+def test_lossless():
+    pytest.importorskip("transformers")
+    import lossless
+    from tiny_models import prompts, tiny_model
+
+    cpu = torch.device("cpu")
+    rows = lossless.measure(tiny_model(cpu), prompts(cpu, 1), 12, [2, 0], ["0.7 free"])
+    assert [row["drafts"] for row in rows] == [2, "as pay"]
+    for row in rows:
+        # No context is long enough to reuse: drafts are exact, and read as much as a token does.
+        assert row["same"] == 12 and row["acceptance"] == 1
+        assert row["tokens_per_verification"] > 1 and 0.8 < row["kv_read"] < 1.2

@@ -19,6 +19,7 @@ ENTRIES, ANCHORS = 8, 3
 # Views of the ring, with their shapes behind the slots' dimension; None is the queries' dtype.
 PARTS: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
     "slot_end": ((), torch.int32),
+    "slot_reach": ((), torch.int32),
     "slot_request": ((), torch.int64),
     "counters": ((8,), torch.int64),
     "ring_stored": ((2,), torch.int32),
@@ -51,14 +52,14 @@ def fill(cache: ReuseCache) -> dict[str, Tensor]:
     cache.slot_request.copy_(torch.randint(1, 100, (cache.num_slots,)))
     for slot in range(cache.num_slots):
         end = 20 + slot
-        cache.slot_end[slot] = end
+        cache.slot_end[slot] = cache.slot_reach[slot] = end
         cache.ring_position[slot] = torch.arange(end - entries, end, dtype=torch.int32)
     return {name: getattr(cache, name).clone() for name in ("ring", *PARTS)}
 
 
 def is_empty(cache: ReuseCache, slot: int) -> bool:
     return (
-        cache.slot_end[slot] == 0
+        cache.slot_end[slot] == cache.slot_reach[slot] == 0
         and cache.slot_request[slot] == -1
         and not cache.ring_stored[slot].any()
         and not cache.ring_tau[slot].any()
@@ -241,7 +242,7 @@ def test_truncate(given, device):
     assert cache.ring_position[0].tolist() == [[12, 13, 14, 15, 16, -1, -1, -1]] * 2
     assert (cache.ring_position[1] == -1).all()
     assert unchanged(cache, before, [2, 3, 4])
-    assert_copied(cache, [0, 1], before, [0, 1], but=("slot_end", "ring_position"))
+    assert_copied(cache, [0, 1], before, [0, 1], but=("slot_end", "slot_reach", "ring_position"))
     before = {"ring": cache.ring.clone()}
     cache.truncate([2, 3], torch.tensor([23, 2**40]))  # nothing lies there
     assert unchanged(cache, before, [0, 1, 2, 3, 4])

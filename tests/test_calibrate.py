@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from all_models import tiny_causal_model
 from tiny_models import prompts, tiny_model
 
 import mac_attn
@@ -206,9 +208,73 @@ def test_refusals(captured: Capture, tmp_path: Path) -> None:
         Calibration.load(path)
 
 
-def test_sinks_are_refused() -> None:
-    from all_models import tiny_causal_model
+MIXED = {  # the layers that reuse, of models whose layers differ
+    "smollm3": (0, 1),
+    "cohere2": (1,),
+    "gemma3_text": (1,),
+    "gemma3n_text": (1, 3),
+    "gemma4_text": (1, 3),
+    "gpt_neox": (0, 1),
+    "llama4_text": (1,),
+}
 
+
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_that_differ(name: str) -> None:
+    """A capture holds what the rings of a MacCache hold, of each layer by its own rotation."""
+    model = tiny_causal_model(name, **{"no_rope_layers": [1, 0]} if name == "smollm3" else {})
+    ids = prompts(CPU, 1, LENGTH)
+    captured = capture(model, ids, steps=STEPS, seeded=SEEDED)
+    assert captured.layer_index == MIXED[name]
+    assert captured.num_model_layers == model.config.num_hidden_layers
+    model.set_attn_implementation("mac")
+    cache = MacCache(model, max_length=LENGTH, config=replace(CONFIG, anchors=0))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    for layer, number in enumerate(captured.layer_index):
+        rings = cache.layers[number].rings
+        torch.testing.assert_close(captured.k[layer], rings.store.keys[0].transpose(0, 1))
+        assert rings.reuse is not None
+        order = rings.reuse.ring_position[0, 0].argsort()
+        queries = rings.reuse.ring_query[0][:, order].transpose(0, 1).flatten(1, 2)
+        torch.testing.assert_close(captured.q_match[layer, -16:], queries, rtol=1e-4, atol=1e-4)
+
+
+def test_calibrate_a_model_whose_layers_differ() -> None:
+    model, ids = tiny_causal_model("gemma3n_text"), prompts(CPU, 1, LENGTH)
+    options = {"thresholds": (0, 1.2), "anchors": (4,), "steps": STEPS}
+    found = calibrate(model, ids, target_error=0.3, base=CONFIG, **options)
+    assert [found.configs[0], found.configs[2]] == [CONFIG] * 2  # they never reuse
+    model.set_attn_implementation("mac")
+    cache = MacCache(model, max_length=LENGTH, config=found.configs)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert [layer.reuse and layer.reuse.cfg for layer in cache.layers] == [
+        config if number in (1, 3) else None for number, config in enumerate(found.configs)
+    ]
+
+
+def test_layers_of_different_heads_are_refused() -> None:
+    model = tiny_model(CPU)
+    config = copy.deepcopy(model.config)
+    config.num_key_value_heads = 4
+    attention = type(model.model.layers[1].self_attn)(config, layer_idx=1)
+    model.model.layers[1].self_attn = attention
+    ids = prompts(CPU, 1, LENGTH)
+    with pytest.raises(ValueError, match=r"reuse, \[0, 1\], and called attention in \[0\]"):
+        capture(model, ids, steps=STEPS, seeded=SEEDED)  # `config` does not follow the model's
+    attention.config = model.config
+    with pytest.raises(ValueError, match=r"different .*\[\(4, 2, 16\), \(4, 4, 16\)\]"):
+        capture(model, ids, steps=STEPS, seeded=SEEDED)
+
+
+def test_a_capture_of_another_version_is_refused(tmp_path: Path) -> None:
+    torch.save({"q": torch.ones(1)}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="no capture of this version"):
+        Capture.load(tmp_path / "c.pt")
+
+
+def test_sinks_are_refused() -> None:
     model = tiny_causal_model("flint")
     with pytest.raises(ValueError, match="model has attention sinks"):
         capture(model, prompts(CPU, 1, LENGTH), steps=STEPS, seeded=SEEDED)

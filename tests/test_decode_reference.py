@@ -20,6 +20,22 @@ GROUPS = [1, 3, 5, 8, 32]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 PAGE_SIZES = [1, 7, 16, 64]
 BAND = 16
+# Of keys and values as they are, of float8 ones, and with one more logit of each head.
+FORMS = ["plain", "float8", "sinks"]
+
+
+def make_sinks(heads: int, device: torch.device, seed: int = 0) -> Tensor:
+    """From nothing to what outweighs some hundred tokens; one head has none."""
+    sinks = 3 * torch.randn(heads, generator=torch.Generator().manual_seed(seed)) + 2
+    sinks[heads // 2] = -math.inf
+    return sinks.to(device)
+
+
+def form_options(form: str, at: int, heads: int, device: torch.device) -> dict[str, Any]:
+    """The options of `check_exact` and `chain` for a form; scales come in three shapes."""
+    if form == "float8":
+        return {"float8": ["per head", "0-d", "1-d"][at % 3]}
+    return {"softmax": {"sinks": make_sinks(heads, device, at)}} if form == "sinks" else {}
 
 
 def check_exact(
@@ -70,9 +86,10 @@ def check_exact(
             out_tolerance(dtype, device).check(out[b], row[:, 0], f"out[{b}] beside SDPA")
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("group", GROUPS)
-def test_exact_over_shapes(group, head_dim, device):
+def test_exact_over_shapes(group, head_dim, form, device):
     # Every page size and dtype meets every group size and head_dim somewhere in this grid.
     at = GROUPS.index(group) * len(HEAD_DIMS) + HEAD_DIMS.index(head_dim)
     page_size, dtype = PAGE_SIZES[at % 4], DTYPES[at % 3]
@@ -85,14 +102,16 @@ def test_exact_over_shapes(group, head_dim, device):
         layout="NHD" if at % 2 else "HND",
         dtype=dtype,
         device=device,
+        **form_options(form, at // 2, 2 * group, device),
     )
 
 
+@pytest.mark.parametrize("form", FORMS[:2])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("combined", [False, True])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exact_over_layouts(dtype, layout, combined, strided, device):
+def test_exact_over_layouts(dtype, layout, combined, strided, form, device):
     check_exact(
         seed=7,
         lengths=[1, 33, 14, 28],
@@ -104,12 +123,17 @@ def test_exact_over_layouts(dtype, layout, combined, strided, device):
         strided=strided,
         dtype=dtype,
         device=device,
+        **form_options(form, 0, 6, device),
     )
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softmax", [{"logits_soft_cap": 2.0}, {"sm_scale": 0.3}])
-def test_exact_with_soft_cap_and_scale(softmax, dtype, device):
+def test_exact_with_soft_cap_and_scale(softmax, dtype, form, device):
+    """A sink is a logit as it is: neither scaled nor capped."""
+    options = form_options(form, 1, 4, device)
+    softmax = softmax | options.pop("softmax", {})
     check_exact(
         seed=9,
         lengths=[1, 33, 200],
@@ -118,11 +142,13 @@ def test_exact_with_soft_cap_and_scale(softmax, dtype, device):
         dtype=dtype,
         device=device,
         softmax=softmax,
+        **options,
     )
 
 
+@pytest.mark.parametrize("form", FORMS[:2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exact_at_100k_tokens(dtype, device):
+def test_exact_at_100k_tokens(dtype, form, device):
     check_exact(
         seed=11,
         lengths=[100_000],
@@ -131,6 +157,7 @@ def test_exact_at_100k_tokens(dtype, device):
         page_size=64,
         dtype=dtype,
         device=device,
+        **form_options(form, 2, 3, device),
     )
 
 
@@ -246,13 +273,22 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_reuse_over_options(name, device):
-    chain(small_config(**CONFIGS[name]), device=device, seed=20)
+# Of these also with float8 and sinks, whose rings hold neither.
+FEW = ["anchors", "group", "head", "depth", "one entry, anchors", "band 1, anchors"]
+FEW += ["more anchors than tokens ever"]
 
 
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, "plain") for name in CONFIGS] + [(name, form) for name in FEW for form in FORMS[1:]],
+)
+def test_reuse_over_options(name, form, device):
+    chain(small_config(**CONFIGS[name]), device=device, seed=20, **form_options(form, 0, 4, device))
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
 @pytest.mark.parametrize("at", range(5))
-def test_reuse_over_shapes(at, device):
+def test_reuse_over_shapes(at, form, device):
     group, head_dim, page_size = GROUPS[at], HEAD_DIMS[(at + 2) % 5], PAGE_SIZES[at % 4]
     chain(
         small_config(anchors=6),
@@ -260,7 +296,9 @@ def test_reuse_over_shapes(at, device):
         heads=(2 * group, 2) if group < 32 else (32, 1),
         head_dim=head_dim,
         page_size=page_size,
+        dtype=torch.float32 if form == "plain" else DTYPES[(at + 1) % 3],
         seed=40 + at,
+        **form_options(form, at, 2 * group, device),
     )
 
 
@@ -283,9 +321,10 @@ def test_anchors_of_a_long_context(dtype, device):
         assert [head.stored for head in step.heads[0]] == [i == 1] * 2
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout, combined, strided", [("NHD", True, True), ("HND", False, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reuse_over_dtypes_and_layouts(dtype, layout, combined, strided, device):
+def test_reuse_over_dtypes_and_layouts(dtype, layout, combined, strided, form, device):
     chain(
         small_config(anchors=6),
         device=device,
@@ -296,6 +335,7 @@ def test_reuse_over_dtypes_and_layouts(dtype, layout, combined, strided, device)
         strided=strided,
         page_size=7,
         seed=60,
+        **form_options(form, 0, 6, device),
     )
 
 

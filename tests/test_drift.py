@@ -60,7 +60,7 @@ def test_sharp_heads_hit_less(max_drift, hits, device):
 
 
 def test_before_the_spread_is_known_a_head_counts_as_sharp(device):
-    for max_drift, hits in ((3.0, False), (4.0, True)):  # 3 / 12 of the query's square, 4 / 12
+    for max_drift, hits in ((4.0, False), (5.4, True)):  # 4 / 16 of the query's square, 5.4 / 16
         cache, judge, args, rows = make(max_drift, device)
         cache.ring_spread.zero_()
         for ring in judge.slots[1].rings:

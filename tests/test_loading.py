@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,16 @@ class TestAnotherTorch:
         with pytest.raises(ImportError, match="_C.so does not fit this mac_attn"):
             _extension.check(library)
 
+    def test_an_editable_install_that_was_not_built_anew(self, copy: Path) -> None:
+        version = copy / "mac_attn" / "_version.py"
+        version.write_text(version.read_text("utf-8").replace(mac_attn.__version__, "7.1.0"))
+        error = python("import mac_attn", copy).stderr.splitlines()[-1]
+        assert error == (
+            f"ImportError: the extension is of mac_attn {mac_attn.__version__}, the Python sources"
+            " beside it are 7.1.0: `pip install --no-build-isolation .` in the folder of its"
+            " sources builds it anew"
+        )
+
     def test_not_built(self, copy: Path) -> None:
         (copy / "mac_attn" / LIBRARY.name).unlink()
         error = python("import mac_attn", copy).stderr.splitlines()[-1]
@@ -148,6 +159,61 @@ class TestSimd:
             for extra in ({}, {"MAC_ATTN_SIMD": ""})
         ]
         assert found[0] == found[1]
+
+
+class TestFreeThreading:
+    def test_the_module_says_that_it_needs_no_gil(self) -> None:
+        """Where there is one, nobody reads it: hence the source too."""
+        source = (Path(__file__).parent.parent / "csrc" / "ops.cpp").read_text("utf-8")
+        assert "PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used())" in source
+
+    @pytest.mark.skipif(
+        not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL"
+    )
+    def test_importing_it_brings_no_gil_back(self) -> None:
+        code = """
+import torch
+print(sys._is_gil_enabled())
+import mac_attn
+print(sys._is_gil_enabled())
+"""
+        before, after = python(code, LIBRARY.parents[1]).stdout.split()
+        if before == "True":
+            pytest.skip("torch has brought the GIL back already")
+        assert after == "False"
+
+    def test_two_threads_decode_at_once(self) -> None:
+        """Each on a cache of its own, what each gets alone; the ops let go of the GIL."""
+        code = """
+import threading, torch, mac_attn
+torch.set_num_threads(1)
+def steps(seed, results):
+    generator = torch.Generator().manual_seed(seed)
+    reuse = mac_attn.ReuseCache(
+        mac_attn.ReuseConfig(min_context=0, band=16, anchors=8, threshold=0.5, max_drift=None),
+        num_slots=1, num_qo_heads=4, num_kv_heads=2, head_dim=32, dtype=torch.float32,
+    )
+    kv = torch.randn(64, 2, 16, 2, 32, generator=generator)
+    table, slots = torch.arange(64, dtype=torch.int32)[None], torch.zeros(1, dtype=torch.int32)
+    for n in range(700, 1000):
+        if n % 5 == 0:
+            q = torch.randn(1, 4, 32, generator=generator)
+        lengths = torch.tensor([n], dtype=torch.int32)
+        out = mac_attn.decode(q, kv, table, lengths, reuse=reuse, slots=slots, q_match=q)
+        results.append(out)
+    results.append(torch.tensor(reuse.stats().kv_head_hits))
+alone, together = [[], []], [[], []]
+for seed in range(2):
+    steps(seed, alone[seed])
+threads = [threading.Thread(target=steps, args=(seed, together[seed])) for seed in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert all(torch.equal(a, b) for i in range(2) for a, b in zip(alone[i], together[i], strict=True))
+print(min(int(results[-1]) for results in together))
+"""
+        result = python(code, LIBRARY.parents[1])
+        assert result.returncode == 0, result.stderr
+        assert int(result.stdout) > 300
 
 
 def test_a_forked_child_with_one_thread_can_decode() -> None:

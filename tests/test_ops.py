@@ -155,7 +155,7 @@ def test_the_op_takes_queries_or_a_rotation():
     op = torch.ops.mac_attn.decode_reuse
     with pytest.raises(ValueError, match="both are given"):
         op(*args[:-3], torch.ones(4), *args[-2:])
-    args[9] = None
+    args[10] = None
     with pytest.raises(ValueError, match="neither is given"):
         op(*args)
     args[-3] = torch.ones(4)
@@ -281,11 +281,11 @@ def test_padding_rows_may_hold_any_source(source, device):
     reuse = make_reuse(device)
     args = op_arguments(reuse, device)
     amend, complete = args["amend.default"], args["complete.default"]
-    seq_lens, matched = amend[6].clone(), [t.clone() for t in amend[7:10]]
+    seq_lens, matched = amend[6].clone(), [t.clone() for t in amend[8:11]]
     seq_lens[1] = 0
     for t in matched:
         t[1] = source
-    amended = torch.ops.mac_attn.amend(*amend[:6], seq_lens, *matched, *amend[10:])
+    amended = torch.ops.mac_attn.amend(*amend[:6], seq_lens, None, *matched, *amend[11:])
     state_lse = amended[1]
     assert (state_lse[:, 1] == -math.inf).all() and state_lse[:, 0].isfinite().any()
     before = reuse.ring[0].clone()  # of the padding row's slot

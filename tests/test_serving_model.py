@@ -200,7 +200,7 @@ def drop_the_history_check(monkeypatch: pytest.MonkeyPatch) -> None:
         ids = rest["request_ids"]
         for b, (n, slot) in enumerate(zip(lens.tolist(), slots.tolist(), strict=True)):
             if n > 0 and slot >= 0:
-                reuse.slot_end[slot] = n - 1
+                reuse.slot_end[slot] = reuse.slot_reach[slot] = n - 1
                 reuse.slot_request[slot] = -1 if ids is None else ids[b]
         return decode(q, kv, table, lens, reuse=reuse, slots=slots, **rest)
 

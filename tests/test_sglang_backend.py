@@ -23,10 +23,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 
 from mac_attn.integrations import sglang as package  # noqa: E402
 from mac_attn.integrations.serving.options import Options  # noqa: E402
-from mac_attn.integrations.serving.slots import Place  # noqa: E402
+from mac_attn.integrations.serving.slots import Place, SlotTable  # noqa: E402
 from mac_attn.integrations.sglang import backend, support  # noqa: E402
-from mac_attn.integrations.sglang import engine as engine_module  # noqa: E402
-from mac_attn.integrations.sglang.engine import Engine, Served  # noqa: E402
+from mac_attn.integrations.sglang.engine import Engine  # noqa: E402
 
 HEADS, KV_HEADS, DIM, CONTEXT = 4, 2, 16, 128
 LENGTHS = [9, 33, 64]
@@ -76,7 +75,7 @@ def batch(runner: Any, lens: list[int] = LENGTHS) -> ForwardBatch:
     )
 
 
-def new_engine(runner: Any, places: list[Place | None], rotated: bool = False) -> Any:
+def new_engine(runner: Any, places: list[Place | None]) -> Any:
     """An engine of one layer that has these places for every batch."""
     ring = mac_attn.ReuseCache(
         mac_attn.ReuseConfig(entries=8, window=8, band=4, anchors=0, min_context=8, threshold=0),
@@ -88,8 +87,8 @@ def new_engine(runner: Any, places: list[Place | None], rotated: bool = False) -
     )
     engine: Any = object.__new__(Engine)
     engine.runner, engine.options = runner, Options(num_slots=4)
-    engine._args, engine.slots = runner.server_args, engine_module.SlotTable(4)
-    engine.layers = {0: Served(ring, rotated)}
+    engine._args, engine.slots = runner.server_args, SlotTable(4)
+    engine.rings = {0: ring}
     engine.places = lambda rows: [*places, *[None] * (rows - len(places))]
     engine.report = lambda: None
     return engine
@@ -128,7 +127,7 @@ def test_a_layer_answers_what_torch_native_answers(page_size: int) -> None:
     native.init_forward_metadata(step)
     expected = native.forward_decode(*new, layer(), step, save_kv_cache=False)
     torch.testing.assert_close(out, expected)  # float32 in another order
-    ring = engine.layers[0].ring
+    ring = engine.rings[0]
     assert ring.slot_request.tolist() == [9, -1, 7, -1]
     assert ring.slot_end.tolist() == [64, 0, 9, 0]
 
@@ -182,7 +181,7 @@ def test_soft_caps_and_queries_that_are_not_rotated() -> None:
     torch.testing.assert_close(out.view(3, HEADS, DIM), expected)
     uncapped = mac.forward_decode(*new, layer(), step)
     assert (out - uncapped).abs().max() > 1e-3
-    stored = engine.layers[0].ring.ring_query[1, :, 0].flatten(0, 1)
+    stored = engine.rings[0].ring_query[1, :, 0].flatten(0, 1)
     assert torch.equal(stored, new[0].view(3, HEADS, DIM)[0])
 
 
@@ -196,7 +195,7 @@ def test_what_is_not_served_is_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(TorchNativeAttnBackend, "forward_decode", sglangs)
     said: list[str] = []
-    monkeypatch.setattr(Engine, "_warn", lambda self, text, *v: said.append(text % v))
+    monkeypatch.setattr(Engine, "warn", lambda self, text, *v: said.append(text % v))
     runner = pools(16)
     engine = new_engine(runner, [Place(1, 5)])
     mac, step, new = mac_backend(runner, engine), batch(runner), new_tokens(3)
@@ -291,7 +290,7 @@ def test_a_runner_that_is_not_served_keeps_sglangs_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(Engine, "_warn", lambda self, text, *v: said.append(text % v))
+    monkeypatch.setattr(Engine, "warn", lambda self, text, *v: said.append(text % v))
     runner = full_runner(speculative_algorithm="NGRAM")
     runner.prefill_attention_backend_str = "torch_native"
     runner.decode_attention_backend_str = "mac"
@@ -315,7 +314,7 @@ def announced(engine: Any, mode: ForwardMode, rids: list[str], lens: list[int]) 
 def test_places_follow_requests_and_not_rows() -> None:
     engine = new_engine(pools(1), [])
     del engine.places  # the class's
-    engine.slots = engine_module.SlotTable(2)
+    engine.slots = SlotTable(2)
     engine._places, engine._silent, engine._was_full = None, 0, False
     decode, extend = ForwardMode.DECODE, ForwardMode.EXTEND
     assert engine.places(3) == [None] * 3  # a dummy batch
@@ -343,7 +342,7 @@ def test_places_follow_requests_and_not_rows() -> None:
 
 def test_a_server_that_announces_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(Engine, "_warn", lambda self, text, *v: said.append(text % v))
+    monkeypatch.setattr(Engine, "warn", lambda self, text, *v: said.append(text % v))
     engine = new_engine(pools(1), [])
     del engine.places
     engine._places, engine._silent = None, 0

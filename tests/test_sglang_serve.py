@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang_traffic import random_llama, traffic
+from engine_traffic import random_model, traffic
 
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("SGLang is not installed; `make sglang` has it", allow_module_level=True)
@@ -141,7 +141,7 @@ def metrics(port: int) -> dict[str, float]:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_llama(tmp_path_factory.mktemp("llama"))
+    return random_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")

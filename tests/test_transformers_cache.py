@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,11 +25,7 @@ from tiny_models import (  # noqa: E402
 from mac_attn import ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import AttentionTimer, MacCache  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def test_reordered_rows_continue_their_sources(device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,19 +23,16 @@ from tiny_models import (  # noqa: E402
     left_padded,
     next_logits,
     prompts,
+    run,
     tiny_model,
 )
 
 from mac_attn import ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 FLOAT8 = torch.float8_e4m3fn
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 class RoundedCache(transformers.DynamicCache):
@@ -71,16 +67,11 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     assert error.max() < 0.05, error.max()
 
 
-def logits(model: Model, cache: Any, ids: Tensor, prompt: int = 40, **options: Any) -> Tensor:
-    first = model(ids[:, :prompt], past_key_values=cache, **options).logits[:, -1:]
-    return torch.cat([first, next_logits(model, cache, ids[:, prompt:]).transpose(0, 1)], dim=1)
-
-
 def close_to_rounded(model: Model, cache: MacCache, ids: Tensor) -> None:
-    got = logits(model, cache, ids)
+    got = run(model, ids, cache)
     model.set_attn_implementation("sdpa")
-    want = logits(model, RoundedCache(), ids)
-    exact = logits(model, transformers.DynamicCache(), ids)
+    want = run(model, ids, RoundedCache())
+    exact = run(model, ids, transformers.DynamicCache())
     model.set_attn_implementation("mac")
     assert_close(got, want)
     assert (got - exact).abs().max() > 0.05  # float8 shows: the comparison is one
@@ -96,7 +87,7 @@ def test_equals_a_cache_that_rounds(
     close_to_rounded(model, cache, prompts(device, 2, 56))
     layer = cache.layers[0]
     assert layer.key_store.dtype == layer.value_store.dtype == FLOAT8 == layer.keys.dtype
-    assert [len(scale) for scale in layer.scales] == [2, 2]
+    assert [len(layer.scales.k), len(layer.scales.v)] == [2, 2]
     assert "float8" in repr(cache) and "float8" in repr(layer)
 
 
@@ -105,7 +96,7 @@ def test_layers_with_a_window_keep_the_models_dtype() -> None:
     model.set_attn_implementation("mac")
     cache = MacCache(model, max_length=64, config=NEVER, kv_dtype=FLOAT8)
     ids = prompts(torch.device("cpu"), 1, 56)
-    logits(model, cache, ids)
+    run(model, ids, cache)
     kinds = {layer.kind: layer.key_store.dtype for layer in cache.layers}
     assert kinds == {"full": FLOAT8, "local": torch.float32}
 
@@ -126,7 +117,7 @@ def test_modes_agree(device: torch.device) -> None:
     for mode in ("exact", "sdpa", "packed-sdpa"):
         cache = MacCache(model, max_length=64, config=NEVER, kv_dtype=FLOAT8)
         cache.mode = mode
-        answers.append(logits(model, cache, ids))
+        answers.append(run(model, ids, cache))
     assert_close(answers[1], answers[0])
     assert_close(answers[2], answers[0])
 
@@ -136,17 +127,16 @@ def test_padding_beams_and_another_batch(device: torch.device) -> None:
     cache = MacCache(model, max_length=96, config=NEVER, kv_dtype=FLOAT8)
     plain = MacCache(model, max_length=96, config=None, kv_dtype=FLOAT8)
     ids, mask = left_padded(prompts(device), [0, 9])
+    scales = []
     for _ in range(2):  # after reset() the scales are those of the new batch
         got = generate(model, ids, cache, attention_mask=mask, num_beams=3)
         assert_same(got, generate(model, ids, plain, attention_mask=mask, num_beams=3))
-        before = [scale.clone() for scale in cache.layers[1].scales]
+        scales.append(copy.deepcopy(cache).layers[1].scales)
         cache.reset(), plain.reset()
         ids = prompts(device)
         mask = torch.ones_like(ids)
-    assert not any(
-        torch.equal(a, b)
-        for a, b in zip(before, copy.deepcopy(cache).layers[0].scales, strict=True)
-    )
+    assert not torch.equal(scales[0].k, scales[1].k)
+    assert not torch.equal(scales[0].v, scales[1].v)
 
 
 def test_chunked_prefill_and_rejected_tokens(device: torch.device) -> None:
@@ -171,7 +161,7 @@ def test_numbers_that_are_not_finite_show(device: torch.device) -> None:
     values = torch.full_like(keys, torch.inf)
     layer.update(keys * 1e6, values)
     wide_keys, wide_values = layer.wide()
-    scale = layer.scales[0][:, None]
+    scale = layer.scales.k[:, None]
     assert wide_values[:, :, -1].isnan().all() and not wide_values[:, :, :-1].isnan().any()
     torch.testing.assert_close(wide_keys[:, :, -1], keys[:, :, 0].sign() * 448 * scale)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,13 @@ from mac_attn import ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 from mac_attn.integrations.transformers.rotation import cache_name  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_grad")]
 
 PROMPT, STEPS = 40, 8
 NO_STEPS = {"cpmant"}  # cannot go on from its own cache with single tokens
 DOCS = Path(__file__).parent.parent / "docs" / "transformers.md"
 # Of the release that docs/transformers.md was written for; others have other models.
 DOCUMENTED = "5.24."
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def stepwise(model: Any, ids: Tensor, cache: MacCache | None = None) -> Tensor:
@@ -132,11 +126,6 @@ def test_attended_as_by_its_own_attention_or_refused(name: str) -> None:
     kind, _ = outcome(name)
     if transformers.__version__.startswith(DOCUMENTED):
         assert documented()[name] == kind
-
-
-def test_the_documented_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    exec(compile(example, str(DOCS), "exec"), {})
 
 
 def test_the_documentation_lists_every_model() -> None:

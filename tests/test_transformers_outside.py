@@ -6,7 +6,6 @@ import copy
 import io
 import logging
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,13 +31,9 @@ from mac_attn import RotaryEmbedding, unrotate  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 from mac_attn.integrations.transformers.rotation import cache_name  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def filled(model: Any, ids: Tensor, config: Any = ALWAYS, **options: Any) -> MacCache:
@@ -112,7 +107,7 @@ def test_follows_a_model_that_is_converted(device: torch.device) -> None:
     """model.to(dtype) rounds the frequencies, and the queries are then turned by other angles."""
     model, ids = tiny_model(device), prompts(device)
     cache = MacCache(model, max_length=80, config=ALWAYS)
-    before = cache.layers[0].rotary
+    before = cache.layers[0].rings.rotary
     model.to(torch.bfloat16)
     model(ids, past_key_values=cache)
     now = RotaryEmbedding.from_transformers(model)
@@ -137,7 +132,7 @@ def test_frequencies_that_change_too_late_are_refused(device: torch.device) -> N
         model(ids[:, :1], past_key_values=cache)  # still
     cache.reset()
     model(ids, past_key_values=cache)
-    rotary = cache.layers[1].rotary
+    rotary = cache.layers[1].rings.rotary
     assert rotary is not None
     assert torch.equal(rotary.inv_freq, model.model.rotary_emb.inv_freq)
 
@@ -368,7 +363,7 @@ def test_queries_turned_back_are_those_before_the_rotation() -> None:
     model = tiny_causal_model("nanochat")
     model.set_attn_implementation("mac")
     cache = MacCache(model, max_length=80)
-    rotary = cache.layers[0].rotary
+    rotary = cache.layers[0].rings.rotary
     assert rotary is not None
     cos, sin = model.model.rotary_emb(torch.zeros(1, 6, 64), torch.arange(6)[None])
     from transformers.models.nanochat.modeling_nanochat import apply_rotary_pos_emb

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,20 +11,15 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 from all_models import tiny_causal_model  # noqa: E402
-from tiny_models import ALWAYS, NEVER, ROUNDING, SMALL, left_padded, prompts  # noqa: E402
+from tiny_models import ALWAYS, NEVER, ROUNDING, SMALL, left_padded, prompts, run  # noqa: E402
 
 from mac_attn import ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import MacCache, sinks  # noqa: E402
-from mac_attn.integrations.transformers.rotation import cache_name  # noqa: E402
 from mac_attn.integrations.transformers.support import Refusal  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def tiny_gpt_oss() -> Any:
@@ -37,22 +31,12 @@ def tiny_gpt_oss() -> Any:
     return model
 
 
-def run(model: Any, ids: Tensor, cache: Any, prompt: int = 40, **options: Any) -> Tensor:
-    """Logits of a prompt, or its parts, and of the single tokens behind it."""
-    name = cache_name(model.forward)
-    steps = (ids[:, :30], ids[:, 30:prompt], *ids[:, prompt:].split(1, dim=1))
-    logits, mask, end = [], options.pop("attention_mask", None), 0
-    for tokens in steps:
-        end += tokens.shape[1]
-        if mask is not None:
-            options["attention_mask"] = mask[:, :end]
-        logits.append(model(input_ids=tokens, **{name: cache}, **options).logits)
-    return torch.cat(logits, dim=1)
+PARTS = (20, 40)  # of the prompts; a part of 16 tokens or fewer is a step of decode
 
 
 def own(model: Any, ids: Tensor, **options: Any) -> Tensor:
     model.set_attn_implementation("eager")
-    logits = run(model, ids, transformers.DynamicCache(config=model.config), **options)
+    logits = run(model, ids, transformers.DynamicCache(config=model.config), PARTS, **options)
     model.set_attn_implementation("mac")
     return logits
 
@@ -62,7 +46,7 @@ def test_equals_eager(config: ReuseConfig | None) -> None:
     model, ids = tiny_gpt_oss(), prompts(CPU, 2, 60)
     want = own(model, ids)
     cache = MacCache(model, max_length=64, config=config)
-    torch.testing.assert_close(run(model, ids, cache), want, **ROUNDING)
+    torch.testing.assert_close(run(model, ids, cache, PARTS), want, **ROUNDING)
     for layer in model.model.layers:  # without sinks it is another model
         layer.self_attn.sinks.fill_(-torch.inf)
     assert (own(model, ids) - want).abs().max() > 0.1
@@ -75,7 +59,7 @@ def test_left_padding_and_modes() -> None:
     for mode in ("reuse", "exact", "sdpa", "packed-sdpa"):
         cache = MacCache(model, max_length=64, config=NEVER)
         cache.mode = mode  # type: ignore[assignment]
-        got = run(model, ids, cache, attention_mask=mask)
+        got = run(model, ids, cache, PARTS, attention_mask=mask)
         torch.testing.assert_close(got[0], want[0], **ROUNDING)
         torch.testing.assert_close(got[1, 11:], want[1, 11:], **ROUNDING)
 
@@ -94,11 +78,11 @@ def test_hits_on_queries_that_repeat() -> None:
     """Only the full layer has rings; the other is left to plain attention with its sinks."""
     model = tiny_gpt_oss()
     cache = MacCache(model, max_length=64, config=ReuseConfig(**SMALL, threshold=1e-3))
-    run(model, torch.full((1, 56), 7), cache)
+    run(model, torch.full((1, 56), 7), cache, PARTS)
     rates = [stats and stats.hit_rate for stats in cache.layer_stats()]
     assert sorted(rates, key=str) == [1.0, None]
     cache = MacCache(model, max_length=64, config=ALWAYS)
-    got, want = run(model, prompts(CPU, 1, 60), cache), own(model, prompts(CPU, 1, 60))
+    got, want = run(model, prompts(CPU, 1, 60), cache, PARTS), own(model, prompts(CPU, 1, 60))
     assert cache.stats().hit_rate == 1 and got.isfinite().all()
     assert (got - want).abs().max() > 0.01  # hits are an approximation, so these were
 
@@ -106,7 +90,7 @@ def test_hits_on_queries_that_repeat() -> None:
 def test_with_a_float8_cache() -> None:
     model, ids = tiny_gpt_oss(), prompts(CPU, 1, 60)
     cache = MacCache(model, max_length=64, config=NEVER, kv_dtype=torch.float8_e4m3fn)
-    got, want = run(model, ids, cache), own(model, ids)
+    got, want = run(model, ids, cache, PARTS), own(model, ids)
     assert (got - want).norm() < 0.2 * want.norm() and not torch.equal(got, want)
 
 

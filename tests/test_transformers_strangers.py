@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,38 +13,22 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 
 from all_models import tiny_causal_model, tiny_config  # noqa: E402
-from tiny_models import ALWAYS, NEVER, ROUNDING, SMALL, Model, prompts, tiny_model  # noqa: E402
+from tiny_models import ALWAYS, NEVER, ROUNDING, SMALL, Model, prompts, run, tiny_model  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 from mac_attn import ReuseConfig, RotaryEmbedding  # noqa: E402
 from mac_attn.integrations.transformers import MacCache, mac_attention_forward  # noqa: E402
-from mac_attn.integrations.transformers.rotation import cache_name  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 CPU = torch.device("cpu")
 SAME = ReuseConfig(**SMALL, threshold=1e-3)
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
 def mac_model(name: str, **options: Any) -> Model:
-    if options:
-        config = tiny_config(name, **options)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    else:
-        model = tiny_causal_model(name)
+    model = tiny_causal_model(name, **options)
     model.set_attn_implementation("mac")
     return model
-
-
-def run(model: Model, ids: Tensor, cache: Any, prompt: int = 40, **options: Any) -> Tensor:
-    """Logits of a prompt and of the single tokens behind it."""
-    steps = (ids[:, :prompt], *ids[:, prompt:].split(1, dim=1))
-    options[cache_name(model.forward)] = cache
-    return torch.cat([model(input_ids=tokens, **options).logits for tokens in steps], dim=1)
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -74,18 +57,6 @@ def test_keys_or_values_of_the_models_own(
     torch.testing.assert_close(got, model(input_ids=ids).logits, **ROUNDING)
 
 
-def test_layers_that_share_keys() -> None:
-    """Gemma 4: only the layer that writes them has a ring, and the others attend exactly."""
-    model, ids = mac_model("gemma4_text"), prompts(CPU, 1, 48)
-    cache = MacCache(model, max_length=64, config=NEVER)
-    got = run(model, ids, cache)
-    assert [stats is not None for stats in cache.layer_stats()] == [False, True, False, False]
-    assert cache.stats().steps == 8
-    assert cache.get_seq_length() == cache.get_seq_length(3) == 48
-    model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(got, run(model, ids, transformers.DynamicCache()), **ROUNDING)
-
-
 def test_other_counts_of_heads_in_some_layers() -> None:
     model = tiny_model(CPU)
     config = copy.deepcopy(model.config)
@@ -106,19 +77,18 @@ def test_other_counts_of_heads_in_some_layers() -> None:
 # Right, or refused, with and without a MacCache
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("config", [None, NEVER], ids=["exact", "zero-threshold"])
 @pytest.mark.parametrize("keep", [1, 3])
-def test_queries_that_are_dropped_on_the_way(keep: int, cached: bool) -> None:
+def test_queries_that_are_dropped_on_the_way(keep: int, config: ReuseConfig | None) -> None:
     """Gemma 4 leaves only the last queries to layers with shared keys, and asks for "sdpa"."""
-    model, ids = mac_model("gemma4_text"), prompts(CPU, 1)
+    model, ids = mac_model("gemma4_text"), prompts(CPU, 1, 48)
     options: dict[str, Any] = {"logits_to_keep": keep}
-    if cached:
-        cache = MacCache(model, max_length=64, config=None)
-        options[cache_name(model.forward)] = cache
-    got = model(input_ids=ids, **options).logits
+    got = run(model, ids, MacCache(model, max_length=64, config=config), **options)
+    without = model(input_ids=ids[:, :40], **options).logits
     model.set_attn_implementation("eager")
-    expected = model(input_ids=ids, logits_to_keep=keep).logits
+    expected = run(model, ids, transformers.DynamicCache(config=model.config), **options)
     torch.testing.assert_close(got, expected, **ROUNDING)
+    torch.testing.assert_close(without, expected[:, :keep], **ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +195,7 @@ def test_a_rotation_for_each_kind_of_layer() -> None:
     cache = MacCache(model, max_length=64)
     (index,) = cache._rotations  # the full layer
     expected = RotaryEmbedding.from_transformers(model, layer_type="full_attention")
-    rotary = cache.layers[index].rotary
+    rotary = cache.layers[index].rings.rotary
     assert rotary is not None and torch.equal(rotary.inv_freq, expected.inv_freq)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
@@ -24,6 +25,7 @@ from vllm.v1.attention.backends.registry import (  # noqa: E402
 )
 from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
 
+from mac_attn.integrations.serving.rotary import is_rotated  # noqa: E402
 from mac_attn.integrations.serving.slots import Place, Row  # noqa: E402
 from mac_attn.integrations.vllm import cuda, cuda_plan, plugin, support, worker  # noqa: E402
 from mac_attn.integrations.vllm import engine as engine_module  # noqa: E402
@@ -179,13 +181,15 @@ def test_which_layers_are_served(changes: dict[str, Any], reason: str | None) ->
 def test_layers_with_another_backend_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(engine_module, "engine_reason", lambda config: None)
-    monkeypatch.setattr(engine_module.logger, "warning", lambda text, *v: said.append(text % v))
+    monkeypatch.setattr(Engine.logger, "warning", lambda text, *v: said.append(text % v))
     layer = _layer(attn_backend=SimpleNamespace(get_name=lambda: "FLASHINFER"))
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context={"a": layer, "b": layer}),
         parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1),
+        model_config=SimpleNamespace(dtype=torch.float32, max_model_len=64),
     )
-    runner = SimpleNamespace(vllm_config=config, get_model=torch.nn.Module)
+    device = torch.device("cpu")
+    runner = SimpleNamespace(vllm_config=config, get_model=torch.nn.Module, device=device)
     assert Engine(runner, Options()).rings == {}
     assert said == [
         "MAC-Attention: 2 layers are left to vLLM's attention: vLLM's backend FLASHINFER, its"
@@ -195,13 +199,37 @@ def test_layers_with_another_backend_are_named(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
+@pytest.mark.parametrize(
+    ("file", "name", "switches", "rotated"),
+    [
+        ("commandr", "CohereAttention", {"v1": False, "sliding_window": None}, False),
+        ("commandr", "CohereAttention", {"v1": True, "sliding_window": None}, True),
+        ("afmoe", "AfmoeAttention", {"is_local_attention": False}, False),
+        ("exaone4", "Exaone4Attention", {"apply_rope_all_layers": False}, False),
+        ("exaone4", "Exaone4Attention", {"apply_rope_all_layers": True}, True),
+        ("llama4", "Llama4Attention", {"rotary_emb": None}, False),
+        ("gemma3n", "Gemma3nAttention", {"is_kv_shared_layer": True}, True),
+        ("gpt_oss", "OAIAttention", {}, True),
+    ],
+)
+def test_which_layers_of_vllms_models_rotate(
+    file: str, name: str, switches: dict[str, Any], rotated: bool
+) -> None:
+    module = importlib.import_module(f"vllm.model_executor.models.{file}")
+    attention = object.__new__(getattr(module, name))
+    torch.nn.Module.__init__(attention)
+    attention.rotary_emb, attention.sliding_window = object(), None
+    vars(attention).update(switches)
+    assert is_rotated(attention) is rotated
+
+
 def test_layers_that_share_their_cache() -> None:
     layers = {
         "a": SimpleNamespace(kv_sharing_target_layer_name=None),
         "b": SimpleNamespace(kv_sharing_target_layer_name="a"),
         "c": SimpleNamespace(),
     }
-    assert support.shares_kv(layers) == {"a", "b"}
+    assert support.sharing_kv(layers) == [{"a", "b"}]
 
 
 def _engine(config: mac_attn.ReuseConfig) -> Engine:
@@ -266,7 +294,7 @@ def test_the_flash_impl_serves_a_mixed_step(float8: bool, monkeypatch: pytest.Mo
         dtype=torch.float32,
     )
     quant = (lambda query, scale: (query.to(torch.float8_e4m3fn), scale)) if float8 else None
-    impl.mac = Served(None, ring, False, float8, quant)  # type: ignore[arg-type]
+    impl.mac = Served(None, ring, float8, quant)  # type: ignore[arg-type]
     scale = torch.tensor(0.5)
     layer = SimpleNamespace(impl=impl, _k_scale=scale, _v_scale=scale, _q_scale=scale)
     impl.scale, impl.logits_soft_cap, impl.head_size = DIM**-0.5, 0, DIM

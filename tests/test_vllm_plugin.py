@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from vllm_batches import common_metadata
 
 import mac_attn
 from mac_attn.integrations import vllm as package
-from mac_attn.integrations.serving.budget import Shape, slots_within
+from mac_attn.integrations.serving.budget import Plan, slots_within
 from mac_attn.integrations.serving.rotary import is_rotated, rotary_of
 from mac_attn.integrations.serving.slots import Row, SlotTable
 from mac_attn.integrations.vllm import metrics, requests
@@ -186,17 +187,17 @@ class TestSlots:
 
 def test_slots_are_what_a_share_of_the_memory_holds() -> None:
     config = mac_attn.ReuseConfig(entries=4, anchors=8, window=8, band=4)
-    layer = Shape(config, 8, 2, 64, torch.bfloat16)
+    layer = Plan(config, 8, 2, 64, torch.bfloat16)
     ring = mac_attn.ReuseCache(
         config, num_slots=3, num_qo_heads=8, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16
     )
     assert ring.ring.shape == (3, layer.nbytes)
     layers = [layer] * 5
     memory = 10 * 7 * 5 * layer.nbytes
-    assert slots_within(0.1, memory, layers, most=100) == 7
-    assert slots_within(0.1, memory - 10, layers, most=100) == 6
-    assert slots_within(0.1, memory, layers, most=4) == 4
-    assert slots_within(0.1, 0, layers, most=4) == 1
+    assert slots_within(0.1, memory, 100, layers) == 7
+    assert slots_within(0.1, memory - 10, 100, layers) == 6
+    assert slots_within(0.1, memory, 4, layers) == 4
+    assert slots_within(0.1, 0, 4, layers) == 1
 
 
 class TestRequests:
@@ -264,13 +265,54 @@ class TestRotary:
         with pytest.raises(ValueError, match="rotary embedding Linear"):
             rotary_of(nn.Linear(1, 1), 32_768)
 
+    class Attention(nn.Module):
+        """A layer as the engines' models write them."""
+
+        def __init__(self, **switches: Any) -> None:
+            super().__init__()
+            self.rotary_emb = self.nope = self.sliding_window = self.v1 = None
+            vars(self).update(switches)
+
+        def forward(self, positions: Tensor, q: Tensor) -> Tensor:
+            if positions is None:
+                return q
+            return q if self.nope else self.turn(positions, q)
+
+        def turn(self, positions: Tensor, q: Tensor) -> Tensor:
+            if self.v1 or self.sliding_window:
+                q = self.rotary_emb(positions, q)
+            elif positions.ndim == 2 and not self.nope:
+                pass
+            return q
+
+    class Otherwise(Attention):
+        def turn(self, positions: Tensor, q: Tensor) -> Tensor:
+            if self.nope or self.not_there:
+                q = q + 1
+            elif positions.ndim == 1:
+                q, _ = self.rotary_emb.forward_native(positions, q, None)
+            return q
+
+    class Fused(Attention):
+        def turn(self, positions: Tensor, q: Tensor) -> Tensor:
+            if self.nope:
+                self.rotary_emb.prepare(positions)
+            return torch.ops.fused.rope(positions, q)
+
     def test_layers_without_rotation(self) -> None:
-        layer = nn.Module()
-        assert is_rotated(layer)
-        layer.nope = True
-        assert not is_rotated(layer)
-        layer.nope, layer.use_rope = False, False
-        assert not is_rotated(layer)
+        assert is_rotated(self.Attention(v1=True))
+        assert is_rotated(self.Attention(sliding_window=16))
+        assert not is_rotated(self.Attention())
+        assert not is_rotated(self.Attention(v1=False, nope=True))
+        assert is_rotated(self.Otherwise())
+        assert is_rotated(self.Otherwise(not_there=False))
+        assert not is_rotated(self.Otherwise(nope=True))
+        assert is_rotated(self.Fused())
+
+    def test_a_layer_without_its_source_is_refused(self) -> None:
+        kind = type("Made", (nn.Module,), {"forward": eval("lambda self: self.rotary_emb()")})
+        with pytest.raises(ValueError, match="no source of"):
+            is_rotated(kind())
 
 
 class TestMetrics:

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; `make vllm` has it", allow_module_level=True)
@@ -24,6 +24,7 @@ pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
+from engine_traffic import random_model  # noqa: E402
 from vllm_server import Answer, Request, Server  # noqa: E402
 
 from mac_attn.demo.model import folder, python_reference  # noqa: E402
@@ -74,29 +75,18 @@ def smollm() -> Path:
     return folder(None)
 
 
+def tiny(smollm: Path, folder: Path, name: str, **options: Any) -> Path:
+    """A random model with SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(smollm).save_pretrained(folder)
+    sizes = {"vocab_size": 49152, "hidden_size": 256, "max_position_embeddings": 4096}
+    return random_model(folder, name, **sizes | options)
+
+
 @pytest.fixture(scope="session")
 def llama(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 8 query and 4 KV heads, with SmolLM2's tokenizer."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=4096,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(smollm).save_pretrained(folder)
-    return folder
+    return tiny(smollm, tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=3)
 
 
 @pytest.fixture(scope="session")
@@ -225,6 +215,45 @@ def test_tensor_parallel_llama(llama: Path, logs: Path) -> None:
         assert server.metrics()["mac_attn:query_heads_total"] > 0
     assert len({tuple(a.tokens) for a in expected}) > 6  # it does not answer all alike
     ties(expected, answers, requests)
+
+
+TWICE = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+TWICE |= {"sliding_window": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cohere2", TWICE),  # full layers do not rotate
+        (
+            "gemma3n_text",  # and the last two layers attend to the keys of the first two
+            TWICE
+            | {
+                "num_kv_shared_layers": 2,
+                "activation_sparsity_pattern": [0.0] * 4,
+                "vocab_size_per_layer_input": 49152,
+                "hidden_size_per_layer_input": 32,
+                "laurel_rank": 16,
+            },
+        ),
+    ],
+)
+def test_models_whose_layers_differ(
+    smollm: Path, logs: Path, tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    model, requests = tiny(smollm, tmp_path, name, **options), traffic(8)
+    space = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    answers = []
+    for kind, environment in (("vllm", {}), ("mac", plugin(EXACT))):
+        log = logs / f"{name}-{kind}"
+        with Server(model, COMMON, {**space, **environment}, log) as server:
+            answers.append(server.complete_all(requests))
+            metrics = server.metrics()
+    assert "MAC-Attention serves 2 of 4 layers" in log.read_text()
+    assert metrics["mac_attn:query_heads_total"] > 0
+    assert metrics["mac_attn:kv_read_share"] == 1
+    assert len({tuple(answer.tokens) for answer in answers[0]}) > 4  # it does not answer all alike
+    ties(*answers, requests)
 
 
 def test_the_benchmark_of_decode_steps(

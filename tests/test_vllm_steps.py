@@ -37,7 +37,7 @@ class FakeEngine:
         return 0 if row.is_decode else min(self._seed, row.end - row.begin)
 
 
-def _layer(rotated: bool = False, float8: bool = False) -> SimpleNamespace:
+def _layer(rotary: mac_attn.RotaryEmbedding | None = None, float8: bool = False) -> SimpleNamespace:
     config = mac_attn.ReuseConfig(
         entries=8, window=8, band=4, anchors=0, min_context=8, threshold=0
     )
@@ -48,8 +48,9 @@ def _layer(rotated: bool = False, float8: bool = False) -> SimpleNamespace:
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
         dtype=torch.float32,
+        rotary=rotary,
     )
-    served = attend.Served(None, ring, rotated, float8)  # type: ignore[arg-type]
+    served = attend.Served(None, ring, float8)  # type: ignore[arg-type]
     impl = SimpleNamespace(mac=served, scale=DIM**-0.5, logits_soft_cap=0, head_size=DIM)
     return SimpleNamespace(impl=impl, **SCALES)
 
@@ -199,7 +200,7 @@ def test_queries_that_are_not_rotated_are_matched_as_they_are(
     batch: tuple[Common, Tensor, Tensor],
 ) -> None:
     common, query, kv_cache = batch
-    layer = _layer(rotated=False)
+    layer = _layer()
     rows = attend.Rows(
         common.block_table_tensor[:1],
         common.seq_lens[:1],
@@ -209,6 +210,9 @@ def test_queries_that_are_not_rotated_are_matched_as_they_are(
     attend.decode(layer, rows, query[:1], kv_cache)
     stored = layer.impl.mac.ring.ring_query[1, :, 0].flatten(0, 1)
     assert torch.equal(stored, query[0])
-    layer = _layer(rotated=True)
-    with pytest.raises(ValueError, match="rotary"):  # and this ring knows no rotation
-        attend.decode(layer, rows, query[:1], kv_cache)
+    rotary = mac_attn.RotaryEmbedding(torch.tensor([1.0, 0.1]))
+    layer = _layer(rotary)
+    attend.decode(layer, rows, query[:1], kv_cache)
+    stored = layer.impl.mac.ring.ring_query[1, :, 0].flatten(0, 1)
+    expected = mac_attn.unrotate(query[:1], common.seq_lens[:1] - 1, rotary)
+    torch.testing.assert_close(stored, expected[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from mac_attn import ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
+from mac_attn.integrations.transformers.rotation import cache_name  # noqa: E402
 
 VOCAB, EOS, PAD = 101, 100, 0
 NEW = 24
@@ -83,8 +85,9 @@ def left_padded(rows: Tensor, padding: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def generate(model: Model, ids: Tensor, cache: MacCache | None = None, **options: Any) -> Any:
-    """Greedy generation with the cache, or with SDPA and transformers' own cache."""
-    implementation = "sdpa" if cache is None else "mac"
+    """Greedy generation with the cache, or with SDPA or eager and transformers' own cache."""
+    own = "sdpa" if type(model)._supports_sdpa else "eager"
+    implementation = own if cache is None else "mac"
     model.set_attn_implementation(implementation)
     options.setdefault("attention_mask", torch.ones_like(ids))
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **options}
@@ -100,6 +103,20 @@ def generate(model: Model, ids: Tensor, cache: MacCache | None = None, **options
 def assert_same(got: Any, expected: Any) -> None:
     assert torch.equal(got.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), **ROUNDING)
+
+
+def run(
+    model: Model, ids: Tensor, cache: Any, parts: Sequence[int] = (40,), **options: Any
+) -> Tensor:
+    """Logits of a prompt, whose parts end there, and of the single tokens behind it."""
+    name, mask = cache_name(model.forward), options.pop("attention_mask", None)
+    logits, begin = [], 0
+    for end in (*parts, *range(parts[-1] + 1, ids.shape[1] + 1)):
+        if mask is not None:
+            options["attention_mask"] = mask[:, :end]
+        logits.append(model(input_ids=ids[:, begin:end], **{name: cache}, **options).logits)
+        begin = end
+    return torch.cat(logits, dim=1)
 
 
 def next_logits(model: Model, cache: MacCache, tokens: Tensor, **options: Any) -> Tensor:

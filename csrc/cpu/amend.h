@@ -5,10 +5,10 @@
 // tasks are done, whoever is free merges its KV heads' partials. Traffic: the K and V rows of the tokens once, in
 // place from their pages; those of a hit's anchors serve both queries.
 
-constexpr int kTileHeads = MAC_LEVEL >= 2 ? 4 : 2;  // query heads that share a loaded K or V row
-constexpr int kFetchedRows = 2;                     // V rows that are fetched beside a head's softmax
-constexpr int kFetchedLines = 4;                    // and lines of the stream
-constexpr int kTileVectors = 4;                     // vectors of a V row kept in registers
+constexpr int kTileHeads = MAC_LEVEL >= 2 || MAC_NEON ? 4 : 2;  // query heads that share a loaded K or V row
+constexpr int kFetchedRows = 2;                                 // V rows that are fetched beside a head's softmax
+constexpr int kFetchedLines = 4;                                // and lines of the stream
+constexpr int kTileVectors = 4;                                 // vectors of a V row kept in registers
 
 // T is what the cache holds. With bf16 dot products the query stays bf16, in all other cases it is expanded once.
 // It is stored as the dots read it: for every tile of heads and kDotElements of a row, those of each head.
@@ -16,14 +16,14 @@ template <typename T>
 struct QueryType {
   using type = float;
 };
-#if MAC_LEVEL >= 3
+#if MAC_LEVEL >= 3 || MAC_NEON >= 2
 template <>
 struct QueryType<bfloat16> {
   using type = bfloat16;
 };
 #endif
 template <typename Q>
-constexpr int kDotElements = sizeof(Q) == 2 ? 32 : kLanes;
+constexpr int kDotElements = sizeof(Q) == 2 ? 2 * kLanes : kLanes;
 template <typename Q>
 MAC_INLINE int query_tile_size(int head_dim) {
   return (head_dim + kDotElements<Q> - 1) / kDotElements<Q> * kDotElements<Q> * kTileHeads;
@@ -65,6 +65,21 @@ MAC_INLINE void add_last_dots(vf (&sum)[kHeads][4], const bfloat16* query, const
   }
   add_pairs<kHeads>(sum, query, k);
 }
+#elif MAC_NEON >= 2
+template <typename T, int kHeads>
+MAC_INLINE const bfloat16* add_dots(vf (&sum)[kHeads][4], const bfloat16* query, const T* const* rows, int64_t d) {
+  const auto eight = [](const bfloat16* p) { return vreinterpretq_bf16_u16(vld1q_u16(&p->bits)); };
+  bfloat16x8_t k[4];
+  for (int i = 0; i < 4; ++i) k[i] = eight(rows[i] + d);
+  for (int h = 0; h < kHeads; ++h) {
+    const bfloat16x8_t q = eight(query + h * 8);
+    for (int i = 0; i < 4; ++i) sum[h][i] = (vf)vbfdotq_f32((float32x4_t)sum[h][i], q, k[i]);
+  }
+  return query + kTileHeads * 8;
+}
+// A row is whole dots.
+template <typename T, int kHeads>
+MAC_INLINE void add_last_dots(vf (&)[kHeads][4], const bfloat16*, const T* const*, int64_t) {}
 #endif
 template <typename T, int kHeads>
 MAC_INLINE void add_last_dots(vf (&)[kHeads][4], const float*, const T* const*, int64_t) {}
@@ -240,11 +255,11 @@ inline void take_candidates(const AmendParams& p, const AmendWork& work, int64_t
 // `AmendWork::qo_heads`, so that the ones that attend to a token come first.
 template <typename T>
 struct TaskState {
-  typename QueryType<T>::type* query;  // [H, tiles of heads, query_tile_size]
-  float* out;                          // [Hq, D]
-  float* max;                          // [Hq]
-  float* sum;                          // [Hq]
-  float* light;                        // [Hq]
+  typename QueryType<T>::type* query;  // [H, T, tiles of heads, query_tile_size]
+  float* out;                          // [Q, D]
+  float* max;                          // [Q]
+  float* sum;                          // [Q]
+  float* light;                        // [Q]
   Found* found;                        // [H]
 };
 
@@ -252,23 +267,24 @@ MAC_INLINE int num_tiles(int group_size) {
   return (group_size + kTileHeads - 1) / kTileHeads;
 }
 
-// The first `heads` query heads of a KV head attend to rows, the first of which is `token`, or to anchors of these
-// weights `a`, counted as `counts`.
+// The first `heads` query heads of a KV head, of one query token, attend to rows, the first of which is `token`, or
+// to anchors of these weights `a`, counted as `counts`.
 template <typename T>
 void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& state,
-            int kv_head, int heads, int token, const float* a, const float* counts, const Rows<T>& rows,
-            const Rows<T>& next, Stream& stream) {
+            int kv_head, int query_token, int heads, int token, const float* a, const float* counts,
+            const Rows<T>& rows, const Rows<T>& next, Stream& stream) {
   using Q = typename QueryType<T>::type;
   const int G = p.shape.group_size, D = p.shape.head_dim;
   const int64_t group_index = static_cast<int64_t>(task.request) * p.shape.num_kv_heads + kv_head;
   const AmendGroup& group = work.groups[group_index];
-  const bool draws = group.candidates >= 0 && task.tokens == Tokens::kOld;
+  const bool draws = group.candidates >= 0 && task.tokens == Tokens::kOld && query_token == 0;
+  const int64_t first_tile = (static_cast<int64_t>(kv_head) * p.shape.tokens + query_token) * num_tiles(G);
   const int64_t tile_size = query_tile_size<Q>(D);
   const float scale = p.sm_scale * kUnit<T> * p.kv.k_scale.of(kv_head);
   alignas(64) float weight[kBlock];
   if (draws) std::fill(weight, weight + kBlock, 0.f);
   for (int h = 0; h < heads; h += kTileHeads) {
-    const int head = kv_head * G + h;
+    const int head = (kv_head * p.shape.tokens + query_token) * G + h;
     const Running running{state.max + head,
                           state.sum + head,
                           state.out + static_cast<int64_t>(head) * D,
@@ -278,11 +294,11 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
                           draws ? group.last_lse + h : nullptr,
                           weight,
                           scale};
-    const Q* query = state.query + (static_cast<int64_t>(kv_head) * num_tiles(G) + h / kTileHeads) * tile_size;
+    const Q* query = state.query + (first_tile + h / kTileHeads) * tile_size;
     switch (std::min(heads - h, kTileHeads)) {
       case 1: attend_block<T, 1>(p, query, rows, next, stream, running); break;
       case 2: attend_block<T, 2>(p, query, rows, next, stream, running); break;
-#if MAC_LEVEL >= 2
+#if MAC_LEVEL >= 2 || MAC_NEON
       case 3: attend_block<T, 3>(p, query, rows, next, stream, running); break;
       case 4: attend_block<T, 4>(p, query, rows, next, stream, running); break;
 #endif
@@ -339,8 +355,8 @@ void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask
     Stream stream;
     if (after.block.count > 0) stream.add_listed<T>(p, after.block, after.kv_head);
     const Rows<T> rows = rows_of(listed), next = following.block.count > 0 ? rows_of(following) : rows;
-    attend<T>(p, work, task, now, listed.kv_head, G, 0, listed.a, listed.counts, rows, next, stream);
-    attend<T>(p, work, task, then, listed.kv_head, G, 0, listed.a, listed.counts, rows, next, stream);
+    attend<T>(p, work, task, now, listed.kv_head, 0, G, 0, listed.a, listed.counts, rows, next, stream);
+    attend<T>(p, work, task, then, listed.kv_head, 0, G, 0, listed.a, listed.counts, rows, next, stream);
   }
 }
 
@@ -364,6 +380,8 @@ void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask&
   Block blocks[2];
   find_tokens(p, task.request, task.begin, task.end, blocks[0]);
   if (!fetched) fetch(head_rows<T>(p, blocks[0], order[0]), p.shape.head_dim);
+  const int tokens = query_len(p.shape, p.requests, task.request);
+  const int position = first_position(p.shape, p.requests, task.request);
   int active = 0;  // KV heads that attend to a token of the block
   for (int first = task.begin, i = 0; first < task.end; first += kBlock, i ^= 1) {
     const Block& block = blocks[i];
@@ -386,19 +404,22 @@ void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask&
                            : next_block.count > 0 ? head_rows<T>(p, next_block, next_order[0])
                                                   : rows;
       const int32_t* start = starts + order[j] * G;
-      int heads = 0;
-      for (int t = std::max(first, start[0]); t < end;) {
-        while (heads < G && start[heads] <= t) ++heads;
-        const int cut = heads < G ? std::min(end, start[heads]) : end;
-        attend<T>(p, work, task, state, order[j], heads, t, nullptr, nullptr, rows.from(t - first, cut - t), next,
-                  stream);
-        t = cut;
+      for (int k = 0; k < tokens; ++k) {
+        const int last = std::min(end, position + k + 1);  // a query attends to its own token and those before
+        int heads = 0;
+        for (int t = std::max(first, start[0]); t < last;) {
+          while (heads < G && start[heads] <= t) ++heads;
+          const int cut = heads < G ? std::min(last, start[heads]) : last;
+          attend<T>(p, work, task, state, order[j], k, heads, t, nullptr, nullptr, rows.from(t - first, cut - t),
+                    k + 1 < tokens ? rows : next, stream);
+          t = cut;
+        }
       }
     }
   }
 }
 
-// A query as the dots read it: head `h` of the order.
+// A query as the dots read it: number `h` in the order.
 template <typename T, typename Q>
 MAC_INLINE void arrange_query(const AmendParams& p, int h, const T* row, Q* query) {
   const int G = p.shape.group_size, D = p.shape.head_dim;
@@ -413,15 +434,16 @@ MAC_INLINE void arrange_query(const AmendParams& p, int h, const T* row, Q* quer
 template <typename T>
 TaskState<T> empty_state(const AmendParams& p, Scratch& scratch, int first) {
   using Q = typename QueryType<T>::type;
-  const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
-  const int64_t query_size = p.shape.num_kv_heads * num_tiles(p.shape.group_size) * query_tile_size<Q>(D);
-  float* out = scratch.array<float>(first + 1, static_cast<int64_t>(Hq) * (D + 3));
-  float* max = out + static_cast<int64_t>(Hq) * D;
-  const TaskState<T> state{scratch.array<Q>(first, query_size),          out, max, max + Hq, max + 2 * Hq,
-                           scratch.array<Found>(6, p.shape.num_kv_heads)};
+  const int D = p.shape.head_dim, H = p.shape.num_kv_heads;
+  const int64_t queries = p.shape.num_queries();
+  const int64_t query_size = int64_t{H} * p.shape.tokens * num_tiles(p.shape.group_size) * query_tile_size<Q>(D);
+  float* out = scratch.array<float>(first + 1, queries * (D + 3));
+  float* max = out + queries * D;
+  const TaskState<T> state{scratch.array<Q>(first, query_size), out, max, max + queries, max + 2 * queries,
+                           scratch.array<Found>(6, H)};
   std::memset(state.query, 0, query_size * sizeof(Q));
-  std::fill(out, out + static_cast<int64_t>(Hq) * (D + 3), 0.f);
-  std::fill(state.max, state.max + Hq, -std::numeric_limits<float>::infinity());
+  std::fill(out, out + queries * (D + 3), 0.f);
+  std::fill(state.max, state.max + queries, -std::numeric_limits<float>::infinity());
   for (int h = 0; h < p.shape.num_kv_heads; ++h) state.found[h].count = 0;
   return state;
 }
@@ -429,14 +451,15 @@ TaskState<T> empty_state(const AmendParams& p, Scratch& scratch, int first) {
 template <typename T>
 void write_partial(const AmendParams& p, const AmendWork& work, const int32_t* head_of, int64_t partial,
                    const TaskState<T>& state) {
-  const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
-  for (int h = 0; h < Hq; ++h) {
-    const int64_t place = partial * Hq + head_of[h];
-    work.partial_max[place] = state.max[h];
-    work.partial_sum[place] = state.sum[h];
-    work.partial_light[place] = state.light[h];
-    if (state.sum[h] == 0.f) continue;
-    std::memcpy(work.partial_out + place * D, state.out + static_cast<int64_t>(h) * D, D * sizeof(float));
+  const int D = p.shape.head_dim, G = p.shape.group_size, T_G = p.shape.group_queries();
+  for (int i = 0; i < p.shape.num_queries(); ++i) {
+    const int kv_head = i / T_G, g = i % G;
+    const int64_t place = partial * p.shape.num_queries() + i - g + head_of[kv_head * G + g] - kv_head * G;
+    work.partial_max[place] = state.max[i];
+    work.partial_sum[place] = state.sum[i];
+    work.partial_light[place] = state.light[i];
+    if (state.sum[i] == 0.f) continue;
+    std::memcpy(work.partial_out + place * D, state.out + static_cast<int64_t>(i) * D, D * sizeof(float));
   }
 }
 
@@ -448,7 +471,12 @@ void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, co
   const int32_t* head_of = work.qo_heads.data() + static_cast<int64_t>(task.request) * Hq;
   const Q* rows = static_cast<const Q*>(p.query.data) + task.request * p.query.batch_stride;
   const TaskState<T> state = empty_state<T>(p, scratch, 0);
-  for (int h = 0; h < Hq; ++h) arrange_query(p, h, rows + head_of[h] * p.query.head_stride, state.query);
+  for (int h = 0; h < Hq; ++h) {
+    for (int k = 0; k < query_len(p.shape, p.requests, task.request); ++k) {
+      const Q* row = rows + head_of[h] * p.query.head_stride + k * p.query.token_stride;
+      arrange_query(p, (h / G * p.shape.tokens + k) * G + h % G, row, state.query);
+    }
+  }
   if (task.tokens != Tokens::kAnchors) {
     attend_tokens<T>(p, work, task, following, fetched, state);
     write_partial(p, work, head_of, task.partial, state);

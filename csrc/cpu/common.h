@@ -19,3 +19,10 @@
 #else
 #define MAC_X86 0
 #endif
+#if defined(__aarch64__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define MAC_ARM 1
+#else
+#define MAC_ARM 0
+#endif
+// Of a level for aarch64: 1, or 2 with dot products of bfloat16. The others leave it.
+#define MAC_NEON 0

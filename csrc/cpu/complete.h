@@ -12,41 +12,66 @@ MAC_INLINE void write_row(T* to, const float* a, float wa, const float* b, float
   for (int d = 0; d < head_dim; d += kLanes) store(to + d, load(a + d) * wa + load(b + d) * wb);
 }
 
-// Writes the log-sum-exp that a head answers from that of its tokens; returns their share of it, which is all but
+// One query of the call: a token's head `g` of its KV head.
+struct Query {
+  int request, kv_head, token, g;
+
+  int head(const Shape& shape) const { return kv_head * shape.group_size + g; }
+  // In amend's states, of either span.
+  int64_t row(const Shape& shape, Span span) const {
+    const int64_t group = (int64_t{span} * shape.batch + request) * shape.num_kv_heads + kv_head;
+    return (group * shape.tokens + token) * shape.group_size + g;
+  }
+  // In what match answered, of a request's first token.
+  int64_t matched(const Shape& shape) const { return int64_t{request} * shape.num_qo_heads() + head(shape); }
+};
+
+template <typename T>
+MAC_INLINE T* out_of(const CompleteParams& p, const Query& q) {
+  return static_cast<T*>(p.out) + q.request * p.out_batch_stride + q.token * p.out_token_stride +
+         q.head(p.shape) * p.out_head_stride;
+}
+
+// Writes the log-sum-exp that a query answers from that of its tokens; returns their share of it, which is all but
 // for a sink.
-MAC_INLINE float write_lse(const CompleteParams& p, int request, int head, float lse) {
-  const bool has_sink = p.sinks && p.requests.seq_lens[request] != 0;
-  const MergeWeights w = has_sink ? merge_weights(lse, p.sinks[head]) : MergeWeights{1.f, 0.f, lse};
-  p.lse[static_cast<int64_t>(request) * p.shape.num_qo_heads() + head] = w.lse;
+MAC_INLINE float write_lse(const CompleteParams& p, const Query& q, float lse) {
+  const int head = q.head(p.shape);
+  const bool attends = p.requests.seq_lens[q.request] != 0 && q.token < query_len(p.shape, p.requests, q.request);
+  const MergeWeights w = p.sinks && attends ? merge_weights(lse, p.sinks[head]) : MergeWeights{1.f, 0.f, lse};
+  p.lse[(int64_t{q.request} * p.shape.tokens + q.token) * p.shape.num_qo_heads() + head] = w.lse;
   return w.first;
 }
 
-// One query head's output from its carried state; returns the log-sum-exp of its tokens.
+// A query's output from its carried state; returns the log-sum-exp of its tokens.
 template <typename T>
-float write_out(const CompleteParams& p, int request, int head, const float* carried, float carried_lse) {
-  const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads();
-  const int64_t row = static_cast<int64_t>(request) * Hq + head;
-  const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
+float write_out(const CompleteParams& p, const Query& q, const float* carried, float carried_lse) {
+  const int D = p.shape.head_dim;
+  const int64_t fresh_row = q.row(p.shape, kFresh);
   const MergeWeights w = merge_weights(carried_lse, p.state_lse[fresh_row]);
-  T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
-  const float share = write_lse(p, request, head, w.lse);
-  write_row(out, carried, w.first * share, p.states + fresh_row * D, w.second * share, D);
+  const float share = write_lse(p, q, w.lse);
+  write_row(out_of<T>(p, q), carried, w.first * share, p.states + fresh_row * D, w.second * share, D);
   return w.lse;
 }
 
-// One query head's output on a hit with anchors; returns the log-sum-exp of its tokens.
+// The same of one that reuses nothing.
 template <typename T>
-float write_hit(const CompleteParams& p, int request, int kv_head, int g) {
-  const int D = p.shape.head_dim, Hq = p.shape.num_qo_heads(), head = kv_head * p.shape.group_size + g;
-  const int64_t slot = p.requests.slots[request], row = static_cast<int64_t>(request) * Hq + head;
-  const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * Hq + row;
-  const int place = p.matched.place[row];
-  HitWeights w =
-      hit_weights(p.ring.lse(slot, kv_head, place)[g], p.state_lse[row], p.log_ratio[row], p.state_lse[fresh_row]);
-  const float* entry = p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * D;
+float write_miss(const CompleteParams& p, const Query& q) {
+  const int64_t row = q.row(p.shape, kOld);
+  return write_out<T>(p, q, p.states + row * p.shape.head_dim, p.state_lse[row]);
+}
+
+// The same on a hit with anchors.
+template <typename T>
+float write_hit(const CompleteParams& p, const Query& q) {
+  const int D = p.shape.head_dim;
+  const int64_t slot = p.requests.slots[q.request], row = q.row(p.shape, kOld), fresh_row = q.row(p.shape, kFresh);
+  const int place = p.matched.place[q.matched(p.shape)];
+  HitWeights w = hit_weights(p.ring.lse(slot, q.kv_head, place)[q.g], p.state_lse[row], p.log_ratio[row],
+                             p.state_lse[fresh_row]);
+  const float* entry = p.ring.out(slot, q.kv_head, place) + int64_t{q.g} * D;
   const float *replaced = p.states + row * D, *fresh = p.states + fresh_row * D;
-  T* out = static_cast<T*>(p.out) + request * p.out_batch_stride + head * p.out_head_stride;
-  const float share = write_lse(p, request, head, w.lse);
+  T* out = out_of<T>(p, q);
+  const float share = write_lse(p, q, w.lse);
   w.entry *= share, w.replaced *= share, w.fresh *= share;
   for (int d = 0; d < D; d += kLanes) {
     store(out + d, load(entry + d) * w.entry + load(replaced + d) * w.replaced + load(fresh + d) * w.fresh);
@@ -61,17 +86,18 @@ struct Carried {
   int32_t* depth;
 };
 
-MAC_INLINE void carry(const CompleteParams& p, int64_t slot, int kv_head, int64_t row, int g, const Carried& to) {
-  const int D = p.shape.head_dim;
+MAC_INLINE void carry(const CompleteParams& p, int64_t slot, const Query& q, const Carried& to) {
+  const int D = p.shape.head_dim, kv_head = q.kv_head, g = q.g;
+  const int64_t row = q.row(p.shape, kOld), matched = q.matched(p.shape);
   const float *old = p.states + row * D, old_lse = p.state_lse[row];
   float* out = to.out + static_cast<int64_t>(g) * D;
   to.lse[g] = old_lse;
   to.depth[g] = 0;
-  if (p.matched.source[row] == kMiss) {
+  if (p.matched.source[matched] == kMiss) {
     std::memcpy(out, old, D * sizeof(float));
     return;
   }
-  const int place = p.matched.place[row];
+  const int place = p.matched.place[matched];
   const float reused_lse = p.ring.lse(slot, kv_head, place)[g];
   const MergeWeights w = merge_weights(reused_lse, old_lse);
   write_row(out, p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * D, w.first, old, w.second, D);
@@ -90,7 +116,7 @@ void store_entry(const CompleteParams& p, int request, int kv_head, int place, c
       std::memcpy(to + static_cast<int64_t>(g) * D, rows + (kv_head * G + g) * from.head_stride, D * sizeof(T));
     }
   };
-  *p.ring.position(slot, kv_head, place) = p.requests.seq_lens[request] - 1;
+  *p.ring.position(slot, kv_head, place) = first_position(p.shape, p.requests, request);
   copy_rows(p.query, p.ring.query<T>(slot, kv_head, place));
   std::memcpy(p.ring.out(slot, kv_head, place), carried.out, static_cast<int64_t>(G) * D * sizeof(float));
   std::copy(carried.lse, carried.lse + G, p.ring.lse(slot, kv_head, place));
@@ -104,36 +130,33 @@ void store_entry(const CompleteParams& p, int request, int kv_head, int place, c
 
 template <typename T>
 void complete_group(const CompleteParams& p, int request, int kv_head, const Carried& carried) {
-  const int G = p.shape.group_size, D = p.shape.head_dim, H = p.shape.num_kv_heads;
+  const int G = p.shape.group_size, D = p.shape.head_dim, H = p.shape.num_kv_heads, T_ = p.shape.tokens;
   const int64_t group = static_cast<int64_t>(request) * H + kv_head;
-  const int n = p.requests.seq_lens[request], first = kv_head * G;
-  if (!p.matched.source || n == 0 || !has_ring(p.requests, request)) {
-    for (int g = 0; g < G; ++g) {
-      const int64_t row = group * G + g;
-      write_out<T>(p, request, first + g, p.states + row * D, p.state_lse[row]);
-    }
-    return;
-  }
+  const int n = p.requests.seq_lens[request];
+  const bool reuses = p.matched.source && n > 0 && has_ring(p.requests, request);
+  for (int i = reuses ? G : 0; i < T_ * G; ++i) write_miss<T>(p, {request, kv_head, i / G, i % G});
+  if (!reuses) return;
+  const int tokens = query_len(p.shape, p.requests, request), position = n - tokens;
   const int M = p.ring.layout.shape.entries, S = p.ring.layout.shape.anchors;
   const int64_t slot = p.requests.slots[request];
   const int stored = std::max(p.matched.stored[group], 0), sampled = p.sampled[group];
   int hits = 0, start = n, least_depth = INT32_MAX;
   for (int g = 0; g < G; ++g) {
-    const int32_t source = p.matched.source[group * G + g];
+    const Query q{request, kv_head, 0, g};
+    const int32_t source = p.matched.source[q.matched(p.shape)];
     float& last_lse = p.ring.last_lse(slot, kv_head)[g];
     if (S > 0 && source != kMiss) {
-      last_lse = write_hit<T>(p, request, kv_head, g);
-      carried.depth[g] = next_depth(p.ring.depth(slot, kv_head, p.matched.place[group * G + g])[g]);
+      last_lse = write_hit<T>(p, q);
+      carried.depth[g] = next_depth(p.ring.depth(slot, kv_head, p.matched.place[q.matched(p.shape)])[g]);
     } else {
-      carry(p, slot, kv_head, group * G + g, g, carried);
-      const float* state = carried.out + static_cast<int64_t>(g) * D;
-      last_lse = write_out<T>(p, request, first + g, state, carried.lse[g]);
+      carry(p, slot, q, carried);
+      last_lse = write_out<T>(p, q, carried.out + int64_t{g} * D, carried.lse[g]);
     }
     hits += source != kMiss;
     start = std::min(start, source == kMiss ? 0 : band_start(source, p.band));
     least_depth = std::min(least_depth, carried.depth[g]);
   }
-  const int old_end = band_start(n - 1, p.band), size = sample_size(S, old_end);
+  const int old_end = band_start(position, p.band), size = sample_size(S, old_end);
   const bool drawn = S == 0 || (hits == 0 && sampled >= 0 && sampled <= kCandidateRoom * size);
   const bool stores = old_end > 0 && least_depth < p.max_reuse_depth && drawn;
   if (stores) store_entry<T>(p, request, kv_head, stored % M, carried);
@@ -150,16 +173,17 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
     __atomic_fetch_add(p.ring.counters(slot) + which, number, __ATOMIC_RELAXED);
   };
   const int anchors = hits > 0 && S > 0 ? sampled : 0;
-  count(kKvHeadSteps, 1);
+  count(kKvHeadSteps, tokens);
   count(kKvHeadHits, hits == G);
   count(kQueryHeadHits, hits);
   count(kKvTokensRead, n - start + anchors);
-  count(kKvTokensFull, n);
+  count(kKvTokensFull, tokens_of_steps(n, tokens));
   count(kAnchorsRead, anchors);
   count(kEntriesStored, stores);
   if (kv_head > 0) return;
-  count(kSteps, 1);
-  *p.ring.end(slot) = n;
+  count(kSteps, tokens);
+  *p.ring.end(slot) = position + 1;
+  *p.ring.reach(slot) = n;
   *p.ring.request(slot) = p.requests.request_ids ? p.requests.request_ids[request] : -1;
 }
 

@@ -1,39 +1,79 @@
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common.h"
+
+#if MAC_X86
+#include <cpuid.h>
+#elif MAC_ARM && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace mac_attn::cpu {
 
 namespace {
 
-enum Level { kGeneric, kAvx2, kAvx512, kAvx512Bf16 };
+struct Level {
+  const char* name;
+  const Kernels* table;
+  bool runs;  // on this machine
+};
 
-// The level that MAC_ATTN_SIMD names, the highest one if it is not set.
-Level limit() {
-  const char* given = std::getenv("MAC_ATTN_SIMD");
-  const std::string name = given ? given : "";
-  if (name.empty() || name == "avx512_bf16") return kAvx512Bf16;
-  if (name == "avx512") return kAvx512;
-  if (name == "avx2") return kAvx2;
-  if (name == "generic") return kGeneric;
-  throw std::invalid_argument("MAC_ATTN_SIMD is '" + name + "', must be generic, avx2, avx512 or avx512_bf16");
+#if MAC_X86
+// Clang 14 does not know the name.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#elif MAC_ARM
+bool has_bf16() {
+#if defined(__linux__) && defined(HWCAP2_BF16)
+  return getauxval(AT_HWCAP2) & HWCAP2_BF16;
+#else
+  return false;
+#endif
+}
+#endif
+
+// From the least to the best.
+std::vector<Level> levels() {
+  std::vector<Level> all{{"generic", &generic::table, true}};
+#if MAC_X86
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  all.push_back({"avx2", &avx2::table, has_avx2});
+  all.push_back({"avx512", &avx512::table, has_avx512});
+  all.push_back({"avx512_bf16", &avx512_bf16::table, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+#elif MAC_ARM
+  all.push_back({"neon", &neon::table, true});
+  all.push_back({"neon_bf16", &neon_bf16::table, has_bf16()});
+#endif
+  return all;
 }
 
+// The best level that runs here, up to the one that MAC_ATTN_SIMD names.
 const Kernels& choose() {
-  [[maybe_unused]] const Level most = limit();
-#if MAC_X86
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (most >= kAvx512Bf16 && avx512_bf16) return avx512_bf16::table;
-  if (most >= kAvx512 && avx512) return avx512::table;
-  if (most >= kAvx2 && avx2) return avx2::table;
-#endif
-  return generic::table;
+  const std::vector<Level> all = levels();
+  const char* given = std::getenv("MAC_ATTN_SIMD");
+  const std::string name = given ? given : "";
+  auto most = all.end() - 1;
+  if (!name.empty()) {
+    most = std::find_if(all.begin(), all.end(), [&](const Level& level) { return name == level.name; });
+    if (most == all.end()) {
+      std::string names;
+      for (size_t i = 0; i < all.size(); ++i) {
+        names += (i == 0 ? "" : i + 1 == all.size() ? " or " : ", ") + std::string(all[i].name);
+      }
+      throw std::invalid_argument("MAC_ATTN_SIMD is '" + name + "', must be " + names);
+    }
+  }
+  while (!most->runs) --most;
+  return *most->table;
 }
 
 }  // namespace

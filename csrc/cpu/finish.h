@@ -16,23 +16,24 @@ MAC_INLINE Span span_of(Tokens tokens, bool anchors) {
   return tokens == Tokens::kOld ? kOld : kFresh;
 }
 
-MAC_INLINE void merge_partials(const AmendParams& p, const AmendWork& work, int request, int head, Span span,
+MAC_INLINE void merge_partials(const AmendParams& p, const AmendWork& work, int request, int query, Span span,
                                bool anchors, Total& total) {
-  const int Hq = p.shape.num_qo_heads(), D = p.shape.head_dim;
+  const int D = p.shape.head_dim;
+  const int64_t queries = p.shape.num_queries();
   const int64_t first = work.first_partial[request], last = work.first_partial[request + 1];
   for (int64_t i = first; i < last; ++i) {
     if (span_of(work.partial_tokens[i], anchors) != span) continue;
-    total.max = std::max(total.max, work.partial_max[i * Hq + head]);
+    total.max = std::max(total.max, work.partial_max[i * queries + query]);
   }
   const float base = std::isinf(total.max) && total.max < 0 ? 0.f : total.max;
   std::fill(total.out, total.out + D, 0.f);
   for (int64_t i = first; i < last; ++i) {
-    const float sum = work.partial_sum[i * Hq + head];
+    const float sum = work.partial_sum[i * queries + query];
     if (span_of(work.partial_tokens[i], anchors) != span || sum == 0.f) continue;  // a NaN sum stays
-    const float weight = std::exp(work.partial_max[i * Hq + head] - base);
-    const float* out = work.partial_out + (i * Hq + head) * D;
+    const float weight = std::exp(work.partial_max[i * queries + query] - base);
+    const float* out = work.partial_out + (i * queries + query) * D;
     total.sum += sum * weight;
-    total.light += work.partial_light[i * Hq + head] * weight;
+    total.light += work.partial_light[i * queries + query] * weight;
     for (int d = 0; d < D; d += kLanes) store(total.out + d, load(total.out + d) + load(out + d) * weight);
   }
 }
@@ -40,7 +41,7 @@ MAC_INLINE void merge_partials(const AmendParams& p, const AmendWork& work, int 
 // Writes a state where amend's caller wants it. `unit`: what the values that were summed are multiplied by.
 MAC_INLINE void write_state(const AmendParams& p, Span span, int64_t row, const Total& total, float unit) {
   const int D = p.shape.head_dim;
-  row += static_cast<int64_t>(span) * p.shape.batch * p.shape.num_qo_heads();
+  row += static_cast<int64_t>(span) * p.shape.batch * p.shape.num_queries();
   const float scale = total.sum == 0.f ? 0.f : unit / total.sum;
   for (int d = 0; d < D; d += kLanes) store(p.out + row * D + d, load(total.out + d) * scale);
   p.lse[row] = total.sum == 0.f ? -std::numeric_limits<float>::infinity() : total.max + std::log(total.sum);
@@ -113,7 +114,8 @@ inline void write_sample(const AmendParams& p, const AmendWork& work, int64_t gr
   int32_t count = 0, sampled = group.hit ? group.num_anchors : kNotSampled;
   if (group.candidates >= 0) {
     sampled = work.num_candidates[group_index].load(std::memory_order_relaxed);
-    const int32_t old_end = band_start(p.requests.seq_lens[group_index / p.shape.num_kv_heads] - 1, p.band);
+    const int request = static_cast<int>(group_index / p.shape.num_kv_heads);
+    const int32_t old_end = band_start(first_position(p.shape, p.requests, request), p.band);
     const int32_t size = sample_size(S, old_end), room = kCandidateRoom * size;
     if (sampled <= room) {
       count = cut_sample(group, work.candidate_tokens + group.candidates, work.candidate_weights + group.candidates,
@@ -127,20 +129,20 @@ inline void write_sample(const AmendParams& p, const AmendWork& work, int64_t gr
 }
 
 inline void finish_group(const AmendParams& p, const AmendWork& work, int64_t group_index, Scratch& scratch) {
-  const int G = p.shape.group_size, D = p.shape.head_dim, H = p.shape.num_kv_heads;
+  const int queries = p.shape.group_queries(), D = p.shape.head_dim, H = p.shape.num_kv_heads;
   const int request = static_cast<int>(group_index / H), kv_head = static_cast<int>(group_index % H);
   const bool hit = work.groups[group_index].hit;
   const float unit = p.kv.v_scale.of(kv_head) * (p.kv.float8 ? kUnit<float8> : 1.f);
   float* out = scratch.array<float>(0, D);
-  for (int g = 0; g < G; ++g) {
-    const int64_t row = group_index * G + g;
+  for (int g = 0; g < queries; ++g) {
+    const int64_t row = group_index * queries + g;
     float log_light[kNumSpans], lse[kNumSpans];
     for (int span = 0; span < kNumSpans; ++span) {
       Total total{-std::numeric_limits<float>::infinity(), 0.f, 0.f, out};
-      merge_partials(p, work, request, kv_head * G + g, static_cast<Span>(span), hit, total);
+      merge_partials(p, work, request, kv_head * queries + g, static_cast<Span>(span), hit, total);
       write_state(p, static_cast<Span>(span), row, total, unit);
       log_light[span] = total.max + std::log(total.light);
-      lse[span] = p.lse[span * static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads() + row];
+      lse[span] = p.lse[span * static_cast<int64_t>(p.shape.batch) * p.shape.num_queries() + row];
     }
     if (!p.matched.source) continue;
     p.log_ratio[row] = 0.f;

@@ -102,10 +102,10 @@ struct AmendWork {
   std::vector<Tokens> partial_tokens;               // [P]
   std::unique_ptr<std::atomic<int32_t>[]> pending;  // [B] tasks not done yet
   // These are kept for the thread's next call: fresh memory costs more than what is written to it here.
-  float* partial_out;         // [P, Hq, D] sum of exp(logit - max) * value
-  float* partial_max;         // [P, Hq]
-  float* partial_sum;         // [P, Hq] sum of exp(logit - max); 0: the head has no part, and no `out`
-  float* partial_light;       // [P, Hq] sum of a exp(logit - max) over anchors
+  float* partial_out;         // [P, Q, D] sum of exp(logit - max) * value
+  float* partial_max;         // [P, Q]
+  float* partial_sum;         // [P, Q] sum of exp(logit - max); 0: the head has no part, and no `out`
+  float* partial_light;       // [P, Q] sum of a exp(logit - max) over anchors
   int32_t* candidate_tokens;  // [drawing KV heads, room]
   float* candidate_weights;
   std::unique_ptr<std::atomic<int32_t>[]> num_candidates;  // [B, H], also of those there was no room for
@@ -129,9 +129,8 @@ struct Kernels {
   void (*complete)(const CompleteParams&, CompleteWork&);
 };
 
-// The best table this machine can run; the environment variable MAC_ATTN_SIMD (generic, avx2, avx512,
-// avx512_bf16) asks for a lesser one, so that all of them can be tested on one machine. Throws
-// std::invalid_argument if it has another value.
+// The best table this machine can run; the environment variable MAC_ATTN_SIMD asks for a lesser one by its name, so
+// that all of them can be tested on one machine. Throws std::invalid_argument if it has another value.
 const Kernels& kernels();
 
 namespace generic {
@@ -144,6 +143,12 @@ namespace avx512 {
 extern const Kernels table;
 }
 namespace avx512_bf16 {
+extern const Kernels table;
+}
+namespace neon {
+extern const Kernels table;
+}
+namespace neon_bf16 {
 extern const Kernels table;
 }
 

@@ -67,7 +67,7 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
   const int kv_head = static_cast<int>(group % p.shape.num_kv_heads);
 
   const int position = p.requests.seq_lens[request] - 1;
-  if (position < 0 || position + 1 < p.min_context) return;
+  if (position < 0 || position + 1 < p.min_context || p.shape.tokens > 1) return;
   const int stored = stored_entries(p, request, kv_head);
   if (stored == kNoHistory) return;
   const int64_t slot = p.requests.slots[request];

@@ -38,11 +38,11 @@ void sort_heads(const AmendParams& p, int request, int32_t* kv_heads, int32_t* q
 }  // namespace
 
 int32_t stored_entries(const MatchParams& p, int32_t request, int32_t kv_head) {
-  const int32_t position = p.requests.seq_lens[request] - 1;
-  if (position < 0 || p.requests.slots[request] == kNoSlot) return kNoHistory;
+  if (p.requests.seq_lens[request] == 0 || p.requests.slots[request] == kNoSlot) return kNoHistory;
+  const int32_t position = first_position(p.shape, p.requests, request);
   const int64_t slot = p.requests.slots[request];
   const int64_t id = p.requests.request_ids ? p.requests.request_ids[request] : -1;
-  if (*p.ring.end(slot) != position || *p.ring.request(slot) != id) return kNoHistory;
+  if (!goes_on(p.ring, slot, position) || *p.ring.request(slot) != id) return kNoHistory;
   const int32_t stored = *p.ring.stored(slot, kv_head);
   return stored >= 0 && stored < 2 * int64_t{p.ring.layout.shape.entries} ? stored : kNoHistory;
 }
@@ -111,14 +111,15 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
       const float* last_lse = p.ring.last_lse(slot, h);
       const float tau = *p.ring.tau(slot, h);
       const bool known = std::all_of(last_lse, last_lse + G, [](float lse) { return std::isfinite(lse); });
-      if (p.matched.stored[b * H + h] == kNoHistory || band_start(n - 1, p.band) == 0 || !known ||
+      const int32_t position = first_position(p.shape, p.requests, b);
+      if (p.matched.stored[b * H + h] == kNoHistory || band_start(position, p.band) == 0 || !known ||
           !usable_tau(tau)) {
         continue;
       }
       group.candidates = num_drawing++ * room;
       group.last_lse = last_lse;
       group.tau = tau;
-      group.seed = sample_seed(n - 1, h, p.layer);
+      group.seed = sample_seed(position, h, p.layer);
     }
   }
 
@@ -135,10 +136,11 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
   first_partial.push_back(num_partials);
 
   static thread_local Scratch kept;
-  partial_out = kept.array<float>(0, num_partials * Hq * D);
-  partial_max = kept.array<float>(1, num_partials * Hq);
-  partial_sum = kept.array<float>(2, num_partials * Hq);
-  partial_light = kept.array<float>(3, num_partials * Hq);
+  const int64_t states = num_partials * p.shape.num_queries();
+  partial_out = kept.array<float>(0, states * D);
+  partial_max = kept.array<float>(1, states);
+  partial_sum = kept.array<float>(2, states);
+  partial_light = kept.array<float>(3, states);
   // Read in whole vectors.
   candidate_tokens = kept.array<int32_t>(4, num_drawing * room + kWidestVector);
   candidate_weights = kept.array<float>(5, num_drawing * room + kWidestVector);
@@ -149,7 +151,7 @@ void AmendWork::cut_request(const AmendParams& p, int request, int64_t target) {
   const int H = p.shape.num_kv_heads, G = p.shape.group_size, S = p.num_anchors;
   const int32_t n = p.requests.seq_lens[request];
   if (n == 0) return;
-  const int32_t old_end = reuses(p, request) ? band_start(n - 1, p.band) : 0;
+  const int32_t old_end = reuses(p, request) ? band_start(first_position(p.shape, p.requests, request), p.band) : 0;
   const int32_t* order = &kv_heads[request * H];
   const int32_t* first = &starts[static_cast<size_t>(request) * H * G];
   const auto add = [&](Tokens kind, int32_t begin, int32_t end) {

@@ -3,7 +3,8 @@
 // This header is included once per instruction set, each time inside its own namespace (see
 // level_*.cpp), hence no include guard. Plain operators come from the GCC/Clang vector extension and
 // compile anywhere; intrinsics appear only where the extension has no word for the instruction.
-// MAC_LEVEL is 0 (any machine), 1 (AVX2, FMA, F16C), 2 (AVX-512) or 3 (AVX-512 with bf16 dot products).
+// MAC_LEVEL is 0 (any machine), 1 (AVX2, FMA, F16C), 2 (AVX-512) or 3 (AVX-512 with bf16 dot products). On aarch64
+// it is 0, and MAC_NEON tells what there is besides: see common.h.
 
 #define MAC_INLINE inline __attribute__((always_inline))
 // For a loop that needs all registers: inlined into another it would share them with what that one keeps.
@@ -79,6 +80,8 @@ MAC_INLINE vf load(const float16* p) {
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif MAC_LEVEL == 1
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif MAC_NEON
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
   // Shift exponent and mantissa into place, rebias by a multiplication (right for subnormals too),
   // and give infinities and NaNs their full exponent back.
@@ -137,6 +140,8 @@ MAC_INLINE void store(float16* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif MAC_LEVEL == 1
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif MAC_NEON
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
 #else
   // A subnormal result is rounded by adding 0.5, whose last place is the half's; a normal one by
   // adding half of its last place, ties to even; 65520 and above is infinite.
@@ -165,6 +170,8 @@ MAC_INLINE vf vmin(vf a, vf b) {
 MAC_INLINE float hsum(vf x) {
 #if MAC_LEVEL >= 2
   return _mm512_reduce_add_ps((__m512)x);
+#elif MAC_NEON
+  return vaddvq_f32((float32x4_t)x);
 #else
   float sum = x[0];
   for (int i = 1; i < kLanes; ++i) sum += x[i];
@@ -174,6 +181,8 @@ MAC_INLINE float hsum(vf x) {
 MAC_INLINE float hmax(vf x) {
 #if MAC_LEVEL >= 2
   return _mm512_reduce_max_ps((__m512)x);
+#elif MAC_NEON
+  return vmaxnmvq_f32((float32x4_t)x);  // not of a NaN, as the others
 #else
   float high = x[0];
   for (int i = 1; i < kLanes; ++i) high = x[i] > high ? x[i] : high;
@@ -226,6 +235,10 @@ MAC_INLINE void hsum4(vf a, vf b, vf c, vf d, float* out) {
   const __m256 half = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
 #endif
   _mm_storeu_ps(out, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#elif MAC_NEON
+  const float32x4_t ab = vpaddq_f32((float32x4_t)a, (float32x4_t)b),
+                    cd = vpaddq_f32((float32x4_t)c, (float32x4_t)d);
+  vst1q_f32(out, vpaddq_f32(ab, cd));
 #else
   out[0] = hsum(a), out[1] = hsum(b), out[2] = hsum(c), out[3] = hsum(d);
 #endif

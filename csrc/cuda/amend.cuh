@@ -110,19 +110,22 @@ struct Replaced {
   template <typename Q>
   MAC_DEVICE void load_query(const AmendParams& p, const Piece& piece, float scale, Factor<T>* shared) {
     const int64_t slot = p.requests.slots[piece.request];
-    state.load_query(p.ring.rotated<Q>(slot, piece.kv_head, piece.work.place), kHeadDim, p.shape.group_size, scale,
-                     shared);
+    const Q* rows = p.ring.rotated<Q>(slot, piece.kv_head, piece.work.place);
+    state.load_query([&](int g) { return rows + g * kHeadDim; }, p.shape.group_size, scale, shared);
   }
-  // Of the strip from place `first` of the list on.
-  MAC_DEVICE static Counted load_weights(const AmendParams& p, const Piece& piece, int first) {
+  // a of the lane's two tokens of the strip from place `first` of the list on.
+  MAC_DEVICE static float2 load_weights(const AmendParams& p, const Piece& piece, int first) {
     const int64_t slot = p.requests.slots[piece.request];
     const float* list = p.ring.anchor_weights(slot, piece.kv_head, piece.work.place);
-    const float density = sample_density(p.num_anchors, piece.work.start);
+    const int place = first + ptx::lane_id() / 4;
+    return {place < p.num_anchors ? list[place] : 0.f, place + 8 < p.num_anchors ? list[place + 8] : 0.f};
+  }
+  // See `counted`.
+  MAC_DEVICE static Counted count(float2 a, float density) {
     Counted of{};
     for (int i = 0; i < 2; ++i) {
-      const int place = first + ptx::lane_id() / 4 + 8 * i;
-      const float a = place < p.num_anchors ? list[place] : 0.f, count = counted(a, density);
-      of.lift[i] = ptx::lg2(count), of.light[i] = ptx::divide(a, count);
+      const float weight = i ? a.y : a.x, count = 1.f + ptx::divide(weight, 1.f + weight * density);
+      of.lift[i] = ptx::lg2(count), of.light[i] = ptx::divide(weight, count);
     }
     return of;
   }
@@ -149,7 +152,8 @@ MAC_DEVICE void amend_piece(
   using Stage = Stage<kHeadDim, T>;
   static_assert(sizeof(SampleScratch) <= kWarps * Stage::kCount * Stage::kBytes, "it fits where the stages were");
   constexpr bool kReplaces = Replaced<T, kHeadDim, kHeadBlocks>::kFits;
-  __shared__ int starts[8 * kHeadBlocks];
+  constexpr bool kAhead = !kShortOfRegisters<kHeadDim, kHeadBlocks>;
+  __shared__ int starts[8 * kHeadBlocks], lasts[8 * kHeadBlocks];
   __shared__ typename Sampler<kHeadBlocks>::Shared sampler_shared[kWarps];
   T* shared = static_cast<T*>(dynamic_shared());
   auto* query = reinterpret_cast<Factor<T>*>(shared + kWarps * Stage::kCount * Stage::kElements);
@@ -172,6 +176,8 @@ MAC_DEVICE void amend_piece(
   Row row{};
   typename Stage::Valid valid = 0;
   int slot = 0;
+  float2 next_weights{};  // of the anchors of the next tile: nobody is to wait for them
+  float density = 0.f;
 #pragma unroll 1
   for (int ahead = piece.begin;; ++ahead) {
     if (ahead > piece.begin && ahead <= piece.end) {
@@ -182,12 +188,20 @@ MAC_DEVICE void amend_piece(
     if (ahead < piece.end) row = find_row(p, w, piece, ahead, warp);
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
     if (ahead == piece.begin) {
-      load_starts<kHeadBlocks>(p, piece, starts);
-      const int first_head = piece.head_tile * kMaxTileHeads;
-      const int64_t head = static_cast<int64_t>(piece.kv_head) * p.shape.group_size + first_head;
-      state.load_query(
-          static_cast<const Q*>(p.query.data) + piece.request * p.query.batch_stride + head * p.query.head_stride,
-          p.query.head_stride, p.shape.group_size - first_head, scale, query);
+      load_bounds<kHeadBlocks>(p, w, piece, starts, lasts);
+      const int first_query = piece.head_tile * kMaxTileHeads, G = p.shape.group_size;
+      const Q* rows = static_cast<const Q*>(p.query.data) + piece.request * p.query.batch_stride +
+                      int64_t{piece.kv_head} * G * p.query.head_stride;
+      const auto row_of = [&](int column) {
+        const int i = first_query + column, token = w.group_size.divide(i);
+        return rows + token * p.query.token_stride + (i - token * G) * p.query.head_stride;
+      };
+      state.load_query(row_of, p.shape.group_queries() - first_query, scale, query);
+      const TileTokens begin = tile_tokens(p, piece.work, ahead);
+      if (kReplaces && kAhead && begin.anchors) {
+        next_weights = replaced.load_weights(p, piece, begin.begin + warp * kWarpTokens);
+      }
+      density = sample_density(p.num_anchors, piece.work.start);
     }
     const int tile = ahead - Stage::kCount;
     if (tile < piece.begin) continue;
@@ -197,8 +211,11 @@ MAC_DEVICE void amend_piece(
       sampler.begin(p, piece, sampler_shared[warp]);
       if (kReplaces && tokens.anchors) replaced.template load_query<Q>(p, piece, scale, replaced_query);
     }
-    Counted counted;
-    if (kReplaces && tokens.anchors) counted = replaced.load_weights(p, piece, first);
+    float2 weights = next_weights;
+    if (kReplaces && tokens.anchors) {
+      if constexpr (kAhead) next_weights = replaced.load_weights(p, piece, first + kTileTokens);
+      if constexpr (!kAhead) weights = replaced.load_weights(p, piece, first);
+    }
     ptx::cp_async_wait<Stage::kCount - 1>();
     ptx::sync_warp();  // the stage is filled for all lanes
 
@@ -208,7 +225,9 @@ MAC_DEVICE void amend_piece(
       const auto there = static_cast<uint32_t>(valid >> (kWarpTokens * Stage::kCount));
       const int first_token = tokens.anchors ? piece.work.start : first;  // where all heads attend to all of them
       warp_logits(p, state, starts, stage, query, first_token, there, x);
-      if (kReplaces && tokens.anchors) lift(x, counted);
+      Counted counted;
+      if (kReplaces && tokens.anchors) counted = replaced.count(weights, density), lift(x, counted);
+      if (first + kWarpTokens > piece.work.position + 1 && !tokens.anchors) mask_later(lasts, first, x);
       raise_max(state, x);
       const bool draws = sampler.draws && piece.span(tile) == kOld;
       float lead = 0.f, bound = 0.f;

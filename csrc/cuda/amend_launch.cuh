@@ -14,7 +14,7 @@ namespace mac_attn::cuda {
 // the grid has for each. While match leaves the processors, one that is free before the others would else take a
 // third CTA, and another be left with one, for the whole step.
 template <typename Q, typename T, typename Use>
-cudaError_t with_amend_kernel(int head_dim, int group_size, const Use& use) {
+cudaError_t with_amend_kernel(int head_dim, int queries, const Use& use) {
   int device = 0, all = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)) {
@@ -23,7 +23,7 @@ cudaError_t with_amend_kernel(int head_dim, int group_size, const Use& use) {
   const int least = all / (ctas_per_processor(head_dim) + 1);  // beside it a CTA has static shared memory
   return with_head_dim(head_dim, [&](auto dim) {
     constexpr int kHeadDim = decltype(dim)::value;
-    return group_size <= 8
+    return queries <= 8
                ? use(amend_kernel<Q, kHeadDim, 1, T>, std::max(least, amend_shared_bytes<kHeadDim, 1, T>()))
                : use(amend_kernel<Q, kHeadDim, 2, T>, std::max(least, amend_shared_bytes<kHeadDim, 2, T>()));
   });
@@ -31,7 +31,7 @@ cudaError_t with_amend_kernel(int head_dim, int group_size, const Use& use) {
 
 template <typename Q, typename T>
 cudaError_t launch_amend_type(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t stream) {
-  return with_amend_kernel<Q, T>(p.shape.head_dim, p.shape.group_size, [&](auto* kernel, int shared) {
+  return with_amend_kernel<Q, T>(p.shape.head_dim, p.shape.group_queries(), [&](auto* kernel, int shared) {
     return launch(kernel, dim3(ctas), kThreads, shared, stream, p, w);
   });
 }
@@ -42,7 +42,7 @@ cudaError_t amend_ctas_type(const AmendParams& p, int32_t* ctas) {
   int device = 0, processors = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-  return with_amend_kernel<Q, T>(p.shape.head_dim, p.shape.group_size, [&](auto* kernel, int shared) {
+  return with_amend_kernel<Q, T>(p.shape.head_dim, p.shape.group_queries(), [&](auto* kernel, int shared) {
     int each = 0;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, shared);

@@ -5,7 +5,7 @@
 //   entry p = (q_match, q, carried, anchors, depth)
 //   a sink joins `out` and its log-sum-exp, and nothing else
 //
-// Grid: one CTA for each (request, KV head), whose warps take the query heads. Traffic: two states, one record of
+// Grid: one CTA for each (request, KV head), whose warps take the queries. Traffic: two states, one record of
 // the ring read and perhaps one entry written, all small.
 #pragma once
 
@@ -24,28 +24,30 @@ namespace mac_attn::cuda {
 constexpr int max_complete_warps(int head_dim) {
   return head_dim <= 128 ? 16 : 8;
 }
-constexpr int complete_threads(int group_size, int head_dim) {
-  return 32 * std::min(std::max(group_size, kWarps), max_complete_warps(head_dim));
+constexpr int complete_threads(int queries, int head_dim) {
+  return 32 * std::min(std::max(queries, kWarps), max_complete_warps(head_dim));
 }
 
 // What a KV head does, the same for all of its threads.
 struct CompleteWork {
   int request, kv_head, seq_len, slot;
+  int tokens;           // of the query, 0 for padding
   bool bad, reuses;     // reuses: the request has a ring and tokens, and no error
   int stored, sampled;  // Matched::stored, amend's answer
   int hits, start;      // heads that hit; the first token read
   bool stores;          // the new entry may be reused
   int place;            // of it; may be a matched one's
 
-  MAC_DEVICE int64_t row(const CompleteParams& p, int g) const {
-    return (static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head) * p.shape.group_size + g;
-  }
+  MAC_DEVICE int position() const { return seq_len - tokens; }  // of the first query token
+  // Of a query, in amend's states; of a head, in match's answer.
+  MAC_DEVICE int64_t row(const CompleteParams& p, int i) const { return group(p) * p.shape.group_queries() + i; }
+  MAC_DEVICE int64_t matched(const CompleteParams& p, int g) const { return group(p) * p.shape.group_size + g; }
   MAC_DEVICE int64_t group(const CompleteParams& p) const {
     return static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
   }
 };
 
-// What a query head is made of.
+// What a query is made of.
 template <int kHeadDim>
 struct CompleteHead {
   static constexpr int D = kHeadDim, kLaneElements = (D + 31) / 32;
@@ -53,15 +55,16 @@ struct CompleteHead {
   float carried_lse, fresh_lse, reused_lse, log_ratio;
   int place, depth;  // of the matched entry
 
-  MAC_DEVICE void load_states(const CompleteParams& p, int64_t row) {
-    const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads() + row;
+  MAC_DEVICE void load_states(const CompleteParams& p, const CompleteWork& work, int query) {
+    const int64_t row = work.row(p, query);
+    const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * p.shape.num_queries() + row;
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) {
       const int d = ptx::lane_id() + 32 * i;
       if (d < D) carried[i] = p.states[row * D + d], fresh[i] = p.states[fresh_row * D + d];
     }
     carried_lse = p.state_lse[row], fresh_lse = p.state_lse[fresh_row];
-    place = p.matched.source ? p.matched.place[row] : kMiss;
+    place = p.matched.source && query < p.shape.group_size ? p.matched.place[work.matched(p, query)] : kMiss;
     log_ratio = p.matched.source ? p.log_ratio[row] : 0.f;
   }
   MAC_DEVICE void load_entry(const CompleteParams& p, const CompleteWork& work, int g) {
@@ -107,7 +110,7 @@ MAC_DEVICE void look_at_heads(const CompleteParams& p, CompleteWork& work, int s
   bool shallow = false;
 #pragma unroll 1
   for (int g = ptx::lane_id(); g < G; g += 32) {
-    if (g >= 32) source = p.matched.source[work.row(p, g)], place = p.matched.place[work.row(p, g)];
+    if (g >= 32) source = p.matched.source[work.matched(p, g)], place = p.matched.place[work.matched(p, g)];
     const bool hit = source != kMiss;
     const int start = hit ? band_start(source, p.band) : 0;
     const int depth = hit ? next_depth(p.ring.depth(work.slot, work.kv_head, place)[g]) : 0;
@@ -117,7 +120,7 @@ MAC_DEVICE void look_at_heads(const CompleteParams& p, CompleteWork& work, int s
   }
   work.hits = static_cast<int>(ptx::reduce_add(work.hits));
   work.start = static_cast<int>(~ptx::reduce_max(~static_cast<uint32_t>(work.start)));
-  const int old_end = band_start(work.seq_len - 1, p.band);
+  const int old_end = band_start(work.position(), p.band);
   const bool drawn =
       S == 0 || (work.hits == 0 && work.sampled >= 0 && work.sampled <= kCandidateRoom * sample_size(S, old_end));
   work.stores = ptx::ballot(shallow) && old_end > 0 && drawn;
@@ -131,27 +134,28 @@ MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& wo
   const int64_t slot = work.slot;
   const int stored = work.stored < 0 ? 0 : work.stored;
   *p.ring.stored(slot, work.kv_head) = work.stores ? next_stored(stored, p.ring.layout.shape.entries) : stored;
-  if (work.stores) *p.ring.position(slot, work.kv_head, work.place) = n - 1;
+  if (work.stores) *p.ring.position(slot, work.kv_head, work.place) = work.position();
   if (work.stored == kNoHistory) *p.ring.spread(slot, work.kv_head) = 0.f;  // another request's
   if (S > 0) {
-    const int size = sample_size(S, band_start(n - 1, p.band));
+    const int size = sample_size(S, band_start(work.position(), p.band));
     float* tau = p.ring.tau(slot, work.kv_head);
     const float base = work.stored != kNoHistory && usable_tau(*tau) ? *tau : first_tau(size);
     *tau = work.hits == 0 && work.sampled >= 0 ? next_tau(base, work.sampled, size) : base;
   }
   int64_t* counters = p.ring.counters(slot);
   const int anchors = S > 0 && work.hits > 0 ? work.sampled : 0;
-  ptx::atomic_add(counters + kKvHeadSteps, 1);
+  ptx::atomic_add(counters + kKvHeadSteps, work.tokens);
   ptx::atomic_add(counters + kKvHeadHits, work.hits == G);
   ptx::atomic_add(counters + kQueryHeadHits, work.hits);
   ptx::atomic_add(counters + kKvTokensRead, n - work.start + anchors);
-  ptx::atomic_add(counters + kKvTokensFull, n);
+  ptx::atomic_add(counters + kKvTokensFull, tokens_of_steps(n, work.tokens));
   ptx::atomic_add(counters + kAnchorsRead, anchors);
   ptx::atomic_add(counters + kEntriesStored, work.stores);
   if (work.kv_head > 0) return;
-  *p.ring.end(slot) = n;
+  *p.ring.end(slot) = work.position() + 1;
+  *p.ring.reach(slot) = n;
   *p.ring.request(slot) = p.requests.request_ids ? p.requests.request_ids[work.request] : -1;
-  ptx::atomic_add(counters + kSteps, 1);
+  ptx::atomic_add(counters + kSteps, work.tokens);
 }
 
 // Asks for what a head will read besides amend's states, while amend is still running. What this reads itself may
@@ -229,18 +233,20 @@ MAC_DEVICE void store_anchors(const CompleteParams& p, const CompleteWork& work,
 }
 
 template <typename T, int kHeadDim>
-MAC_DEVICE void write_out(const CompleteParams& p, const CompleteWork& work, int g,
+MAC_DEVICE void write_out(const CompleteParams& p, const CompleteWorkspace& w, const CompleteWork& work, int query,
                           const CompleteHead<kHeadDim>& head) {
-  const int lane = ptx::lane_id();
+  const int lane = ptx::lane_id(), G = p.shape.group_size;
   const MergeWeights merge = merge_weights(head.carried_lse, head.fresh_lse);
-  const int qo_head = work.kv_head * p.shape.group_size + g;
-  T* out = static_cast<T*>(p.out) + work.request * p.out_batch_stride + qo_head * p.out_head_stride;
+  const int token = w.group_size.divide(query), g = query - token * G, qo_head = work.kv_head * G + g;
+  T* out = static_cast<T*>(p.out) + work.request * p.out_batch_stride + token * p.out_token_stride +
+           qo_head * p.out_head_stride;
   MergeWeights tokens{1.f, 0.f, merge.lse};
-  if (p.sinks && work.seq_len != 0) tokens = merge_weights(merge.lse, p.sinks[qo_head]);
+  if (p.sinks && token < work.tokens) tokens = merge_weights(merge.lse, p.sinks[qo_head]);
   const float carried_weight = merge.first * tokens.first, fresh_weight = merge.second * tokens.first;
   if (lane == 0) {
-    p.lse[work.row(p, g)] = work.bad ? NAN : tokens.lse;
-    if (work.reuses) p.ring.last_lse(work.slot, work.kv_head)[g] = merge.lse;
+    const int64_t row = int64_t{work.request} * p.shape.tokens + token;
+    p.lse[row * p.shape.num_qo_heads() + qo_head] = work.bad ? NAN : tokens.lse;
+    if (work.reuses && token == 0) p.ring.last_lse(work.slot, work.kv_head)[g] = merge.lse;
   }
 #pragma unroll
   for (int i = 0; i < head.kLaneElements; ++i) {
@@ -254,7 +260,7 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
     complete_kernel(const __grid_constant__ CompleteParams p, const __grid_constant__ CompleteWorkspace w) {
   const int G = p.shape.group_size, H = p.shape.num_kv_heads, lane = ptx::lane_id();
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int queries = p.shape.group_queries(), warp = threadIdx.x / 32, warps = blockDim.x / 32;
   CompleteWork work{};
   work.request = blockIdx.x / H, work.kv_head = blockIdx.x % H;
   ptx::grid_dependency_launch();
@@ -264,16 +270,17 @@ __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
   }
   ptx::grid_dependency_wait();
   CompleteHead<kHeadDim> head;
-  if (warp < G) head.load_states(p, work.row(p, warp));
+  if (warp < queries) head.load_states(p, work, warp);
   const int64_t group = work.group(p);
   int source = kMiss, place = kMiss;  // of the head that the lane looks at
   if (p.matched.source) {
-    if (lane < G) source = p.matched.source[work.row(p, lane)], place = p.matched.place[work.row(p, lane)];
+    if (lane < G) source = p.matched.source[work.matched(p, lane)], place = p.matched.place[work.matched(p, lane)];
     work.stored = p.matched.stored[group], work.sampled = p.sampled[group];
   }
   work.seq_len = p.requests.seq_lens[work.request],
   work.slot = p.requests.slots ? p.requests.slots[work.request] : 0;
   work.bad = w.status && w.status[work.request] != 0;
+  work.tokens = work.seq_len == 0 ? 0 : query_len(p.shape, p.requests, work.request);
   work.reuses = p.matched.source && has_ring(p.requests, work.request) && work.seq_len > 0 && !work.bad;
   if (warp < G) head.load_entry(p, work, warp);
   if (work.reuses) {
@@ -281,12 +288,12 @@ __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
     ptx::sync_block();  // all warps have read the depths, some of which may be the new entry's
   }
 #pragma unroll 1
-  for (int g = warp; g < G; g += warps) {
-    if (g != warp) head.load_states(p, work.row(p, g)), head.load_entry(p, work, g);
+  for (int i = warp; i < queries; i += warps) {
+    if (i != warp) head.load_states(p, work, i), head.load_entry(p, work, i);
     head.carry(p, work);
-    write_out<T, kHeadDim>(p, work, g, head);
+    write_out<T, kHeadDim>(p, w, work, i, head);
     ptx::sync_warp();
-    if (work.stores) store_head<T, kHeadDim>(p, work, g, head);
+    if (work.stores && i < G) store_head<T, kHeadDim>(p, work, i, head);
   }
   if (!work.reuses) return;
   if (threadIdx.x == blockDim.x - 1) complete_history(p, work);

@@ -11,14 +11,15 @@
 namespace mac_attn::cuda {
 
 struct PieceRange {
-  int begin, end;
+  int begin, count;  // every head_tiles-th from `begin` on
 };
 
 // Which pieces have a partial state of which span, of the pass over one head tile. Some piece may have both.
-MAC_DEVICE void find_pieces(const Piece& piece, int head_tile, PieceRange (&pieces)[kNumSpans]) {
-  const int first = piece.first + head_tile * piece.splits;
-  pieces[kOld] = {first, first + divide_up(piece.work.tiles_of_old(), piece.most)};
-  pieces[kFresh] = {first + piece.work.old_tiles / piece.most, first + piece.splits};
+MAC_DEVICE void find_pieces(const AmendWorkspace& w, const Piece& piece, int head_tile,
+                            PieceRange (&pieces)[kNumSpans]) {
+  const int first = piece.first + head_tile, only_old = piece.work.old_tiles / piece.most;
+  pieces[kOld] = {first, divide_up(piece.work.tiles_of_old(), piece.most)};
+  pieces[kFresh] = {first + only_old * w.head_tiles, piece.splits - only_old};
 }
 
 // Where a head's part of a partial state lies.
@@ -38,8 +39,7 @@ template <int kHeadDim>
 MAC_DEVICE Merged merge_partials(const AmendWorkspace& w, int head, int column,
                                  const PieceRange (&pieces)[kNumSpans]) {
   constexpr int kAtOnce = kHeadDim <= 128 ? 8 : 4;  // registers are short with the greatest
-  const int num_old = pieces[kOld].end - pieces[kOld].begin;
-  const int all = num_old + pieces[kFresh].end - pieces[kFresh].begin;
+  const int num_old = pieces[kOld].count, all = num_old + pieces[kFresh].count;
   Merged merged{{-INFINITY, -INFINITY}, {}, {}, 0.f, {}};
 #pragma unroll 1
   for (int first = 0; first < all; first += kAtOnce) {
@@ -49,7 +49,8 @@ MAC_DEVICE Merged merge_partials(const AmendWorkspace& w, int head, int column,
       const int j = first + i, fresh = j >= num_old;
       sums[i] = {-INFINITY, 0.f, 0.f, 0.f}, out[i] = {0.f, 0.f, 0.f, 0.f};
       if (j >= all) continue;
-      const int piece = j + (fresh ? pieces[kFresh].begin - num_old : pieces[kOld].begin);
+      const PieceRange& of = pieces[fresh ? kFresh : kOld];
+      const int piece = of.begin + (fresh ? j - num_old : j) * w.head_tiles;
       const int place = partial_of(w, piece, fresh, head);
       sums[i] = ptx::load_float4(w.partial_sums + int64_t{4} * place);
       out[i] = ptx::load_float4(w.partial_out + static_cast<int64_t>(place) * kHeadDim + column);
@@ -85,24 +86,29 @@ MAC_DEVICE Merged merge_partials(const AmendWorkspace& w, int head, int column,
 template <int kHeadDim>
 MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, void* scratch,
                                PieceRange (&pieces)[kNumSpans]) {
-  const int G = p.shape.group_size, n = p.requests.seq_lens[piece.request], group = piece.kv_group(p);
+  const int queries = p.shape.group_queries(), group = piece.kv_group(p);
   // The first thread may be marking the request below already, as may the CTAs of other KV heads.
   const int given = ptx::load_volatile(w.status + piece.request),
-            status = given | (n < 0 || n > w.max_tokens ? kBadLength : 0);
-  const int64_t spans = static_cast<int64_t>(p.shape.batch) * p.shape.num_qo_heads();
+            bad = p.requests.seq_lens[piece.request] != 0 && position_of(p, w, piece.request) < 0,
+            status = given | (bad ? kBadLength : 0);
+  const int64_t spans = static_cast<int64_t>(p.shape.batch) * p.shape.num_queries();
 #pragma unroll 1
   for (int tile = 0; tile < w.head_tiles; ++tile) {
     if (tile > 0) {
       ptx::sync_block();  // all have read the last pass's
-      if (threadIdx.x == 0) find_pieces(piece, tile, pieces);
+      if (threadIdx.x == 0) find_pieces(w, piece, tile, pieces);
       ptx::sync_block();
     }
-    const int first = tile * kMaxTileHeads, heads = G - first < w.tile_heads ? G - first : w.tile_heads;
+    const int first = tile * kMaxTileHeads, heads = queries - first < w.tile_heads ? queries - first : w.tile_heads;
 #pragma unroll 1
     for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
       const int column = i % (kHeadDim / 4) * 4, head = i / (kHeadDim / 4), g = first + head;
+      // Asked for before what it is needed with.
+      const bool replaces = column == 0 && piece.work.anchor_tiles > 0 && !status;
+      const float entry =
+          replaces ? p.ring.lse(p.requests.slots[piece.request], piece.kv_head, piece.work.place)[g] : 0.f;
       const Merged merged = merge_partials<kHeadDim>(w, head, column, pieces);
-      const int64_t qo_row = static_cast<int64_t>(group) * G + g;
+      const int64_t qo_row = static_cast<int64_t>(group) * queries + g;
 #pragma unroll
       for (int span = 0; span < kNumSpans; ++span) {
         const float sum = merged.sum[span];
@@ -120,15 +126,11 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
       const float now = log2_total(merged.max[kFresh], merged.light[kFresh]);
       const float then = log2_total(merged.max[kOld], merged.light[kOld]);
       p.log_ratio[qo_row] = known ? (now - then) * kLn2 : 0.f;
-      if (piece.work.anchor_tiles > 0 && !status) {
-        const float entry = p.ring.lse(p.requests.slots[piece.request], piece.kv_head, piece.work.place)[g];
+      if (replaces) {
         const float replaced = log2_total(merged.max[kOld], merged.sum[kOld]) * kLn2;
         if (nothing_left(entry, replaced, then * kLn2)) p.log_ratio[qo_row] = -INFINITY;
       }
-      if (g == 0) {
-        const bool attends = piece.work.anchor_tiles > 0 && !status;
-        p.sampled[group] = attends ? static_cast<int>(merged.anchors) : kNotSampled;
-      }
+      if (g == 0) p.sampled[group] = replaces ? static_cast<int>(merged.anchors) : kNotSampled;
     }
   }
   if (status) {
@@ -166,7 +168,7 @@ MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, con
     if (is_last) *done = 0;  // as the next call wants to find it
   }
   // Another warp, meanwhile.
-  if (threadIdx.x == 32) find_pieces(piece, 0, pieces);
+  if (threadIdx.x == 32) find_pieces(w, piece, 0, pieces);
   ptx::sync_block();
   if (!is_last) return;
   finish_kv_head<kHeadDim>(p, w, piece, scratch, pieces);

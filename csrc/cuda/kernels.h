@@ -9,7 +9,7 @@
 
 namespace mac_attn::cuda {
 
-constexpr int32_t kMaxTileHeads = 16;   // query heads that one pass over the tokens serves
+constexpr int32_t kMaxTileHeads = 16;   // queries of a KV head that one pass over the tokens serves
 constexpr int32_t kMostReplaced = 256;  // head_dim times blocks of eight heads that anchors are possible with
 constexpr int32_t kMaxWaves = 8;        // pieces for each CTA
 constexpr int32_t kWarpTokens = 16;     // tokens that a warp attends to at a time: a strip
@@ -67,14 +67,15 @@ struct AmendWorkspace {
   uint32_t k_page_units, k_token_units;  // strides in 16 bytes
   uint32_t v_page_units, v_token_units;
   Divisor page_size;
-  Divisor num_kv_heads, ctas;
-  int64_t max_tokens;  // max_pages * page_size
-  int32_t tile_heads;  // min(G, kMaxTileHeads)
-  int32_t head_tiles;  // passes per KV head: ceil(G / kMaxTileHeads)
+  Divisor num_kv_heads, ctas, group_size, passes;  // passes: head_tiles
+  int64_t max_tokens;                              // max_pages * page_size
+  int32_t tile_heads;                              // queries of a pass: min(T G, kMaxTileHeads)
+  int32_t head_tiles;                              // passes per KV head: ceil(T G / kMaxTileHeads)
 };
 
 struct CompleteWorkspace {
   const int32_t* status;  // [B] Error bits of match and amend, null in exact mode
+  Divisor group_size;
 };
 
 // Fills in the CTAs for each KV head of the current device's match launch: as many as it keeps busy.
@@ -102,8 +103,11 @@ inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_p
   w.num_kv_heads = Divisor(params.shape.num_kv_heads);
   w.ctas = Divisor(ctas);
   w.max_tokens = max_pages * kv.page_size;
-  w.tile_heads = params.shape.group_size < kMaxTileHeads ? params.shape.group_size : kMaxTileHeads;
-  w.head_tiles = (params.shape.group_size + kMaxTileHeads - 1) / kMaxTileHeads;
+  const int32_t queries = params.shape.group_queries();
+  w.tile_heads = queries < kMaxTileHeads ? queries : kMaxTileHeads;
+  w.head_tiles = (queries + kMaxTileHeads - 1) / kMaxTileHeads;
+  w.group_size = Divisor(params.shape.group_size);
+  w.passes = Divisor(w.head_tiles);
   return fits(kv.k_page_stride, kv.k_token_stride) && fits(kv.v_page_stride, kv.v_token_stride);
 }
 

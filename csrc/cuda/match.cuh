@@ -50,7 +50,7 @@ MAC_DEVICE int match_age(unsigned long long key) {
 // This thread's share of looking whether the request can be served: Error bits.
 MAC_DEVICE int request_errors(const MatchParams& p, int request, int n, int slot) {
   if (n == 0) return 0;
-  int errors = n < 0 ? kBadLength : 0;
+  int errors = fits_query(p.shape, p.requests, request) ? 0 : kBadLength;
   if (slot == kNoSlot) return errors;
   if (slot < 0 || slot >= p.ring.num_slots) errors |= kBadSlot;
   for (int b = threadIdx.x; b < p.shape.batch; b += kMatchThreads) {
@@ -188,7 +188,8 @@ struct RingSearch {
     next = fetch(first_place + ptx::lane_id() / kLanes);
     const int64_t id = p.requests.request_ids ? p.requests.request_ids[r.request] : -1;
     stored = *p.ring.stored(r.slot, r.kv_head);
-    const bool unbroken = r.readable && *p.ring.end(r.slot) == r.seq_len - 1 && *p.ring.request(r.slot) == id;
+    const int position = first_position(p.shape, p.requests, r.request);
+    const bool unbroken = r.readable && goes_on(p.ring, r.slot, position) && *p.ring.request(r.slot) == id;
     if (!unbroken || stored < 0 || stored >= 2 * M) stored = kNoHistory;
     places = stored < places ? stored : places;
   }
@@ -207,7 +208,7 @@ struct RingSearch {
     const int G = p.shape.group_size, M = p.ring.layout.shape.entries;
     const int lane = ptx::lane_id(), position = r.seq_len - 1;
     if (shared.errors) stored = kNoHistory, places = 0;
-    const bool searches = stored > 0 && r.seq_len >= p.min_context;
+    const bool searches = stored > 0 && r.seq_len >= p.min_context && p.shape.tokens == 1;
     const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors);
 #pragma unroll 1
     for (int first = first_place; searches && first < places; first += stride) {

@@ -42,10 +42,12 @@ struct Sampler {
 
   // A barrier of the warp has to follow.
   MAC_DEVICE void begin(const AmendParams& p, const Piece& piece, Shared& room) {
-    const float tau = piece.begin < piece.work.old_tiles ? sample_tau(p, piece) : 0.f;
+    // The heads of the first query token draw, which are all in the first pass.
+    const bool asked = piece.begin < piece.work.old_tiles && piece.head_tile == 0;
+    const float tau = asked ? sample_tau(p, piece) : 0.f;
     draws = tau > 0.f, count = 0, shared = &room;
     if (!draws) return;
-    if (ptx::lane_id() == 0) room.seed = sample_seed(piece.work.seq_len - 1, piece.kv_head, p.layer);
+    if (ptx::lane_id() == 0) room.seed = sample_seed(piece.work.position, piece.kv_head, p.layer);
     const float* last_lse = p.ring.last_lse(p.requests.slots[piece.request], piece.kv_head);
     const int g = ptx::lane_id();
     if (g < 8 * kHeadBlocks) room.bar[g] = g < p.shape.group_size ? last_lse[g] * kLog2E + ptx::lg2(tau) : INFINITY;
@@ -182,7 +184,7 @@ MAC_DEVICE int choose_sample(const AmendParams& p, const AmendWorkspace& w, cons
                              SampleScratch& scratch, float& raise) {
   __shared__ int warp_sum[kWarps];
   const int size = sample_size(p.num_anchors, piece.work.old_end);
-  const uint32_t seed = sample_seed(piece.work.seq_len - 1, piece.kv_head, p.layer);
+  const uint32_t seed = sample_seed(piece.work.position, piece.kv_head, p.layer);
   const Candidate* candidates =
       w.candidate + static_cast<int64_t>(piece.kv_group(p)) * kCandidateRoom * p.num_anchors;
   each_candidate<kHeadDim>(candidates, count, [&](int i, Candidate c) {

@@ -1,6 +1,6 @@
 // How the work of one amend launch is shared out: one persistent grid for every mix of hits and misses.
 //
-// The tokens of a KV head (once per 16 query heads that share it: a pass) are cut into tiles of 64: first those of
+// The tokens of a KV head (once per 16 queries that share it: a pass) are cut into tiles of 64: first those of
 // the old span [s, E(p)), then the band [E(p), n); with anchors a hit has those first, then [s, n). A pass is cut
 // into equal pieces of at most so many tiles that every CTA gets some, and no more than kMaxSplits; a piece leaves
 // one partial state per span. The CTAs begin with the piece of their own number and then draw one after another, as
@@ -32,10 +32,18 @@ MAC_DEVICE int amend_start(const AmendParams& p, int source) {
   return source == kMiss ? 0 : band_start(source, p.band);
 }
 
+// Position of a request's first query token; -1 for padding, and where lengths cannot be.
+MAC_DEVICE int position_of(const AmendParams& p, const AmendWorkspace& w, int request) {
+  const int n = p.requests.seq_lens[request], tokens = query_len(p.shape, p.requests, request);
+  const bool fits = n <= w.max_tokens && tokens >= 1 && tokens <= p.shape.tokens && tokens <= n;
+  return fits ? n - tokens : -1;
+}
+
 // What one KV head of one request has to attend to. A hit with anchors has no old tiles: those and the rest are one
 // span, and of the entry's state only the anchors are kOld.
 struct KvHeadWork {
   int seq_len, start, old_end, place;  // place: of the matched entry, looked at where there are anchors
+  int position;                        // of the first query token
   int old_tiles, anchor_tiles, tiles;
 
   MAC_DEVICE bool hit() const { return start > 0; }
@@ -61,11 +69,13 @@ MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w
     start = amend_start(p, oldest);
   }
   // Padding, and a length that cannot be: one tile without tokens, so that its state is written.
-  if (n <= 0 || n > w.max_tokens) return {0, 0, 0, kMiss, 0, 0, 1};
+  const int position = position_of(p, w, request);
+  if (position < 0) return {0, 0, 0, kMiss, 0, 0, 0, 1};
   const int anchor_tiles = start > 0 ? tiles_for(sample_size(p.num_anchors, start)) : 0;
-  const int old_end = !reuses ? 0 : anchor_tiles > 0 ? start : band_start(n - 1, p.band);
+  const int old_end = !reuses ? 0 : anchor_tiles > 0 ? start : band_start(position, p.band);
   const int old_tiles = tiles_for(old_end - start);
-  return {n, start, old_end, place, old_tiles, anchor_tiles, old_tiles + anchor_tiles + tiles_for(n - old_end)};
+  const int tiles = old_tiles + anchor_tiles + tiles_for(n - old_end);
+  return {n, start, old_end, place, position, old_tiles, anchor_tiles, tiles};
 }
 
 // A piece of one pass: tiles [begin, end).
@@ -195,8 +205,9 @@ MAC_DEVICE void find_piece(const AmendParams& p, const AmendWorkspace& w, const 
         continue;
       }
       const int most = work.tiles <= share.most ? work.tiles : (work.tiles + splits - 1) / splits;
-      const int head_tile = w.head_tiles == 1 ? 0 : in_group / splits,
-                begin = (in_group - head_tile * splits) * most;
+      // Passes over the same tokens are neighbours, so that the second finds them in the L2 cache.
+      const int split = w.passes.divide(in_group);
+      const int head_tile = in_group - split * w.head_tiles, begin = split * most;
       const int end = begin + most < work.tiles ? begin + most : work.tiles;
       const int request = w.num_kv_heads.divide(group);
       found = {number,    begin, end,   request, group - request * p.shape.num_kv_heads,

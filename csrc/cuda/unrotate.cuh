@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kUnrotateThreads) unrotate_kernel(const __grid
   const int first = p.interleaved ? 2 * i : i, second = p.interleaved ? first + 1 : i + p.pairs;
   const float x = ptx::to_float(from[first]), y = ptx::to_float(from[second]);
   // The angle is rounded to float32, as models round it; what it is in half turns, less the whole turns, to more.
-  const float angle = static_cast<float>(int64_t{p.positions[request]} - p.back) * p.inv_freq[i];
+  const int64_t back = p.each_back ? p.each_back[request] : p.back;
+  const float angle = static_cast<float>(p.positions[request] - back) * p.inv_freq[i];
   const double half_turns = angle * 0.31830988618379067154;
   const float2 sin_cos = ptx::sin_cos_pi(static_cast<float>(half_turns - 2 * rint(half_turns / 2)));
   const float sin = sin_cos.x * p.inverse_scale, cos = sin_cos.y * p.inverse_scale;

@@ -88,11 +88,11 @@ struct WarpState {
     return *reinterpret_cast<const float*>(query + column * kQueryRow + kHeadDim);
   }
 
-  // Brings the query heads of a pass to `shared`. `rows`: of the group; `scale`: of the logits, with fp8. The whole
-  // block takes part.
-  template <typename Q>
-  MAC_DEVICE void load_query(const Q* rows, int64_t head_stride, int heads, [[maybe_unused]] float scale,
-                             Factor<T>* shared) {
+  // Brings the queries of a pass to `shared`. `row_of`: where one lies, of `heads`; `scale`: of the logits, with
+  // fp8. The whole block takes part.
+  template <typename RowOf>
+  MAC_DEVICE void load_query(const RowOf& row_of, int heads, [[maybe_unused]] float scale, Factor<T>* shared) {
+    using Q = std::remove_const_t<std::remove_pointer_t<decltype(row_of(0))>>;
     constexpr int kPieces = kHeadDim / 8;
     const int lane = ptx::lane_id();
     if constexpr (kIsFp8<T>) {
@@ -101,7 +101,7 @@ struct WarpState {
       for (int g = threadIdx.x / 32; g < 8 * kHeadBlocks; g += kWarps) {
         const int d = lane * 8;
         const bool mine = lane < kPieces;
-        const uint4 data = mine && g < heads ? ptx::load_16(rows + g * head_stride + d) : uint4{0, 0, 0, 0};
+        const uint4 data = mine && g < heads ? ptx::load_16(row_of(g) + d) : uint4{0, 0, 0, 0};
         uint32_t pairs[4] = {data.x, data.y, data.z, data.w};
         float logit_scale = scale;
         to_fp16<Q>(pairs, logit_scale);
@@ -114,7 +114,7 @@ struct WarpState {
 #pragma unroll 1
       for (int i = threadIdx.x; i < 8 * kHeadBlocks * kPieces; i += kThreads) {
         const int g = i / kPieces, d = i % kPieces * 8;
-        const uint4 data = g < heads ? ptx::load_16(rows + g * head_stride + d) : uint4{0, 0, 0, 0};
+        const uint4 data = g < heads ? ptx::load_16(row_of(g) + d) : uint4{0, 0, 0, 0};
         ptx::store_16(shared + g * kQueryRow + d, data);
       }
     }
@@ -129,14 +129,32 @@ struct WarpState {
   }
 };
 
-// Brings to shared memory which tokens the heads of a pass attend to: those from `starts` on, kNoHead for a column
-// without a head. The block's barrier has to follow.
+// Brings to shared memory which tokens the queries of a pass attend to: those from `starts` on, kNoHead for a
+// column without a query, up to their own, `lasts`. The block's barrier has to follow.
 template <int kHeadBlocks>
-MAC_DEVICE void load_starts(const AmendParams& p, const Piece& piece, int* starts) {
-  const int column = threadIdx.x, g = piece.head_tile * kMaxTileHeads + column, G = p.shape.group_size;
+MAC_DEVICE void load_bounds(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, int* starts,
+                            int* lasts) {
+  const int column = threadIdx.x, i = piece.head_tile * kMaxTileHeads + column, G = p.shape.group_size;
   if (column >= 8 * kHeadBlocks) return;
+  const int token = w.group_size.divide(i);
+  const bool there = i < p.shape.group_queries() && piece.work.position + token < piece.work.seq_len;
+  // Only a single token reuses anything.
+  const bool reuses = p.matched.source && p.shape.tokens == 1;
   const int32_t* source = p.matched.source + static_cast<int64_t>(piece.kv_group(p)) * G;
-  starts[column] = g >= G ? kNoHead : p.matched.source ? amend_start(p, source[g]) : 0;
+  starts[column] = !there ? kNoHead : reuses ? amend_start(p, source[i]) : 0;
+  lasts[column] = piece.work.position + token;
+}
+
+// Takes out the logits of tokens behind a query's own.
+template <int kHeadBlocks>
+MAC_DEVICE void mask_later(const int* lasts, int first_token, float (&x)[kHeadBlocks][4]) {
+#pragma unroll
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    for (int i = 0; i < 4; ++i) {
+      const int token = first_token + ptx::lane_id() / 4 + i / 2 * 8;
+      if (token > lasts[b * 8 + ptx::lane_id() % 4 * 2 + i % 2]) x[b][i] = -INFINITY;
+    }
+  }
 }
 
 // Logits of the warp's 16 tokens, log2, masked by the bits of `valid`: x[b][0, 1] token lane / 4, x[b][2, 3] token

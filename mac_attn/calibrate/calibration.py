@@ -19,7 +19,7 @@ class Calibration:
     """Options for every layer of a model, and what they are expected to do.
 
     Attributes:
-        configs: one for each layer.
+        configs: one for each layer of the model; of layers that never reuse it means nothing.
         target_error: what was asked for: the mean of |out - exact| / |exact| over layers and heads.
         error, kv_read_share: what these options did on the text of the calibration.
     """

@@ -46,7 +46,7 @@ def calibrate(
     query heads. The text should be like those that will be decoded, and as long.
 
     Args:
-        model: a transformers model that `MacCache` supports, attending in full in all layers.
+        model: a transformers model that `MacCache` supports. Layers that never reuse get `base`.
         ids: [1, n] token ids; the last `steps` are decoded. n is at least base.min_context + steps:
             below min_context nothing is reused, so nothing could be learned.
         target_error: the mean error allowed, >= 0.
@@ -97,15 +97,16 @@ def calibrate_capture(
     which_anchors, which_threshold = choose(error, read, target_error)
 
     group = captured.num_qo_heads // captured.num_kv_heads
-    configs = tuple(
-        replace(
+    chosen = {
+        number: replace(
             base,
             anchors=anchors[which_anchors[layer]],
             threshold=[thresholds[i] for i in which_threshold[layer] for _ in range(group)],
         )
-        for layer in range(captured.num_layers)
-    )
-    run = replayer(configs)
+        for layer, number in enumerate(captured.layer_index)
+    }
+    run = replayer(list(chosen.values()))
+    configs = tuple(chosen.get(number, base) for number in range(captured.num_model_layers))
     return Calibration(configs, target_error, run.mean_error, run.kv_read_share)
 
 

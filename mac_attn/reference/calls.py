@@ -18,9 +18,10 @@ SAMPLED_KEYS = 512  # by which `seed` measures their spread: evenly over the tok
 class Step:
     """What one decode step answers."""
 
-    out: Tensor  # [B, Hq, D] float64
-    lse: Tensor  # [B, Hq] float64, natural log
+    out: Tensor  # [B, Hq, D] or [B, T, Hq, D] float64
+    lse: Tensor  # without D, float64, natural log
     source: Tensor  # [B, Hq] int64, the matched position; -1 is a miss
+    gain: Tensor  # as lse, by how much the sums of a hit raise errors of their terms
     heads: list[list[HeadStep]]  # [B][Hkv]; of a padding row none
 
 
@@ -30,6 +31,7 @@ def decode(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
+    query_lens: Tensor | None = None,
     reuse: ReferenceReuse | None = None,
     slots: Tensor | None = None,
     q_match: Tensor | None = None,
@@ -40,59 +42,88 @@ def decode(
     k_scale: Scale = None,
     v_scale: Scale = None,
     sinks: Tensor | None = None,
+    learn: bool = True,
     choose: Choose = draw_sample,
 ) -> Step:
     """One decode step, as `mac_attn.decode`; without `reuse` exact attention.
 
-    q and q_match `[B, Hq, D]` of any float dtype, block_table `[B, max_pages]`, seq_lens, slots and
-    request_ids `[B]`. `choose` draws the samples: a backend's may differ where keys are nearly
-    equal, so that who compares one passes a function that judges and then answers the backend's.
+    q and q_match `[B, Hq, D]` of any float dtype, or of T query tokens `[B, T, Hq, D]`, of which a
+    request has `query_lens[b]`: those are exact, and only the first is stored. block_table
+    `[B, max_pages]`, seq_lens, slots and request_ids `[B]`. `choose` draws the samples: a backend's
+    may differ where keys are nearly equal, so that who compares one passes a function that judges
+    and then answers the backend's.
     Raises ValueError if `reuse` comes without `slots` or `q_match`.
     """
     softmax = (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale, logits_soft_cap)
     q = q.cpu().double()
+    several = q.dim() == 4
     result = Step(
         out=torch.zeros_like(q),
-        lse=q.new_full(q.shape[:2], -torch.inf),
-        source=torch.full(q.shape[:2], -1),
+        lse=q.new_full(q.shape[:-1], -torch.inf),
+        source=torch.full((len(q), q.shape[-2]), -1),
+        gain=q.new_ones(q.shape[:-1]),
         heads=[[] for _ in range(len(q))],
     )
+    active = torch.zeros(q.shape[:-2], dtype=torch.bool)
     for b, n in enumerate(seq_lens.tolist()):
         if n == 0:
             continue  # a padding row: the empty state, and its slot stays as it was
         k, v = gather_kv(kv_cache, block_table[b], n, kv_layout, (k_scale, v_scale))
         kv = list(zip(k.unbind(1), v.unbind(1), strict=True))
-        groups = q[b].chunk(len(kv))
-        if reuse is None or (slots is not None and slots[b] == -1):
+        tokens = 1 if not several else q.shape[1] if query_lens is None else int(query_lens[b])
+        first = n - tokens  # the position of the first of them
+        stores = reuse is not None and (slots is None or slots[b] != -1)
+        for t in range(tokens):
+            row = (b, t) if several else (b,)
+            active[row] = True
+            if t == 0 and stores:
+                continue
+            seen = [(keys[: first + t + 1], values[: first + t + 1]) for keys, values in kv]
             states = [
                 attention_state(group, *pair, *softmax)
-                for group, pair in zip(groups, kv, strict=True)
+                for group, pair in zip(q[row].chunk(len(kv)), seen, strict=True)
             ]
-            result.out[b], result.lse[b] = (torch.cat(part) for part in zip(*states, strict=True))
+            result.out[row], result.lse[row] = map(torch.cat, zip(*states, strict=True))
+        if reuse is None or not stores:
             continue
         if slots is None or q_match is None:
             raise ValueError("slots and q_match are needed with reuse")
+        row = (b, 0) if several else (b,)
+        groups, queries = (list(x[row].cpu().double().chunk(len(kv))) for x in (q, q_match))
         slot = reuse.slots[int(slots[b])]
-        reuse.resume(slot, n - 1, -1 if request_ids is None else int(request_ids[b]))
-        queries = q_match[b].cpu().double().chunk(len(kv))
+        reuse.resume(slot, first, -1 if request_ids is None else int(request_ids[b]))
         result.heads[b] = [
-            reuse.step(slot.rings[h], groups[h], queries[h], *kv[h], softmax, (b, h), choose)
+            reuse.step(
+                slot.rings[h],
+                groups[h],
+                queries[h],
+                kv[h][0][: first + 1],
+                kv[h][1][: first + 1],
+                softmax,
+                (b, h),
+                choose,
+                miss=several and q.shape[1] > 1,
+                learn=learn,
+            )
             for h in range(len(kv))
         ]
-        slot.end = n
-        for name in ("out", "lse", "source"):
-            getattr(result, name)[b] = torch.cat([getattr(head, name) for head in result.heads[b]])
+        slot.end, slot.reach = first + 1, n
+        for head in result.heads[b]:
+            head.queries, head.tokens = tokens, head.tokens + tokens - 1
+        result.source[b] = torch.cat([head.source for head in result.heads[b]])
+        for name in ("out", "lse", "gain"):
+            getattr(result, name)[row] = torch.cat([getattr(h, name) for h in result.heads[b]])
     if sinks is not None:
-        add_sinks(result, sinks.cpu().double(), seq_lens.cpu() > 0)
+        add_sinks(result, sinks.cpu().double(), active)
     return result
 
 
 def add_sinks(step: Step, sinks: Tensor, active: Tensor) -> None:
-    """Add a logit `[Hq]` whose value is 0 to the softmax of the active requests `[B]`."""
+    """Add a logit `[Hq]` whose value is 0 to the softmax of the active query tokens."""
     lse = torch.logaddexp(step.lse, sinks)
     share = torch.where(lse == -torch.inf, 0.0, torch.exp(step.lse - lse))
-    step.out = torch.where(active[:, None, None], step.out * share[..., None], step.out)
-    step.lse = torch.where(active[:, None], lse, step.lse)
+    step.out = torch.where(active[..., None, None], step.out * share[..., None], step.out)
+    step.lse = torch.where(active[..., None], lse, step.lse)
 
 
 def seed(
@@ -126,7 +157,7 @@ def seed(
             continue
         slot = reuse.slots[int(slots[b])]
         reuse.resume(slot, n - length, -1 if request_ids is None else int(request_ids[b]))
-        slot.end = n
+        slot.end = slot.reach = n
         k, v = gather_kv(kv_cache, block_table[b], n, kv_layout, (k_scale, v_scale))
         rotated, queries = (
             x[b].cpu().double().unflatten(1, (reuse.num_kv_heads, -1)) for x in (q, q_match)

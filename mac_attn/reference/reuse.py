@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mac_attn.config import ReuseConfig
 
 
-UNKNOWN_VARIANCE = 12.0  # of a query's logits, before the spread of the keys is known
+UNKNOWN_VARIANCE = 16.0  # of a query's logits, before the spread of the keys is known
 
 
 @dataclass
@@ -38,6 +38,8 @@ class HeadStep:
     out: Tensor  # [G, D] float64
     lse: Tensor  # [G] float64, natural log
     source: Tensor  # [G] int64, the matched position; -1 is a miss
+    gain: Tensor  # [G] float64, by how much the sums of a hit raise errors of their terms
+    queries: int = 1  # tokens that the step has answered
     tokens: int = 0  # whose key and value were read, anchors included
     anchors: int = 0  # read by a hit
     stored: bool = False  # whether an entry was
@@ -106,13 +108,13 @@ class ReferenceReuse:
         """Forget the positions from `seq_lens[i]` on (rejected draft tokens)."""
         for i, n in zip(slots, seq_lens, strict=True):
             slot = self.slots[i]
-            slot.end = min(slot.end, int(n))
+            slot.end, slot.reach = min(slot.end, int(n)), min(slot.reach, int(n))
             for ring in slot.rings:
                 ring.places = [e if e and e.position < int(n) else None for e in ring.places]
 
     def resume(self, slot: Slot, position: int, request: int) -> None:
         """History rule: what a slot holds counts only if the new tokens start where it ended."""
-        if slot.end != position or slot.request != request:
+        if not slot.end <= position <= slot.reach or slot.request != request:
             slot.rings = self.empty_slot().rings
         slot.request = request
 
@@ -199,11 +201,13 @@ class ReferenceReuse:
         where: tuple[int, int],
         choose: Choose,
         miss: bool = False,
+        learn: bool = True,
     ) -> HeadStep:
         """Match, amend and complete the newest token of one request, for one KV head.
 
         q and the pre-RoPE query `[G, D]`, k and v `[n, D]`, softmax `(sm_scale, logits_soft_cap)`,
-        `where` the row of the batch and the KV head; with `miss` nothing is matched.
+        `where` the row of the batch and the KV head; with `miss` nothing is matched, without
+        `learn` nothing stored.
         """
         n = k.shape[0]
         p, old = n - 1, self.old_end(n - 1)
@@ -212,6 +216,7 @@ class ReferenceReuse:
             out=torch.empty_like(q),
             lse=q.new_empty(len(q)),
             source=torch.full((len(q),), -1),
+            gain=q.new_ones(len(q)),
             candidates=[e.position for e in entries],
             scores=scores,
         )
@@ -236,7 +241,7 @@ class ReferenceReuse:
                     state = merge_states(matched.out[heads], matched.lse[heads], *middle)
             recent = attention_state(q[heads], k[fresh], v[fresh], *softmax, counts=counts)
             if matched is not None and self.cfg.anchors:
-                out, lse, result.rest = hit_state(matched, recent, q, k, v, softmax)
+                out, lse, result.rest, result.gain = hit_state(matched, recent, q, k, v, softmax)
                 result.out[heads], result.lse[heads] = out, lse
             else:
                 carried[heads], carried_lse[heads] = state
@@ -261,6 +266,7 @@ class ReferenceReuse:
                     )
             if not 0 < ring.tau <= MOST_TAU:
                 ring.tau = first_tau(self.sample_size(p))
+        result.stored = result.stored and learn
         if result.stored:
             ring.store(entry)
         ring.last_lse = result.lse

@@ -58,10 +58,11 @@ class Ring:
 
 @dataclass
 class Slot:
-    """History of one request: the tokens before `end`, under the id `request`."""
+    """History of one request, under the id `request`; it may go on from `end` to `reach`."""
 
     rings: list[Ring]
     end: int = 0
+    reach: int = 0
     request: int = -1
 
     def copy(self) -> Slot:
@@ -72,14 +73,15 @@ class Slot:
 
 def hit_state(
     entry: Entry, recent: State, q: Tensor, k: Tensor, v: Tensor, softmax: tuple[float, float]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output of q `[G, D]` on a hit with anchors A, from the state of all that it attends to.
 
     Every anchor leaves the entry's state `counts` times, for itself and for the others that it
     answers for, as it has joined `recent`. The mean of what is left stays, and its sum grows by
     rho, the quotient of `sum_A a exp(s)` for q and for the entry's query. Sums are signed: now and
-    then anchors leave with more than there was. k and v `[n, D]`. Returns o `[G, D]`, lse `[G]` and
-    what is left of the entry's sum, as a share of it `[G]`.
+    then anchors leave with more than there was. k and v `[n, D]`. Returns o `[G, D]`, lse `[G]`,
+    what is left of the entry's sum, as a share of it `[G]`, and by how much the signed sums raise
+    errors of their terms `[G]`.
     """
     k, v = k[entry.anchors], v[entry.anchors]
     lifted = [attention_logits(x, k, *softmax) + entry.weights.log() for x in (q, entry.rotated)]
@@ -95,4 +97,5 @@ def hit_state(
     nothing = (entry.lse == -torch.inf) | little | (total < LEAST_OF_FRESH * fresh)
     sums = old[:, None] * (entry.out - taken[:, None] * replaced) + fresh[:, None] * out
     out = torch.where(nothing[:, None], out, sums / total[:, None])
-    return out, torch.where(nothing, lse, high + total.log()), 1 - taken
+    gain = torch.where(nothing, 1.0, (old * (1 + taken) + fresh) / total)
+    return out, torch.where(nothing, lse, high + total.log()), 1 - taken, gain

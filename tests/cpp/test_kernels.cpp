@@ -125,13 +125,13 @@ double decode(int first, int tokens, float threshold, int repeat, int64_t& hits,
   RingMemory ring;
   std::vector<float> thresholds(kHeads, threshold);
   const Shape shape{kBatch, kKvHeads, kGroup, kHeadDim};
-  const HeadsView query{model.query.data(), kHeads * kHeadDim, kHeadDim};
-  const Requests requests{model.seq_lens.data(), model.slots.data(), nullptr};
+  const HeadsView query{model.query.data(), kHeads * kHeadDim, kHeadDim, 0};
+  const Requests requests{model.seq_lens.data(), model.slots.data(), nullptr, nullptr};
   double error = 0;
   for (int step = 0; step < tokens; ++step) {
     if (step % repeat == 0) model.query = random_floats(model.query.size());
     for (int b = 0; b < kBatch; ++b) model.seq_lens[b] = first + step + 5 * b;
-    const HeadsView now{model.query.data(), query.batch_stride, query.head_stride};
+    const HeadsView now{model.query.data(), query.batch_stride, query.head_stride, 0};
 
     std::vector<int32_t> source(kBatch * kHeads), place = source, stored(kBatch * kKvHeads), sampled = stored;
     std::vector<int32_t> anchors(kBatch * kKvHeads * kAnchors);

@@ -45,6 +45,7 @@ class Call:
         self.float8 = pick(0, 2) == 1
         self.dtype = draw.PickValueInList(list(DTYPES))
         self.per_head = self.num_anchors == 0 and draw.ConsumeBool()
+        self.tokens = max(0, pick(0, 8) - 4)  # 0: one, without a dimension of its own
         self.generator = torch.Generator().manual_seed(pick(0, 2**16))
         self.args = {name: make() for name, make in self.makers().items() if name in wanted}
 
@@ -66,6 +67,8 @@ class Call:
         """What makes each argument of a call that is valid, or nearly."""
         B, H, G, D = self.batch, self.kv_heads, self.group, self.head_dim
         N, M, S = self.slots, self.entries, self.num_anchors
+        T = max(1, self.tokens)
+        rows = (B, T, H * G) if self.tokens else (B, H * G)
         longest = self.max_pages * self.page_size if self.num_pages else 0
         lens = self.ints(B, low=0, high=longest + 1)
         order = torch.randperm(N, generator=self.generator).int()
@@ -80,8 +83,8 @@ class Call:
             source = torch.where(old_enough, (lens - 2)[:, None], source).contiguous()
         place = torch.where(source >= 0, source % M, -1)
         return {
-            "q": lambda: self.normal(B, H * G, D),
-            "q_match": lambda: self.normal(B, H * G, D),
+            "q": lambda: self.normal(*rows, D),
+            "q_match": lambda: self.normal(*rows, D),
             "k_cache": lambda: self.pages(*cache),
             "v_cache": lambda: self.pages(*cache),
             "k_scale": self.scale,
@@ -89,14 +92,17 @@ class Call:
             "hnd": lambda: False,
             "block_table": lambda: self.ints(B, self.max_pages, low=0, high=self.num_pages),
             "seq_lens": lambda: lens,
+            "query_lens": lambda: (
+                self.ints(B, low=1, high=self.tokens + 1) if self.draw.ConsumeBool() else None
+            ),
             "slots": lambda: slots,
             "request_ids": lambda: None,
             "source": lambda: source,
             "place": lambda: place,
             "stored": lambda: stored[:, None].expand(B, H).contiguous(),
-            "states": lambda: self.normal(2, B, H * G, D, dtype=torch.float32),
-            "state_lse": lambda: self.normal(2, B, H * G, dtype=torch.float32),
-            "log_ratio": lambda: self.normal(B, H * G, dtype=torch.float32),
+            "states": lambda: self.normal(2, B, T * H * G, D, dtype=torch.float32),
+            "state_lse": lambda: self.normal(2, B, T * H * G, dtype=torch.float32),
+            "log_ratio": lambda: self.normal(B, T * H * G, dtype=torch.float32),
             "anchor_positions": lambda: torch.full((B, H, S), -1, dtype=torch.int32),
             "anchor_weights": lambda: torch.zeros(B, H, S),
             "sampled": lambda: self.ints(B, H, low=-1, high=4 * S + 2),
@@ -113,6 +119,7 @@ class Call:
             "band": lambda: self.band,
             "min_context": lambda: 0,
             "max_reuse_depth": lambda: 1 if S else 2**31 - 1,
+            "learn": lambda: self.draw.ConsumeBool(),
             "sm_scale": lambda: 0.25,
             "logits_soft_cap": lambda: self.draw.PickValueInList([0.0, 2.0]),
             "sinks": lambda: self.draw.PickValueInList(
@@ -123,8 +130,8 @@ class Call:
             "inv_freq": lambda: None,
             "interleaved": lambda: self.draw.ConsumeBool(),
             "rotary_scale": lambda: 1.0,
-            "out": lambda: self.normal(B, H * G, D),
-            "lse": lambda: self.normal(B, H * G, dtype=torch.float32),
+            "out": lambda: self.normal(*rows, D),
+            "lse": lambda: self.normal(*rows, dtype=torch.float32),
         }
 
     def rings(self, lens: Tensor, slots: Tensor) -> dict[str, Tensor]:
@@ -148,7 +155,7 @@ class Call:
         for n, slot in zip(lens.tolist(), slots.tolist(), strict=True):
             if slot < 0:
                 continue
-            cache.slot_end[slot] = max(0, n - 1)
+            cache.slot_end[slot] = cache.slot_reach[slot] = max(0, n - 1)
             for c in range(max(self.band, n - 1 - self.entries), n - 1):
                 cache.ring_position[slot, :, c % self.entries] = c
                 for i in range(min(self.num_anchors, c + 1 - self.band)):
@@ -176,6 +183,8 @@ class Call:
             self.args[name] = self.draw.PickValueInList(list(WIDE_INTS))
         elif isinstance(value, float):
             self.args[name] = self.draw.PickValueInList(list(FLOATS))
+        elif name == "query_lens":
+            self.args[name] = self.ints(self.batch, low=-1, high=6)
         elif name == "request_ids":
             self.args[name] = self.ints(self.batch, low=-1, high=4, dtype=torch.int64)
         elif name == "sinks":

@@ -24,15 +24,17 @@ std::string AmendSpec::name() const {
   return std::string("amend ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") + (fp8 ? " on fp8" : "") +
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
          " D=" + std::to_string(head_dim) + " page=" + std::to_string(page_size) + (hnd ? " HND" : " NHD") +
-         " n=" + list(seq_lens) + (exact ? " exact" : " W=" + std::to_string(band)) +
-         " S=" + std::to_string(anchors) + " ages=" + list(ages) + (per_head ? " per head" : "") +
-         " candidates=" + std::to_string(candidates) + " cap=" + std::to_string(soft_cap) +
-         " sharp=" + std::to_string(sharpness) + " heavy=" + std::to_string(heavy_tokens) +
-         " ctas=" + std::to_string(ctas) + " seed=" + std::to_string(seed);
+         " n=" + list(seq_lens) + " T=" + std::to_string(tokens) + " t=" + list(query_lens) +
+         (exact ? " exact" : " W=" + std::to_string(band)) + " S=" + std::to_string(anchors) +
+         " ages=" + list(ages) + (per_head ? " per head" : "") + " candidates=" + std::to_string(candidates) +
+         " cap=" + std::to_string(soft_cap) + " sharp=" + std::to_string(sharpness) +
+         " heavy=" + std::to_string(heavy_tokens) + " ctas=" + std::to_string(ctas) +
+         " seed=" + std::to_string(seed);
 }
 
 AmendCase::AmendCase(const AmendSpec& spec)
     : seq_lens(spec.seq_lens.begin(), spec.seq_lens.end()),
+      query_lens(spec.query_lens.begin(), spec.query_lens.end()),
       status(spec.seq_lens.size()),
       errors(spec.seq_lens.size()),
       stored(spec.seq_lens.size() * spec.num_kv_heads, 1),
@@ -46,7 +48,7 @@ AmendCase::AmendCase(const AmendSpec& spec)
       spec_(spec),
       data_(spec.seed),
       softmax_{static_cast<float>(1 / std::sqrt(spec.head_dim)), static_cast<float>(spec.soft_cap)},
-      query_(spec.dtype, static_cast<int>(spec.seq_lens.size()), heads(), spec.head_dim, spec.sharpness, data_),
+      query_(spec.dtype, static_cast<int>(spec.seq_lens.size()), queries(), spec.head_dim, spec.sharpness, data_),
       pages_(spec.dtype, spec.fp8, spec.seq_lens, spec.num_kv_heads, spec.head_dim, spec.page_size, spec.hnd,
              data_) {
   const int batch = static_cast<int>(spec.seq_lens.size()), H = spec.num_kv_heads, G = spec.group_size;
@@ -64,7 +66,7 @@ AmendCase::AmendCase(const AmendSpec& spec)
       const bool decides = h == 0 || spec.per_head || h % G == 0;
       if (h > 0 && decides) ++next_age;
       const int age = spec.ages[next_age % spec.ages.size()];
-      const bool hits = age > 0 && position - age >= spec.band && slots_[b] != kNoSlot;
+      const bool hits = age > 0 && position - age >= spec.band && slots_[b] != kNoSlot && spec.tokens == 1;
       source_.push_back(hits ? position - age : kMiss);
       place_.push_back(!hits ? kMiss : decides ? data_.below(kEntries) : place_.back());
     }
@@ -157,8 +159,7 @@ int AmendCase::start(int request, int kv_head) const {
 }
 
 int AmendCase::old_end(int request) const {
-  const int n = seq_lens[request];
-  return n > 0 && !exact(request) ? reference::old_end(n - 1, spec_.band) : 0;
+  return seq_lens[request] > 0 && !exact(request) ? reference::old_end(position(request), spec_.band) : 0;
 }
 
 reference::Rows AmendCase::queries(int request, int kv_head) const {
@@ -215,18 +216,20 @@ reference::Vector AmendCase::weights(int request, int kv_head) const {
 reference::Vector AmendCase::uniforms(int request, int kv_head) const {
   reference::Vector u;
   for (int token = 0; token < old_end(request); ++token) {
-    u.push_back(reference::uniform(seq_lens[request] - 1, kv_head, layer, token));
+    u.push_back(reference::uniform(position(request), kv_head, layer, token));
   }
   return u;
 }
 
 AmendParams AmendCase::params() {
   AmendParams p{};
-  p.shape = {static_cast<int32_t>(seq_lens.size()), spec_.num_kv_heads, spec_.group_size, spec_.head_dim};
+  p.shape = {static_cast<int32_t>(seq_lens.size()), spec_.num_kv_heads, spec_.group_size, spec_.head_dim,
+             spec_.tokens};
   p.dtype = spec_.dtype;
-  p.query = query_.view();
+  p.query = query_.view(heads());
   p.kv = pages_.view();
-  p.requests = {seq_lens.data(), spec_.exact ? nullptr : slots_.data(), nullptr};
+  p.requests = {seq_lens.data(), spec_.exact ? nullptr : slots_.data(), nullptr,
+                query_lens.empty() ? nullptr : query_lens.data()};
   p.band = spec_.band, p.layer = layer;
   p.sm_scale = static_cast<float>(softmax_.scale);
   p.logits_soft_cap = static_cast<float>(softmax_.soft_cap);
@@ -259,7 +262,7 @@ cuda::AmendWorkspace AmendCase::workspace() {
 }
 
 void AmendCase::run(const Run& run) {
-  const size_t groups = seq_lens.size() * spec_.num_kv_heads, rows = seq_lens.size() * heads();
+  const size_t groups = seq_lens.size() * spec_.num_kv_heads, rows = seq_lens.size() * queries();
   out_.assign(kNumSpans * rows * spec_.head_dim, 12345.f);
   lse_.assign(kNumSpans * rows, 12345.f);
   log_ratio_.assign(rows, 12345.f);
@@ -270,6 +273,7 @@ void AmendCase::run(const Run& run) {
   unchanged_.note(query_.bits()), unchanged_.note(pages_.k_bytes()), unchanged_.note(pages_.v_bytes());
   unchanged_.note(pages_.table()), unchanged_.note(seq_lens), unchanged_.note(slots_), unchanged_.note(source_);
   unchanged_.note(place_), unchanged_.note(stored), unchanged_.note(ring.bytes);
+  unchanged_.note(query_lens);
   int32_t found = kStickyBit;
   for (size_t b = 0; b < errors.size(); ++b) found |= errors[b] & ~status[b];
   expected_flag_ = found;
@@ -296,9 +300,9 @@ void AmendCase::check() const {
 }
 
 void AmendCase::check_nan(int request) const {
-  const size_t rows = seq_lens.size() * heads(), D = spec_.head_dim;
+  const size_t each = queries(), rows = seq_lens.size() * each, D = spec_.head_dim;
   for (size_t span = 0; span < kNumSpans; ++span) {
-    for (size_t row = span * rows + request * heads(); row < span * rows + (request + 1) * heads(); ++row) {
+    for (size_t row = span * rows + request * each; row < span * rows + (request + 1) * each; ++row) {
       CHECK(std::isnan(lse_[row]));
       CHECK(std::all_of(&out_[row * D], &out_[row * D] + D, [](float x) { return std::isnan(x); }));
     }
@@ -345,20 +349,23 @@ double AmendCase::expected_log_ratio(int request, int head) const {
 }
 
 void AmendCase::check_request(int request) const {
-  for (int head = 0; head < heads(); ++head) {
-    check_head(request, head);
+  for (int query = 0; query < queries(); ++query) {
+    check_query(request, query);
     if (spec_.exact) continue;
-    const double got = log_ratio(request, head), want = expected_log_ratio(request, head);
+    const double got = log_ratio(request, query), want = expected_log_ratio(request, head_of(query));
     CHECK(got == want || std::abs(got - want) <= kSampleSlack);
   }
 }
 
-void AmendCase::check_head(int request, int head) const {
-  const int h = head / spec_.group_size, source = source_[request * heads() + head], n = seq_lens[request];
+void AmendCase::check_query(int request, int query) const {
+  const int head = head_of(query), token = token_of(query), row = token * heads() + head;
+  const int h = head / spec_.group_size, source = source_[request * heads() + head];
+  const bool there = seq_lens[request] > 0 && token < query_len(request);
+  const int n = there ? position(request) + token + 1 : 0;
   const reference::Rows &keys = keys_[request][h], &values = values_[request][h];
   const bool reuses = !exact(request) && source != kMiss;
   const int first = reuses ? reference::old_end(source, spec_.band) : 0;
-  reference::Vector old_query = query_.row(request, head);
+  reference::Vector old_query = query_.row(request, row);
   std::vector<int> old, fresh;
   reference::Vector counts;
   int end = old_end(request);
@@ -370,18 +377,18 @@ void AmendCase::check_head(int request, int head) const {
   for (int token = first; token < n; ++token) (token < end ? old : fresh).push_back(token);
   const reference::State want[kNumSpans] = {
       reference::attend(old_query, keys, values, old, softmax_, counts),
-      reference::attend(query_.row(request, head), keys, values, fresh, softmax_, counts)};
+      reference::attend(query_.row(request, row), keys, values, fresh, softmax_, counts)};
   for (const Span span : {kOld, kFresh}) {
     // NaN in one state may show in both: they end up in one sum.
     if (std::isnan(want[1 - span].lse)) continue;
-    check_state(request, head, span, want[span]);
+    check_state(request, query, span, want[span]);
   }
 }
 
 // The weights are rounded to the dtype before they meet the values, in numerator and denominator alike, so what
 // State::spread says holds with the dtype's unit roundoff. Everything else is fp32, on sums of a few hundred terms.
-void AmendCase::check_state(int request, int head, Span span, const reference::State& want) const {
-  const size_t row = (span * seq_lens.size() + request) * heads() + head;
+void AmendCase::check_state(int request, int query, Span span, const reference::State& want) const {
+  const size_t row = (span * seq_lens.size() + request) * queries() + query;
   const float* out = &out_[row * spec_.head_dim];
   if (want.lse == -INFINITY || std::isnan(want.lse)) {
     CHECK(std::isnan(want.lse) ? std::isnan(lse_[row]) : lse_[row] == -INFINITY);
@@ -395,8 +402,8 @@ void AmendCase::check_state(int request, int head, Span span, const reference::S
     if (!(error <= worst)) worst = error;  // NaN too
   }
   if (!(worst <= 1)) {
-    std::printf("request %d head %d %s: error %.3g times the tolerance; lse %.7g, should be %.7g\n", request, head,
-                span == kOld ? "old" : "fresh", worst, lse_[row], want.lse);
+    std::printf("request %d query %d %s: error %.3g times the tolerance; lse %.7g, should be %.7g\n", request,
+                query, span == kOld ? "old" : "fresh", worst, lse_[row], want.lse);
   }
   CHECK(worst <= 1);
 }

@@ -10,6 +10,8 @@ struct AmendSpec {
   bool fp8 = false;  // the cache
   int num_kv_heads = 2, group_size = 3, head_dim = 64, page_size = 16;
   std::vector<int> seq_lens = {150, 37};
+  int tokens = 1;               // T; with more than one nothing hits
+  std::vector<int> query_lens;  // of each request, empty: T
   bool hnd = false;
   bool exact = false;  // without reuse
   int band = 24, anchors = 0;
@@ -40,7 +42,7 @@ class AmendCase {
 
   // For tests that break something, before run().
   Pages& pages() { return pages_; }
-  std::vector<int32_t> seq_lens, status;
+  std::vector<int32_t> seq_lens, query_lens, status;
   std::vector<int32_t> errors;  // [B] Error bits that amend has to find, or finds in `status`
   std::vector<int32_t> stored;  // [B, H]
   RingTensors ring;
@@ -55,19 +57,28 @@ class AmendCase {
   double tau(int request, int kv_head) const;
   reference::Vector weights(int request, int kv_head) const;  // of a miss, by old token
   reference::Vector uniforms(int request, int kv_head) const;
-  double log_ratio(int request, int head) const { return log_ratio_[request * heads() + head]; }
+  double log_ratio(int request, int query) const { return log_ratio_[request * queries() + query]; }
   double expected_log_ratio(int request, int head) const;
   static constexpr double kSampleSlack = 2e-4;  // of weights, relatively; of a log_ratio
 
  private:
   void check_request(int request) const;
   void check_nan(int request) const;
-  void check_head(int request, int head) const;
-  void check_state(int request, int head, Span span, const reference::State& want) const;
+  void check_query(int request, int query) const;
+  void check_state(int request, int query, Span span, const reference::State& want) const;
   void check_sample(int request, int kv_head) const;
   void prepare_miss(int request, int kv_head);
   cuda::AmendWorkspace workspace();
   int heads() const { return spec_.num_kv_heads * spec_.group_size; }
+  // Queries are [H, T, G].
+  int queries() const { return heads() * spec_.tokens; }
+  int token_of(int query) const { return query / spec_.group_size % spec_.tokens; }
+  int head_of(int query) const {
+    const int G = spec_.group_size;
+    return query / (G * spec_.tokens) * G + query % G;
+  }
+  int query_len(int request) const { return query_lens.empty() ? spec_.tokens : query_lens[request]; }
+  int position(int request) const { return seq_lens[request] - query_len(request); }  // of the first query token
   bool exact(int request) const { return spec_.exact || slots_[request] == kNoSlot; }
   bool hits(int request, int kv_head) const { return !exact(request) && start(request, kv_head) > 0; }
   int group(int request, int kv_head) const { return request * spec_.num_kv_heads + kv_head; }

@@ -19,34 +19,36 @@ std::string CompleteSpec::name() const {
   return std::string("complete ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") +
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
          " D=" + std::to_string(head_dim) + " S=" + std::to_string(anchors) + (exact ? " exact" : "") +
-         (per_head ? " per head" : "") + (sinks ? " sinks" : "") + " depth=" + std::to_string(max_reuse_depth) +
-         " seed=" + std::to_string(seed);
+         " T=" + std::to_string(tokens) + (per_head ? " per head" : "") + (sinks ? " sinks" : "") +
+         " depth=" + std::to_string(max_reuse_depth) + " seed=" + std::to_string(seed);
 }
 
 CompleteCase::CompleteCase(const CompleteSpec& spec)
     : seq_lens(spec.seq_lens.begin(), spec.seq_lens.end()),
+      query_lens(spec.query_lens.begin(), spec.query_lens.end()),
       status(spec.seq_lens.size()),
       ring([&] {
         Data data(spec.seed + 1000);
         const Shape shape{static_cast<int32_t>(spec.seq_lens.size()), spec.num_kv_heads, spec.group_size,
-                          spec.head_dim};
+                          spec.head_dim, spec.tokens};
         return RingTensors(spec.dtype, shape, shape.batch + 2, spec.entries, spec.anchors, data);
       }()),
       spec_(spec),
       data_(spec.seed),
-      query_(spec.dtype, static_cast<int>(spec.seq_lens.size()), heads(), spec.head_dim, 1, data_),
-      rotated_(spec.dtype, static_cast<int>(spec.seq_lens.size()), heads(), spec.head_dim, 1, data_),
+      query_(spec.dtype, static_cast<int>(spec.seq_lens.size()), queries(), spec.head_dim, 1, data_),
+      rotated_(spec.dtype, static_cast<int>(spec.seq_lens.size()), queries(), spec.head_dim, 1, data_),
       head_stride_(spec.head_dim + 3),
-      batch_stride_(heads() * head_stride_ + 5),
+      batch_stride_(queries() * head_stride_ + 5),
       before_(ring) {
   const int batch = static_cast<int>(seq_lens.size()), H = spec.num_kv_heads, G = spec.group_size;
   const int D = spec.head_dim, S = spec.anchors, M = spec.entries;
   for (int i = 0; i < ring.num_slots; ++i) slots.push_back(i);
   data_.shuffle(slots);
   slots.resize(batch);
-  const int64_t rows = int64_t{batch} * heads();
+  const int64_t rows = int64_t{batch} * queries();
   for (int64_t row = 0; row < kNumSpans * rows; ++row) {
-    const bool empty = seq_lens[row / heads() % batch] == 0 || data_.below(4) == 0;
+    const int request = static_cast<int>(row / queries() % batch), token = static_cast<int>(row / G % spec.tokens);
+    const bool empty = token >= query_len(request) || data_.below(4) == 0;
     state_lse.push_back(empty ? -INFINITY
                               : static_cast<float>(data_.below(8) ? 3 * data_.normal() : 60 * data_.normal()));
     for (int d = 0; d < D; ++d) states.push_back(empty ? 0.f : static_cast<float>(data_.normal()));
@@ -62,10 +64,12 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
       const bool decides = h == 0 || spec.per_head || h % G == 0;
       if (h > 0 && decides) ++next_age;
       const int age = spec.ages[next_age % spec.ages.size()], kv_head = h / G, g = h % G;
-      const bool hits = has_ring && age > 0 && position - age >= spec.band;
+      const bool hits = has_ring && age > 0 && position - age >= spec.band && spec.tokens == 1;
       source_.push_back(hits ? position - age : kMiss);
       place_.push_back(!hits ? kMiss : decides ? data_.below(M) : place_.back());
-      log_ratio_.push_back(!hits || S == 0 ? 0.f : static_cast<float>(data_.normal()));
+      for (int i = 0; i < spec.tokens; ++i) {
+        log_ratio_.push_back(!hits || S == 0 ? 0.f : static_cast<float>(data_.normal()));
+      }
       if (!hits || S == 0) continue;
       // What is read again is a part of the entry's state, now and then more than it or nothing.
       const int kind = data_.below(8), place = place_.back();
@@ -81,7 +85,7 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
     for (int h = 0; h < H; ++h) {
       const int hits = source_[b * heads() + h * G] != kMiss;
       stored_.push_back(hits ? 1 + data_.below(2 * M - 1) : data_.below(3) ? data_.below(2 * M) : kNoHistory);
-      const int size = reference::sample_size(S, reference::old_end(position, spec.band));
+      const int size = reference::sample_size(S, reference::old_end(position - query_len(b) + 1, spec.band));
       const int sampled[] = {kNotSampled, 0, 1, size, 4 * size, 4 * size + 1};
       sampled_.push_back(S == 0 ? kNotSampled : hits ? data_.below(S + 1) : sampled[data_.below(6)]);
       if (data_.below(5) == 0) *r.tau(slots[b], h) = data_.below(2) ? NAN : 0.f;
@@ -103,32 +107,34 @@ void CompleteCase::run(const Run& run) {
   if (ran_) ring = before_;
   before_ = ring;
   ran_ = true;
-  out_.assign((batch - 1) * batch_stride_ + (heads() - 1) * head_stride_ + spec_.head_dim, kGap);
-  lse_.assign(batch * heads(), 12345.f);
+  out_.assign((batch - 1) * batch_stride_ + (queries() - 1) * head_stride_ + spec_.head_dim, kGap);
+  lse_.assign(batch * queries(), 12345.f);
   unchanged_ = {};
   unchanged_.note(query_.bits()), unchanged_.note(rotated_.bits()), unchanged_.note(states);
   unchanged_.note(state_lse), unchanged_.note(source_), unchanged_.note(place_), unchanged_.note(stored_);
   unchanged_.note(anchors_), unchanged_.note(anchor_weights_), unchanged_.note(sampled_);
   unchanged_.note(log_ratio_), unchanged_.note(seq_lens), unchanged_.note(slots), unchanged_.note(request_ids_);
-  unchanged_.note(status), unchanged_.note(sinks_);
+  unchanged_.note(status), unchanged_.note(sinks_), unchanged_.note(query_lens);
   CompleteParams p{};
   p.shape = ring.shape, p.dtype = spec_.dtype;
   p.requests = {seq_lens.data(), spec_.exact ? nullptr : slots.data(),
-                spec_.exact || !spec_.request_ids ? nullptr : request_ids_.data()};
+                spec_.exact || !spec_.request_ids ? nullptr : request_ids_.data(),
+                query_lens.empty() ? nullptr : query_lens.data()};
   p.states = states.data(), p.state_lse = state_lse.data();
   if (!spec_.exact) {
     p.matched = {source_.data(), place_.data(), stored_.data()};
     p.log_ratio = log_ratio_.data(), p.anchors = anchors_.data(), p.anchor_weights = anchor_weights_.data();
     p.sampled = sampled_.data();
-    p.query = query_.view(), p.ring = ring.view();
-    if (spec_.anchors > 0) p.rotated = rotated_.view();
+    p.query = query_.view(heads()), p.ring = ring.view();
+    if (spec_.anchors > 0) p.rotated = rotated_.view(heads());
     p.max_reuse_depth = spec_.anchors > 0 ? 1 : spec_.max_reuse_depth;
   }
   p.band = spec_.band;
   p.out = out_.data(), p.out_batch_stride = batch_stride_, p.out_head_stride = head_stride_;
+  p.out_token_stride = heads() * head_stride_;
   p.lse = lse_.data();
   p.sinks = spec_.sinks ? sinks_.data() : nullptr;
-  const cuda::CompleteWorkspace w{spec_.exact ? nullptr : status.data()};
+  const cuda::CompleteWorkspace w{spec_.exact ? nullptr : status.data(), cuda::Divisor(spec_.group_size)};
   (spec_.dtype == DType::kBFloat16 ? launch_complete_bf16 : launch_complete_fp16)(p, w, run);
 }
 
@@ -140,8 +146,9 @@ int64_t CompleteCase::entries_stored() const {
   return count;
 }
 
-reference::State CompleteCase::state(Span span, int request, int head) const {
-  const int64_t row = (int64_t{span} * static_cast<int64_t>(seq_lens.size()) + request) * heads() + head;
+reference::State CompleteCase::state(Span span, int request, int token, int head) const {
+  const int G = spec_.group_size, query = (head / G * spec_.tokens + token) * G + head % G;
+  const int64_t row = (int64_t{span} * static_cast<int64_t>(seq_lens.size()) + request) * queries() + query;
   const float* first = &states[row * spec_.head_dim];
   return {{first, first + spec_.head_dim}, state_lse[row], {}};
 }
@@ -159,8 +166,8 @@ bool CompleteCase::near(const float* got, const reference::Vector& want, const c
   return true;
 }
 
-CompleteCase::Carried CompleteCase::carried(int request, int head) const {
-  const reference::State old = state(kOld, request, head), fresh = state(kFresh, request, head);
+CompleteCase::Carried CompleteCase::carried(int request, int token, int head) const {
+  const reference::State old = state(kOld, request, token, head), fresh = state(kFresh, request, token, head);
   const int64_t row = int64_t{request} * heads() + head;
   const int G = spec_.group_size, place = exact(request) ? kMiss : place_[row];
   if (place == kMiss || status[request] != 0) return {old, 0, reference::merge(old, fresh)};
@@ -174,16 +181,16 @@ CompleteCase::Carried CompleteCase::carried(int request, int head) const {
   return {carried, depth, reference::merge(carried, fresh)};
 }
 
-void CompleteCase::check_head(int request, int head, const Carried& carried) const {
-  const int64_t row = int64_t{request} * heads() + head;
-  const uint16_t* out = &out_[request * batch_stride_ + head * head_stride_];
+void CompleteCase::check_head(int request, int token, int head, const Carried& carried) const {
+  const int64_t in_request = token * heads() + head, row = int64_t{request} * queries() + in_request;
+  const uint16_t* out = &out_[request * batch_stride_ + in_request * head_stride_];
   if ((!spec_.exact && status[request] != 0) || std::isnan(carried.whole.lse)) {
     CHECK(std::isnan(lse_[row]));
     for (int d = 0; d < spec_.head_dim; ++d) CHECK(std::isnan(decode(spec_.dtype, out[d])));
     return;
   }
   reference::State whole = carried.whole;
-  if (spec_.sinks && seq_lens[request] != 0) {
+  if (spec_.sinks && token < query_len(request)) {
     whole = reference::merge(whole, {reference::Vector(spec_.head_dim, 0), sinks_[head], {}});
   }
   CHECK(close(lse_[row], whole.lse));
@@ -201,7 +208,7 @@ void CompleteCase::expect_entry(int request, int kv_head, const std::vector<Carr
   const int G = spec_.group_size, D = spec_.head_dim, S = spec_.anchors, slot = slots[request];
   const int place = std::max(stored_[group(request, kv_head)], 0) % spec_.entries;
   const Ring to = want.view(), got = ring.view();
-  *to.position(slot, kv_head, place) = seq_lens[request] - 1;
+  *to.position(slot, kv_head, place) = position(request);
   for (int g = 0; g < G; ++g) {
     const int head = kv_head * G + g;
     const float lse = got.lse(slot, kv_head, place)[g], *out = got.out(slot, kv_head, place) + g * D;
@@ -226,7 +233,8 @@ void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carr
                                 RingTensors& want) const {
   const int n = seq_lens[request], slot = slots[request], G = spec_.group_size, S = spec_.anchors;
   const int number = group(request, kv_head), sampled = sampled_[number];
-  const int size = reference::sample_size(S, reference::old_end(n - 1, spec_.band));
+  const int size = reference::sample_size(S, reference::old_end(position(request), spec_.band));
+  const int tokens = query_len(request);
   const Ring to = want.view(), got = ring.view();
   int hits = 0, first = n;
   bool shallow = false;
@@ -237,10 +245,10 @@ void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carr
     shallow = shallow || carried[head].depth < (S > 0 ? 1 : spec_.max_reuse_depth);
     float& last_lse = to.last_lse(slot, kv_head)[head % G];
     const float lse = got.last_lse(slot, kv_head)[head % G];
-    if (spec_.sinks) CHECK(close(lse, carried[head].whole.lse));    // which it is without
-    last_lse = spec_.sinks ? lse : lse_[request * heads() + head];  // compared by check_head
+    if (spec_.sinks) CHECK(close(lse, carried[head].whole.lse));      // which it is without
+    last_lse = spec_.sinks ? lse : lse_[request * queries() + head];  // compared by check_head
   }
-  const bool stores = reference::old_end(n - 1, spec_.band) > 0 && shallow &&
+  const bool stores = reference::old_end(position(request), spec_.band) > 0 && shallow &&
                       (S == 0 || (hits == 0 && sampled >= 0 && sampled <= 4 * size));
   if (stores) expect_entry(request, kv_head, carried, want);
   const int stored = std::max(stored_[number], 0), next = stored + stores;
@@ -258,12 +266,13 @@ void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carr
   }
   const int anchors = S > 0 && hits > 0 ? sampled : 0;
   int64_t* counters = to.counters(slot);
-  counters[kKvHeadSteps] += 1, counters[kKvHeadHits] += hits == G, counters[kQueryHeadHits] += hits;
-  counters[kKvTokensRead] += n - first + anchors, counters[kKvTokensFull] += n;
+  counters[kKvHeadSteps] += tokens, counters[kKvHeadHits] += hits == G, counters[kQueryHeadHits] += hits;
+  counters[kKvTokensRead] += n - first + anchors;
+  for (int i = 0; i < tokens; ++i) counters[kKvTokensFull] += n - i;
   counters[kAnchorsRead] += anchors, counters[kEntriesStored] += stores;
   if (kv_head > 0) return;
-  counters[kSteps] += 1;
-  *to.end(slot) = n;
+  counters[kSteps] += tokens;
+  *to.end(slot) = position(request) + 1, *to.reach(slot) = n;
   *to.request(slot) = spec_.request_ids ? request_ids_[request] : -1;
 }
 
@@ -271,9 +280,11 @@ void CompleteCase::check() const {
   RingTensors want = before_;
   for (int b = 0; b < static_cast<int>(seq_lens.size()); ++b) {
     std::vector<Carried> all;
-    for (int h = 0; h < heads(); ++h) {
-      all.push_back(carried(b, h));
-      check_head(b, h, all.back());
+    for (int token = 0; token < spec_.tokens; ++token) {
+      for (int h = 0; h < heads(); ++h) {
+        all.push_back(carried(b, token, h));
+        check_head(b, token, h, all.back());
+      }
     }
     if (exact(b) || seq_lens[b] <= 0 || status[b] != 0) continue;
     for (int h = 0; h < spec_.num_kv_heads; ++h) expect_group(b, h, all, want);
@@ -281,7 +292,8 @@ void CompleteCase::check() const {
   CHECK(unchanged_.holds());
   for (size_t i = 0; i < out_.size(); ++i) {
     const int64_t in_request = static_cast<int64_t>(i) % batch_stride_;
-    if (in_request >= heads() * head_stride_ || in_request % head_stride_ >= spec_.head_dim) CHECK(out_[i] == kGap);
+    if (in_request >= queries() * head_stride_ || in_request % head_stride_ >= spec_.head_dim)
+      CHECK(out_[i] == kGap);
   }
   CHECK(ring.bytes == want.bytes);
 }

@@ -9,6 +9,8 @@ struct CompleteSpec {
   DType dtype = DType::kBFloat16;
   int num_kv_heads = 2, group_size = 3, head_dim = 64;
   std::vector<int> seq_lens = {150, 37, 0, 61};
+  int tokens = 1;  // as in AmendSpec
+  std::vector<int> query_lens;
   bool exact = false;
   int entries = 4, band = 24, anchors = 4;
   int max_reuse_depth = 4;         // without anchors; with them it is 1
@@ -31,9 +33,9 @@ class CompleteCase {
   int64_t entries_stored() const;  // by the last run
 
   // For tests that break something, before run(). A request with a status answers NaN and leaves the ring alone.
-  std::vector<int32_t> seq_lens, slots, status;
+  std::vector<int32_t> seq_lens, query_lens, slots, status;
   RingTensors ring;
-  std::vector<float> states, state_lse;  // [2, B, Hq, D], [2, B, Hq]
+  std::vector<float> states, state_lse;  // [2, B, Q, D], [2, B, Q]
 
  private:
   struct Carried {
@@ -43,11 +45,16 @@ class CompleteCase {
   };
   bool exact(int request) const { return spec_.exact || slots[request] == kNoSlot; }
   int heads() const { return spec_.num_kv_heads * spec_.group_size; }
+  int queries() const { return heads() * spec_.tokens; }
+  int query_len(int request) const {
+    return seq_lens[request] == 0 ? 0 : query_lens.empty() ? spec_.tokens : query_lens[request];
+  }
+  int position(int request) const { return seq_lens[request] - query_len(request); }
   int group(int request, int kv_head) const { return request * spec_.num_kv_heads + kv_head; }
-  reference::State state(Span span, int request, int head) const;
-  Carried carried(int request, int head) const;  // from the ring before the run
+  reference::State state(Span span, int request, int token, int head) const;
+  Carried carried(int request, int token, int head) const;  // from the ring before the run
   bool near(const float* got, const reference::Vector& want, const char* what) const;
-  void check_head(int request, int head, const Carried& carried) const;
+  void check_head(int request, int token, int head, const Carried& carried) const;
   void expect_entry(int request, int kv_head, const std::vector<Carried>& carried, RingTensors& want) const;
   void expect_group(int request, int kv_head, const std::vector<Carried>& carried, RingTensors& want) const;
 

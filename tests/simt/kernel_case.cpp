@@ -186,7 +186,8 @@ RingTensors::RingTensors(DType dtype, const Shape& shape, int num_slots, int ent
   const int G = shape.group_size, row = G * shape.head_dim;
   const auto normal = [&](float scale) { return scale * static_cast<float>(data.normal()); };
   for (int slot = 0; slot < num_slots; ++slot) {
-    *ring.end(slot) = data.below(1000), *ring.request(slot) = data.below(1000);
+    *ring.end(slot) = data.below(1000), *ring.reach(slot) = data.below(1000),
+    *ring.request(slot) = data.below(1000);
     for (int i = 0; i < kNumCounters; ++i) ring.counters(slot)[i] = data.below(1000);
     for (int h = 0; h < shape.num_kv_heads; ++h) {
       *ring.stored(slot, h) = data.below(2 * entries);

@@ -37,11 +37,13 @@ class Data {
   std::normal_distribution<double> normal_;
 };
 
-// A [B, Hq, D] tensor of 16-bit numbers with gaps.
+// A [B, Hq, D] or, of several tokens, [B, T Hq, D] tensor of 16-bit numbers with gaps.
 class HeadsTensor {
  public:
   HeadsTensor(DType dtype, int batch, int heads, int head_dim, double scale, Data& data);
-  HeadsView view() const { return {values_.data(), batch_stride_, head_stride_}; }
+  HeadsView view(int heads_of_token = 0) const {
+    return {values_.data(), batch_stride_, head_stride_, heads_of_token * head_stride_};
+  }
   reference::Vector row(int request, int head) const;
   void set(int request, int head, int d, double value) {
     values_[request * batch_stride_ + head * head_stride_ + d] = encode(dtype_, value);

@@ -48,7 +48,7 @@ void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, int 
     const auto with_shared = [&](size_t shared) {
       return LaunchConfig{static_cast<unsigned>(ctas), cuda::kThreads, shared, run.engine, run.seed};
     };
-    if (p.shape.group_size <= 8) {
+    if (p.shape.group_queries() <= 8) {
       launch(with_shared(cuda::amend_shared_bytes<head_dim, 1, T>()), cuda::amend_kernel<Q, head_dim, 1, T>, p, w);
     } else {
       launch(with_shared(cuda::amend_shared_bytes<head_dim, 2, T>()), cuda::amend_kernel<Q, head_dim, 2, T>, p, w);
@@ -60,7 +60,7 @@ template <typename T>
 void launch_complete_type(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run) {
   with_head_dim(p.shape.head_dim, [&](auto head_dim) {
     const int ctas = p.shape.batch * p.shape.num_kv_heads,
-              threads = cuda::complete_threads(p.shape.group_size, p.shape.head_dim);
+              threads = cuda::complete_threads(p.shape.group_queries(), p.shape.head_dim);
     launch({static_cast<unsigned>(ctas), static_cast<unsigned>(threads), 0, run.engine, run.seed},
            cuda::complete_kernel<T, head_dim>, p, w);
   });

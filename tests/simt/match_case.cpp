@@ -32,7 +32,7 @@ MatchCase::MatchCase(const MatchSpec& spec)
       }()),
       spec_(spec),
       data_(spec.seed),
-      query_(spec.dtype, static_cast<int>(spec.seq_lens.size()), heads(), spec.head_dim, 1, data_) {
+      query_(spec.dtype, static_cast<int>(spec.seq_lens.size()), heads() * spec.tokens, spec.head_dim, 1, data_) {
   const int batch = static_cast<int>(seq_lens.size());
   for (int i = 0; i < ring.num_slots; ++i) slots.push_back(i);
   data_.shuffle(slots);
@@ -46,7 +46,8 @@ MatchCase::MatchCase(const MatchSpec& spec)
   for (int b = 0; b < batch; ++b) {
     const int position = seq_lens[b] - 1, slot = slots[b];
     request_ids_.push_back(100 + b);
-    *r.end(slot) = position;
+    const int first = seq_lens[b] - spec.tokens;
+    *r.end(slot) = first - data_.below(3), *r.reach(slot) = first + data_.below(3);
     *r.request(slot) = spec.request_ids ? request_ids_[b] : -1;
     for (int h = 0; h < spec.num_kv_heads; ++h) {
       *r.stored(slot, h) = data_.below(3) ? M + data_.below(M) : 1 + data_.below(M);
@@ -92,8 +93,9 @@ void MatchCase::run(const Run& run) {
   unchanged_.note(request_ids_), unchanged_.note(ring.bytes);
   MatchParams p{};
   p.shape = ring.shape, p.dtype = spec_.dtype;
-  p.query = query_.view();
-  p.requests = {seq_lens.data(), slots.data(), spec_.request_ids ? request_ids_.data() : nullptr};
+  p.shape.tokens = spec_.tokens;
+  p.query = query_.view(heads());
+  p.requests = {seq_lens.data(), slots.data(), spec_.request_ids ? request_ids_.data() : nullptr, nullptr};
   p.ring = ring.view();
   p.threshold = thresholds.data();
   p.relative = spec_.relative, p.max_drift = static_cast<float>(spec_.max_drift), p.per_head = spec_.per_head;
@@ -125,7 +127,9 @@ int MatchCase::stored(int request, int kv_head) const {
   const int slot = slots[request], n = seq_lens[request];
   if (errors[request] || n <= 0 || slot == kNoSlot) return kNoHistory;
   const Ring r = ring.view();
-  if (*r.end(slot) != n - 1 || *r.request(slot) != (spec_.request_ids ? request_ids_[request] : -1)) {
+  const int first = n - spec_.tokens;
+  if (*r.end(slot) > first || first > *r.reach(slot) ||
+      *r.request(slot) != (spec_.request_ids ? request_ids_[request] : -1)) {
     return kNoHistory;
   }
   const int stored = *r.stored(slot, kv_head);
@@ -159,7 +163,7 @@ void MatchCase::check_decision(int request, int first_head, int num_heads) const
   CHECK(stored_[request * spec_.num_kv_heads + kv_head] == history);
   const int source = answer == kMiss ? kMiss : *ring.view().position(slot, kv_head, answer);
   CHECK(std::count(&source_[row], &source_[row] + num_heads, source) == num_heads);
-  if (history == kNoHistory || seq_lens[request] < spec_.min_context) {
+  if (history == kNoHistory || seq_lens[request] < spec_.min_context || spec_.tokens > 1) {
     CHECK(answer == kMiss);
     return;
   }

@@ -9,6 +9,7 @@ struct MatchSpec {
   DType dtype = DType::kBFloat16;
   int num_kv_heads = 2, group_size = 3, head_dim = 64;
   std::vector<int> seq_lens = {90, 60, 0, 41};
+  int tokens = 1;  // T; with more than one nothing hits
   int entries = 40, window = 60, band = 16, min_context = 1, max_reuse_depth = 1 << 30;
   bool per_head = false, relative = true;
   bool request_ids = true;

@@ -181,7 +181,7 @@ State hit(const State& entry, const State& replaced, double log_ratio, const Sta
 
 double match_theta(const Vector& query, double threshold, bool relative, double max_drift, double spread) {
   double theta = relative ? threshold * dot(query, query) : threshold;
-  if (max_drift > 0) theta = std::min(theta, max_drift / (spread > 0 ? spread : 12 / dot(query, query)));
+  if (max_drift > 0) theta = std::min(theta, max_drift / (spread > 0 ? spread : 16 / dot(query, query)));
   return std::isfinite(theta) && std::isfinite(dot(query, query)) && theta > 0 ? theta : NAN;
 }
 

@@ -116,6 +116,21 @@ void test_shapes(const AmendSpec& base) {
     }
     spec.exact = true, test(spec, one_run());
   }
+  // Several query tokens: passes of every width, all of them there or some.
+  for (const int tokens : {2, 4, 7, 16}) {
+    for (const int group_size : {1, 3, 4, 20}) {
+      AmendSpec spec = base;
+      spec.tokens = tokens, spec.group_size = group_size, spec.page_size = pages[i % 4], spec.hnd = i % 2;
+      spec.head_dim = i % 3 == 0 ? 128 : 64, spec.num_kv_heads = 1 + i % 2, spec.ctas = 1 + i % 5;
+      spec.seq_lens = {130, tokens, 0, 24 + tokens, 63 + tokens, 90};
+      if (i % 4) spec.query_lens = {tokens, 1, kGarbage, tokens, (tokens + 1) / 2, 1};
+      spec.anchors = i % 2 && group_size <= cuda::kMaxTileHeads ? 6 : 0, spec.exact = i % 5 == 0;
+      if (i % 3 == 1) spec.without_ring = {0, 3};
+      spec.soft_cap = i % 6 == 2 ? 9 : 0;
+      spec.seed = i++;
+      test(spec, one_run());
+    }
+  }
 }
 
 void test_mixes(const AmendSpec& base) {
@@ -187,6 +202,7 @@ void test_errors(const AmendSpec& base) {
   const int ctas[] = {1, 3, 9};
   for (int i = 0; i < 9; ++i) {
     spec.anchors = i % 3 == 0 ? 0 : 8, spec.ctas = ctas[i / 3];
+    spec.tokens = i % 2 ? 1 : 4, spec.query_lens = i % 2 ? std::vector<int>() : std::vector<int>{4, 2, 3, 1};
     const CaseReport report(spec.name());
     const auto broken = [&](const char* what, auto change) {
       const CaseReport report(what);
@@ -197,6 +213,11 @@ void test_errors(const AmendSpec& base) {
     };
     broken("too long", [](AmendCase& a) { a.seq_lens[1] = 1000, a.errors[1] = cuda::kBadLength; });
     broken("negative", [](AmendCase& a) { a.seq_lens[0] = -3, a.errors[0] = cuda::kBadLength; });
+    if (spec.tokens > 1) {
+      broken("no query token", [](AmendCase& a) { a.query_lens[1] = 0, a.errors[1] = cuda::kBadLength; });
+      broken("more than there are", [](AmendCase& a) { a.query_lens[3] = 5, a.errors[3] = cuda::kBadLength; });
+      broken("more than tokens", [](AmendCase& a) { a.seq_lens[2] = 2, a.errors[2] = cuda::kBadLength; });
+    }
     broken("page too large",
            [](AmendCase& a) { a.pages().page_id(0, 3) = a.pages().num_pages(), a.errors[0] = cuda::kBadPage; });
     broken("negative page", [](AmendCase& a) { a.pages().page_id(3, 5) = -1, a.errors[3] = cuda::kBadPage; });
@@ -209,7 +230,7 @@ void test_errors(const AmendSpec& base) {
     });
   }
   // A page that nobody reads may hold anything.
-  spec.anchors = 0, spec.ages = {20};
+  spec.anchors = 0, spec.ages = {20}, spec.tokens = 1, spec.query_lens = {};
   AmendCase unread(spec);
   CHECK(unread.start(0, 0) > 8);
   unread.pages().page_id(0, 0) = kGarbage;

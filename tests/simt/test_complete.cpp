@@ -65,6 +65,15 @@ void test_all(DType dtype) {
   spec.without_ring = {0, 3}, test(spec, all_runs());
   spec.sinks = true, test(spec, all_runs());
   spec.exact = true, test(spec, all_runs());
+  // Several query tokens.
+  for (const int tokens : {2, 5, 16}) {
+    spec = {};
+    spec.dtype = dtype, spec.tokens = tokens, spec.seed = 900 + tokens, spec.sinks = tokens == 5;
+    spec.seq_lens = {150, tokens, 0, 24 + tokens, 61}, test(spec, one_run());
+    spec.query_lens = {tokens, 1, kGarbage, tokens, 2}, spec.without_ring = {4}, test(spec, all_runs());
+    spec.anchors = 0, spec.group_size = 20, test(spec, one_run());
+    spec.exact = true, test(spec, one_run());
+  }
 }
 
 void test_errors(DType dtype) {

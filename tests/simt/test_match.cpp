@@ -76,6 +76,10 @@ void test_mixes(DType dtype) {
     spec.near = 0.5, spec.seed += anchors;
     CHECK(test(spec, one_run()) > 0);
   }
+  // Several query tokens, which never hit.
+  spec = {};
+  spec.dtype = dtype, spec.near = 1, spec.tokens = 4, spec.seq_lens = {90, 4, 0, 41, 5};
+  CHECK(test(spec, all_runs()) == 0);
   // More CTAs than candidates.
   spec = {};
   spec.dtype = dtype, spec.splits = 32, test(spec, one_run());
@@ -154,6 +158,8 @@ void test_errors(DType dtype) {
            [](MatchCase& m) { m.slots[1] = m.slots[3], m.errors[1] = m.errors[3] = cuda::kBadSlot; });
     broken("padding may name a slot", [](MatchCase& m) { m.slots[2] = m.slots[0]; });
     broken("negative length", [](MatchCase& m) { m.seq_lens[0] = -4, m.errors[0] = cuda::kBadLength; });
+    if (spec.tokens > 1)
+      broken("too short", [](MatchCase& m) { m.seq_lens[0] = 2, m.errors[0] = cuda::kBadLength; });
     broken("two errors", [](MatchCase& m) {
       m.seq_lens[3] = -1, m.slots[3] = -2, m.errors[3] = cuda::kBadLength | cuda::kBadSlot;
     });

@@ -5,7 +5,12 @@ vLLM's rotary modules and SGLang's, which come from them, tell it in the same wa
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
+import re
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,21 +18,62 @@ from torch import Tensor, nn
 
 import mac_attn
 
-# What the engines' models name the switch of a layer that does not rotate, and its value there.
-_NOT_ROTATED = {
-    "nope": True,
-    "use_rope": False,
-    "apply_rope": False,
-    "apply_rope_all_layers": False,
-}
+Conditions = list[tuple[ast.expr, bool]]  # and whether each must hold
+
+# Not its other methods, which look up tables for instance.
+_ROTATES = r"self\.rotary_emb(\.forward\w*)?$"
 
 # Largest difference of a cosine or sine from the engine's table. Both are of the same angles.
 _TOLERANCE = 1e-3
 
 
 def is_rotated(attention: nn.Module) -> bool:
-    """Whether a full-attention layer of the model rotates its queries, if it can at all."""
-    return all(getattr(attention, name, None) is not off for name, off in _NOT_ROTATED.items())
+    """Whether a layer rotates its queries: whether its code ever comes to call `self.rotary_emb`.
+
+    Layers that do not rotate have that all the same, as a rule, and an `if` before the call, on
+    attributes of many names (`self.nope`, `self.v1 or self.sliding_window`, ...). A condition on
+    anything but attributes may hold. Without any call, kernels that do more may do it. (To take a
+    layer that rotates for one that does not is safe: rotated queries are equal less often, but then
+    their attention is.)
+
+    Raises:
+        ValueError: the code is not there.
+    """
+    calls: list[Conditions] = []
+    for name, function in inspect.getmembers(type(attention), inspect.isfunction):
+        if function is not getattr(nn.Module, name, None):
+            try:
+                code = textwrap.dedent(inspect.getsource(function))
+            except OSError:
+                raise ValueError(f"no source of {function.__qualname__}") from None
+            calls += _rotary_calls(ast.parse(code), [])
+    return not calls or any(
+        all(_may_hold(test, wanted, attention) for test, wanted in tests) for tests in calls
+    )
+
+
+def _rotary_calls(node: ast.AST, tests: Conditions) -> Iterator[Conditions]:
+    """The conditions that each call of `self.rotary_emb` in some code is under."""
+    if isinstance(node, ast.Call) and re.match(_ROTATES, ast.unparse(node.func)):
+        yield tests
+    branches = {"body": True, "orelse": False} if isinstance(node, ast.If | ast.IfExp) else {}
+    for name, value in ast.iter_fields(node):
+        more = [(node.test, branches[name])] if name in branches else []  # type: ignore[attr-defined]
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from _rotary_calls(child, tests + more)
+
+
+def _may_hold(test: ast.expr, wanted: bool, attention: nn.Module) -> bool:
+    """Whether a condition may be what is wanted; one that hangs on more than `self` may."""
+    names = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
+    if names != {"self"} or any(isinstance(node, ast.Call) for node in ast.walk(test)):
+        return True
+    try:
+        holds = eval(ast.unparse(test), {"__builtins__": {}}, {"self": attention})
+    except (AttributeError, TypeError):
+        return True
+    return bool(holds) is wanted
 
 
 def rotary_of(module: Any, max_position: int) -> mac_attn.RotaryEmbedding:

@@ -20,7 +20,7 @@ import mac_attn
 
 from ..serving.options import Options
 from ..serving.rows import Buffers, Rows
-from .engine import Engine, Served
+from .engine import Engine
 from .plugin import NAME
 
 
@@ -48,7 +48,7 @@ def create(runner: Any, options: Options) -> Any:
     finally:
         runner.decode_attention_backend_str = decode
     engine = Engine(runner, options)
-    if engine.layers:
+    if engine.rings:
         backend.__class__ = decoding_with_mac(type(backend))
         backend.mac = Decode(engine)
     return backend
@@ -100,25 +100,25 @@ class Decode:
         if not in_capture:
             self.engine.report()
 
-    def served(self, layer: Any, rows: int, more: dict[str, Any]) -> Served | None:
-        """A layer that is served in this step; None where it is not.
+    def served(self, layer: Any, rows: int, more: dict[str, Any]) -> mac_attn.ReuseCache | None:
+        """The rings of a layer that is served in this step; None where it is not.
 
         Args:
             layer: which.
             rows: how many queries there are.
             more: what the layer's model gives besides queries, keys and values.
         """
-        served = self.engine.layers.get(layer.layer_id)
+        served = self.engine.rings.get(layer.layer_id)
         if served is not None and (given := [name for name in more if more[name] is not None]):
             self.engine.leave(layer.layer_id, f"it is called with {', '.join(given)}")
             return None
         return served if self.rows is not None and len(self.rows.seq_lens) == rows else None
 
-    def attend(self, served: Served, q: Tensor, layer: Any, pool: Any) -> Tensor:
+    def attend(self, ring: mac_attn.ReuseCache, q: Tensor, layer: Any, pool: Any) -> Tensor:
         """Attention of the rows, whose keys and values are in the pool already.
 
         Args:
-            served: what `served` answered.
+            ring: what `served` answered.
             q: [rows, num_heads * head_dim] or [rows, num_heads, head_dim].
             layer: the `RadixAttention`.
             pool: SGLang's KV pool.
@@ -140,10 +140,10 @@ class Decode:
             (key, value),
             self.rows.block_table,
             self.rows.seq_lens,
-            reuse=served.ring,
+            reuse=ring,
             slots=self.rows.slots,
             request_ids=self.rows.request_ids,
-            q_match=None if served.rotated else query,
+            q_match=query if ring.rotary is None else None,
             sm_scale=layer.scaling,
             logits_soft_cap=float(layer.logit_cap),
         )

@@ -8,9 +8,12 @@
     print(cache.stats())
 
 Prefill is torch SDPA, followed by `mac_attn.seed` with the last queries of the prompt; a step with
-one new token is `mac_attn.decode`, which finds the pre-RoPE query by itself. Several tokens on a
-cache in use (chunked prefill, draft tokens) are SDPA and `seed` again. Without a MacCache, "mac" is
-SDPA. A model for which either would be wrong is refused; docs/transformers.md lists them.
+one new token is `mac_attn.decode`, which finds the pre-RoPE query by itself. So is one with a few
+(draft tokens), which is exact; more on a cache in use (chunked prefill) are SDPA and `seed` again.
+Without a MacCache, "mac" is SDPA. A model for which either would be wrong is refused;
+docs/transformers.md lists them.
+
+`Lossless` decodes with the tokens of exact attention: steps that reuse draft them.
 """
 
 from transformers.masking_utils import AttentionMaskInterface
@@ -18,10 +21,18 @@ from transformers.modeling_utils import AttentionInterface
 
 from .attention import mac_attention_forward, mac_mask
 from .cache import MacCache
+from .lossless import Lossless, LosslessStats
 from .shared import Mode
 from .timer import AttentionTimer
 
-__all__ = ["AttentionTimer", "MacCache", "Mode", "mac_attention_forward"]
+__all__ = [
+    "AttentionTimer",
+    "Lossless",
+    "LosslessStats",
+    "MacCache",
+    "Mode",
+    "mac_attention_forward",
+]
 
 AttentionInterface.register("mac", mac_attention_forward)
 AttentionMaskInterface.register("mac", mac_mask)

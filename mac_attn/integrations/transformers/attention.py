@@ -10,7 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .layer import FLOAT8, MacLayer
+from .float8 import FLOAT8
+from .layer import MacLayer
+from .rings import Rings
 from .shared import Mode
 from .sinks import attention_with_sinks, check_sinks
 from .support import Refusal, check_config, check_keywords, check_module
@@ -30,7 +32,7 @@ def mac_attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer: `mac_attn.decode` for single new tokens in a MacCache, else SDPA.
+    """Attention of one layer: `mac_attn.decode` for a few new tokens in a MacCache, else SDPA.
 
     With sinks what is not decode is plain torch, see sinks.py.
 
@@ -54,6 +56,7 @@ def mac_attention_forward(
             The cache is then as it was before the forward.
     """
     layer: MacLayer | None = getattr(key, "mac_layer", None)
+    rings: Rings | None = None if layer is None else layer.rings_of(module)
     try:
         check_module(module)
         check_keywords(kwargs)
@@ -77,9 +80,9 @@ def mac_attention_forward(
                 "a mask that tells which tokens they may see"
             )
         mode: Mode | None = None
-        if layer is not None:
+        if rings is not None:
             local = kwargs.get("sliding_window") is not None
-            mode = layer.claim(query, value, attention_mask, local=local)
+            mode = rings.claim(query, value, attention_mask, local=local)
         if mode is not None:
             _check_cached(module, dropout, position_bias, new, attention_mask, is_causal)
     except Refusal:
@@ -88,15 +91,19 @@ def mac_attention_forward(
         raise
 
     with measured(query.device):
-        if layer is not None and layer.is_float8 and (mode is None or "sdpa" in mode or new > 1):
+        decodes = rings is not None and mode in ("reuse", "draft", "exact") and rings.decodes(new)
+        if layer is not None and layer.is_float8 and not decodes:
             key, value = layer.wide()  # a copy, for this call
-        plain = layer is None or mode is None or "sdpa" in mode or new > 1
-        if sinks is not None and plain:
+        if rings is not None and mode is not None and decodes:
+            output = rings.decode(query, scaling, sinks, mode)
+        elif sinks is not None:
             causal = _is_causal(module, is_causal)
             output = attention_with_sinks(
                 query, key, value, attention_mask, sinks, scaling, causal=causal
             )
-        elif layer is None or mode is None or mode == "sdpa" or new > 1:
+        elif mode == "packed-sdpa" and new == 1:
+            output = _packed_sdpa(query, key, value, attention_mask, scaling)
+        else:
             output, _ = sdpa_attention_forward(
                 module,
                 query,
@@ -109,12 +116,8 @@ def mac_attention_forward(
                 position_bias=position_bias,
                 **kwargs,
             )
-        elif mode == "packed-sdpa":
-            output = _packed_sdpa(query, key, value, attention_mask, scaling)
-        else:
-            output = layer.decode(query, scaling, sinks, reuse=mode == "reuse")
-    if layer is not None and mode == "reuse" and new > 1:
-        layer.seed(query, scaling)
+    if rings is not None and mode == "reuse" and not decodes:
+        rings.seed(query, scaling)
     return output, None
 
 

@@ -7,13 +7,15 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 import mac_attn
 from mac_attn._checks import check_int, check_type
 
-from .layer import FLOAT8, Kind, MacLayer
+from .float8 import FLOAT8
+from .kinds import layer_kinds
+from .layer import MacLayer
 from .rotation import (
     PROBE_TOKENS,
     Link,
@@ -26,16 +28,6 @@ from .shared import Mode, Shared
 from .support import Refusal, check_model
 
 _DEFAULT_CONFIG = mac_attn.ReuseConfig()
-# transformers' words for kinds of layers. Those that share the keys of others are "dummy" to it.
-_KINDS: dict[str, Kind] = {
-    "full_attention": "full",
-    "sliding_attention": "local",
-    "chunked_attention": "local",
-    "dummy": "none",
-    "moe": "none",
-    "mlp": "none",
-}
-
 Rotary = mac_attn.RotaryEmbedding | Sequence[mac_attn.RotaryEmbedding | None] | None
 
 
@@ -65,7 +57,8 @@ class MacCache(Cache):
             change while the cache is empty (`model.to(dtype)` rounds them).
 
     Attributes:
-        mode: what a decode step runs: "reuse", "exact" (`mac_attn.decode` without reuse), "sdpa"
+        mode: what a decode step runs: "reuse", "draft" (which reuses, too, and leaves nothing to
+            reuse; `Lossless` has it), "exact" (`mac_attn.decode` without reuse), "sdpa"
             (as transformers calls it) or "packed-sdpa" (SDPA with the query heads of a KV head as
             rows of one matrix), all on the same cache. It may be switched at any time, to compare;
             the reuse rings do not see steps taken in another mode and start anew after them.
@@ -101,8 +94,7 @@ class MacCache(Cache):
         if kv_dtype not in (None, FLOAT8):
             raise Refusal(f"kv_dtype is {kv_dtype}, must be None or {FLOAT8}")
         check_model(model)
-        text_config = model.config.get_text_config(decoder=True)
-        kinds = _kinds(text_config)
+        kinds = layer_kinds(model.config.get_text_config(decoder=True))
         configs = _per_layer("config", config, mac_attn.ReuseConfig, len(kinds))
         rotaries = _per_layer("rotary", rotary, mac_attn.RotaryEmbedding, len(kinds))
 
@@ -128,12 +120,13 @@ class MacCache(Cache):
         self._reuses = config is not None
         self._shared = Shared(max_length, batch_size, mode, kv_dtype is not None)
         layers = [
-            MacLayer(self._shared, index, kind, _window(text_config), *each)
+            MacLayer(self._shared, index, *kind, *each)
             for index, (kind, *each) in enumerate(zip(kinds, configs, rotaries, strict=True))
         ]
         for layer, stranger in zip(layers, strangers, strict=True):
             layer.stranger = stranger
         self._shared.layers = [layer for layer in layers if layer.kind != "none"]
+        self._shared.sharing = {x.index: x.rings for x in layers if x.kind == "none"}
         self._shared.warn_of_strangers()
         super().__init__(layers=layers)  # type: ignore[arg-type] # as above
 
@@ -142,9 +135,9 @@ class MacCache(Cache):
         stored = "empty"
         if first.is_initialized:
             stored = f"{first.batch_size} x {first.length} tokens in {first.key_store.dtype}"
-        reusing = sum(layer.config is not None for layer in self._shared.layers)
+        reusing = sum(layer.rings.config is not None for layer in self.layers)
         return (
-            f"MacCache({len(self._shared.layers)} layers, {reusing} that reuse, "
+            f"MacCache({len(self.layers)} layers, {reusing} that reuse, "
             f"max_length={self._shared.max_length}, mode={self.mode!r}): {stored}"
         )
 
@@ -157,8 +150,8 @@ class MacCache(Cache):
         modes = get_args(Mode)
         if mode not in modes:
             raise Refusal(f"mode is {mode!r}, must be one of {modes}")
-        if mode == "reuse" and not self._reuses:
-            raise Refusal("mode 'reuse' needs a MacCache made with a `config`")
+        if mode in ("reuse", "draft") and not self._reuses:
+            raise Refusal(f"mode {mode!r} needs a MacCache made with a `config`")
         self._shared.mode = mode
 
     def update(
@@ -216,8 +209,8 @@ class MacCache(Cache):
             rotation.follow()
         for index, its in self._rotations.items():
             if its is not None and id(its) in changed:
-                self.layers[index].rotary = its.embedding
-                self.layers[index].reuse = None
+                self.layers[index].rings.rotary = its.embedding
+                self.layers[index].rings.reuse = None
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
         """ValueError: convolutions, recurrences and indexers keep more than keys and values."""
@@ -322,32 +315,3 @@ def _per_layer(name: str, value: Any, kind: type, layers: int) -> list[Any]:
         if one is not None or name == "config":
             check_type(name, one, kind)
     return list(value)
-
-
-def _kinds(config: PretrainedConfig) -> list[Kind]:
-    """The kind of every layer."""
-    names = getattr(config, "layer_types", None)
-    if names is None:
-        names = ["sliding_attention" if _window(config) else "full_attention"]
-        names *= config.num_hidden_layers
-    if unknown := set(names) - set(_KINDS):
-        raise Refusal(
-            f"the model has layers of type {sorted(unknown)}, which keep something else than keys "
-            "and values of every token, all that a MacCache can keep; use transformers' own cache"
-        )
-    kinds = [_KINDS[name] for name in names]
-    # Layers that attend to the keys of an earlier one, in the words of Gemma 4 and of Gemma 3n.
-    modes = getattr(config, "kv_sharing_modes", None)
-    if modes is None:
-        own = len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)
-        modes = [None if i < own else "reuse" for i in range(len(kinds))]
-    kinds = ["none" if m == "reuse" else k for k, m in zip(kinds, modes, strict=True)]
-    if set(kinds) == {"none"}:
-        raise Refusal("no layer of the model keeps keys and values: there is nothing to cache")
-    return kinds
-
-
-def _window(config: PretrainedConfig) -> int | None:
-    """Tokens that local layers see, or None."""
-    window: int | None = getattr(config, "sliding_window", None)
-    return window or getattr(config, "attention_chunk_size", None)

@@ -1,24 +1,22 @@
-"""One attention layer of a MacCache: its KV store and its reuse rings."""
+"""The keys and values of one layer in a MacCache."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 import mac_attn
 from mac_attn._checks import check_int
 
+from .float8 import FLOAT8, Scales
 from .gradients import without_gradients
-from .shared import Mode, Shared
+from .kinds import Kind
+from .rings import Rings
+from .shared import Shared
 from .support import Refusal
-
-Kind = Literal["full", "local", "none"]
-
-FLOAT8 = torch.float8_e4m3fn
 
 # Why keys that have just been stored were not attended by mac_attn, should it stay like that.
 _STRANGERS: dict[Kind, str] = {
@@ -28,21 +26,19 @@ _STRANGERS: dict[Kind, str] = {
 
 
 class MacLayer(CacheLayerMixin):
-    """KV store and reuse rings of one attention layer; `MacCache` makes them.
+    """KV store of one layer, and the rings of all that attend to it; `MacCache` makes them.
 
     `key_store` and `value_store` are dense `[batch, max_length, Hkv, D]` (token-major: a paged NHD
     cache with one page per request), allocated by the first `update`; the rings by the first
     attention. `keys` and `values` are views of the tokens in use, `[batch, Hkv, n, D]`. They may be
     written, which empties the rings; another tensor cannot take their place.
 
-    As float8 they are numbers, of which `scales` `[Hkv]` tell what they stand for. Those are set by
-    the first tokens: their largest number becomes 1/16 of the largest that float8 has. It is a
-    floating-point format, so that room for later tokens costs no precision.
+    A layer of kind "none" has no store: its `rings` are for the keys of another one, if it attends.
     """
 
     key_store: Tensor
     value_store: Tensor
-    scales: tuple[Tensor, Tensor]
+    scales: Scales  # of a float8 store, set by the first tokens
 
     is_compileable = False
     is_sliding = False
@@ -63,14 +59,12 @@ class MacLayer(CacheLayerMixin):
         self.kind = kind
         self.is_float8 = shared.float8 and kind == "full"
         self.window = window  # of a local layer, where the config tells
-        self.config = config
-        self.rotary = rotary
+        self.rings = Rings(index, config, rotary, None if kind == "none" else self)
+        self.readers = [self.rings]  # of all layers that attend to these keys
         self.length = 0
         self.is_initialized = False
-        self.reuse: mac_attn.ReuseCache | None = None
         self.stranger: str | None = None  # why the last keys were attended without mac_attn
         self._is_local = False
-        self._unclaimed = False
         self._versions: tuple[int, int] | None = None
 
     def __repr__(self) -> str:
@@ -87,6 +81,19 @@ class MacLayer(CacheLayerMixin):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.sign()
+
+    @property
+    def reuse(self) -> mac_attn.ReuseCache | None:
+        """The layer's own rings."""
+        return self.rings.reuse
+
+    def rings_of(self, module: nn.Module) -> Rings:
+        """The rings of the attention module that attends to these keys."""
+        rings = self.shared.sharing.get(getattr(module, "layer_idx", self.index), self.rings)
+        if rings.store is None:
+            rings.store = self
+            self.readers.append(rings)
+        return rings if rings.store is self else self.rings
 
     @property
     def keys(self) -> Tensor | None:
@@ -120,6 +127,8 @@ class MacLayer(CacheLayerMixin):
         self.device = key_states.device
         self.batch_size = self.shared.batch_size or key_states.shape[0]
         self._allocate(*(states.shape[1::2] for states in (key_states, value_states)))
+        for rings in self.readers:
+            rings.reuse = None
         self.is_initialized = True
 
     # A cache made under inference_mode would hold inference tensors, which nothing outside that
@@ -135,24 +144,7 @@ class MacLayer(CacheLayerMixin):
             for size in heads_and_dims
         )
         self.slots = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)
-        self.reuse = None
         self.sign()
-
-    @torch.inference_mode(False)
-    def allocate_rings(self, num_qo_heads: int) -> None:
-        """Empty rings for the queries of that many heads, if the layer is to reuse at all."""
-        if self.config is not None:
-            self.reuse = mac_attn.ReuseCache(
-                self.config,
-                num_slots=self.batch_size,
-                num_qo_heads=num_qo_heads,
-                num_kv_heads=self.key_store.shape[2],
-                head_dim=self.key_store.shape[3],
-                dtype=self.dtype,
-                device=self.device,
-                rotary=self.rotary,
-                layer=self.index,
-            )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -176,18 +168,16 @@ class MacLayer(CacheLayerMixin):
                 f"{self.shared.max_length}; make it with a larger MacCache(max_length=...)"
             )
         self._notice_edits()
-        new_states = [states.detach().transpose(1, 2) for states in (key_states, value_states)]
+        new_states = key_states.detach().transpose(1, 2), value_states.detach().transpose(1, 2)
         if self.is_float8:
             if self.length == 0:
-                self.scales = _scale(new_states[0]), _scale(new_states[1])
-            new_states = [
-                mac_attn.to_float8(states, scale)
-                for states, scale in zip(new_states, self.scales, strict=True)
-            ]
+                self.scales = Scales.of(new_states)
+            new_states = self.scales.narrow(new_states)
         self.key_store[:, self.length : end], self.value_store[:, self.length : end] = new_states
         self.sign()
         self.length = end
-        self._unclaimed = True
+        for rings in self.readers:
+            rings.claimed = False
         self.stranger = _STRANGERS[self.kind]
         keys = without_gradients(self._view(self.key_store), key_states)
         values = without_gradients(self._view(self.value_store), value_states)
@@ -200,14 +190,10 @@ class MacLayer(CacheLayerMixin):
 
     def wide(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, Hkv, n, D]` in the model's dtype; of a float8 store copies."""
-        stores = (self.key_store, self.value_store)
-        if not self.is_float8:
-            return self._view(stores[0]), self._view(stores[1])
-        k, v = (
-            (store[:, : self.length].float() * scale[:, None]).to(self.dtype).transpose(1, 2)
-            for store, scale in zip(stores, self.scales, strict=True)
-        )
-        return k, v
+        k, v = self.key_store[:, : self.length], self.value_store[:, : self.length]
+        if self.is_float8:
+            k, v = self.scales.wide((k, v), self.dtype)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
         """ValueError unless these are keys and values of the model that the layer has seen."""
@@ -245,51 +231,11 @@ class MacLayer(CacheLayerMixin):
         """Empty the rings if somebody else has written into the stores since."""
         versions = self._versions
         self.sign()
-        if self.reuse is not None and versions not in (None, self._versions):
-            self.reuse.reset()
+        if versions not in (None, self._versions):
+            for rings in self.readers:
+                rings.reset()
 
-    def claim(
-        self, query: Tensor, value: Tensor, attention_mask: Tensor | None, *, local: bool
-    ) -> Mode | None:
-        """The mode in which to attend to the keys that `update` returned; None leaves it to SDPA.
-
-        Raises:
-            ValueError: for a mask, or for heads, that mac_attn does not do.
-        """
-        if self.kind == "local":
-            self._check_local(attention_mask)
-            return None
-        if local:
-            self.stranger = "they have a sliding window"
-            return None
-        if getattr(value, "mac_layer", None) is not self:
-            self.stranger = "the model changes values between its cache and its attention"
-            return None
-        if query.dtype != self.dtype:
-            self.stranger = f"queries are {query.dtype}, keys and values {self.dtype}"
-            return None
-        shape = query.shape[1], *self.key_store.shape[2:]
-        if reason := _undecodable(self.device.type, self.dtype, self.key_store.dtype, *shape):
-            raise Refusal(
-                f"layer {self.index}: {reason}\nmac_attn.decode cannot serve these heads; use "
-                "attn_implementation='sdpa' with transformers' own cache"
-            )
-        self.stranger = None
-        self.shared.layout.observe(attention_mask, query.shape[0], query.shape[2], self.length)
-        if self.shared.record is not None:
-            self.shared.record(self.index, query)
-        # Layers that share the keys of this one attend exactly: the rings are of its own queries.
-        first, self._unclaimed = self._unclaimed, False
-        mode: Mode = self.shared.mode
-        if mode != "reuse":
-            return mode
-        if not first or self.config is None:
-            return "exact"
-        if self.reuse is None:
-            self.allocate_rings(query.shape[1])
-        return "reuse"
-
-    def _check_local(self, mask: Tensor | None) -> None:
+    def check_local(self, mask: Tensor | None) -> None:
         """ValueError if the mask of a local layer is not local.
 
         Moshi leaves that to transformers' own cache, which forgets the keys outside the window.
@@ -304,7 +250,8 @@ class MacLayer(CacheLayerMixin):
             )
         self._is_local = True  # looked at once
 
-    def _paging(self) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    def paging(self) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """The cache, block table and lengths as `mac_attn.decode` takes them."""
         layout = self.shared.layout
         return (
             (layout.pages(self.key_store), layout.pages(self.value_store)),
@@ -312,47 +259,10 @@ class MacLayer(CacheLayerMixin):
             layout.seq_lens(self.length, self.device),
         )
 
-    def _scaling(self) -> dict[str, Any]:
-        return {"k_scale": self.scales[0], "v_scale": self.scales[1]} if self.is_float8 else {}
-
-    def decode(
-        self, query: Tensor, sm_scale: float | None, sinks: Tensor | None, *, reuse: bool
-    ) -> Tensor:
-        """Attention of one new query per request, `[B, Hq, 1, D]`; returns `[B, 1, Hq, D]`."""
-        q = query.detach()[:, :, 0]
-        kv_cache, block_table, seq_lens = self._paging()
-        options = self._scaling() | {"sinks": sinks}
-        if reuse:
-            q_match = q if self.rotary is None else None
-            options |= {"reuse": self.reuse, "slots": self.slots, "q_match": q_match}
-        out = mac_attn.decode(q, kv_cache, block_table, seq_lens, sm_scale=sm_scale, **options)
-        assert isinstance(out, Tensor)  # a pair only with `return_lse`
-        return without_gradients(out.unsqueeze(1), query)
-
-    def seed(self, query: Tensor, sm_scale: float | None) -> None:
-        """Write ring entries for the last of the queries `[B, Hq, T, D]` that joined the cache."""
-        assert self.reuse is not None
-        kv_cache, block_table, seq_lens = self._paging()
-        query = query.detach().transpose(1, 2)
-        new = min(query.shape[1], self.reuse.cfg.window)
-        counts = [min(new, n) for n in self.shared.layout.lengths(self.length)]
-        # A request with fewer tokens has padding among the last queries: then they go one by one.
-        whole = all(count == new for count in counts)
-        parts = [(0, len(counts), new)] if whole else [(b, b + 1, n) for b, n in enumerate(counts)]
-        for first, last, count in parts:
-            if count:
-                queries = query[first:last, -count:]
-                mac_attn.seed(
-                    self.reuse,
-                    queries,
-                    kv_cache,
-                    block_table[first:last],
-                    seq_lens[first:last],
-                    slots=self.slots[first:last],
-                    q_match=queries if self.rotary is None else None,
-                    sm_scale=sm_scale,
-                    **self._scaling(),
-                )
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """The scales as `mac_attn.decode` takes them."""
+        return {"k_scale": self.scales.k, "v_scale": self.scales.v} if self.is_float8 else {}
 
     def get_seq_length(self) -> int:
         """Columns in use, left padding included."""
@@ -389,16 +299,15 @@ class MacLayer(CacheLayerMixin):
         """Forget the tokens from `length` on."""
         if length < self.length:
             self.length = length
-            self._unclaimed = False
-            if self.reuse is not None:
-                lens = self.shared.layout.seq_lens(length, self.device)
-                self.reuse.truncate(self.slots, lens)
+            lens = self.shared.layout.seq_lens(length, self.device)
+            for rings in self.readers:
+                rings.shorten(lens)
 
     def reset(self) -> None:
         """Empty the layer; its memory is kept for a batch of the same size."""
         self.length = 0
-        if self.reuse is not None:
-            self.reuse.reset()
+        for rings in self.readers:
+            rings.reset()
 
     def _bytes(self) -> tuple[Tensor, Tensor]:
         """The stores, float8 as bytes, which may be indexed on every device."""
@@ -413,11 +322,8 @@ class MacLayer(CacheLayerMixin):
         for store in self._bytes():
             store[dst, : self.length] = store[src, : self.length]
         self.sign()
-        if self.reuse is not None:
-            # `fork` starts the statistics of a copy anew; here they are those of the whole search.
-            counters = self.reuse.counters.clone()
-            self.reuse.fork(src, dst)
-            self.reuse.counters.copy_(counters)
+        for rings in self.readers:
+            rings.copy_rows(src, dst)
 
     def select_rows(self, rows: list[int]) -> None:
         """Make the batch the requests `rows` of this one, in that order; its size may change.
@@ -427,47 +333,16 @@ class MacLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self._notice_edits()
-        stores, reuse = self._bytes(), self.reuse
+        stores = self._bytes()
         self.batch_size = len(rows)
         self._allocate(*(store.shape[2:] for store in stores))
         for new, old in zip(self._bytes(), stores, strict=True):
             new[:, : self.length] = old[rows, : self.length]
         self.sign()
-        if reuse is not None:
-            self.allocate_rings(reuse.num_qo_heads)
-            assert self.reuse is not None
-            self.reuse.import_slots(self.slots, reuse.export_slots(rows))
-            self.reuse.counters.zero_()
+        for rings in self.readers:
+            rings.select_rows(rows)
 
 
 def _dtype(keys: Tensor, values: Tensor) -> torch.dtype:
     """What holds both: under autocast rotated keys are wider than values."""
     return torch.promote_types(keys.dtype, values.dtype)
-
-
-def _scale(states: Tensor) -> Tensor:
-    """What float8 numbers of tensors like `[B, T, Hkv, D]` stand for, `[Hkv]`: see `MacLayer`."""
-    headroom = 16
-    most = states.abs().amax(dim=(0, 1, 3)).float() * headroom / torch.finfo(FLOAT8).max
-    return most.where(most.isfinite() & (most > 0), 1.0)
-
-
-@cache
-def _undecodable(
-    device: str,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    num_qo_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-) -> str | None:
-    """Why `mac_attn.decode` refuses heads like these, in its own words; None: it does not."""
-    kv = torch.zeros(1, 1, num_kv_heads, head_dim, dtype=kv_dtype, device=device)
-    q = torch.zeros(1, num_qo_heads, head_dim, dtype=dtype, device=device)
-    ints = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    scale = 1.0 if kv_dtype == FLOAT8 else None
-    try:
-        mac_attn.decode(q, (kv, kv), ints, ints[0] + 1, k_scale=scale, v_scale=scale)
-    except (ValueError, TypeError) as error:
-        return str(error)
-    return None

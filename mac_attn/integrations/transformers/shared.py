@@ -13,10 +13,11 @@ from .support import Refusal
 
 if TYPE_CHECKING:
     from .layer import MacLayer
+    from .rings import Rings
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["reuse", "exact", "sdpa", "packed-sdpa"]
+Mode = Literal["reuse", "draft", "exact", "sdpa", "packed-sdpa"]
 
 
 class Shared:
@@ -31,6 +32,7 @@ class Shared:
         self.mode: Mode = mode
         self.layout = RequestLayout(max_length)
         self.layers: list[MacLayer] = []  # those that hold keys and values
+        self.sharing: dict[int, Rings] = {}  # of those that attend to another layer's, by index
         self.length = 0  # of every layer before the current forward
         self.record: Callable[[int, Tensor], None] | None = None  # see rotation.py
         self.warned: set[str] = set()

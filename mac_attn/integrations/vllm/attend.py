@@ -25,14 +25,12 @@ class Served:
     Attributes:
         engine: the worker's.
         ring: the layer's.
-        rotated: whether the layer's queries come rotated.
         float8: whether its KV cache is float8_e4m3fn.
         query_quant: what vLLM's own kernel needs its queries rounded to float8 by, or None.
     """
 
     engine: Engine
     ring: mac_attn.ReuseCache
-    rotated: bool
     float8: bool = False
     query_quant: Any = None
 
@@ -71,7 +69,7 @@ def decode(
             "reuse": served.ring,
             "slots": rows.slots,
             "request_ids": rows.request_ids,
-            "q_match": None if served.rotated else query,
+            "q_match": query if served.ring.rotary is None else None,
         }
     answer = mac_attn.decode(
         query,
@@ -100,7 +98,7 @@ def seed(layer: Any, seeds: Sequence[Seed], query: Tensor, kv_cache: Tensor) -> 
             one.rows.seq_lens,
             slots=one.rows.slots,  # type: ignore[arg-type] # a seed has a slot
             request_ids=one.rows.request_ids,
-            q_match=None if served.rotated else q,
+            q_match=q if served.ring.rotary is None else None,
             **_scaling(layer),
         )
 
@@ -133,6 +131,11 @@ def count_decodes(starts: Sequence[int]) -> int:
     """How many rows, from the first on, compute one token."""
     lengths = [last - first for first, last in zip(starts, starts[1:], strict=False)]
     return next((row for row, length in enumerate(lengths) if length != 1), len(lengths))
+
+
+def parts(tokens: slice, *states: Tensor | None) -> list[Any]:
+    """Of some tokens; a layer that shares the KV cache of another has no keys and values."""
+    return [None if one is None else one[tokens] for one in states]
 
 
 def pages(layer: Any, kv_cache: Tensor) -> tuple[Tensor, Tensor]:

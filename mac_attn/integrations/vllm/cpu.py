@@ -100,8 +100,8 @@ class MacCpuImpl(CPUAttentionBackendImpl):
         self,
         layer: Any,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         kv_cache: Tensor,
         attn_metadata: Any,
         output: Tensor,
@@ -120,7 +120,7 @@ class MacCpuImpl(CPUAttentionBackendImpl):
         if plan.prefill is not None:
             tokens = plan.prefill.tokens
             scratch = self._packed(plan.prefill, layer, kv_cache, query.dtype)
-            new = (query[tokens], key[tokens], value[tokens])
+            new = attend.parts(tokens, query, key, value)
             super().forward(layer, *new, scratch, plan.prefill.metadata, output[tokens])
             attend.seed(layer, plan.seeds, query, kv_cache)
         return output

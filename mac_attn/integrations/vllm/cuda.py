@@ -99,8 +99,8 @@ class MacFlashImpl(FlashAttentionImpl):
         self,
         layer: Any,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         kv_cache: Tensor,
         attn_metadata: Any,
         output: Tensor,
@@ -119,7 +119,7 @@ class MacFlashImpl(FlashAttentionImpl):
             attend.decode(layer, plan.decode, query[rows], kv_cache, output[rows])
         if plan.prefill is not None:
             tokens = plan.prefill.tokens
-            new = (self._query(layer, query[tokens]), key[tokens], value[tokens])
+            new = [self._query(layer, query[tokens]), *attend.parts(tokens, key, value)]
             super().forward(layer, *new, kv_cache, plan.prefill.metadata, output[tokens])
             attend.seed(layer, plan.seeds, query, kv_cache)
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,11 +73,11 @@ def backend_reason(layer: Any, by_name: bool) -> str:
     return f"vLLM's backend {name}{default}; on a GPU {way} has them served"
 
 
-def shares_kv(layers: dict[str, Any]) -> set[str]:
-    """Names of the layers that read another's KV cache, and of those others."""
-    found: set[str] = set()
+def sharing_kv(layers: Mapping[str, Any]) -> list[set[str]]:
+    """The groups of layers that share a KV cache, by name: who writes it, and who reads it too."""
+    groups: dict[str, set[str]] = {}
     for name, layer in layers.items():
         target: str | None = getattr(layer, "kv_sharing_target_layer_name", None)
         if target is not None:
-            found |= {name, target}
-    return found
+            groups.setdefault(target, {target}).add(name)
+    return list(groups.values())

@@ -1,4 +1,4 @@
-"""A model and requests for the tests with SGLang."""
+"""Models for the tests with vLLM and SGLang, and requests for those with SGLang."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from typing import Any
 import torch
 
 
-def random_llama(folder: Path) -> Path:
-    """A random Llama of 8 query and 4 KV heads, saved."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def random_model(folder: Path, name: str = "llama", **options: Any) -> Path:
+    """A random model of 8 query and 4 KV heads of 32, saved."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = AutoConfig.for_model(name, **sizes | options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,203 @@
+"""Attention of one layer to the keys in a MacCache, and its reuse rings."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import mac_attn
+
+from .float8 import FLOAT8
+from .gradients import without_gradients
+from .shared import Mode
+from .support import Refusal
+
+if TYPE_CHECKING:
+    from .layer import MacLayer
+
+
+class Rings:
+    """Attention of one layer of the model: what it reuses, and how its queries turn.
+
+    A layer that attends to the keys of an earlier one has rings of its own, as its queries are
+    others.
+
+    Attributes:
+        index: of the attention layer in the model.
+        config: None for a layer that never reuses.
+        rotary: None for a layer that does not rotate.
+        store: the layer that keeps the keys and values it attends to, once that is known.
+        reuse: allocated when the layer first attends.
+        claimed: whether it has attended to the newest keys.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        config: mac_attn.ReuseConfig | None,
+        rotary: mac_attn.RotaryEmbedding | None,
+        store: MacLayer | None,
+    ) -> None:
+        self.index = index
+        self.config = config
+        self.rotary = rotary
+        self.store: Any = store  # set before anything below is called
+        self.reuse: mac_attn.ReuseCache | None = None
+        self.claimed = False
+
+    @torch.inference_mode(False)
+    def allocate(self, num_qo_heads: int) -> None:
+        """Empty rings for the queries of that many heads, if the layer is to reuse at all."""
+        if self.config is not None:
+            self.reuse = mac_attn.ReuseCache(
+                self.config,
+                num_slots=self.store.batch_size,
+                num_qo_heads=num_qo_heads,
+                num_kv_heads=self.store.key_store.shape[2],
+                head_dim=self.store.key_store.shape[3],
+                dtype=self.store.dtype,
+                device=self.store.device,
+                rotary=self.rotary,
+                layer=self.index,
+            )
+
+    def claim(
+        self, query: Tensor, value: Tensor, attention_mask: Tensor | None, *, local: bool
+    ) -> Mode | None:
+        """The mode in which to attend to the keys that `update` returned; None leaves it to SDPA.
+
+        Raises:
+            ValueError: for a mask, or for heads, that mac_attn does not do.
+        """
+        store: MacLayer = self.store
+        if store.kind == "local":
+            store.check_local(attention_mask)
+            return None
+        store.stranger = None
+        if local:
+            store.stranger = "they have a sliding window"
+        elif getattr(value, "mac_layer", None) is not store:
+            store.stranger = "the model changes values between its cache and its attention"
+        elif query.dtype != store.dtype:
+            store.stranger = f"queries are {query.dtype}, keys and values {store.dtype}"
+        if store.stranger is not None:
+            return None
+        shape = query.shape[1], *store.key_store.shape[2:]
+        if reason := _undecodable(store.device.type, store.dtype, store.key_store.dtype, *shape):
+            raise Refusal(
+                f"layer {self.index}: {reason}\nmac_attn.decode cannot serve these heads; use "
+                "attn_implementation='sdpa' with transformers' own cache"
+            )
+        shared = store.shared
+        shared.layout.observe(attention_mask, query.shape[0], query.shape[2], store.length)
+        if shared.record is not None:
+            shared.record(self.index, query)
+        # Whatever attends a second time does so exactly: the rings are of the first one's queries.
+        first, self.claimed = not self.claimed, True
+        mode: Mode = shared.mode
+        if mode not in ("reuse", "draft"):
+            return mode
+        if not first or self.config is None:
+            return "exact"
+        if self.reuse is None:
+            self.allocate(query.shape[1])
+        return mode
+
+    def decodes(self, new: int) -> bool:
+        """Whether so many new tokens are a step of `mac_attn.decode`, not a part of a prompt."""
+        few = new <= mac_attn.MAX_QUERY_TOKENS
+        store: MacLayer = self.store
+        return new == 1 or (few and min(store.shared.layout.lengths(store.length)) > new)
+
+    def decode(
+        self, query: Tensor, sm_scale: float | None, sinks: Tensor | None, mode: Mode
+    ) -> Tensor:
+        """Attention of the new queries, `[B, Hq, T, D]`; returns `[B, T, Hq, D]`."""
+        q = query.detach().transpose(1, 2)
+        q = q[:, 0] if q.shape[1] == 1 else q
+        options = self.store.scaling | {"sinks": sinks}
+        if mode != "exact":
+            q_match = q if self.rotary is None else None
+            options |= {"reuse": self.reuse, "slots": self.store.slots, "q_match": q_match}
+            options |= {"learn": mode == "reuse"}
+        out = mac_attn.decode(q, *self.store.paging(), sm_scale=sm_scale, **options)
+        assert isinstance(out, Tensor)  # a pair only with `return_lse`
+        return without_gradients(out.unsqueeze(1) if out.dim() == 3 else out, query)
+
+    def seed(self, query: Tensor, sm_scale: float | None) -> None:
+        """Write ring entries for the last of the queries `[B, Hq, T, D]` that joined the cache."""
+        assert self.reuse is not None
+        store = self.store
+        kv_cache, block_table, seq_lens = store.paging()
+        query = query.detach().transpose(1, 2)
+        new = min(query.shape[1], self.reuse.cfg.window)
+        counts = [min(new, n) for n in store.shared.layout.lengths(store.length)]
+        # A request with fewer tokens has padding among the last queries: then they go one by one.
+        whole = all(count == new for count in counts)
+        parts = [(0, len(counts), new)] if whole else [(b, b + 1, n) for b, n in enumerate(counts)]
+        for first, last, count in parts:
+            if count:
+                queries = query[first:last, -count:]
+                mac_attn.seed(
+                    self.reuse,
+                    queries,
+                    kv_cache,
+                    block_table[first:last],
+                    seq_lens[first:last],
+                    slots=store.slots[first:last],
+                    q_match=queries if self.rotary is None else None,
+                    sm_scale=sm_scale,
+                    **store.scaling,
+                )
+
+    def shorten(self, seq_lens: Tensor) -> None:
+        """Forget what is not of the first `seq_lens` tokens of each request, `[B]`."""
+        self.claimed = True  # what is left has been attended to
+        if self.reuse is not None:
+            self.reuse.truncate(self.store.slots, seq_lens)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        if self.reuse is not None:
+            self.reuse.reset()
+
+    def copy_rows(self, src: list[int], dst: list[int]) -> None:
+        """Overwrite the requests `dst[i]` with `src[i]`, all at once."""
+        if self.reuse is not None:
+            # `fork` starts the statistics of a copy anew; here they are those of the whole search.
+            counters = self.reuse.counters.clone()
+            self.reuse.fork(src, dst)
+            self.reuse.counters.copy_(counters)
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Make the requests those of the store now, `rows` of the ones before."""
+        before = self.reuse
+        if before is not None:
+            self.allocate(before.num_qo_heads)
+            assert self.reuse is not None
+            self.reuse.import_slots(self.store.slots, before.export_slots(rows))
+            self.reuse.counters.zero_()
+
+
+@cache
+def _undecodable(
+    device: str,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> str | None:
+    """Why `mac_attn.decode` refuses heads like these, in its own words; None: it does not."""
+    kv = torch.zeros(1, 1, num_kv_heads, head_dim, dtype=kv_dtype, device=device)
+    q = torch.zeros(1, num_qo_heads, head_dim, dtype=dtype, device=device)
+    ints = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    scale = 1.0 if kv_dtype == FLOAT8 else None
+    try:
+        mac_attn.decode(q, (kv, kv), ints, ints[0] + 1, k_scale=scale, v_scale=scale)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None

@@ -1,0 +1,275 @@
+"""`Lossless`: the tokens of exact decoding, whatever the drafts are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from cases import one_thread  # noqa: E402
+from tiny_models import ALWAYS, EOS, FAMILIES, left_padded, prompts, tiny_model  # noqa: E402
+from transformers import StoppingCriteria, StoppingCriteriaList  # noqa: E402
+
+from mac_attn.integrations.transformers import Lossless, MacCache  # noqa: E402
+from mac_attn.integrations.transformers.lossless import _Run  # noqa: E402
+
+# Everything hits, and what is reused is wrong by much: many drafts are rejected.
+WRONG = replace(ALWAYS, anchors=0, threshold=8.0, band=2, min_context=0)
+NEW = 40
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def generate(model: Any, ids: Any, method: Lossless | None, config: Any = WRONG, **options: Any):
+    """With `method` in a MacCache, without exactly, by transformers."""
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False} | options
+    options.setdefault("attention_mask", torch.ones_like(ids))
+    if method is None:
+        model.set_attn_implementation("sdpa")
+        output = model.generate(ids, return_dict_in_generate=True, output_scores=True, **options)
+        model.set_attn_implementation("mac")
+        return output
+    cache = MacCache(model, max_length=ids.shape[1] + NEW, config=config)
+    return model.generate(
+        ids, past_key_values=cache, custom_generate=method, return_dict_in_generate=True,
+        output_scores=True, **options,
+    )  # fmt: skip
+
+
+def check_same(got: Any, want: Any) -> None:
+    assert torch.equal(got.sequences, want.sequences)
+    assert len(got.scores) == len(want.scores)
+    torch.testing.assert_close(
+        torch.stack(got.scores), torch.stack(want.scores), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("drafts", [1, 4, 15])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy(family: str, drafts: int, device: torch.device) -> None:
+    model, ids = tiny_model(device, family), prompts(device, 1)
+    method = Lossless(drafts, adaptive=False)
+    check_same(generate(model, ids, method), generate(model, ids, None))
+    stats = method.stats
+    assert 0 < stats.accepted < stats.drafted  # some were right, some were not
+    assert stats.tokens == NEW - 1 and stats.verifications < NEW - 1
+
+
+def test_greedy_batch(device: torch.device) -> None:
+    model = tiny_model(device)
+    ids, mask = left_padded(prompts(device, 3), [0, 9, 31])
+    got = generate(model, ids, Lossless(4), attention_mask=mask)
+    check_same(got, generate(model, ids, None, attention_mask=mask))
+
+
+def test_right_drafts_are_accepted(device: torch.device) -> None:
+    """Drafts that miss are exact: five tokens a verification."""
+    model, ids = tiny_model(device), prompts(device, 1)
+    method = Lossless(4, adaptive=False)
+    config = replace(WRONG, threshold=0.0)
+    check_same(generate(model, ids, method, config), generate(model, ids, None))
+    assert method.stats.acceptance == 1
+    assert method.stats.verifications == -(-(NEW - 1) // 5)
+
+
+def test_drafts_leave_nothing_in_the_ring(device: torch.device) -> None:
+    """An entry for each verification, of an exact step, besides those of the prompt."""
+    model, ids = tiny_model(device), prompts(device, 1)
+    cache = MacCache(model, max_length=80, config=replace(WRONG, threshold=0.0, entries=64))
+    method = Lossless(4, adaptive=False)
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    ids = model.generate(ids, past_key_values=cache, custom_generate=method, **options)
+    reuse = cache.layers[0].reuse
+    positions = {p for p in reuse.ring_position[0, 0].tolist() if p >= 40}
+    assert positions == set(range(40, 40 + 5 * method.stats.verifications, 5))
+
+
+class Recorder:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.got: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.got += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class EndsWith(StoppingCriteria):
+    """Ends after a given token."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return input_ids[:, -1] == self.token
+
+
+def test_stopping_and_streaming(device: torch.device) -> None:
+    """In the middle of a round, at an end token, a criterion of the user's, any length."""
+    model, ids = tiny_model(device), prompts(device, 1)
+    want = generate(model, ids, None)
+    for at in (3, 4, 17):
+        last = int(want.sequences[0, 40 + at])
+        if last in want.sequences[0, 40 : 40 + at]:
+            continue
+        criteria = StoppingCriteriaList([EndsWith(last)])
+        streamer = Recorder()
+        method = Lossless(6, adaptive=False, streamer=streamer)
+        got = generate(model, ids, method, stopping_criteria=criteria)
+        assert torch.equal(got.sequences, want.sequences[:, : 40 + at + 1])
+        assert streamer.ended and streamer.got == got.sequences[0].tolist()
+    for new in (1, 2, 5, 8):
+        options = {"max_new_tokens": new, "min_new_tokens": new}
+        got = generate(model, ids, Lossless(6, adaptive=False), **options)
+        check_same(got, generate(model, ids, None, **options))
+
+
+def test_requests_end_one_by_one(device: torch.device) -> None:
+    """What follows an end token is padding, as ever."""
+    model, ids = tiny_model(device), prompts(device, 3)
+    free = generate(model, ids, None).sequences[:, 40:]
+    end = [int(free[0, 7]), int(free[1, 20])]
+    options = {"eos_token_id": [*end, EOS], "min_new_tokens": None}
+    want = generate(model, ids, None, **options)
+    got = generate(model, ids, Lossless(5), **options)
+    assert torch.equal(got.sequences, want.sequences)
+
+
+def test_the_number_of_drafts() -> None:
+    """As many as pay: few if they are often wrong or dear."""
+    method = Lossless(12)
+    assert method.drafts() == 12
+    method.stats.draft_cost = 0.1
+    method._acceptance = 0.98
+    many = method.drafts()
+    method._acceptance = 0.5
+    assert 1 <= method.drafts() < many <= 12
+    method.stats.draft_cost = 2.0
+    assert method.drafts() == 1
+
+
+OPTIONS = {"do_sample": True, "top_k": 3, "temperature": 1.3}
+
+
+def sampled(run: _Run, ids: torch.Tensor, draws: int) -> Counter[tuple[int, ...]]:
+    """How often each continuation by two tokens was drawn."""
+    got: Counter[tuple[int, ...]] = Counter()
+    length = ids.shape[1]
+    while got.total() < draws:
+        run.ids = ids
+        while run.ids.shape[1] < length + 2:
+            run.round(StoppingCriteriaList())
+        got.update(map(tuple, run.ids[:, length : length + 2].tolist()))
+        surplus = run.cache.get_seq_length() - (length - 1)
+        run.cache.crop(-surplus)
+    return got
+
+
+def chi_square(got: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
+    """Of the counts beside the probabilities, over its mean."""
+    draws = got.total()
+    assert got.keys() <= expected.keys()
+    terms = [(got[k] - draws * p) ** 2 / (draws * p) for k, p in expected.items()]
+    return sum(terms) / (len(terms) - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", [False, True])
+def test_sampling_has_the_distribution_of_exact_sampling(
+    planted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20,000 draws of two tokens, nine cells. Planted: a rejected draft is drawn anew from the
+    exact distribution, not from what the draft's leaves of it."""
+    device = torch.device("cpu")
+    model, prompt = tiny_model(device), prompts(device, 1)
+    batch = prompt.repeat(8, 1)
+    method = Lossless(2, adaptive=False)
+    captured: dict[str, Any] = {}
+
+    def capture(model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any,
+                generation_config: Any, **kwargs: Any) -> Any:  # fmt: skip
+        captured.update(
+            run=_Run(method, model, input_ids, logits_processor, generation_config, kwargs)
+        )
+        return input_ids
+
+    cache = MacCache(model, max_length=64, config=WRONG)
+    model.generate(
+        batch, past_key_values=cache, custom_generate=capture, max_new_tokens=8,
+        attention_mask=torch.ones_like(batch), **OPTIONS,
+    )  # fmt: skip
+    run: _Run = captured["run"]
+    run.forward(batch[:, :-1], "reuse")
+    forward, noise = run.forward, 0.5 * torch.randn(model.config.vocab_size)
+
+    def wrong_drafts(new: torch.Tensor, mode: Any) -> torch.Tensor:
+        """Whatever the drafts' distribution is: here one that is wrong by much."""
+        return forward(new, mode) + (noise if mode == "draft" else 0)
+
+    monkeypatch.setattr(run, "forward", wrong_drafts)
+
+    expected: dict[tuple[int, ...], float] = {}
+    exact = MacCache(model, max_length=64, config=None)
+    first = run.distribution(prompt, model(prompt, past_key_values=exact).logits[:, -1].float())
+    for token in first[0].nonzero().flatten().tolist():
+        ids = torch.cat([prompt, torch.tensor([[token]])], dim=1)
+        if exact.get_seq_length() > 40:
+            exact.crop(-1)
+        logits = model(ids[:, -1:], past_key_values=exact).logits[:, -1].float()
+        second = run.distribution(ids, logits)
+        for other in second[0].nonzero().flatten().tolist():
+            expected[token, other] = float(first[0, token] * second[0, other])
+    assert len(expected) == 9 and min(expected.values()) > 1e-3
+
+    if planted:
+
+        def from_the_target(self: _Run, drafts: Any, proposals: Any, targets: Any) -> Any:
+            zeros = [torch.zeros_like(q) for q in proposals]
+            p, q = (torch.stack(x[:2], 1).gather(-1, drafts[..., None])[..., 0]
+                    for x in (targets, proposals))  # fmt: skip
+            agree = torch.rand_like(p) * q < p
+            counts = agree.long().cumprod(dim=1).sum(dim=1)
+            accepted = int(counts.min())
+            last = torch.multinomial((targets[accepted] - (zeros + zeros)[0]), 1)[:, 0]
+            if accepted < 2:
+                last = torch.where(counts > accepted, drafts[:, accepted], last)
+            return accepted, last
+
+        monkeypatch.setattr(_Run, "judge", from_the_target)
+    with one_thread():
+        got = sampled(run, batch, 20_000)
+    assert 0.1 < method.stats.acceptance < 0.95  # both ways are taken
+    # A chi-square of 8 degrees of freedom is above 3.3 times its mean once in a thousand times.
+    assert (chi_square(got, expected) > 3.3) == planted
+
+
+def test_refusals() -> None:
+    device = torch.device("cpu")
+    model, ids = tiny_model(device), prompts(device, 1)
+    for wrong, message in ((0, "max_drafts is 0"), (16, "max_drafts is 16, must be from 1 to 15")):
+        with pytest.raises(ValueError, match=message):
+            Lossless(wrong)
+    with pytest.raises(ValueError, match=r"Lossless needs past_key_values=MacCache"):
+        model.generate(ids, custom_generate=Lossless(), max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"Lossless needs past_key_values=MacCache"):
+        generate(model, ids, Lossless(), None)
+    for options, name in (
+        ({"num_beams": 2}, "num_beams"),
+        ({"output_attentions": True}, "output_"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            generate(model, ids, Lossless(), **options)
