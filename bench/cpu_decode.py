@@ -70,7 +70,7 @@ class Context:
         first = self.length - 9 - entries
         reuse.ring_position.copy_(torch.arange(first, first + entries, dtype=torch.int32))
         reuse.ring_stored.fill_(entries)
-        reuse.slot_end[0] = self.length - 9
+        reuse.slot_end[0] = reuse.slot_reach[0] = self.length - 9
         for n in range(self.length - 8, self.length - 1):  # misses, until lists have their length
             self._decode(reuse, n)
             reuse.ring_position[reuse.ring_position >= n - 1] = 0

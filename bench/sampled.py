@@ -103,7 +103,9 @@ class Replay:
 
         Where `max_drift` allows a head less, its |q|² counts as so much less.
         """
-        bound = math.inf if o.max_drift is None else o.max_drift / o.threshold
+        bound = math.inf
+        if o.max_drift is not None and o.threshold > 0:
+            bound = o.max_drift / o.threshold
         if self._kept is None or self._kept[0] != (bound, o.whiten):
             self._kept = None  # its memory first
             self._kept = (bound, o.whiten), self._distances(bound, o.whiten)
@@ -175,7 +177,7 @@ class Replay:
         """Error of every `stride`-th of the last `count` steps, full reads and reads of all."""
         t_all = np.arange(self.T - self.count, self.T)
         steps = t_all[:: self.stride]
-        error = torch.zeros(len(steps), self.H, draws * self.G)  # a miss has none
+        error = torch.zeros(len(steps), self.H, draws * self.G)  # 0 where it misses
         for h in range(self.H):
             hits = np.nonzero(back[steps, h])[0]
             for i in np.split(hits, range(64, len(hits), 64)):
@@ -264,7 +266,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+")
     parser.add_argument("--rings", type=_ring, nargs="+", default=[(128, 1024)], help="128x1024")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.4])
-    parser.add_argument("--drifts", type=_drift, nargs="+", default=[3.0], help="or none: no bound")
+    parser.add_argument("--drifts", type=_drift, nargs="+", default=[4.0], help="or none: no bound")
     parser.add_argument("--answers", choices=("bounded", "none", "all"), default="bounded")
     parser.add_argument("--whiten", action="store_true", help="queries, by the keys' deviation")
     parser.add_argument("--window", type=int, default=2048)

@@ -268,7 +268,8 @@ class PlantedRing:
         reuse.ring_query[:, :, self._planted].copy_(torch.where(hits, self._query, self._random))
         reuse.ring_position[:, :, 0].fill_(self._position - reuse.cfg.entries)
         reuse.ring_stored.fill_(reuse.cfg.entries)
-        reuse.slot_end.fill_(self._position)
+        for bound in (reuse.slot_end, reuse.slot_reach):
+            bound.fill_(self._position)
 
     def check_match(self, work: Workload, hits: Tensor) -> None:
         """After `put_back(hits)`: match finds just the planted entries. Raises SystemExit."""

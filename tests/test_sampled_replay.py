@@ -34,7 +34,7 @@ def options(**changed):
 
 def test_nothing_hits_at_threshold_0(tmp_path):
     tried = replay(tmp_path, queries(2, ROWS))
-    (row,) = tried.evaluate(options(), tried.decide(options(threshold=0.0)), [32])
+    row = tried.evaluate(options(), tried.decide(options(threshold=0.0)))
     assert (row["full"], row["error"], row["read"]) == (1.0, 0.0, 1.0)
 
 
@@ -42,7 +42,7 @@ def test_a_hit_on_an_equal_query_is_exact(tmp_path):
     tried = replay(tmp_path, queries(2, 1).expand(2, ROWS, 4, 16).contiguous())
     back = tried.decide(options())
     assert (back[-40:] > 0).mean() > 0.9
-    (row,) = tried.evaluate(options(), back, [32])
+    row = tried.evaluate(options(), back)
     assert row["read"] < 0.5
     assert row["error"] < 1e-5
 
@@ -56,3 +56,30 @@ def test_only_seeds_and_misses_are_reused_within_window_and_half_of_the_context(
         age = back[t, head]
         assert age <= WINDOW and age + BAND + 32 <= (tried.first + WINDOW + t + 1) / 2
         assert t < age or back[t - age, head] == 0
+
+
+@pytest.mark.parametrize("drift", [0.5, 2.0, None])
+def test_a_hit_is_within_the_threshold_and_the_drift_and_a_miss_is_not(tmp_path, drift):
+    # Queries of four sizes, so that the bound is what decides for some and not for others.
+    size = torch.tensor([0.3, 0.6, 1.2, 2.4])[:, None]
+    q = size * (queries(2, 1) + 0.4 * queries(2, ROWS))
+    tried = replay(tmp_path, q)
+    back = tried.decide(options(threshold=0.25, max_drift=drift))
+    assert 0.1 < (back > 0).mean() < 0.9
+    keys = tried.k[:, torch.arange(512) * (tried.first + WINDOW) // 512]
+    spread = 0.25**2 * keys.double().var(1, correction=0).mean(-1)  # [H]
+    of_head = tried.qm.double()  # [H, G, R, D]
+
+    def score(h, row, old):
+        now = of_head[h, :, row]
+        allowed = 0.25 * now.square().sum(-1)
+        if drift is not None:
+            allowed = allowed.clamp(max=drift / float(spread[h]))
+        return float(((now - of_head[h, :, old]).square().sum(-1) / allowed).mean())
+
+    for t, h in np.argwhere(back > 0):
+        assert score(h, WINDOW + t, WINDOW + t - back[t, h]) < 1.01  # float16
+    # The first step has the last prompt queries to choose from, as far as a hit is worth taking.
+    for h in np.argwhere(back[0] == 0)[:, 0]:
+        ages = [b for b in range(1, 9) if b + BAND + 32 <= (tried.first + WINDOW + 1) / 2]
+        assert ages and min(score(h, WINDOW, WINDOW - b) for b in ages) > 0.99
