@@ -47,7 +47,7 @@ MatchCase::MatchCase(const MatchSpec& spec)
     const int position = seq_lens[b] - 1, slot = slots[b];
     request_ids_.push_back(100 + b);
     const int first = seq_lens[b] - spec.tokens;
-    *r.end(slot) = first - data_.below(3), *r.reach(slot) = first + data_.below(3);
+    *r.end(slot) = first - b % 3, *r.reach(slot) = first + (b + 1) % 3;
     *r.request(slot) = spec.request_ids ? request_ids_[b] : -1;
     for (int h = 0; h < spec.num_kv_heads; ++h) {
       *r.stored(slot, h) = data_.below(3) ? M + data_.below(M) : 1 + data_.below(M);
