@@ -1,6 +1,6 @@
 """A look at the compiled extension before it is opened: with another torch it may not load, or err.
 
-The file says which torch it was built for, in `kBuiltFor` of csrc/ops.cpp.
+The file says which torch it was built for, in `kBuiltFor` of csrc/describe.cpp.
 """
 
 from __future__ import annotations

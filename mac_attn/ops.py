@@ -1,4 +1,4 @@
-"""The three stages as thin functions over the compiled ops, with their fake kernels beside them.
+"""The three stages as thin functions over the compiled ops; their fake kernels are in _fakes.py.
 
 `mac_attn.decode` does these three in a row, in one op. Alone they compose with other kernels:
 `match` and `complete` with another attention kernel in place of `amend`, or `amend` as a split-KV
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C  # registers torch.ops.mac_attn
+from . import _C, _fakes  # noqa: F401  (register torch.ops.mac_attn)
 from ._checks import check_tensor
 from .paging import KVCache, Scale, kv_scales, kv_views
 
@@ -368,101 +368,3 @@ def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tupl
         weighted.append((mean * torch.exp(its_lse - base).unsqueeze(-1)).masked_fill(is_empty, 0))
     out = weighted[0] + weighted[1]
     return out.to(torch.promote_types(out1.dtype, out2.dtype)), lse
-
-
-@torch.library.register_fake("mac_attn::match")
-def _match_fake(
-    q_match: Tensor,
-    seq_lens: Tensor,
-    query_lens: Tensor | None,
-    slots: Tensor,
-    request_ids: Tensor | None,
-    ring: Tensor,
-    num_kv_heads: int,
-    *args: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads = (q_match.size(0), q_match.size(-2))
-    stored = seq_lens.new_empty((q_match.size(0), num_kv_heads))
-    return seq_lens.new_empty(heads), seq_lens.new_empty(heads), stored
-
-
-@torch.library.register_fake("mac_attn::amend")
-def _amend_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_lens: Tensor | None,
-    source: Tensor | None,
-    place: Tensor | None,
-    stored: Tensor | None,
-    slots: Tensor | None,
-    ring: Tensor | None,
-    entries: int,
-    anchors: int,
-    *args: object,
-) -> tuple[Tensor, ...]:
-    batch, head_dim = q.size(0), q.size(-1)
-    queries = q.size(-2) * (q.size(1) if q.dim() == 4 else 1)
-    num_kv_heads, reuses = k_cache.size(2), source is not None
-
-    def floats(*shape: int) -> Tensor:
-        return q.new_empty(shape, dtype=torch.float32)
-
-    num_anchors = anchors if reuses else 0
-    return (
-        floats(2, batch, queries, head_dim),
-        floats(2, batch, queries),
-        floats(batch, queries if reuses else 0),
-        seq_lens.new_empty((batch, num_kv_heads, num_anchors)),
-        floats(batch, num_kv_heads, num_anchors),
-        seq_lens.new_empty((batch, num_kv_heads if reuses else 0)),
-    )
-
-
-@torch.library.register_fake("mac_attn::complete_exact")
-def _complete_exact_fake(*args: object) -> None:
-    return None
-
-
-@torch.library.register_fake("mac_attn::complete")
-def _complete_fake(*args: object) -> None:
-    return None
-
-
-@torch.library.register_fake("mac_attn::decode_exact")
-def _decode_exact_fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), _decode_exact_into_fake(q, *args)
-
-
-@torch.library.register_fake("mac_attn::decode_exact.into")
-def _decode_exact_into_fake(out: Tensor, *args: object) -> Tensor:
-    _check_one_device((out, *args))
-    return out.new_empty(out.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.register_fake("mac_attn::decode_reuse")
-def _decode_reuse_fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), *_decode_reuse_into_fake(q, *args)
-
-
-@torch.library.register_fake("mac_attn::decode_reuse.into")
-def _decode_reuse_into_fake(out: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    _check_one_device((out, *args))
-    source = out.new_empty((out.size(0), out.size(-2)), dtype=torch.int32)
-    return source, out.new_empty(out.shape[:-1], dtype=torch.float32)
-
-
-def _check_one_device(args: tuple[object, ...]) -> None:
-    """One tensor on "meta" among others brings a call here, where it would do nothing."""
-    devices = {arg.device for arg in args if isinstance(arg, Tensor)}
-    if len(devices) > 1:
-        raise ValueError(f"the tensors are on {sorted(map(str, devices))}, must be on one device")
-
-
-@torch.library.register_fake("mac_attn::unrotate")
-def _unrotate_fake(q: Tensor, *args: object) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -7,6 +7,8 @@
 
 #include "finish.h"
 
+#include "block.h"
+
 #include "amend.h"
 
 #include "complete.h"

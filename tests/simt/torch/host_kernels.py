@@ -24,6 +24,7 @@ def load_as_c() -> ModuleType:
             str(path)
             for path in (
                 ROOT / "csrc" / "ops.cpp",
+                ROOT / "csrc" / "describe.cpp",
                 ROOT / "csrc" / "unrotate.cpp",
                 ROOT / "csrc" / "backend_cuda.cpp",
                 SIMT / "torch" / "glue.cpp",
