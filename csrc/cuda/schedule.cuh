@@ -34,9 +34,8 @@ MAC_DEVICE int amend_start(const AmendParams& p, int source) {
 
 // Position of a request's first query token; -1 for padding, and where lengths cannot be.
 MAC_DEVICE int position_of(const AmendParams& p, const AmendWorkspace& w, int request) {
-  const int n = p.requests.seq_lens[request], tokens = query_len(p.shape, p.requests, request);
-  const bool fits = n <= w.max_tokens && tokens >= 1 && tokens <= p.shape.tokens && tokens <= n;
-  return fits ? n - tokens : -1;
+  const bool fits = p.requests.seq_lens[request] <= w.max_tokens && fits_query(p.shape, p.requests, request);
+  return fits ? first_position(p.shape, p.requests, request) : -1;
 }
 
 // What one KV head of one request has to attend to. A hit with anchors has no old tiles: those and the rest are one

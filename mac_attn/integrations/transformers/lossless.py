@@ -102,8 +102,8 @@ class Lossless:
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What generate calls; returns the token ids `[B, prompt + new]`, or its output object."""
-        run = _Run(self, model, input_ids, logits_processor, generation_config, model_kwargs)
         _refuse(generation_config, synced_gpus, model)
+        run = _Run(self, model, input_ids, logits_processor, generation_config, model_kwargs)
         streamer = streamer or self.streamer
         streamed = 0
         if streamer is not None:
