@@ -22,6 +22,23 @@ void run_team(Kernel kernel, const Params& params, Work& work, bool alone) {
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { kernel(params, work); });
 }
 
+// The anchors of a matched entry are old tokens of it, on pages of the cache.
+void check_anchors(const AmendParams& p, int64_t num_pages, int32_t request, int32_t kv_head, int32_t place) {
+  const int64_t slot = p.requests.slots[request];
+  const int32_t* anchors = p.ring.anchors(slot, kv_head, place);
+  const int32_t source = *p.ring.position(slot, kv_head, place), end = band_start(source, p.band);
+  const int32_t count = cpu::num_anchors(anchors, p.num_anchors);
+  // All at once; which one is wrong, if one is, is found out afterwards.
+  bool fits = count > 0;
+  for (int32_t i = 0; i < count; ++i) fits &= is_below(anchors[i], end);
+  if (fits && has_pages(p.kv, num_pages, request, 0, anchors[count - 1])) return;
+  for (int32_t i = 0; i < count; ++i) {
+    TORCH_CHECK_VALUE(anchors[i] >= 0 && anchors[i] < end, "ring_anchors of slot ", slot, ", position ", source,
+                      " hold ", anchors[i], ", must be from 0 to ", end - 1);
+    check_pages(p.kv, num_pages, request, anchors[i], anchors[i]);
+  }
+}
+
 // What amend is going to read: the tokens of every request, the anchors of every matched entry.
 void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_pages) {
   check_scale(p.kv.k_scale, "k_scale", p.shape.num_kv_heads);
@@ -41,15 +58,7 @@ void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_page
     check_pages(p.kv, num_pages, b, first, n - 1);
     for (int32_t h = 0; p.num_anchors > 0 && h < p.shape.num_kv_heads; ++h) {
       const int64_t row = (static_cast<int64_t>(b) * p.shape.num_kv_heads + h) * p.shape.group_size;
-      const int32_t source = p.matched.source[row];
-      if (source == kMiss) continue;
-      const int32_t* anchors = p.ring.anchors(p.requests.slots[b], h, p.matched.place[row]);
-      for (int32_t i = 0; i < p.num_anchors && anchors[i] != kNoAnchor; ++i) {
-        TORCH_CHECK_VALUE(anchors[i] >= 0 && anchors[i] < band_start(source, p.band), "ring_anchors of slot ",
-                          p.requests.slots[b], ", position ", source, " hold ", anchors[i], ", must be from 0 to ",
-                          band_start(source, p.band) - 1);
-        check_pages(p.kv, num_pages, b, anchors[i], anchors[i]);
-      }
+      if (p.matched.source[row] != kMiss) check_anchors(p, num_pages, b, h, p.matched.place[row]);
     }
   }
 }

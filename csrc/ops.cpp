@@ -8,16 +8,13 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "backend.h"
-#include "checks.h"
 #include "describe.h"
-#include "kv_cache.h"
 
 namespace mac_attn {
 
@@ -26,50 +23,16 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-HeadsView heads_view(const Tensor& t) {
-  return {t.const_data_ptr(), t.stride(0), t.stride(-2), t.dim() == 4 ? t.stride(1) : 0};
+void run_match(const MatchParams& p, const Persistent& persistent, const Tensor& on) {
+  on.is_cpu() ? cpu_backend::match(p) : cuda_backend::match(p, persistent, on);
 }
 
-// How many tokens each row of the call has, of them query tokens.
-struct Lengths {
-  const Tensor& seq_lens;
-  const OptionalTensor& query_lens;
-};
-
-// Lengths, slots and ids of the call's rows.
-Requests check_requests(const Shape& shape, const Lengths& lengths, const OptionalTensor& slots,
-                        const OptionalTensor& request_ids, at::Device device) {
-  const auto& [seq_lens, query_lens] = lengths;
-  check_array(seq_lens, "seq_lens", {shape.batch}, at::kInt, device);
-  if (query_lens) check_array(*query_lens, "query_lens", {shape.batch}, at::kInt, device);
-  if (slots) check_array(*slots, "slots", {shape.batch}, at::kInt, device);
-  if (request_ids) check_array(*request_ids, "request_ids", {shape.batch}, at::kLong, device);
-  return {seq_lens.const_data_ptr<int32_t>(), slots ? slots->const_data_ptr<int32_t>() : nullptr,
-          request_ids ? request_ids->const_data_ptr<int64_t>() : nullptr,
-          query_lens ? query_lens->const_data_ptr<int32_t>() : nullptr};
+void run_amend(const AmendParams& p, const AmendLimits& limits, const Persistent& persistent, const Tensor& on) {
+  on.is_cpu() ? cpu_backend::amend(p, limits) : cuda_backend::amend(p, limits, persistent, on);
 }
 
-// The rings of a cache, see ring.h.
-Ring check_ring(const Tensor& ring, const Shape& shape, const Tensor& query, int64_t entries, int64_t anchors) {
-  constexpr int64_t kMost = 1 << 24;  // of each, so that places and the layout's sums fit their types
-  TORCH_CHECK_VALUE(entries >= 1 && entries <= kMost, "entries is ", entries, ", must be from 1 to ", kMost);
-  TORCH_CHECK_VALUE(anchors >= 0 && anchors <= kMost, "anchors is ", anchors, ", must be from 0 to ", kMost);
-  Ring r{};
-  r.layout = ring_layout({shape.num_kv_heads, shape.group_size, shape.head_dim, static_cast<int32_t>(entries),
-                          static_cast<int32_t>(anchors), static_cast<int32_t>(query.element_size())});
-  check_array(ring, "ring", {kAny, r.layout.slot_bytes}, at::kByte, query.device());
-  r.num_slots = check_int32(ring.size(0), "num_slots", 1);
-  r.data = static_cast<char*>(ring.data_ptr());
-  return r;
-}
-
-// What match has answered, for the calls that go by it.
-Matched check_matched(const Shape& shape, const Tensor& source, const Tensor& place, const Tensor& stored,
-                      at::Device device) {
-  check_array(source, "source", {shape.batch, shape.num_qo_heads()}, at::kInt, device);
-  check_array(place, "place", {shape.batch, shape.num_qo_heads()}, at::kInt, device);
-  check_array(stored, "stored", {shape.batch, shape.num_kv_heads}, at::kInt, device);
-  return {source.data_ptr<int32_t>(), place.data_ptr<int32_t>(), stored.data_ptr<int32_t>()};
+void run_complete(const CompleteParams& p, const Persistent& persistent, const Tensor& on) {
+  on.is_cpu() ? cpu_backend::complete(p) : cuda_backend::complete(p, persistent, on);
 }
 
 std::tuple<Tensor, Tensor, Tensor> match(const Tensor& q_match, const Tensor& seq_lens,
@@ -80,147 +43,67 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& q_match, const Tensor& se
                                          int64_t window, int64_t band, int64_t min_context, int64_t max_reuse_depth,
                                          const OptionalTensor& workspace, const OptionalTensor& error_flag) {
   check_query(q_match, "q_match");
-  const at::Device device = q_match.device();
-  MatchParams p{};
-  p.shape = make_shape(q_match, num_kv_heads);
-  p.dtype = dtype_of(q_match);
-  p.query = heads_view(q_match);
-  p.requests = check_requests(p.shape, {seq_lens, query_lens}, slots, request_ids, device);
-  p.ring = check_ring(ring, p.shape, q_match, entries, anchors);
-  check_array(threshold, "threshold", {p.shape.num_qo_heads()}, at::kFloat, device);
-  p.threshold = threshold.const_data_ptr<float>();
-  p.relative = relative;
-  TORCH_CHECK_VALUE(max_drift >= 0 && std::isfinite(max_drift), "max_drift is ", max_drift,
-                    ", must be finite and not negative (0: no bound)");
-  p.max_drift = static_cast<float>(max_drift);
-  p.per_head = per_head;
-  p.window = check_int32(window, "window", 1);
-  p.band = check_int32(band, "band", 1);
-  p.min_context = check_int32(min_context, "min_context", 0);
-  p.max_reuse_depth = check_int32(max_reuse_depth, "max_reuse_depth", 0);
-
-  Tensor source = at::empty({p.shape.batch, p.shape.num_qo_heads()}, seq_lens.options());
+  const Shape shape = make_shape(q_match, num_kv_heads);
+  const Requests requests = check_requests(shape, {seq_lens, query_lens}, slots, request_ids, q_match.device());
+  MatchParams p =
+      check_match(q_match, shape, requests, check_ring(ring, shape, q_match, entries, anchors),
+                  {threshold, relative, max_drift, per_head, window, band, min_context, max_reuse_depth});
+  Tensor source = at::empty({shape.batch, shape.num_qo_heads()}, seq_lens.options());
   Tensor place = at::empty(source.sizes(), source.options());
-  Tensor stored = at::empty({p.shape.batch, p.shape.num_kv_heads}, seq_lens.options());
+  Tensor stored = at::empty({shape.batch, shape.num_kv_heads}, seq_lens.options());
   p.matched = {source.data_ptr<int32_t>(), place.data_ptr<int32_t>(), stored.data_ptr<int32_t>()};
-  if (device.is_cpu()) {
-    cpu_backend::match(p);
-  } else {
-    cuda_backend::match(p, {workspace, error_flag}, q_match);
-  }
+  run_match(p, {workspace, error_flag}, q_match);
   return {source, place, stored};
 }
 
-// What match answered and the rings that it searched, if amend is to go by them.
-struct Reuse {
-  const Tensor &source, &place, &stored, &slots, &ring;
-  int64_t entries, anchors, band, layer;
-};
-
-using AmendedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-AmendedTensors attend(const Tensor& q, const KVCache& cache, const Tensor& block_table, const Lengths& lengths,
-                      const Reuse* reuse, double sm_scale, double logits_soft_cap, const Persistent& persistent) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> amend(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scale,
+    const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens,
+    const OptionalTensor& query_lens, const OptionalTensor& source, const OptionalTensor& place,
+    const OptionalTensor& stored, const OptionalTensor& slots, const OptionalTensor& ring, int64_t entries,
+    int64_t num_anchors, int64_t band, int64_t layer, double sm_scale, double logits_soft_cap,
+    const OptionalTensor& workspace, const OptionalTensor& error_flag) {
+  const OptionalTensor values = v_cache;
+  const KVCache cache{k_cache, values, false, k_scale, v_scale};
+  TORCH_CHECK_VALUE(!source || (place && stored && slots && ring),
+                    "source is given, so place, stored, slots and ring must be given too");
   check_query(q, "q");
-  AmendParams p{};
-  p.shape = make_shape(q, cache.num_kv_heads());
-  p.dtype = dtype_of(q);
-  p.query = heads_view(q);
-  p.kv = cache.check(p.shape, q, block_table);
-  const OptionalTensor slots = reuse ? OptionalTensor(reuse->slots) : std::nullopt;
-  p.requests = check_requests(p.shape, lengths, slots, std::nullopt, q.device());
-  p.band = 1;
-  if (reuse) {
-    p.matched = check_matched(p.shape, reuse->source, reuse->place, reuse->stored, q.device());
-    p.ring = check_ring(reuse->ring, p.shape, q, reuse->entries, reuse->anchors);
-    p.num_anchors = p.ring.layout.shape.anchors;
-    p.band = check_int32(reuse->band, "band", 1);
-    p.layer = check_int32(reuse->layer, "layer", 0);
+  const Shape shape = make_shape(q, cache.num_kv_heads());
+  const Requests requests =
+      check_requests(shape, {seq_lens, query_lens}, source ? slots : std::nullopt, std::nullopt, q.device());
+  Reuse reuse{{}, {}, 1, 0};
+  if (source) {
+    reuse = {check_matched(shape, *source, *place, *stored, q.device()),
+             check_ring(*ring, shape, q, entries, num_anchors), band, layer};
   }
-  TORCH_CHECK_VALUE(std::isfinite(sm_scale), "sm_scale is ", sm_scale, ", must be finite");
-  TORCH_CHECK_VALUE(std::isfinite(logits_soft_cap) && logits_soft_cap >= 0, "logits_soft_cap is ", logits_soft_cap,
-                    ", must be finite and not negative (0: off)");
-  p.sm_scale = static_cast<float>(sm_scale);
-  p.logits_soft_cap = static_cast<float>(logits_soft_cap);
-
-  const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, Q = p.shape.num_queries(), S = p.num_anchors;
-  const auto floats = q.options().dtype(at::kFloat), ints = lengths.seq_lens.options();
-  Tensor states = at::empty({kNumSpans, B, Q, p.shape.head_dim}, floats);
+  AmendParams p = check_amend(q, cache, block_table, shape, requests, reuse, sm_scale, logits_soft_cap);
+  const int64_t B = shape.batch, H = shape.num_kv_heads, Q = shape.num_queries(), S = p.num_anchors;
+  const auto floats = q.options().dtype(at::kFloat), ints = seq_lens.options();
+  Tensor states = at::empty({kNumSpans, B, Q, shape.head_dim}, floats);
   Tensor state_lse = at::empty({kNumSpans, B, Q}, floats);
-  Tensor log_ratio = at::empty({B, reuse ? Q : 0}, floats);
+  Tensor log_ratio = at::empty({B, source ? Q : 0}, floats);
   Tensor anchors = at::empty({B, H, S}, ints);
   Tensor anchor_weights = at::empty({B, H, S}, floats);
-  Tensor sampled = at::empty({B, reuse ? H : 0}, ints);
+  Tensor sampled = at::empty({B, source ? H : 0}, ints);
   p.out = states.data_ptr<float>();
   p.lse = state_lse.data_ptr<float>();
   p.log_ratio = log_ratio.data_ptr<float>();
   p.anchors = anchors.data_ptr<int32_t>();
   p.anchor_weights = anchor_weights.data_ptr<float>();
   p.sampled = sampled.data_ptr<int32_t>();
-  const AmendLimits limits{cache.num_pages(), block_table.size(1)};
-  if (q.is_cpu()) {
-    cpu_backend::amend(p, limits);
-  } else {
-    cuda_backend::amend(p, limits, persistent, q);
-  }
+  run_amend(p, {cache.num_pages(), block_table.size(1)}, {workspace, error_flag}, q);
   return {states, state_lse, log_ratio, anchors, anchor_weights, sampled};
-}
-
-AmendedTensors amend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k_scale,
-                     const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens,
-                     const OptionalTensor& query_lens, const OptionalTensor& source, const OptionalTensor& place,
-                     const OptionalTensor& stored, const OptionalTensor& slots, const OptionalTensor& ring,
-                     int64_t entries, int64_t anchors, int64_t band, int64_t layer, double sm_scale,
-                     double logits_soft_cap, const OptionalTensor& workspace, const OptionalTensor& error_flag) {
-  const OptionalTensor values = v_cache;
-  const KVCache cache{k_cache, values, false, k_scale, v_scale};
-  const Persistent persistent{workspace, error_flag};
-  const Lengths lengths{seq_lens, query_lens};
-  if (!source) return attend(q, cache, block_table, lengths, nullptr, sm_scale, logits_soft_cap, persistent);
-  TORCH_CHECK_VALUE(place && stored && slots && ring,
-                    "source is given, so place, stored, slots and ring must be given too");
-  const Reuse reuse{*source, *place, *stored, *slots, *ring, entries, anchors, band, layer};
-  return attend(q, cache, block_table, lengths, &reuse, sm_scale, logits_soft_cap, persistent);
-}
-
-// The states of amend and the tensors that receive their merger.
-CompleteParams check_merge(const Tensor& states, const Tensor& state_lse, int64_t num_kv_heads,
-                           const Lengths& lengths, const OptionalTensor& sinks, const Tensor& out,
-                           const Tensor& lse) {
-  check_query(out, "out");
-  check_rows_apart(out, "out");
-  CompleteParams p{};
-  p.shape = make_shape(out, num_kv_heads);
-  p.dtype = dtype_of(out);
-  const int64_t batch = p.shape.batch, heads = p.shape.num_qo_heads(), queries = p.shape.num_queries();
-  p.requests = check_requests(p.shape, lengths, std::nullopt, std::nullopt, out.device());
-  check_array(states, "states", {kNumSpans, batch, queries, p.shape.head_dim}, at::kFloat, out.device());
-  check_array(state_lse, "state_lse", {kNumSpans, batch, queries}, at::kFloat, out.device());
-  check_array(lse, "lse", out.sizes().slice(0, out.dim() - 1), at::kFloat, out.device());
-  if (sinks) check_array(*sinks, "sinks", {heads}, at::kFloat, out.device());
-  p.sinks = sinks ? sinks->const_data_ptr<float>() : nullptr;
-  p.states = states.const_data_ptr<float>();
-  p.state_lse = state_lse.const_data_ptr<float>();
-  p.out = out.data_ptr();
-  p.out_batch_stride = out.stride(0);
-  p.out_head_stride = out.stride(-2);
-  p.out_token_stride = out.dim() == 4 ? out.stride(1) : 0;
-  p.lse = lse.data_ptr<float>();
-  return p;
-}
-
-void run_complete(const CompleteParams& p, const Persistent& persistent, const Tensor& on) {
-  if (on.is_cpu()) {
-    cpu_backend::complete(p);
-  } else {
-    cuda_backend::complete(p, persistent, on);
-  }
 }
 
 void complete_exact(const Tensor& states, const Tensor& state_lse, const Tensor& seq_lens,
                     const OptionalTensor& query_lens, int64_t num_kv_heads, const OptionalTensor& sinks,
                     Tensor& out, Tensor& lse) {
-  run_complete(check_merge(states, state_lse, num_kv_heads, {seq_lens, query_lens}, sinks, out, lse), {}, out);
+  check_query(out, "out");
+  const Shape shape = make_shape(out, num_kv_heads);
+  const Requests requests = check_requests(shape, {seq_lens, query_lens}, std::nullopt, std::nullopt, out.device());
+  CompleteParams p = check_complete(shape, requests, sinks, out, lse);
+  check_states(states, state_lse, out.device(), p);
+  run_complete(p, {}, out);
 }
 
 void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_ratio, const Tensor& anchors,
@@ -229,22 +112,24 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_r
               const OptionalTensor& query_lens, const Tensor& slots, const OptionalTensor& request_ids,
               Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t band, int64_t max_reuse_depth,
               const OptionalTensor& sinks, const OptionalTensor& workspace, Tensor& out, Tensor& lse) {
-  const Lengths lengths{seq_lens, query_lens};
-  CompleteParams p = check_merge(states, state_lse, num_kv_heads, lengths, sinks, out, lse);
+  check_query(out, "out");
   const at::Device device = out.device();
-  const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, Q = p.shape.num_queries();
+  const Shape shape = make_shape(out, num_kv_heads);
+  const Requests requests = check_requests(shape, {seq_lens, query_lens}, slots, request_ids, device);
+  CompleteParams p = check_complete(shape, requests, sinks, out, lse);
+  check_states(states, state_lse, device, p);
+  const int64_t B = shape.batch, H = shape.num_kv_heads, Q = shape.num_queries();
   check_query(q_match, "q_match");
   check_tensor(q_match, "q_match", out.sizes(), out.scalar_type(), device);
   check_tensor(q, "q", out.sizes(), out.scalar_type(), device);
   p.query = heads_view(q_match);
   p.rotated = heads_view(q);
-  p.requests = check_requests(p.shape, lengths, slots, request_ids, device);
-  p.matched = check_matched(p.shape, source, place, stored, device);
+  p.matched = check_matched(shape, source, place, stored, device);
   check_array(anchors, "anchors", {B, H, kAny}, at::kInt, device);
   check_array(anchor_weights, "anchor_weights", anchors.sizes(), at::kFloat, device);
   check_array(sampled, "sampled", {B, H}, at::kInt, device);
   check_array(log_ratio, "log_ratio", {B, Q}, at::kFloat, device);
-  p.ring = check_ring(ring, p.shape, q_match, entries, anchors.size(2));
+  p.ring = check_ring(ring, shape, q_match, entries, anchors.size(2));
   p.log_ratio = log_ratio.const_data_ptr<float>();
   p.anchors = anchors.const_data_ptr<int32_t>();
   p.anchor_weights = anchor_weights.const_data_ptr<float>();
@@ -255,18 +140,66 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_r
 }
 
 // A whole decode step in one op: what a caller pays for an op, above all when nothing of it lies in a cache, is
-// more than what a stage takes. So is what a tensor made in Python costs: the results are made here.
+// more than what a stage takes. So is what a tensor costs: those that the stages hand on are one piece of memory.
+struct HandedOn {
+  Tensor memory;
+  int32_t *place, *stored;
+  float *states, *state_lse, *log_ratio;
+  int32_t* anchors;
+  float* anchor_weights;
+  int32_t* sampled;
+
+  HandedOn(const Shape& shape, bool reuse, int64_t num_anchors, const Tensor& on) {
+    const int64_t B = shape.batch, H = shape.num_kv_heads, Hq = shape.num_qo_heads(), Q = shape.num_queries();
+    const int64_t S = num_anchors, r = reuse;
+    const int64_t counts[] = {kNumSpans * B * Q * shape.head_dim,
+                              kNumSpans * B * Q,
+                              r * B * Q,
+                              r * B * Hq,
+                              r * B * H,
+                              r * B * H * S,
+                              r * B * H * S,
+                              r * B * H};
+    constexpr int64_t kAlign = 64 / sizeof(float);
+    int64_t begin[std::size(counts)], total = 0;
+    for (size_t i = 0; i < std::size(counts); ++i) {
+      begin[i] = total;
+      total += (counts[i] + kAlign - 1) / kAlign * kAlign;
+    }
+    memory = at::empty({total}, on.options().dtype(at::kFloat));
+    float* first = memory.data_ptr<float>();
+    const auto ints = [&](int i) { return reinterpret_cast<int32_t*>(first + begin[i]); };
+    states = first, state_lse = first + begin[1], log_ratio = first + begin[2];
+    place = ints(3), stored = ints(4), anchors = ints(5), anchor_weights = first + begin[6], sampled = ints(7);
+  }
+
+  void receive(AmendParams& p) const {
+    p.out = states, p.lse = state_lse, p.log_ratio = log_ratio;
+    p.anchors = anchors, p.anchor_weights = anchor_weights, p.sampled = sampled;
+  }
+  void give(CompleteParams& p) const {
+    p.states = states, p.state_lse = state_lse, p.log_ratio = log_ratio;
+    p.anchors = anchors, p.anchor_weights = anchor_weights, p.sampled = sampled;
+  }
+};
+
 Tensor decode_exact_into(Tensor& out, const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache,
                          bool hnd, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                          const Tensor& block_table, const Tensor& seq_lens, const OptionalTensor& query_lens,
                          double sm_scale, double logits_soft_cap, const OptionalTensor& sinks) {
+  check_query(q, "q");
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
   const KVCache cache{k_cache, v_cache, hnd, k_scale, v_scale};
-  const AmendedTensors amended =
-      attend(q, cache, block_table, {seq_lens, query_lens}, nullptr, sm_scale, logits_soft_cap, {});
+  const Shape shape = make_shape(q, cache.num_kv_heads());
+  const Requests requests = check_requests(shape, {seq_lens, query_lens}, std::nullopt, std::nullopt, q.device());
+  AmendParams a = check_amend(q, cache, block_table, shape, requests, {{}, {}, 1, 0}, sm_scale, logits_soft_cap);
   Tensor lse = at::empty(q.sizes().slice(0, q.dim() - 1), q.options().dtype(at::kFloat));
-  complete_exact(std::get<0>(amended), std::get<1>(amended), seq_lens, query_lens, cache.num_kv_heads(), sinks, out,
-                 lse);
+  CompleteParams c = check_complete(shape, requests, sinks, out, lse);
+  const HandedOn handed(shape, false, 0, q);
+  handed.receive(a);
+  handed.give(c);
+  run_amend(a, {cache.num_pages(), block_table.size(1)}, {}, q);
+  run_complete(c, {}, q);
   return lse;
 }
 
@@ -281,25 +214,44 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
     const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
   TORCH_CHECK_VALUE(given_q_match.has_value() != inv_freq.has_value(),
                     "q_match and inv_freq: ", inv_freq ? "both are" : "neither is", " given, must be one of them");
+  check_query(q, "q");
+  const at::Device device = q.device();
   const Tensor q_match = given_q_match
                              ? *given_q_match
                              : unrotate_first(q, seq_lens, query_lens, *inv_freq, interleaved, rotary_scale);
+  if (given_q_match) check_query(q_match, "q_match");
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
-  check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
+  check_tensor(out, "out", q.sizes(), q.scalar_type(), device);
   const KVCache cache{k_cache, v_cache, hnd, k_scale, v_scale};
   TORCH_CHECK_VALUE(cache.num_kv_heads() == num_kv_heads, cache.name(), " has ", cache.num_kv_heads(),
                     " KV heads, must have those of the ring, ", num_kv_heads);
-  const auto [source, place, stored] =
-      match(q_match, seq_lens, query_lens, slots, request_ids, ring, num_kv_heads, entries, num_anchors, threshold,
-            relative, max_drift, per_head, window, band, min_context, max_reuse_depth, workspace, error_flag);
-  const Reuse reuse{source, place, stored, slots, ring, entries, num_anchors, band, layer};
-  const auto [states, state_lse, log_ratio, anchors, anchor_weights, sampled] = attend(
-      q, cache, block_table, {seq_lens, query_lens}, &reuse, sm_scale, logits_soft_cap, {workspace, error_flag});
-  Tensor lse = at::empty(q.sizes().slice(0, q.dim() - 1), state_lse.options());
-  complete(states, state_lse, log_ratio, anchors, anchor_weights, sampled, source, place, stored, q, q_match,
-           seq_lens, query_lens, slots, request_ids, ring, num_kv_heads, entries, band,
-           learn ? max_reuse_depth : 0,  // nothing is less deep
-           sinks, workspace, out, lse);
+  const Shape shape = make_shape(q, num_kv_heads);
+  const Requests requests = check_requests(shape, {seq_lens, query_lens}, slots, request_ids, device);
+  const Ring rings = check_ring(ring, shape, q, entries, num_anchors);
+  const Persistent persistent{workspace, error_flag};
+
+  Tensor source = at::empty({shape.batch, shape.num_qo_heads()}, seq_lens.options());
+  Tensor lse = at::empty(q.sizes().slice(0, q.dim() - 1), q.options().dtype(at::kFloat));
+  const HandedOn handed(shape, true, num_anchors, q);
+  const Matched matched{source.data_ptr<int32_t>(), handed.place, handed.stored};
+  MatchParams m =
+      check_match(q_match, shape, requests, rings,
+                  {threshold, relative, max_drift, per_head, window, band, min_context, max_reuse_depth});
+  m.matched = matched;
+  AmendParams a =
+      check_amend(q, cache, block_table, shape, requests, {matched, rings, band, layer}, sm_scale, logits_soft_cap);
+  handed.receive(a);
+  CompleteParams c = check_complete(shape, requests, sinks, out, lse);
+  handed.give(c);
+  c.query = m.query;
+  c.rotated = a.query;
+  c.matched = matched;
+  c.ring = rings;
+  c.band = m.band;
+  c.max_reuse_depth = learn ? m.max_reuse_depth : 0;  // nothing is less deep
+  run_match(m, persistent, q);
+  run_amend(a, {cache.num_pages(), block_table.size(1)}, persistent, q);
+  run_complete(c, persistent, q);
   return {source, lse};
 }
 
@@ -411,27 +363,6 @@ void register_ops() {
 }
 
 }  // namespace
-
-#ifndef MAC_ATTN_WITH_CUDA
-// So that a CUDA tensor meets a sentence, not a missing dispatch key.
-namespace cuda_backend {
-[[noreturn]] void not_built() {
-  TORCH_CHECK(false, "the tensors are on CUDA, but mac_attn was built without it; see `python -m mac_attn.info`");
-}
-void match(const MatchParams&, const Persistent&, const at::Tensor&) {
-  not_built();
-}
-void amend(const AmendParams&, const AmendLimits&, const Persistent&, const at::Tensor&) {
-  not_built();
-}
-void complete(const CompleteParams&, const Persistent&, const at::Tensor&) {
-  not_built();
-}
-void unrotate(const UnrotateParams&, const at::Tensor&) {
-  not_built();
-}
-}  // namespace cuda_backend
-#endif
 
 }  // namespace mac_attn
 

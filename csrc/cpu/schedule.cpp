@@ -102,8 +102,7 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
         group.hit = true;
         group.anchors = p.ring.anchors(slot, h, p.matched.place[row]);
         group.anchor_weights = p.ring.anchor_weights(slot, h, p.matched.place[row]);
-        group.num_anchors = static_cast<int32_t>(
-            std::find(group.anchors, group.anchors + p.num_anchors, kNoAnchor) - group.anchors);
+        group.num_anchors = num_anchors(group.anchors, p.num_anchors);
         group.density = sample_density(p.num_anchors, band_start(p.matched.source[row], p.band));
         work += 2 * group.num_anchors;
         continue;

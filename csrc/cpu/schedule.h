@@ -1,6 +1,8 @@
 // Which tokens a head has to attend to, and how they are cut into tasks.
 #pragma once
 
+#include <algorithm>
+
 #include "../params.h"
 #include "kernels.h"
 
@@ -16,6 +18,12 @@ inline int32_t amend_start(const AmendParams& p, int request, int head) {
   if (!reuses(p, request)) return 0;
   const int32_t source = p.matched.source[static_cast<int64_t>(request) * p.shape.num_qo_heads() + head];
   return source == kMiss ? 0 : band_start(source, p.band);
+}
+
+// How many anchors a list of S has: behind them is nothing but kNoAnchor.
+inline int32_t num_anchors(const int32_t* anchors, int32_t size) {
+  const auto given = [](int32_t token) { return token != kNoAnchor; };
+  return static_cast<int32_t>(std::partition_point(anchors, anchors + size, given) - anchors);
 }
 
 }  // namespace mac_attn::cpu

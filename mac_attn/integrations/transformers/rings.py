@@ -116,8 +116,9 @@ class Rings:
         self, query: Tensor, sm_scale: float | None, sinks: Tensor | None, mode: Mode
     ) -> Tensor:
         """Attention of the new queries, `[B, Hq, T, D]`; returns `[B, T, Hq, D]`."""
-        q = query.detach().transpose(1, 2)
-        q = q[:, 0] if q.shape[1] == 1 else q
+        # One token is the common case, and what a view costs counts there.
+        q = query.select(2, 0) if query.shape[2] == 1 else query.transpose(1, 2)
+        q = q.detach() if q.requires_grad else q
         options = self.store.scaling | {"sinks": sinks}
         if mode != "exact":
             q_match = q if self.rotary is None else None
