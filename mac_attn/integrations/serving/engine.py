@@ -27,6 +27,7 @@ class BaseEngine(ABC):
         options: the plugin's.
         device: of the worker.
         max_position: the longest context.
+        most_drafts: of a step, see `SlotTable`.
 
     Attributes:
         rings: of each layer that is served.
@@ -36,11 +37,18 @@ class BaseEngine(ABC):
     engine: ClassVar[str]  # its name, as its users know it
     logger: ClassVar[logging.Logger]  # a child of the engine's, so that lines are shown as its own
 
-    def __init__(self, options: Options, device: torch.device | str, max_position: int) -> None:
+    def __init__(
+        self,
+        options: Options,
+        device: torch.device | str,
+        max_position: int,
+        most_drafts: int = 0,
+    ) -> None:
         self.options = options
         self.rings: dict[Any, mac_attn.ReuseCache] = {}
         self.slots = SlotTable(0)
         self._device = device
+        self._most_drafts = most_drafts
         self._max_position = max_position
         self._rotaries: dict[Any, mac_attn.RotaryEmbedding] = {}
         self._was_full = False
@@ -77,7 +85,7 @@ class BaseEngine(ABC):
         if plans:
             given, every = self.options.num_slots, list(plans.values())
             number = given or slots_within(self.options.share, *self._memory(every), every)
-            self.slots = SlotTable(number)
+            self.slots = SlotTable(number, self._most_drafts)
         for key, plan in plans.items():
             ring = plan.rings(self.slots.num_slots, self.most_rows(), self._device)
             self._serve(layers[key], ring)

@@ -13,7 +13,7 @@ from .slots import Place
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a batch that compute one token each, for one call of `mac_attn.decode`.
+    """Rows of a batch for one call of `mac_attn.decode`.
 
     Attributes:
         block_table, seq_lens: theirs.
@@ -25,6 +25,11 @@ class Rows:
     seq_lens: Tensor
     slots: Tensor | None = None
     request_ids: Tensor | None = None
+
+    def some(self, which: Tensor) -> Rows:
+        """Those of the rows that `which`, [n] int64 on their device, names."""
+        parts = (self.block_table, self.seq_lens, self.slots, self.request_ids)
+        return Rows(*(None if part is None else part[which] for part in parts))  # type: ignore[arg-type]
 
 
 class Buffers:

@@ -5,7 +5,8 @@ until it is over, until another needs one while it is not scheduled, or until on
 long finds none: the longer the context, the more a ring saves. It also has a number, which
 `mac_attn` checks as its request id: a new one whenever the tokens of a step do not follow those of
 the step before (a request that was preempted and computes its KV cache anew, or whose prompt was
-continued), so that no entry outlives the KV cache it was made from.
+continued), so that no entry outlives the KV cache it was made from. Where drafts are verified, a
+step may begin before the last one ended; where exactly it may is for `mac_attn` to check.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class Row:
     total: int
 
     @property
-    def is_decode(self) -> bool:
-        """Whether the step computes one token."""
-        return self.end - self.begin == 1
+    def tokens(self) -> int:
+        """How many the step computes."""
+        return self.end - self.begin
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,17 @@ class SlotTable:
 
     Args:
         num_slots: how many there are.
+        most_drafts: how many of a step's tokens may be rejected, so that the next step begins as
+            many before its end.
 
     Attributes:
         turned_away: requests that wanted a slot and have found none, or have lost theirs to a
             longer one; counted once each, at the first time.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, most_drafts: int = 0) -> None:
         self.num_slots = num_slots
+        self._most_drafts = most_drafts
         self.turned_away = 0
         # Who is, and the last step it wanted one; hashes, so that no request is kept alive.
         self._without: dict[int, int] = {}
@@ -121,7 +125,7 @@ class SlotTable:
         assert tenant is not None  # by _slot_of
         if tenant.step == self._step:
             return
-        if row.begin != tenant.end:
+        if not tenant.end - self._most_drafts <= row.begin <= tenant.end:
             tenant.number = self._next_number()
         tenant.end, tenant.step = row.end, self._step
 

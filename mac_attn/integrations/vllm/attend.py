@@ -13,6 +13,7 @@ import mac_attn
 
 from ..serving.rows import Rows
 from ..serving.slots import Place, Row
+from .decodes import Decode
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -49,40 +50,41 @@ class Seed:
     rows: Rows
 
 
-def decode(
-    layer: Any, rows: Rows, query: Tensor, kv_cache: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """Attention of one token per row: `[rows, num_heads, head_dim]`.
+def decode(layer: Any, call: Decode, query: Tensor, kv_cache: Tensor, output: Tensor) -> None:
+    """Attention of the tokens of some rows.
 
     Args:
         layer: a served `Attention`.
-        rows: whose tokens.
-        query: [rows, num_heads, head_dim].
+        call: which rows and tokens.
+        query: [tokens of the batch, num_heads, head_dim].
         kv_cache: vLLM's, [num_blocks, num_kv_heads, block_size, 2 * head_dim], key then value, in
             the query's dtype or bytes of float8_e4m3fn.
-        out: where it is written to, or None.
+        output: as query, where it is written to.
     """
     served: Served = layer.impl.mac
+    rows, q, in_place = call.rows, call.take(query), isinstance(call.tokens, slice)
     reuse: dict[str, Any] = {}
     if rows.slots is not None:
         reuse = {
             "reuse": served.ring,
             "slots": rows.slots,
             "request_ids": rows.request_ids,
-            "q_match": query if served.ring.rotary is None else None,
+            "q_match": q if served.ring.rotary is None else None,
         }
     answer = mac_attn.decode(
-        query,
+        q,
         pages(layer, kv_cache),
         rows.block_table,
         rows.seq_lens,
-        out=out,
+        query_lens=call.query_lens,
+        out=call.take(output) if in_place else None,
         sinks=_sinks(layer.impl),
         **reuse,
         **_scaling(layer),
     )
     assert isinstance(answer, Tensor)  # without `return_lse`
-    return answer
+    if not in_place:
+        call.put(answer, output)
 
 
 def seed(layer: Any, seeds: Sequence[Seed], query: Tensor, kv_cache: Tensor) -> None:
@@ -125,12 +127,6 @@ def plan_seeds(
         )
         seeds.append(Seed(starts[row + 1] - length, starts[row + 1], of_request))
     return seeds
-
-
-def count_decodes(starts: Sequence[int]) -> int:
-    """How many rows, from the first on, compute one token."""
-    lengths = [last - first for first, last in zip(starts, starts[1:], strict=False)]
-    return next((row for row, length in enumerate(lengths) if length != 1), len(lengths))
 
 
 def parts(tokens: slice, *states: Tensor | None) -> list[Any]:

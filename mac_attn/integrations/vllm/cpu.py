@@ -50,7 +50,7 @@ class MacCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         self.engine = engine_of(vllm_config, layer_names)
         if self.engine is not None:
             self.leads = self.engine.leads(layer_names)
-            self.reorder_batch_threshold = 1  # rows that compute one token come first
+            self.reorder_batch_threshold = self.engine.query_tokens  # those rows come first
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -114,9 +114,8 @@ class MacCpuImpl(CPUAttentionBackendImpl):
             scales = (output_scale, output_block_scale)
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             return output
-        if plan.decode is not None:
-            rows = slice(plan.num_decodes)
-            attend.decode(layer, plan.decode, query[rows], kv_cache, output[rows])
+        for call in plan.decodes:
+            attend.decode(layer, call, query, kv_cache, output)
         if plan.prefill is not None:
             tokens = plan.prefill.tokens
             scratch = self._packed(plan.prefill, layer, kv_cache, query.dtype)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..serving.rows import Rows
 from ..serving.slots import Place
-from .attend import Seed, count_decodes, plan_seeds
+from .attend import Seed, plan_seeds
+from .decodes import Decode, count_decodes, plan_decodes
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -42,14 +43,12 @@ class CpuPlan:
     """The calls of a step.
 
     Attributes:
-        num_decodes: rows, from the first on, that compute one token.
-        decode: those rows, or None if there are none.
+        decodes: of the rows, from the first on, that compute no more tokens than decode takes.
         prefill: all other rows.
         seeds: what is seeded after it.
     """
 
-    num_decodes: int
-    decode: Rows | None
+    decodes: list[Decode]
     prefill: Prefill | None
     seeds: list[Seed]
 
@@ -62,28 +61,25 @@ def plan_step(
     Args:
         engine: the worker's.
         leads: see `Engine.place`.
-        common: CommonAttentionMetadata, the rows that compute one token first.
+        common: CommonAttentionMetadata, the rows of decode first.
         block_size: tokens per page.
         build: makes vLLM's metadata of a CommonAttentionMetadata.
     """
     rows = engine.rows(common)
     places = engine.place(rows, leads)
     starts = common.query_start_loc_cpu.tolist()
-    num_decodes = count_decodes(starts)
+    num_decodes = count_decodes(starts, engine.query_tokens)
     prefill = None
     if num_decodes < common.num_reqs:
         prefill = _prefill(common, num_decodes, starts, block_size, build)
     return CpuPlan(
-        num_decodes,
-        _decode_rows(common, places[:num_decodes]),
+        plan_decodes(_decode_rows(common, places[:num_decodes]), starts[: num_decodes + 1]),
         prefill,
         plan_seeds(engine, common, rows, places, starts),
     )
 
 
-def _decode_rows(common: Any, places: Sequence[Place | None]) -> Rows | None:
-    if not places:
-        return None
+def _decode_rows(common: Any, places: Sequence[Place | None]) -> Rows:
     table, lens = common.block_table_tensor[: len(places)], common.seq_lens[: len(places)]
     if not any(places):
         return Rows(table, lens)

@@ -18,11 +18,13 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+import mac_attn
+
 from ..serving.rows import Buffers
 from . import attend
 from .cuda_plan import CudaPlan, plan_capture, plan_step
 from .engine import engine_of, most_rows
-from .support import engine_reason
+from .support import engine_reason, num_drafts
 
 
 class MacFlashBackend(FlashAttentionBackend):
@@ -51,14 +53,19 @@ class MacFlashMetadataBuilder(FlashAttentionMetadataBuilder):
         self.engine = engine_of(vllm_config, layer_names)
         if self.engine is not None:
             self.leads = self.engine.leads(layer_names)
-            self.reorder_batch_threshold = 1  # rows that compute one token come first
+            self.reorder_batch_threshold = self.engine.query_tokens  # those rows come first
             self.buffers = Buffers(most_rows(vllm_config), device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Graphs of one token per row, as the graph must not mix decode and prefill."""
+        """Graphs of rows with one token, or where drafts are verified with one more than those.
+
+        A graph must not mix decode and prefill, nor rows of different lengths, which are two calls.
+        """
         if engine_reason(vllm_config) is not None:
             return super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        if 1 < 1 + num_drafts(vllm_config) <= mac_attn.MAX_QUERY_TOKENS:
+            return AttentionCGSupport.UNIFORM_BATCH
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(
@@ -81,8 +88,10 @@ class MacFlashMetadataBuilder(FlashAttentionMetadataBuilder):
         """The metadata that a graph is recorded with."""
         metadata = super().build(0, common_attn_metadata)
         metadata.mac = None
-        if self.engine is not None and common_attn_metadata.max_query_len == 1:
-            metadata.mac = plan_capture(common_attn_metadata, self.buffers)
+        common = common_attn_metadata
+        uniform = common.num_actual_tokens == common.num_reqs * common.max_query_len
+        if self.engine is not None and uniform and common.max_query_len <= self.engine.query_tokens:
+            metadata.mac = plan_capture(common, self.buffers)
         return metadata
 
 
@@ -114,9 +123,8 @@ class MacFlashImpl(FlashAttentionImpl):
             query = self._query(layer, query)
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             return output
-        if plan.decode is not None:
-            rows = slice(plan.num_decodes)
-            attend.decode(layer, plan.decode, query[rows], kv_cache, output[rows])
+        for call in plan.decodes:
+            attend.decode(layer, call, query, kv_cache, output)
         if plan.prefill is not None:
             tokens = plan.prefill.tokens
             new = [self._query(layer, query[tokens]), *attend.parts(tokens, key, value)]

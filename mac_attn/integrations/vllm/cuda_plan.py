@@ -1,8 +1,8 @@
 """What a step on a GPU consists of, prepared once for all layers.
 
-A step of decode alone may be the replay of a CUDA graph: the kernels were recorded for a number of
-rows and read slots, request ids and lengths from buffers that stay where they are; a row that has
-no ring has no slot there.
+A step of decode alone, in which every row has as many tokens, may be the replay of a CUDA graph:
+the kernels were recorded for a number of rows and read slots, request ids and lengths from buffers
+that stay where they are; a row that has no ring has no slot there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..serving.rows import Buffers, Rows
-from .attend import Seed, count_decodes, plan_seeds
+from .attend import Seed, plan_seeds
+from .decodes import Decode, count_decodes, plan_decodes
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -31,14 +32,12 @@ class CudaPlan:
     """The calls of a step.
 
     Attributes:
-        num_decodes: rows, from the first on, that compute one token.
-        decode: those rows, or None if there are none.
+        decodes: of the rows, from the first on, that compute no more tokens than decode takes.
         prefill: all other rows.
         seeds: what is seeded after it.
     """
 
-    num_decodes: int
-    decode: Rows | None
+    decodes: list[Decode]
     prefill: Prefill | None
     seeds: list[Seed]
 
@@ -51,14 +50,14 @@ def plan_step(
     Args:
         engine: the worker's.
         leads: see `Engine.place`.
-        common: CommonAttentionMetadata, the rows that compute one token first.
+        common: CommonAttentionMetadata, the rows of decode first.
         buffers: written.
         build: makes vLLM's metadata of a CommonAttentionMetadata.
     """
     rows = engine.rows(common)
     places = engine.place(rows, leads)
     starts = common.query_start_loc_cpu.tolist()
-    num_decodes = count_decodes(starts)
+    num_decodes = count_decodes(starts, engine.query_tokens)
     is_prefill = starts[-1] > starts[num_decodes]  # else the rows that are left are padding
     last = num_decodes if is_prefill else common.num_reqs
     buffers.fill(places[:last], common.seq_lens[:last])
@@ -66,18 +65,18 @@ def plan_step(
     if not any(places[:num_decodes]):
         decode = Rows(decode.block_table, decode.seq_lens)
     return CudaPlan(
-        num_decodes,
-        decode if num_decodes > 0 else None,
+        plan_decodes(decode, starts[: num_decodes + 1]),
         _prefill(common, num_decodes, starts, build) if is_prefill else None,
         plan_seeds(engine, common, rows, places, starts),
     )
 
 
 def plan_capture(common: Any, buffers: Buffers) -> CudaPlan:
-    """The plan that a graph of `num_reqs` rows of decode is recorded with."""
+    """The plan that a graph of `num_reqs` rows of decode is recorded with, all as many tokens."""
     rows = common.num_reqs
     buffers.fill([None] * rows, common.seq_lens[:rows])
-    return CudaPlan(rows, buffers.rows(common.block_table_tensor[:rows]), None, [])
+    starts = [row * common.max_query_len for row in range(rows + 1)]
+    return CudaPlan(plan_decodes(buffers.rows(common.block_table_tensor[:rows]), starts), None, [])
 
 
 def _prefill(common: Any, first: int, starts: list[int], build: Callable[[Any], Any]) -> Prefill:

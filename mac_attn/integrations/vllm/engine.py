@@ -24,7 +24,14 @@ from . import requests
 from .attend import Served
 from .metrics import WorkerCounters
 from .options import Options
-from .support import backend_reason, engine_reason, layer_reason, sharing_kv
+from .support import (
+    backend_reason,
+    engine_reason,
+    layer_reason,
+    num_drafts,
+    query_tokens,
+    sharing_kv,
+)
 
 
 class Engine(BaseEngine):
@@ -36,6 +43,7 @@ class Engine(BaseEngine):
 
     Attributes:
         rings: by name, of the layers that are served.
+        query_tokens: up to how many tokens of a request a step is one of decode.
     """
 
     options: Options  # with what only vLLM's have
@@ -44,7 +52,9 @@ class Engine(BaseEngine):
 
     def __init__(self, runner: Any, options: Options) -> None:
         config = runner.vllm_config
-        super().__init__(options, runner.device, config.model_config.max_model_len)
+        longest, drafts = config.model_config.max_model_len, num_drafts(config)
+        super().__init__(options, runner.device, longest, drafts)
+        self.query_tokens = query_tokens(config)
         self.runner = runner
         self._counters: WorkerCounters | None = None
         self._logged = (time.monotonic(), 0)
@@ -56,6 +66,7 @@ class Engine(BaseEngine):
         self.attach(_attention_layers(config))
         if self.rings:
             self._share_counters()
+            self._say_what_drafts_do(drafts)
 
     def most_rows(self) -> int:
         """Rows of a step of decode at most, padding for a CUDA graph included."""
@@ -81,7 +92,7 @@ class Engine(BaseEngine):
 
     def seeded(self, row: Row) -> int:
         """How many of the last tokens of a row in prefill get ring entries in this step."""
-        if row.is_decode or row.end > row.total:
+        if row.tokens <= self.query_tokens or row.end > row.total:
             return 0
         return max(0, row.end - max(row.begin, row.total - self.seed))
 
@@ -96,7 +107,8 @@ class Engine(BaseEngine):
         """
         known = [row for row in rows if row is not None]
         wants = [
-            row.end > self.shortest and (row.is_decode or self.seeded(row) > 0) for row in known
+            row.end > self.shortest and (row.tokens <= self.query_tokens or self.seeded(row) > 0)
+            for row in known
         ]
         is_alive = requests.is_alive(self.runner)
         places = iter(self.place_rows(known, wants, is_alive, same_step=not leads))
@@ -145,6 +157,8 @@ class Engine(BaseEngine):
             raise ValueError(reason)
         heads = (layer.num_heads, layer.num_kv_heads, layer.head_size)
         parent = self._parents.get(id(layer))
+        if parent is None and config.speculative_config is not None:
+            raise ValueError("layers of the model that drafts")
         return self._plan_of(extract_layer_index(name), parent, heads, dtype, self._rank)
 
     def _memory(self, layers: list[Plan]) -> tuple[int, int]:
@@ -157,6 +171,16 @@ class Engine(BaseEngine):
         quant, layer.query_quant = getattr(layer, "query_quant", None), None
         float8 = layer.kv_cache_torch_dtype != ring.dtype
         layer.impl.mac = Served(self, ring, float8, quant)
+
+    def _say_what_drafts_do(self, drafts: int) -> None:
+        """Log what is verified by whom, if there is speculative decoding."""
+        if not drafts or not self.speaks:
+            return
+        text = "MAC-Attention, speculative decoding: steps that verify drafts are exact, those of"
+        text += " one token reuse"
+        if 1 + drafts > self.query_tokens:
+            text += f"; steps of more than {self.query_tokens} tokens are left to vLLM's attention"
+        self.logger.info(text)
 
     def _share_counters(self) -> None:
         """Make the file that the metrics are read from."""

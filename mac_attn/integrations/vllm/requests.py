@@ -18,8 +18,9 @@ def rows_of(runner: Any, common: Any) -> list[Row | None]:
     Args:
         runner: the worker's model runner, `GPUModelRunner` or one derived from it, of version 1
             or 2.
-        common: the CommonAttentionMetadata of the batch. Its lengths on the host are exact, as
-            there is no speculative decoding.
+        common: the CommonAttentionMetadata of the batch. Where drafts are verified and steps are
+            scheduled ahead (asynchronously), its lengths on the host count the drafts of the step
+            before as if all had been accepted; else they are exact.
     """
     starts = common.query_start_loc_cpu.tolist()
     ends = common.seq_lens_cpu_upper_bound.tolist()

@@ -9,17 +9,35 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
+import mac_attn
+
 from ..serving.limits import device_reason, heads_reason
 
 _FLOAT8 = ("fp8", "fp8_e4m3")  # vLLM's names of float8_e4m3fn; it keeps them as bytes
 
 
+def num_drafts(vllm_config: Any) -> int:
+    """How many tokens of a request a step verifies at most; 0 without speculative decoding."""
+    speculative = vllm_config.speculative_config
+    return 0 if speculative is None else int(speculative.num_speculative_tokens)
+
+
+def query_tokens(vllm_config: Any) -> int:
+    """Up to how many tokens of a request a step goes through `mac_attn.decode`."""
+    return min(1 + num_drafts(vllm_config), mac_attn.MAX_QUERY_TOKENS)
+
+
 def engine_reason(vllm_config: Any) -> str | None:
     """What keeps the plugin from serving any layer under this configuration."""
     parallel = vllm_config.parallel_config
-    model = vllm_config.model_config
+    model, speculative = vllm_config.model_config, vllm_config.speculative_config
     reasons = {
-        "speculative decoding": vllm_config.speculative_config is not None,
+        # How many drafts of each request are verified is known on the GPU alone.
+        "adaptive verification of drafts": speculative is not None
+        and speculative.enable_adaptive_verification,
+        # It drafts nothing, but takes the model's states out as the KV cache of a layer of its own.
+        "speculative decoding by extract_hidden_states": speculative is not None
+        and speculative.method == "extract_hidden_states",
         "decode or prefill context parallelism": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
         "KV transfer": vllm_config.kv_transfer_config is not None,
