@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from vllm_batches import common_metadata
 
 import mac_attn
 
@@ -30,6 +31,7 @@ from mac_attn.integrations.serving.slots import Place, Row  # noqa: E402
 from mac_attn.integrations.vllm import cuda, cuda_plan, plugin, support, worker  # noqa: E402
 from mac_attn.integrations.vllm import engine as engine_module  # noqa: E402
 from mac_attn.integrations.vllm.attend import Served  # noqa: E402
+from mac_attn.integrations.vllm.decodes import plan_decodes  # noqa: E402
 from mac_attn.integrations.vllm.engine import Engine  # noqa: E402
 from mac_attn.integrations.vllm.options import Options  # noqa: E402
 
@@ -187,6 +189,7 @@ def test_layers_with_another_backend_are_named(monkeypatch: pytest.MonkeyPatch) 
         compilation_config=SimpleNamespace(static_forward_context={"a": layer, "b": layer}),
         parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1),
         model_config=SimpleNamespace(dtype=torch.float32, max_model_len=64),
+        speculative_config=None,
     )
     device = torch.device("cpu")
     runner = SimpleNamespace(vllm_config=config, get_model=torch.nn.Module, device=device)
@@ -232,10 +235,10 @@ def test_layers_that_share_their_cache() -> None:
     assert support.sharing_kv(layers) == [{"a", "b"}]
 
 
-def _engine(config: mac_attn.ReuseConfig) -> Engine:
+def _engine(config: mac_attn.ReuseConfig, query_tokens: int = 1) -> Engine:
     """An engine of one layer, without a model."""
     engine = object.__new__(Engine)
-    engine.options = Options(seed=128)
+    engine.options, engine.query_tokens = Options(seed=128), query_tokens
     engine.rings = {"layer": SimpleNamespace(cfg=config)}  # type: ignore[dict-item]
     return engine
 
@@ -252,6 +255,13 @@ def _engine(config: mac_attn.ReuseConfig) -> Engine:
 )
 def test_the_last_tokens_of_a_prompt_are_seeded_once(row: Row, count: int) -> None:
     assert _engine(mac_attn.ReuseConfig()).seeded(row) == count
+
+
+def test_what_decode_takes_is_not_seeded() -> None:
+    engine = _engine(mac_attn.ReuseConfig(), query_tokens=4)
+    assert engine.seeded(Row("a", 995, 999, 999)) == 0
+    assert engine.seeded(Row("a", 994, 999, 999)) == 5
+    assert engine.seeded(Row("a", 999, 1009, 1000)) == 0  # drafts, more than decode takes
 
 
 def test_no_more_is_seeded_than_a_window_holds() -> None:
@@ -309,8 +319,7 @@ def test_the_flash_impl_serves_a_mixed_step(float8: bool, monkeypatch: pytest.Mo
     buffers = cuda_plan.Buffers(4, torch.device("cpu"))
     buffers.fill([Place(1, 5), None], lens)
     plan = cuda_plan.CudaPlan(
-        2,
-        buffers.rows(table),
+        plan_decodes(buffers.rows(table), [0, 1, 2]),
         cuda_plan.Prefill(slice(2, 5), "prefill"),
         [],
     )
@@ -336,19 +345,118 @@ def test_the_flash_impl_serves_a_mixed_step(float8: bool, monkeypatch: pytest.Mo
     assert (output == 7).all()
 
 
-def test_graphs_hold_decode_alone() -> None:
-    config = SimpleNamespace(
+def _config(**speculative: Any) -> Any:
+    """What decides whether a server is served, with speculative decoding if there is any of it."""
+    given = {"method": "ngram", "num_speculative_tokens": 3, "enable_adaptive_verification": False}
+    return SimpleNamespace(
         device_config=SimpleNamespace(device_type="cpu"),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False
         ),
-        speculative_config=None,
+        speculative_config=SimpleNamespace(**given | speculative) if speculative else None,
         kv_transfer_config=None,
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         model_config=SimpleNamespace(runner_type="generate", is_mm_prefix_lm=False, use_mla=False),
     )
+
+
+@pytest.mark.parametrize(
+    ("drafts", "support_of_graphs", "tokens"),
+    [
+        (0, "UNIFORM_SINGLE_TOKEN_DECODE", 1),
+        (1, "UNIFORM_BATCH", 2),
+        (15, "UNIFORM_BATCH", 16),
+        (16, "UNIFORM_SINGLE_TOKEN_DECODE", 16),  # with which vLLM makes none of drafts
+    ],
+)
+def test_graphs_hold_decode_alone(drafts: int, support_of_graphs: str, tokens: int) -> None:
+    config = _config(**({"num_speculative_tokens": drafts} if drafts else {}))
+    assert support.engine_reason(config) is None
+    assert support.query_tokens(config) == tokens
     builder = cuda.MacFlashMetadataBuilder
-    assert builder.get_cudagraph_support(config, None).name == "UNIFORM_SINGLE_TOKEN_DECODE"
-    config.speculative_config = object()
-    assert support.engine_reason(config) == "speculative decoding"
-    assert builder.get_cudagraph_support(config, None).name in ("ALWAYS", "UNIFORM_BATCH")
+    assert builder.get_cudagraph_support(config, None).name == support_of_graphs
+
+
+@pytest.mark.parametrize("drafts", [3, 16])
+def test_what_vllm_makes_of_it(drafts: int) -> None:
+    """Full graphs of uniform steps up to 16 tokens, none beyond."""
+    from vllm.config import CompilationConfig, CUDAGraphMode
+
+    config = _config(num_speculative_tokens=drafts)
+    graphs = cuda.MacFlashMetadataBuilder.get_cudagraph_support(config, None)
+    compilation = CompilationConfig(cudagraph_mode="FULL_AND_PIECEWISE", mode=3)
+    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = [4, 8, 32], 32
+    compilation.splitting_ops = list(CompilationConfig._attention_ops)
+    mode = compilation.resolve_cudagraph_mode_and_sizes(graphs, "MacFlashBackend", 1 + drafts)
+    expected = CUDAGraphMode.PIECEWISE if drafts > 15 else CUDAGraphMode.FULL_AND_PIECEWISE
+    assert mode == expected
+
+
+@pytest.mark.parametrize(
+    ("speculative", "reason"),
+    [
+        ({"method": "draft_model"}, None),
+        ({"method": "eagle3"}, None),
+        ({"enable_adaptive_verification": True}, "adaptive verification of drafts"),
+        (
+            {"method": "extract_hidden_states"},
+            "speculative decoding by extract_hidden_states",
+        ),
+    ],
+)
+def test_which_speculation_is_served(speculative: dict[str, Any], reason: str | None) -> None:
+    config = _config(**speculative)
+    assert support.engine_reason(config) == reason
+    if reason is not None:  # what vLLM's own backend says
+        graphs = cuda.MacFlashMetadataBuilder.get_cudagraph_support(config, None)
+        assert graphs.name in ("ALWAYS", "UNIFORM_BATCH")
+
+
+@pytest.mark.parametrize("drafts", [3, 16])
+def test_layers_that_draft_are_left_and_what_drafts_do_is_said(
+    drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(Engine.logger, "warning", lambda text, *v: warned.append(text % v))
+    layer = _layer(attn_backend=None)
+    layer.impl.mac = None
+    config = _config(num_speculative_tokens=drafts)
+    config.compilation_config = SimpleNamespace(static_forward_context={"draft.0": layer})
+    config.parallel_config.rank, config.parallel_config.tensor_parallel_size = 0, 1
+    config.model_config.dtype, config.model_config.max_model_len = torch.float32, 64
+    device = torch.device("cpu")
+    runner = SimpleNamespace(vllm_config=config, get_model=torch.nn.Module, device=device)
+    engine = Engine(runner, Options())
+    assert engine.rings == {}
+    assert engine.query_tokens == min(1 + drafts, 16)
+    assert warned == [
+        "MAC-Attention: 1 layers are left to vLLM's attention: layers of the model that drafts",
+        "MAC-Attention: off: no layer is served",
+    ]
+    said: list[str] = []
+    monkeypatch.setattr(Engine.logger, "info", said.append)
+    engine._say_what_drafts_do(drafts)
+    (text,) = said
+    assert "steps that verify drafts are exact" in text
+    assert ("steps of more than 16 tokens are left to vLLM's attention" in text) == (drafts > 15)
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "planned"), [([1, 1], True), ([4, 4], True), ([4, 2], False), ([5, 5], False)]
+)
+def test_what_a_graph_is_recorded_with(
+    query_lens: list[int], planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that a replay could not follow is recorded with vLLM's attention."""
+    own = flash_attn.FlashAttentionMetadataBuilder
+    monkeypatch.setattr(own, "build", lambda self, *args: SimpleNamespace())
+    builder = object.__new__(cuda.MacFlashMetadataBuilder)
+    builder.engine = SimpleNamespace(query_tokens=4)  # type: ignore[assignment]
+    builder.buffers = cuda_plan.Buffers(4, torch.device("cpu"))
+    common = common_metadata(query_lens, [9, 13])
+    plan = builder.build_for_cudagraph_capture(common).mac
+    if not planned:
+        assert plan is None
+        return
+    (call,) = plan.decodes
+    assert (call.width, call.rows.slots.tolist()) == (query_lens[0], [-1, -1])

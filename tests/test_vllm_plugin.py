@@ -152,6 +152,16 @@ class TestSlots:
         assert after.slot == before.slot
         assert after.number != before.number
 
+    @pytest.mark.parametrize(("begin", "same"), [(6, False), (7, True), (10, True), (11, False)])
+    def test_the_same_number_where_drafts_may_have_been_rejected(
+        self, begin: int, same: bool
+    ) -> None:
+        table = SlotTable(1, most_drafts=3)
+        (before,) = table.place([Row("a", 6, 10, 10)], [True], self.always)
+        (after,) = table.place([Row("a", begin, begin + 1, 99)], [True], self.always)
+        assert before and after
+        assert (after.number == before.number) is same
+
     @settings(max_examples=200, deadline=None)
     @given(st.data())
     def test_nobody_shares_a_number_and_no_number_has_a_gap(self, data: st.DataObject) -> None:

@@ -288,13 +288,67 @@ def test_a_float8_cache(smollm: Path, logs: Path, without_plugin: list[Answer]) 
     assert sum(count > 0 for count in same) >= len(same) - 1
 
 
-def test_speculative_decoding_is_refused(llama: Path, logs: Path) -> None:
-    """Once, with the reason; the server answers with vLLM's attention."""
-    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    arguments = [*COMMON, "--speculative-config", json.dumps(speculative)]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **plugin(SMALL)}
-    with Server(llama, arguments, environment, logs / "speculative") as server:
-        answer = server.complete(Request(python_reference()[:1500], 8))
-    assert len(answer.tokens) == 8
-    log = (logs / "speculative").read_text()
-    assert log.count("MAC-Attention: off: speculative decoding is left to vLLM's attention") == 1
+def speculative(method: str, **more: Any) -> list[str]:
+    """Arguments of servers whose steps verify three drafts, or as many as `more` says."""
+    given = {"method": method, "num_speculative_tokens": 3, **more}
+    return [*COMMON, "--speculative-config", json.dumps(given)]
+
+
+NGRAM = speculative("ngram", prompt_lookup_max=3, prompt_lookup_min=2)
+
+
+def accepted(metrics: Mapping[str, float]) -> tuple[float, float]:
+    """Draft tokens that were accepted, and all that there were."""
+    names = ("num_accepted_tokens", "num_draft_tokens")
+    return tuple(metrics[f"vllm:spec_decode_{name}_total"] for name in names)  # type: ignore[return-value]
+
+
+def test_ngram_speculation(smollm: Path, logs: Path) -> None:
+    """The tokens of vLLM with the same drafts, at threshold 0; else steps of one token hit."""
+    requests = traffic()
+    answers, found = {}, {}
+    servers = {"vllm": {}, "exact": plugin(EXACT), "reuse": plugin(REUSING)}
+    for kind, environment in servers.items():
+        log = logs / f"ngram-{kind}"
+        blocks = ("--num-gpu-blocks-override", "90") if kind != "reuse" else ()
+        with Server(
+            smollm, [*NGRAM, *blocks], {"VLLM_CPU_KVCACHE_SPACE": "1", **environment}, log
+        ) as server:
+            answers[kind] = server.complete_all(requests)
+            found[kind] = server.metrics()
+    for kind in servers:
+        some, drafts = accepted(found[kind])
+        assert 0 < some < drafts
+        print(f"\n{kind}: {some:.0f} of {drafts:.0f} draft tokens accepted")
+    assert found["exact"]["vllm:num_preemptions_total"] > 0
+    assert found["exact"]["mac_attn:hit_rate"] == 0
+    # Exact, but the keys are read once for a token and its drafts.
+    assert 0.25 < found["exact"]["mac_attn:kv_read_share"] < 1
+    assert found["reuse"]["mac_attn:query_head_hits_total"] > 0
+    log = (logs / "ngram-exact").read_text()
+    assert "MAC-Attention serves 30 of 30 layers" in log
+    assert log.count("speculative decoding: steps that verify drafts are exact") == 1
+    different = ties(answers["vllm"], answers["exact"], requests)
+    print(f"{different} of 32 outputs part from vLLM's at a tie, the others are the same")
+    for kind in ("exact", "reuse"):
+        hits, read = (found[kind][f"mac_attn:{name}"] for name in ("hit_rate", "kv_read_share"))
+        print(f"{kind}: {hits:.1%} of the query heads hit, {read:.1%} of the keys read")
+
+
+def test_drafts_of_a_model(llama: Path, logs: Path) -> None:
+    """The model that drafts keeps vLLM's attention; here it is the served one itself."""
+    requests, answers = traffic(12), []
+    arguments = speculative("draft_model", model=str(llama), num_speculative_tokens=2)
+    for kind, environment in (("vllm", {}), ("mac", plugin(EXACT))):
+        space = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        log = logs / f"draft-{kind}"
+        with Server(llama, arguments, {**space, **environment}, log) as server:
+            answers.append(server.complete_all(requests))
+            metrics = server.metrics()
+    some, drafts = accepted(metrics)
+    assert some > 0.5 * drafts
+    text = log.read_text()
+    assert "MAC-Attention serves 3 of 6 layers" in text
+    assert "3 layers are left to vLLM's attention: layers of the model that drafts" in text
+    assert metrics["mac_attn:query_heads_total"] > 0
+    ties(*answers, requests)

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from vllm_batches import BLOCK, DIM, HEADS, KV_HEADS, Common, common_metadata
 
 import mac_attn
-from mac_attn.integrations.serving.slots import Place, Row
+from mac_attn.integrations.serving.slots import Place, Row, SlotTable
 from mac_attn.integrations.vllm import attend, cpu_plan, cuda_plan
+from mac_attn.integrations.vllm.decodes import Decode, count_decodes, plan_decodes
 
 SCALES = {"_k_scale": torch.tensor(0.5), "_v_scale": torch.tensor([0.25, 2.0])}
 
@@ -22,8 +25,15 @@ SCALES = {"_k_scale": torch.tensor(0.5), "_v_scale": torch.tensor([0.25, 2.0])}
 class FakeEngine:
     """An engine whose requests and places are given."""
 
-    def __init__(self, rows: list[Row | None], places: list[Place | None], seed: int = 0) -> None:
+    def __init__(
+        self,
+        rows: list[Row | None],
+        places: list[Place | None],
+        seed: int = 0,
+        query_tokens: int = 1,
+    ) -> None:
         self._rows, self._places, self._seed = rows, places, seed
+        self.query_tokens = query_tokens
 
     def rows(self, common: Any) -> list[Row | None]:
         return self._rows
@@ -34,12 +44,14 @@ class FakeEngine:
         return self._places
 
     def seeded(self, row: Row) -> int:
-        return 0 if row.is_decode else min(self._seed, row.end - row.begin)
+        return 0 if row.tokens <= self.query_tokens else min(self._seed, row.tokens)
 
 
-def _layer(rotary: mac_attn.RotaryEmbedding | None = None, float8: bool = False) -> SimpleNamespace:
+def _layer(
+    rotary: mac_attn.RotaryEmbedding | None = None, float8: bool = False, threshold: float = 0
+) -> SimpleNamespace:
     config = mac_attn.ReuseConfig(
-        entries=8, window=8, band=4, anchors=0, min_context=8, threshold=0
+        entries=8, window=8, band=4, anchors=0, min_context=8, threshold=threshold
     )
     ring = mac_attn.ReuseCache(
         config,
@@ -101,9 +113,8 @@ def test_a_step_on_the_cpu(batch: tuple[Common, Tensor, Tensor], float8: bool) -
     engine = FakeEngine(ROWS, PLACES, seed=3)
     plan = cpu_plan.plan_step(engine, True, common, BLOCK, _build(seen))  # type: ignore[arg-type]
     output = torch.full_like(query, torch.nan)
-    assert plan.decode is not None
-    assert plan.num_decodes == 3
-    attend.decode(layer, plan.decode, query[:3], kv_cache, output[:3])
+    (call,) = plan.decodes
+    attend.decode(layer, call, query, kv_cache, output)
     torch.testing.assert_close(output[:3], _expected(common, query, kv_cache))
     ring = layer.impl.mac.ring
     assert ring.slot_end.tolist() == [30, 0, 9]
@@ -141,15 +152,16 @@ def test_a_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor], padding: int) -> 
     engine = FakeEngine(rows, places)
     plan = cuda_plan.plan_step(engine, True, common, buffers, _build([]))  # type: ignore[arg-type]
     assert plan.prefill is None
-    assert plan.num_decodes == 3
     expected = _expected(common, query, kv_cache)
 
     def run(step: cuda_plan.CudaPlan) -> Tensor:
-        assert step.decode is not None
+        (call,) = step.decodes
         # A graph reads the block table where it was when recorded; vLLM writes it there.
-        table = common.block_table_tensor[: step.num_decodes]
-        q = query[: step.num_decodes]
-        return attend.decode(layer, replace(step.decode, block_table=table), q, kv_cache)
+        table = common.block_table_tensor[: len(call.rows.seq_lens)]
+        output = torch.full_like(query, torch.nan)
+        rows = replace(call.rows, block_table=table)
+        attend.decode(layer, replace(call, rows=rows), query, kv_cache, output)
+        return output[call.tokens]
 
     torch.testing.assert_close(run(plan), expected)
     replayed = run(recorded)
@@ -182,7 +194,8 @@ def test_sinks_of_a_layer_are_in_its_answers(batch: tuple[Common, Tensor, Tensor
     layer = _layer()
     layer.impl.sinks = torch.tensor([0.5, -3.0, 2.0, 4.0], dtype=torch.bfloat16)
     rows = attend.Rows(common.block_table_tensor[:3], common.seq_lens[:3])
-    got = attend.decode(layer, rows, query[:3], kv_cache)
+    got = torch.full_like(query, torch.nan)[:3]
+    attend.decode(layer, Decode(rows, 1, slice(3)), query, kv_cache, got)
     pages = kv_cache.split(DIM, dim=-1)
     plain, lse = mac_attn.decode(
         query[:3],
@@ -207,12 +220,182 @@ def test_queries_that_are_not_rotated_are_matched_as_they_are(
         torch.tensor([1], dtype=torch.int32),
         torch.tensor([5]),
     )
-    attend.decode(layer, rows, query[:1], kv_cache)
+    output = torch.full_like(query, torch.nan)
+    attend.decode(layer, Decode(rows, 1, slice(1)), query, kv_cache, output)
     stored = layer.impl.mac.ring.ring_query[1, :, 0].flatten(0, 1)
     assert torch.equal(stored, query[0])
     rotary = mac_attn.RotaryEmbedding(torch.tensor([1.0, 0.1]))
     layer = _layer(rotary)
-    attend.decode(layer, rows, query[:1], kv_cache)
+    output = torch.full_like(query, torch.nan)
+    attend.decode(layer, Decode(rows, 1, slice(1)), query, kv_cache, output)
     stored = layer.impl.mac.ring.ring_query[1, :, 0].flatten(0, 1)
     expected = mac_attn.unrotate(query[:1], common.seq_lens[:1] - 1, rotary)
     torch.testing.assert_close(stored, expected[0])
+
+
+def test_which_rows_are_decode() -> None:
+    assert count_decodes([0], 4) == 0
+    assert count_decodes([0, 1, 5, 7, 8], 4) == 4
+    assert count_decodes([0, 1, 5, 7, 8], 3) == 1
+    assert count_decodes([0, 1, 2, 2, 2], 1) == 2  # the others are padding
+
+
+@given(st.lists(st.integers(1, 5), max_size=8))
+def test_every_token_of_decode_is_in_one_call(lengths: list[int]) -> None:
+    """Whatever the rows' lengths; those of one token have a call of their own, which can hit."""
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    count = len(lengths)
+    rows = attend.Rows(
+        torch.arange(count, dtype=torch.int32)[:, None], torch.arange(count, dtype=torch.int32)
+    )
+    states, found = torch.randn(starts[-1] + 2, 3), torch.full((starts[-1] + 2, 3), torch.nan)
+    for call in plan_decodes(rows, starts):
+        q = call.take(states)
+        assert q.shape == (len(call.rows.seq_lens), *([call.width] * (call.width > 1)), 3)
+        lens = [lengths[row] for row in call.rows.seq_lens.tolist()]
+        assert max(lens) == call.width
+        assert (min(lens) == 1) == (call.width == 1)
+        if min(lens) < call.width:
+            assert call.query_lens is not None and call.query_lens.tolist() == lens
+        else:
+            assert call.query_lens is None
+        if isinstance(call.tokens, slice):
+            call.take(found).copy_(q)
+        else:
+            call.put(q, found)
+    assert torch.equal(found[:-2], states[:-2])
+    assert found[-2:].isnan().all()
+
+
+class Drafting:
+    """An engine whose steps verify drafts, with slots of its own."""
+
+    query_tokens = 4
+
+    def __init__(self) -> None:
+        self.slots = SlotTable(3, self.query_tokens - 1)
+
+    def rows(self, common: Any) -> list[Row | None]:
+        starts, ends = common.query_start_loc.tolist(), common.seq_lens.tolist()
+        return [
+            Row(row, end - (starts[row + 1] - starts[row]), end, end)
+            for row, end in enumerate(ends)
+        ]
+
+    def place(self, rows: list[Row], leads: bool) -> list[Place | None]:
+        return self.slots.place(rows, [True] * len(rows), lambda key: True)
+
+    def seeded(self, row: Row) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("seed", range(3))
+def test_rejected_drafts_leave_nothing(device: str, seed: int) -> None:
+    """Steps of one token hit on queries from before and between drafts, and see none rejected.
+
+    A request asks the same all the time, so that a hit is exact; keys and values of what was
+    rejected are NaN until others take their places.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def number(first: int, last: int) -> int:
+        return int(torch.randint(first, last + 1, (), generator=draw))
+
+    engine, layer, blocks = Drafting(), _layer(threshold=0.3), 20
+    queries = torch.randn(3, HEADS, DIM, generator=draw)
+    kv_cache = torch.full((3 * blocks, KV_HEADS, BLOCK, 2 * DIM), torch.nan)
+    buffers = cuda_plan.Buffers(4, torch.device("cpu"))
+    begin, lens, numbers = [0, 0, 0], [13, 22, 30], set()
+
+    def write(row: int, positions: range, keys: Tensor) -> None:
+        at = torch.arange(positions.start, positions.stop)
+        pages = common.block_table_tensor[row].long()[at // BLOCK]
+        kv_cache[pages, :, at % BLOCK] = keys
+
+    for step in range(16):
+        common = common_metadata(lens, [b + n for b, n in zip(begin, lens, strict=True)], blocks)
+        for row, (b, n) in enumerate(zip(begin, lens, strict=True)):
+            write(row, range(b, b + n), torch.randn(n, KV_HEADS, 2 * DIM, generator=draw))
+        if step > 0:  # the first one is prefill
+            if device == "cpu":
+                plan: Any = cpu_plan.plan_step(engine, True, common, BLOCK, _build([]))  # type: ignore[arg-type]
+            else:
+                plan = cuda_plan.plan_step(engine, True, common, buffers, _build([]))  # type: ignore[arg-type]
+            assert plan.prefill is None
+            query = queries.repeat_interleave(torch.tensor(lens), 0)
+            output = torch.full_like(query, torch.nan)
+            for call in plan.decodes:
+                attend.decode(layer, call, query, kv_cache, output)
+                numbers |= set(call.rows.request_ids.tolist())
+            # Each token by itself.
+            of = torch.arange(3).repeat_interleave(torch.tensor(lens))
+            ends = [b + t + 1 for b, n in zip(begin, lens, strict=True) for t in range(n)]
+            key, value = kv_cache.split(DIM, dim=-1)
+            ends = torch.tensor(ends, dtype=torch.int32)
+            table = common.block_table_tensor[of]
+            expected = mac_attn.decode(query, (key, value), table, ends, kv_layout="HND")
+            torch.testing.assert_close(output, expected)
+        for row, n in enumerate(lens):
+            kept = number(1, n) if step > 0 else n
+            begin[row] += kept
+            write(row, range(begin[row], begin[row] + n - kept), torch.tensor(torch.nan))
+        wide = step % 4 == 1  # now and then all rows have drafts
+        lens = [number(2, 4) if wide or number(0, 3) == 0 else 1 for _ in range(3)]
+    ring = layer.impl.mac.ring
+    assert len(numbers) == 3  # no request was taken for a new one
+    assert ring.stats().kv_head_hits > 10
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_graph_of_steps_that_verify(padding: int) -> None:
+    """Recorded for rows of as many tokens; slots, lengths and padding are those of the step."""
+    layer, width = _layer(), 3
+    query_lens, lens = [width] * 3 + [0] * padding, [9, 17, 30, *[0] * padding]
+    common = common_metadata(query_lens, lens)
+    count = len(lens)
+    query = torch.randn(count * width, HEADS, DIM)
+    kv_cache = torch.randn(8 * count, KV_HEADS, BLOCK, 2 * DIM)
+    buffers = cuda_plan.Buffers(8, torch.device("cpu"))
+    dummies = common_metadata([width] * count, [width] * count)
+    (recorded,) = cuda_plan.plan_capture(dummies, buffers).decodes
+    rows = [Row(name, n - width, n, n) for name, n in zip("abc", lens, strict=False)]
+    engine = FakeEngine([*rows, *[None] * padding], [*PLACES[:3], *[None] * padding], 0, 4)
+    plan = cuda_plan.plan_step(engine, True, common, buffers, _build([]))  # type: ignore[arg-type]
+    assert plan.prefill is None
+    key, value = kv_cache.split(DIM, dim=-1)
+    real = slice(3 * width)
+    expected = mac_attn.decode(
+        query[real].unflatten(0, (3, width)),
+        (key, value),
+        common.block_table_tensor[:3],
+        common.seq_lens[:3],
+        kv_layout="HND",
+    )
+    assert isinstance(expected, Tensor)
+    (call,) = plan.decodes
+    for one in (
+        call,
+        replace(recorded, rows=replace(recorded.rows, block_table=common.block_table_tensor)),
+    ):
+        output = torch.full_like(query, torch.nan)
+        attend.decode(layer, one, query, kv_cache, output)
+        torch.testing.assert_close(output[real], expected.flatten(0, 1))
+    assert not output[3 * width :].any()  # of the graph, which has rows for padding too
+    assert layer.impl.mac.ring.slot_request.tolist() == [9, -1, 7]
+    assert layer.impl.mac.ring.slot_reach.tolist() == [30, 0, 9]
+
+
+def test_a_step_of_drafts_beside_prefill(batch: tuple[Common, Tensor, Tensor]) -> None:
+    """Longer ones than decode takes are vLLM's, with the prompts."""
+    common, seen = common_metadata([1, 3, 5, 6], [9, 17, 30, 12]), list[Common]()
+    rows = [
+        Row(name, end - n, end, end)
+        for name, n, end in zip("abcd", [1, 3, 5, 6], [9, 17, 30, 12], strict=True)
+    ]
+    engine = FakeEngine(rows, PLACES, 2, query_tokens=4)  # type: ignore[arg-type]
+    plan = cpu_plan.plan_step(engine, True, common, BLOCK, _build(seen))  # type: ignore[arg-type]
+    assert [(call.width, len(call.rows.seq_lens)) for call in plan.decodes] == [(1, 1), (3, 1)]
+    assert plan.prefill is not None
+    assert plan.prefill.tokens == slice(4, 15)
+    assert seen[0].query_start_loc.tolist() == [0, 5, 11]

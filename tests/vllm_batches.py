@@ -24,17 +24,18 @@ class Common:
     block_table_tensor: Tensor
     slot_mapping: Tensor
     max_seq_len: int
+    max_query_len: int
     req_idx: Any = None
 
     def replace(self, **changes: Any) -> Common:
         return replace(self, **changes)
 
 
-def common_metadata(query_lens: list[int], seq_lens: list[int]) -> Common:
-    """A batch whose requests have blocks of their own, 8 each."""
+def common_metadata(query_lens: list[int], seq_lens: list[int], blocks: int = 8) -> Common:
+    """A batch whose requests have so many blocks each of their own."""
     starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
     lens = torch.tensor(seq_lens, dtype=torch.int32)
-    table = torch.arange(8 * len(lens), dtype=torch.int32).view(-1, 8).flip(1)
+    table = torch.arange(blocks * len(lens), dtype=torch.int32).view(-1, blocks).flip(1)
     positions = [
         torch.arange(n - length, n) for n, length in zip(seq_lens, query_lens, strict=True)
     ]
@@ -51,4 +52,5 @@ def common_metadata(query_lens: list[int], seq_lens: list[int]) -> Common:
         table,
         torch.cat(slot_mapping),
         max(seq_lens),
+        max(query_lens),
     )
