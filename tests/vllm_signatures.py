@@ -70,6 +70,10 @@ READ = {
         *("prefill_context_parallel_size", "data_parallel_index"),
     ],
     "vllm/config/attention.py:AttentionConfig": ["backend_per_kind"],
+    "vllm/config/speculative.py:SpeculativeConfig": [
+        *("method", "num_speculative_tokens", "enable_adaptive_verification"),
+    ],
+    f"{_BASE}:AttentionCGSupport": ["UNIFORM_BATCH", "UNIFORM_SINGLE_TOKEN_DECODE"],
 }
 
 
