@@ -88,7 +88,7 @@ def op_arguments(reuse, device):
         "amend.default": amend,
         "complete.default": complete,
         "decode_exact.default": (*attention, scale, 0.0, False, None),
-        "decode_exact.into": (out, *attention, scale, 0.0, None),
+        "decode_exact.into": (out, *attention, scale, 0.0, False, None),
         "decode_reuse.default": decode,
         "decode_reuse.into": (out, *decode),
         "complete_exact.default": (*amended[:2], seq_lens, None, 1, None, out, lse),
