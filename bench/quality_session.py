@@ -211,7 +211,7 @@ def _run(job: Job, subject: Subject, options: argparse.Namespace, path: Path) ->
             finished = True
         except runs.OutOfTime:
             break
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):  # the latter is a ReuseCache's
             if subject.batch == 1:
                 raise
             # Again from the start: batches of another size have other rows.

@@ -28,7 +28,17 @@ from workload import Case, PlantedRing, Workload, hit_mask, reuse_config
 
 import mac_attn
 
-COLUMNS = ("match", "amend", "complete", "step", "turned", "exact", "chain", "its exact")
+COLUMNS = (
+    "match",
+    "amend",
+    "complete",
+    "step",
+    "turned",
+    "exact",
+    "invariant",
+    "chain",
+    "its exact",
+)
 CHAIN_BYTES = 40 * 2**30  # of KV caches that a chain may take
 # layout, context, batch
 CASES = {
@@ -110,6 +120,7 @@ def measure(
             Step("step", step, put_back),
             Step("turned", partial(step, turned=True), put_back),
             Step("exact", work.exact),
+            Step("invariant", partial(work.exact, batch_invariant=True)),
         ]
         if chain > 1:
             chain_back = partial(all_back, ring.on_device(mask))
@@ -127,6 +138,7 @@ def measure(
             "step": floor.total_bytes,
             "turned": floor.total_bytes,
             "exact": case.floor().total_bytes,
+            "invariant": case.floor().total_bytes,
         }
         if chain > 1:
             timings |= {name: each_of(timings[name], chain) for name in ("chain", "its exact")}

@@ -119,8 +119,15 @@ class Workload:
         self.rotary = mac_attn.RotaryEmbedding(10000.0**-pairs)
         self.q = mac_attn.rotate(self.q_match, self.seq_lens - 1, self.rotary)
 
-    def exact(self) -> Tensor:
-        out = mac_attn.decode(self.q, self.kv, self.block_table, self.seq_lens, **self.scales)
+    def exact(self, *, batch_invariant: bool = False) -> Tensor:
+        out = mac_attn.decode(
+            self.q,
+            self.kv,
+            self.block_table,
+            self.seq_lens,
+            batch_invariant=batch_invariant,
+            **self.scales,
+        )
         assert isinstance(out, Tensor)
         return out
 

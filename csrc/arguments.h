@@ -103,7 +103,7 @@ struct Reuse {
 // All of amend's parameters but where its answer goes.
 inline AmendParams check_amend(const at::Tensor& q, const KVCache& cache, const at::Tensor& block_table,
                                const Shape& shape, const Requests& requests, const Reuse& reuse, double sm_scale,
-                               double logits_soft_cap) {
+                               double logits_soft_cap, bool batch_invariant) {
   AmendParams p{};
   p.shape = shape;
   p.dtype = dtype_of(q);
@@ -120,6 +120,7 @@ inline AmendParams check_amend(const at::Tensor& q, const KVCache& cache, const 
                     ", must be finite and not negative (0: off)");
   p.sm_scale = static_cast<float>(sm_scale);
   p.logits_soft_cap = static_cast<float>(logits_soft_cap);
+  p.batch_invariant = batch_invariant;
   return p;
 }
 

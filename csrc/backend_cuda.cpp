@@ -132,7 +132,7 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   TORCH_CHECK_VALUE(tiles < INT32_MAX, "block_table has ", B, " rows of ", limits.max_pages, " pages of ",
                     p.kv.page_size, " tokens, must have fewer than 2^31 tiles of 64 in all KV heads");
   const auto floats = on.options().dtype(at::kFloat);
-  const int64_t states = cuda::max_pieces(ctas, B * H * w.head_tiles) * kNumSpans * w.tile_heads;
+  const int64_t states = cuda::max_pieces(w, ctas, B * H * w.head_tiles) * kNumSpans * w.tile_heads;
   Tensor partial = at::empty({states * (D + 4)}, floats);
   w.partial_out = partial.data_ptr<float>();
   w.partial_sums = w.partial_out + states * D;

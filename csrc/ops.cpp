@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> amend(
     const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens,
     const OptionalTensor& query_lens, const OptionalTensor& source, const OptionalTensor& place,
     const OptionalTensor& stored, const OptionalTensor& slots, const OptionalTensor& ring, int64_t entries,
-    int64_t num_anchors, int64_t band, int64_t layer, double sm_scale, double logits_soft_cap,
+    int64_t num_anchors, int64_t band, int64_t layer, double sm_scale, double logits_soft_cap, bool batch_invariant,
     const OptionalTensor& workspace, const OptionalTensor& error_flag) {
   const OptionalTensor values = v_cache;
   const KVCache cache{k_cache, values, false, k_scale, v_scale};
@@ -76,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> amend(
     reuse = {check_matched(shape, *source, *place, *stored, q.device()),
              check_ring(*ring, shape, q, entries, num_anchors), band, layer};
   }
-  AmendParams p = check_amend(q, cache, block_table, shape, requests, reuse, sm_scale, logits_soft_cap);
+  AmendParams p =
+      check_amend(q, cache, block_table, shape, requests, reuse, sm_scale, logits_soft_cap, batch_invariant);
   const int64_t B = shape.batch, H = shape.num_kv_heads, Q = shape.num_queries(), S = p.num_anchors;
   const auto floats = q.options().dtype(at::kFloat), ints = seq_lens.options();
   Tensor states = at::empty({kNumSpans, B, Q, shape.head_dim}, floats);
@@ -186,13 +187,15 @@ struct HandedOn {
 Tensor decode_exact_into(Tensor& out, const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache,
                          bool hnd, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                          const Tensor& block_table, const Tensor& seq_lens, const OptionalTensor& query_lens,
-                         double sm_scale, double logits_soft_cap, const OptionalTensor& sinks) {
+                         double sm_scale, double logits_soft_cap, bool batch_invariant,
+                         const OptionalTensor& sinks) {
   check_query(q, "q");
   check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
   const KVCache cache{k_cache, v_cache, hnd, k_scale, v_scale};
   const Shape shape = make_shape(q, cache.num_kv_heads());
   const Requests requests = check_requests(shape, {seq_lens, query_lens}, std::nullopt, std::nullopt, q.device());
-  AmendParams a = check_amend(q, cache, block_table, shape, requests, {{}, {}, 1, 0}, sm_scale, logits_soft_cap);
+  AmendParams a = check_amend(q, cache, block_table, shape, requests, {{}, {}, 1, 0}, sm_scale, logits_soft_cap,
+                              batch_invariant);
   Tensor lse = at::empty(q.sizes().slice(0, q.dim() - 1), q.options().dtype(at::kFloat));
   CompleteParams c = check_complete(shape, requests, sinks, out, lse);
   const HandedOn handed(shape, false, 0, q);
@@ -210,7 +213,7 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
     const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t num_anchors,
     const Tensor& threshold, bool relative, double max_drift, bool per_head, int64_t window, int64_t band,
     int64_t min_context, int64_t max_reuse_depth, bool learn, int64_t layer, double sm_scale,
-    double logits_soft_cap, const OptionalTensor& sinks, const OptionalTensor& workspace,
+    double logits_soft_cap, bool batch_invariant, const OptionalTensor& sinks, const OptionalTensor& workspace,
     const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
   TORCH_CHECK_VALUE(given_q_match.has_value() != inv_freq.has_value(),
                     "q_match and inv_freq: ", inv_freq ? "both are" : "neither is", " given, must be one of them");
@@ -238,8 +241,8 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
       check_match(q_match, shape, requests, rings,
                   {threshold, relative, max_drift, per_head, window, band, min_context, max_reuse_depth});
   m.matched = matched;
-  AmendParams a =
-      check_amend(q, cache, block_table, shape, requests, {matched, rings, band, layer}, sm_scale, logits_soft_cap);
+  AmendParams a = check_amend(q, cache, block_table, shape, requests, {matched, rings, band, layer}, sm_scale,
+                              logits_soft_cap, batch_invariant);
   handed.receive(a);
   CompleteParams c = check_complete(shape, requests, sinks, out, lse);
   handed.give(c);
@@ -293,7 +296,7 @@ void define(torch::Library& m) {
       "Tensor seq_lens, Tensor? query_lens, Tensor? source, Tensor? place, Tensor? stored, Tensor? slots, Tensor? "
       "ring, int entries, "
       "int anchors, int band, int layer, "
-      "float sm_scale, float logits_soft_cap, Tensor(a!)? workspace, Tensor(b!)? error_flag) "
+      "float sm_scale, float logits_soft_cap, bool batch_invariant, Tensor(a!)? workspace, Tensor(b!)? error_flag) "
       "-> (Tensor states, Tensor state_lse, Tensor log_ratio, Tensor anchors, Tensor anchor_weights, "
       "Tensor sampled)");
   m.def(
@@ -308,7 +311,8 @@ void define(torch::Library& m) {
   // Each as a function, and `into` a tensor that the caller has, q's shape. For the cache see KVCache.
   const std::string exact =
       "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
-      "Tensor seq_lens, Tensor? query_lens, float sm_scale, float logits_soft_cap, Tensor? sinks";
+      "Tensor seq_lens, Tensor? query_lens, float sm_scale, float logits_soft_cap, bool batch_invariant, Tensor? "
+      "sinks";
   m.def(("decode_exact(" + exact + ") -> (Tensor out, Tensor lse)").c_str());
   m.def(("decode_exact.into(Tensor(a!) out, " + exact + ") -> Tensor lse").c_str());
   const std::string reuse =
@@ -316,7 +320,8 @@ void define(torch::Library& m) {
       "Tensor seq_lens, Tensor? query_lens, Tensor slots, "
       "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int anchors, "
       "Tensor threshold, bool relative, float max_drift, bool per_head, int window, int band, int min_context, "
-      "int max_reuse_depth, bool learn, int layer, float sm_scale, float logits_soft_cap, Tensor? sinks, "
+      "int max_reuse_depth, bool learn, int layer, float sm_scale, float logits_soft_cap, bool batch_invariant, "
+      "Tensor? sinks, "
       "Tensor(b!)? workspace, "
       "Tensor(c!)? error_flag, "
       "Tensor? inv_freq, bool interleaved, float rotary_scale";

@@ -143,6 +143,7 @@ struct AmendParams {
   int32_t layer;  // see sample_seed
   float sm_scale;
   float logits_soft_cap;  // 0: off
+  bool batch_invariant;   // a request's tokens are cut up the same way in whatever company
   float* out;             // out: [2, B, Q, D], see `Span`
   float* lse;             // out: [2, B, Q]
   float* log_ratio;       // out: [B, Q] on a hit ln of sum a exp(s_p) / sum a exp(s_c) over the anchors, or -inf if

@@ -32,6 +32,7 @@ def decode(
     v_scale: Scale = None,
     sinks: Tensor | None = None,
     learn: bool = True,
+    batch_invariant: bool = False,
     out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -81,6 +82,9 @@ def decode(
             after `sm_scale` and `logits_soft_cap`. -inf is none; NaN and inf are refused, on the
             CPU. A padding row has none. Ring entries do not hold it.
         learn: False stores no entry, as for drafts whose keys are yet to be computed exactly.
+        batch_invariant: cut a request's tokens up in the same way whatever else is in the batch, so
+            that its output, decisions and entries are bit for bit what they are alone (on the same
+            device, with the same strides). Costs time on short contexts (docs/speed.md).
         out: as q, written in place.
         return_lse: also return the log-sum-exp of the logits, a sink among them: natural log,
             float32, q's shape without the last dimension.
@@ -94,9 +98,9 @@ def decode(
         TypeError: an argument is no tensor or has another dtype than it must.
     """
     arguments = (q, kv_cache, block_table, seq_lens, query_lens, reuse, slots, q_match, request_ids)
-    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, sinks, learn, out)
+    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, sinks, learn)
     try:
-        out, lse = _decode(*arguments, *options)
+        out, lse = _decode(*arguments, *options, batch_invariant, out)
     except Exception:
         # The op has checked everything before it wrote anything, but knows no Python objects.
         _check(*arguments, kv_layout, sinks, out)
@@ -121,6 +125,7 @@ def _decode(
     v_scale: Scale,
     sinks: Tensor | None,
     learn: bool,
+    batch_invariant: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     scales = kv_scales(k_scale, v_scale, q)
@@ -129,14 +134,15 @@ def _decode(
     if sm_scale is None:
         sm_scale = q.size(-1) ** -0.5
     if reuse is None:
-        return ops.decode_exact(*attention, sm_scale, logits_soft_cap, sinks, out)
+        return ops.decode_exact(*attention, sm_scale, logits_soft_cap, batch_invariant, sinks, out)
 
     # match:    source = the recent query to reuse, or none, by `q_match`; without it the op turns
     #           `q` back
     # amend:    attention of `q` to the tokens from E(source) on, or to all; the new entry's anchors
     # complete: out, lse = that and the reused state merged; the new entry goes into the ring
     source, out, lse = ops.match_amend_complete(
-        *attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap, sinks, learn, out
+        *(*attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap),
+        *(batch_invariant, sinks, learn, out),
     )
     if reuse.auditor is not None and slots is not None and q.dim() == 3:  # several are exact
         reuse.auditor.record(

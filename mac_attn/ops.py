@@ -127,6 +127,7 @@ def amend(
     slots: Tensor | None = None,
     sm_scale: float | None = None,
     logits_soft_cap: float = 0.0,
+    batch_invariant: bool = False,
     kv_layout: str = "NHD",
     k_scale: Scale = None,
     v_scale: Scale = None,
@@ -164,6 +165,7 @@ def amend(
             *rings,
             sm_scale,
             logits_soft_cap,
+            batch_invariant,
             reuse.workspace if reuse is not None else None,
             reuse.error_flag if reuse is not None else None,
         )
@@ -259,6 +261,7 @@ def match_amend_complete(
     reuse: ReuseCache,
     sm_scale: float,
     logits_soft_cap: float,
+    batch_invariant: bool,
     sinks: Tensor | None,
     learn: bool,
     out: Tensor | None,
@@ -292,6 +295,7 @@ def match_amend_complete(
         reuse.layer,
         sm_scale,
         logits_soft_cap,
+        batch_invariant,
         sinks,
         reuse.workspace,
         reuse.error_flag,
@@ -317,12 +321,14 @@ def decode_exact(
     query_lens: Tensor | None,
     sm_scale: float,
     logits_soft_cap: float,
+    batch_invariant: bool,
     sinks: Tensor | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`amend` and `complete` without reuse in one op; returns (`out` or a new tensor, lse)."""
     cache = (k_cache, v_cache, hnd, k_scale, v_scale)
-    arguments = (q, *cache, block_table, seq_lens, query_lens, sm_scale, logits_soft_cap, sinks)
+    options = (sm_scale, logits_soft_cap, batch_invariant, sinks)
+    arguments = (q, *cache, block_table, seq_lens, query_lens, *options)
     decode, decode_into, _, _ = _COMPILED if torch.compiler.is_compiling() else _EAGER
     if out is None:
         out, lse = decode(*arguments)

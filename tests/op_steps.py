@@ -75,20 +75,20 @@ def op_arguments(reuse, device):
     ring, _, entries, anchors = reuse.ring_arguments
     cache = (kv[:, 0], kv[:, 1], None, None, table)
     amend = (q, *cache, seq_lens, None, *matched, slots, ring, entries, anchors, BAND)
-    amend += (reuse.layer, scale, 0.0, *persistent)
+    amend += (reuse.layer, scale, 0.0, False, *persistent)
     amended = torch.ops.mac_attn.amend(*amend)
     out, lse = torch.empty_like(q), torch.empty_like(amended[1][0])
     complete = (*amended, *matched, q, q_match, seq_lens, None, slots, None, ring, KV_HEADS)
     complete += (entries, BAND, reuse.match_options[-1], None, reuse.workspace, out, lse)
     attention = (*amend[:3], False, *amend[3:8])
-    decode = (*attention, slots, q_match, None, *rings, True, reuse.layer, scale, 0.0, None)
+    decode = (*attention, slots, q_match, None, *rings, True, reuse.layer, scale, 0.0, False, None)
     decode += (*persistent, None, False, 1.0)
     return {
         "match.default": match,
         "amend.default": amend,
         "complete.default": complete,
-        "decode_exact.default": (*attention, scale, 0.0, None),
-        "decode_exact.into": (out, *attention, scale, 0.0, None),
+        "decode_exact.default": (*attention, scale, 0.0, False, None),
+        "decode_exact.into": (out, *attention, scale, 0.0, False, None),
         "decode_reuse.default": decode,
         "decode_reuse.into": (out, *decode),
         "complete_exact.default": (*amended[:2], seq_lens, None, 1, None, out, lse),

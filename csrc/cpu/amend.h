@@ -88,7 +88,7 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
     switch (std::min(heads - h, kTileHeads)) {
       case 1: attend_block<T, 1>(p, query, rows, next, stream, running); break;
       case 2: attend_block<T, 2>(p, query, rows, next, stream, running); break;
-#if MAC_LEVEL >= 2 || MAC_NEON
+#if MAC_LEVEL >= 1 || MAC_NEON
       case 3: attend_block<T, 3>(p, query, rows, next, stream, running); break;
       case 4: attend_block<T, 4>(p, query, rows, next, stream, running); break;
 #endif

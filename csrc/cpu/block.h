@@ -3,10 +3,14 @@
 // Traffic: the rows of K and V, which `next` and `stream` have brought near; what comes after them is asked for
 // here.
 
-constexpr int kTileHeads = MAC_LEVEL >= 2 || MAC_NEON ? 4 : 2;  // query heads that share a loaded K or V row
-constexpr int kFetchedRows = 2;                                 // V rows that are fetched beside a head's softmax
-constexpr int kFetchedLines = 4;                                // and lines of the stream
-constexpr int kTileVectors = 4;                                 // vectors of a V row kept in registers
+constexpr int kTileHeads = MAC_LEVEL >= 1 || MAC_NEON ? 4 : 2;  // query heads that share a loaded K or V row
+// Rows whose dots are computed together, and vectors of a V row kept in registers, of which AVX2 has 16.
+template <int kHeads>
+constexpr int kDotRows = MAC_LEVEL == 1 && kHeads > 2 ? 2 : 4;
+template <int kHeads>
+constexpr int kTileVectors = MAC_LEVEL == 1 && kHeads > 2 ? 2 : 4;
+constexpr int kFetchedRows = 2;   // V rows that are fetched beside a head's softmax
+constexpr int kFetchedLines = 4;  // and lines of the stream
 
 // T is what the cache holds. With bf16 dot products the query stays bf16, in all other cases it is expanded once.
 // It is stored as the dots read it: for every tile of heads and kDotElements of a row, those of each head.
@@ -27,14 +31,14 @@ MAC_INLINE int query_tile_size(int head_dim) {
   return (head_dim + kDotElements<Q> - 1) / kDotElements<Q> * kDotElements<Q> * kTileHeads;
 }
 
-// Dots of kHeads queries with four rows, kDotElements at a time.
-template <typename T, int kHeads>
-MAC_INLINE const float* add_dots(vf (&sum)[kHeads][4], const float* query, const T* const* rows, int64_t d) {
-  vf k[4];
-  for (int i = 0; i < 4; ++i) k[i] = load(rows[i] + d);
+// Dots of kHeads queries with some rows, kDotElements at a time.
+template <typename T, int kHeads, int kRows>
+MAC_INLINE const float* add_dots(vf (&sum)[kHeads][kRows], const float* query, const T* const* rows, int64_t d) {
+  vf k[kRows];
+  for (int i = 0; i < kRows; ++i) k[i] = load(rows[i] + d);
   for (int h = 0; h < kHeads; ++h) {
     const vf q = load(query + h * kLanes);
-    for (int i = 0; i < 4; ++i) sum[h][i] += q * k[i];
+    for (int i = 0; i < kRows; ++i) sum[h][i] += q * k[i];
   }
   return query + kTileHeads * kLanes;
 }
@@ -47,16 +51,17 @@ MAC_INLINE void add_pairs(vf (&sum)[kHeads][4], const bfloat16* query, const __m
     for (int i = 0; i < 4; ++i) sum[h][i] = (vf)_mm512_dpbf16_ps((__m512)sum[h][i], q, k[i]);
   }
 }
-template <typename T, int kHeads>
-MAC_INLINE const bfloat16* add_dots(vf (&sum)[kHeads][4], const bfloat16* query, const T* const* rows, int64_t d) {
+template <typename T, int kHeads, int kRows>
+MAC_INLINE const bfloat16* add_dots(vf (&sum)[kHeads][kRows], const bfloat16* query, const T* const* rows,
+                                    int64_t d) {
   __m512bh k[4];
   for (int i = 0; i < 4; ++i) k[i] = (__m512bh)_mm512_loadu_si512(rows[i] + d);
   add_pairs<kHeads>(sum, query, k);
   return query + kTileHeads * 32;
 }
 // The last 16 elements of a row of, say, 80; the other half is zero.
-template <typename T, int kHeads>
-MAC_INLINE void add_last_dots(vf (&sum)[kHeads][4], const bfloat16* query, const T* const* rows, int64_t d) {
+template <typename T, int kHeads, int kRows>
+MAC_INLINE void add_last_dots(vf (&sum)[kHeads][kRows], const bfloat16* query, const T* const* rows, int64_t d) {
   __m512bh k[4];
   for (int i = 0; i < 4; ++i) {
     k[i] = (__m512bh)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)(rows[i] + d)));
@@ -64,8 +69,9 @@ MAC_INLINE void add_last_dots(vf (&sum)[kHeads][4], const bfloat16* query, const
   add_pairs<kHeads>(sum, query, k);
 }
 #elif MAC_NEON >= 2
-template <typename T, int kHeads>
-MAC_INLINE const bfloat16* add_dots(vf (&sum)[kHeads][4], const bfloat16* query, const T* const* rows, int64_t d) {
+template <typename T, int kHeads, int kRows>
+MAC_INLINE const bfloat16* add_dots(vf (&sum)[kHeads][kRows], const bfloat16* query, const T* const* rows,
+                                    int64_t d) {
   const auto eight = [](const bfloat16* p) { return vreinterpretq_bf16_u16(vld1q_u16(&p->bits)); };
   bfloat16x8_t k[4];
   for (int i = 0; i < 4; ++i) k[i] = eight(rows[i] + d);
@@ -76,11 +82,11 @@ MAC_INLINE const bfloat16* add_dots(vf (&sum)[kHeads][4], const bfloat16* query,
   return query + kTileHeads * 8;
 }
 // A row is whole dots.
-template <typename T, int kHeads>
-MAC_INLINE void add_last_dots(vf (&)[kHeads][4], const bfloat16*, const T* const*, int64_t) {}
+template <typename T, int kHeads, int kRows>
+MAC_INLINE void add_last_dots(vf (&)[kHeads][kRows], const bfloat16*, const T* const*, int64_t) {}
 #endif
-template <typename T, int kHeads>
-MAC_INLINE void add_last_dots(vf (&)[kHeads][4], const float*, const T* const*, int64_t) {}
+template <typename T, int kHeads, int kRows>
+MAC_INLINE void add_last_dots(vf (&)[kHeads][kRows], const float*, const T* const*, int64_t) {}
 
 // While a KV head's rows are computed, the `next` head's are fetched into the L1 cache and the next block's, as
 // `stream` has them, into the L2 cache, a few lines at a time in each of the three loops below: a core keeps only
@@ -90,26 +96,31 @@ MAC_INLINE void add_last_dots(vf (&)[kHeads][4], const float*, const T* const*, 
 template <typename T, int kHeads, typename Q>
 MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, const Rows<T>& next, Stream& stream,
                             int64_t head_dim, float* logits) {
-  constexpr int kStep = kDotElements<Q>;
-  for (int t = 0; t < rows.count; t += 4) {
-    const T *k[4], *next_k[4];
-    for (int i = 0; i < 4; ++i) {
+  constexpr int kStep = kDotElements<Q>, kRows = kDotRows<kHeads>;
+  for (int t = 0; t < rows.count; t += kRows) {
+    const T *k[kRows], *next_k[kRows];
+    for (int i = 0; i < kRows; ++i) {
       k[i] = rows.k + rows.k_at[t + i];
       next_k[i] = next.k + next.k_at[t + i];
     }
-    vf sum[kHeads][4] = {};
+    vf sum[kHeads][kRows] = {};
     const Q* q = query;
     int64_t d = 0;
     for (; d + kStep <= head_dim; d += kStep) {
       if (kStep == kLineElements<T> || d % kLineElements<T> == 0) {
-        for (int i = 0; i < 4; ++i) prefetch(next_k[i] + d);
-        for (int i = 0; i < 2; ++i) stream.fetch<2>();
+        for (int i = 0; i < kRows; ++i) prefetch(next_k[i] + d);
+        for (int i = 0; i < kRows; i += 2) stream.fetch<2>();
       }
-      q = add_dots<T, kHeads>(sum, q, k, d);
+      q = add_dots<T, kHeads, kRows>(sum, q, k, d);
     }
-    if (d < head_dim) add_last_dots<T, kHeads>(sum, q, k, d);
-    for (int h = 0; h < kHeads; ++h) {
-      hsum4(sum[h][0], sum[h][1], sum[h][2], sum[h][3], logits + h * kBlock + t);
+    if (d < head_dim) add_last_dots<T, kHeads, kRows>(sum, q, k, d);
+    // Four sums at a time.
+    for (int h = 0; h < kHeads; h += 4 / kRows) {
+      const int other = kRows == 4 || h + 1 == kHeads ? h : h + 1;
+      float four[4];
+      hsum4(sum[h][0], sum[h][1], sum[other][kRows - 2], sum[other][kRows - 1], four);
+      std::memcpy(logits + h * kBlock + t, four, 4 * kRows);
+      if (other > h) std::memcpy(logits + other * kBlock + t, four + kRows, 4 * kRows);
     }
   }
 }
@@ -127,12 +138,15 @@ MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, Stream& stre
   const T* const first = rows.v + d;
   const T* const next_first = next.v + d;
   constexpr int kLines = (kVectors * kLanes + kLineElements<T> - 1) / kLineElements<T>;
+  const bool first_of_line = d % kLineElements<T> == 0;
   const int64_t count = rows.count;
   for (int64_t t = 0; t < count; ++t) {
     const T* row = first + rows.v_at[t];
     const T* next_row = next_first + next.v_at[t];
-    for (int i = 0; i < kVectors * kLanes; i += kLineElements<T>) prefetch(next_row + i);
-    stream.fetch<kLines>();
+    if (first_of_line) {
+      for (int i = 0; i < kVectors * kLanes; i += kLineElements<T>) prefetch(next_row + i);
+      stream.fetch<kLines>();
+    }
     vf v[kVectors];
     for (int i = 0; i < kVectors; ++i) v[i] = load(row + i * kLanes);
     for (int h = 0; h < kHeads; ++h) {
@@ -207,8 +221,9 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
     state.max[h] = max;
   }
   int d = 0;
-  for (; d + kTileVectors * kLanes <= D; d += kTileVectors * kLanes) {
-    add_values<T, kHeads, kTileVectors>(rows, next, stream, logits, rescale, d, D, state.out);
+  constexpr int kVectors = kTileVectors<kHeads>;
+  for (; d + kVectors * kLanes <= D; d += kVectors * kLanes) {
+    add_values<T, kHeads, kVectors>(rows, next, stream, logits, rescale, d, D, state.out);
   }
   for (; d < D; d += kLanes) add_values<T, kHeads, 1>(rows, next, stream, logits, rescale, d, D, state.out);
 }

@@ -13,6 +13,7 @@ namespace {
 // Work is counted in tokens times KV heads.
 constexpr int64_t kMinTask = 512;           // below, the work around a task costs more than the task
 constexpr int kTasksPerThread = 24;         // the last one that is drawn ends soon after the others
+constexpr int kTasksAlone = 48;             // of a request that is cut up the same way in any company
 constexpr int kWidestVector = 16;           // floats
 constexpr int32_t kStep = 2 * kAmendBlock;  // tokens; tasks begin at multiples of it
 
@@ -86,7 +87,8 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
   qo_heads.resize(groups.size() * G);
   starts.resize(groups.size() * G);
   num_candidates.reset(new std::atomic<int32_t>[groups.size()]);
-  int64_t num_drawing = 0, work = 0;
+  int64_t num_drawing = 0;
+  std::vector<int64_t> work(B);
 
   for (int b = 0; b < B; ++b) {
     const int32_t n = p.requests.seq_lens[b];
@@ -95,7 +97,7 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
       AmendGroup& group = groups[b * H + h];
       num_candidates[b * H + h].store(0, std::memory_order_relaxed);
       if (n == 0) continue;
-      work += n - starts[b * Hq + h * G];
+      work[b] += n - starts[b * Hq + h * G];
       if (p.num_anchors == 0 || !reuses(p, b)) continue;
       const int64_t slot = p.requests.slots[b], row = (static_cast<int64_t>(b) * H + h) * G;
       if (p.matched.source[row] != kMiss) {
@@ -104,7 +106,7 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
         group.anchor_weights = p.ring.anchor_weights(slot, h, p.matched.place[row]);
         group.num_anchors = num_anchors(group.anchors, p.num_anchors);
         group.density = sample_density(p.num_anchors, band_start(p.matched.source[row], p.band));
-        work += 2 * group.num_anchors;
+        work[b] += 2 * group.num_anchors;
         continue;
       }
       const float* last_lse = p.ring.last_lse(slot, h);
@@ -122,12 +124,14 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
     }
   }
 
-  const int64_t target = std::max(kMinTask, work / (static_cast<int64_t>(num_threads) * kTasksPerThread));
+  const int64_t all_work = std::accumulate(work.begin(), work.end(), int64_t{0});
+  const int64_t most_tasks = int64_t{num_threads} * kTasksPerThread;
   pending.reset(new std::atomic<int32_t>[B]);
   for (int b = 0; b < B; ++b) {
     first_partial.push_back(static_cast<int64_t>(partial_tokens.size()));
     const size_t first_task = tasks.size();
-    cut_request(p, b, target);
+    const int64_t target = p.batch_invariant ? work[b] / kTasksAlone : all_work / most_tasks;
+    cut_request(p, b, std::max(kMinTask, target));
     pending[b].store(static_cast<int32_t>(tasks.size() - first_task), std::memory_order_relaxed);
   }
   num_drawn_early = static_cast<int64_t>(tasks.size()) - 3 * num_threads;

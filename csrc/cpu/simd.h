@@ -44,6 +44,8 @@ constexpr float kUnit<float8> = 256.f;
 MAC_INLINE vf broadcast(float x) {
 #if MAC_LEVEL >= 2
   return (vf)_mm512_set1_ps(x);
+#elif MAC_LEVEL == 1
+  return (vf)_mm256_set1_ps(x);
 #else
   return vf{} + x;
 #endif
@@ -69,6 +71,9 @@ MAC_INLINE vf load(const bfloat16* p) {
 #if MAC_LEVEL >= 2  // GCC makes five instructions of what follows
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#elif MAC_LEVEL == 1
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
 #else
   vh h;
   std::memcpy(&h, p, sizeof h);
@@ -170,6 +175,10 @@ MAC_INLINE vf vmin(vf a, vf b) {
 MAC_INLINE float hsum(vf x) {
 #if MAC_LEVEL >= 2
   return _mm512_reduce_add_ps((__m512)x);
+#elif MAC_LEVEL == 1
+  const __m128 four = _mm256_castps256_ps128((__m256)x) + _mm256_extractf128_ps((__m256)x, 1);
+  const __m128 two = four + _mm_movehl_ps(four, four);
+  return _mm_cvtss_f32(two + _mm_movehdup_ps(two));
 #elif MAC_NEON
   return vaddvq_f32((float32x4_t)x);
 #else
@@ -181,6 +190,10 @@ MAC_INLINE float hsum(vf x) {
 MAC_INLINE float hmax(vf x) {
 #if MAC_LEVEL >= 2
   return _mm512_reduce_max_ps((__m512)x);
+#elif MAC_LEVEL == 1
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ps(two, _mm_movehdup_ps(two)));
 #elif MAC_NEON
   return vmaxnmvq_f32((float32x4_t)x);  // not of a NaN, as the others
 #else

@@ -71,6 +71,7 @@ struct AmendWorkspace {
   int64_t max_tokens;                              // max_pages * page_size
   int32_t tile_heads;                              // queries of a pass: min(T G, kMaxTileHeads)
   int32_t head_tiles;                              // passes per KV head: ceil(T G / kMaxTileHeads)
+  int32_t pieces_alone;  // 0, or how many a pass is cut into at most, whatever else there is: see most_tiles
 };
 
 struct CompleteWorkspace {
@@ -81,10 +82,8 @@ struct CompleteWorkspace {
 // Fills in the CTAs for each KV head of the current device's match launch: as many as it keeps busy.
 cudaError_t match_splits(const MatchParams& params, MatchWorkspace& workspace);
 
-// Pieces that an amend call of `passes` passes may be cut into, see tiles_of_piece.
-constexpr int64_t max_pieces(int32_t ctas, int64_t passes) {
-  return static_cast<int64_t>(kMaxWaves) * ctas + passes;
-}
+// Pieces of one pass: with more, merging their states costs more than they save.
+constexpr int32_t kMaxSplits = 96;
 
 // Fills in what follows from the parameters: how the pages and the heads are cut up. False: a cache is too large.
 inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_pages, int32_t ctas,
@@ -108,7 +107,16 @@ inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_p
   w.head_tiles = (queries + kMaxTileHeads - 1) / kMaxTileHeads;
   w.group_size = Divisor(params.shape.group_size);
   w.passes = Divisor(w.head_tiles);
+  // As many as keep the device busy with the passes of one request.
+  const int32_t alone =
+      (ctas + params.shape.num_kv_heads * w.head_tiles - 1) / (params.shape.num_kv_heads * w.head_tiles);
+  w.pieces_alone = !params.batch_invariant ? 0 : alone < kMaxSplits ? alone : kMaxSplits;
   return fits(kv.k_page_stride, kv.k_token_stride) && fits(kv.v_page_stride, kv.v_token_stride);
+}
+
+// Pieces that an amend call of `passes` passes may be cut into, see most_tiles.
+constexpr int64_t max_pieces(const AmendWorkspace& w, int32_t ctas, int64_t passes) {
+  return w.pieces_alone > 0 ? passes * w.pieces_alone : static_cast<int64_t>(kMaxWaves) * ctas + passes;
 }
 
 // CTAs of the persistent amend grid on the current device.

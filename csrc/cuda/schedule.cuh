@@ -20,10 +20,10 @@ namespace mac_attn::cuda {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTileTokens = kWarps * kWarpTokens;
-// Pieces of one pass: with more, merging their states costs more than they save.
-constexpr int kMaxSplits = 96;
 // Tiles of a piece that is worth a draw.
 constexpr int kDrawnTiles = 64;
+// And of one that is worth its state, where pieces do not hang on the rest of the call.
+constexpr int kTilesAlone = 16;
 // What a pass costs besides its tiles (its first wait for memory, writing and merging its states), in tiles.
 constexpr int kPassCost = 4;
 
@@ -147,6 +147,13 @@ MAC_DEVICE int tiles_of_piece(const AmendWorkspace& w, int tiles, int passes, in
   return most > least ? most : least;
 }
 
+// The same for a pass of `tiles`, from what is best for the call, `most`, or from the pass alone.
+MAC_DEVICE int most_tiles(const AmendWorkspace& w, int tiles, int most) {
+  if (w.pieces_alone == 0) return most;
+  const int share = divide_up(tiles, w.pieces_alone);
+  return share > kTilesAlone ? share : kTilesAlone;
+}
+
 // A thread's share of the KV heads, [begin, end), whose pieces are `pieces` from `first` on; and the call's.
 struct Share {
   int begin, end;
@@ -182,7 +189,7 @@ MAC_DEVICE Share share_out(const AmendParams& p, const AmendWorkspace& w) {
 #pragma unroll 1
   for (int group = share.begin; group < share.end; ++group) {
     const int pass = group + 1 == share.end ? last : kv_head_work(p, w, group).tiles;
-    share.pieces += divide_up(pass, share.most) * w.head_tiles;
+    share.pieces += divide_up(pass, most_tiles(w, pass, share.most)) * w.head_tiles;
   }
   share.first = sum_before(share.pieces, warp_pieces, share.all_pieces);
   return share;
@@ -197,13 +204,14 @@ MAC_DEVICE void find_piece(const AmendParams& p, const AmendWorkspace& w, const 
 #pragma unroll 1
     for (int group = share.begin;; ++group) {
       const KvHeadWork work = kv_head_work(p, w, group);
-      const int splits = divide_up(work.tiles, share.most);
+      const int most_of_pass = most_tiles(w, work.tiles, share.most);
+      const int splits = divide_up(work.tiles, most_of_pass);
       const int in_group = number - first;
       if (in_group >= splits * w.head_tiles) {
         first += splits * w.head_tiles;
         continue;
       }
-      const int most = work.tiles <= share.most ? work.tiles : (work.tiles + splits - 1) / splits;
+      const int most = work.tiles <= most_of_pass ? work.tiles : (work.tiles + splits - 1) / splits;
       // Passes over the same tokens are neighbours, so that the second finds them in the L2 cache.
       const int split = w.passes.divide(in_group);
       const int head_tile = in_group - split * w.head_tiles, begin = split * most;

@@ -122,6 +122,7 @@ class Call:
             "learn": lambda: self.draw.ConsumeBool(),
             "sm_scale": lambda: 0.25,
             "logits_soft_cap": lambda: self.draw.PickValueInList([0.0, 2.0]),
+            "batch_invariant": lambda: self.draw.ConsumeBool(),
             "sinks": lambda: self.draw.PickValueInList(
                 [None, self.normal(H * G, dtype=torch.float32)]
             ),

@@ -29,7 +29,7 @@ std::string AmendSpec::name() const {
          " ages=" + list(ages) + (per_head ? " per head" : "") + " candidates=" + std::to_string(candidates) +
          " cap=" + std::to_string(soft_cap) + " sharp=" + std::to_string(sharpness) +
          " heavy=" + std::to_string(heavy_tokens) + " ctas=" + std::to_string(ctas) +
-         " seed=" + std::to_string(seed);
+         (batch_invariant ? " invariant" : "") + " seed=" + std::to_string(seed);
 }
 
 AmendCase::AmendCase(const AmendSpec& spec)
@@ -233,6 +233,7 @@ AmendParams AmendCase::params() {
   p.band = spec_.band, p.layer = layer;
   p.sm_scale = static_cast<float>(softmax_.scale);
   p.logits_soft_cap = static_cast<float>(softmax_.soft_cap);
+  p.batch_invariant = spec_.batch_invariant;
   p.out = out_.data(), p.lse = lse_.data();
   if (spec_.exact) return p;
   p.matched = {source_.data(), place_.data(), stored.data()};
@@ -247,7 +248,7 @@ cuda::AmendWorkspace AmendCase::workspace() {
   cuda::AmendWorkspace w{};
   CHECK(cuda::describe(params(), pages_.num_pages(), pages_.max_pages(), spec_.ctas, w));
   const size_t groups = seq_lens.size() * spec_.num_kv_heads;
-  const size_t states = cuda::max_pieces(spec_.ctas, groups * w.head_tiles) * kNumSpans * w.tile_heads;
+  const size_t states = cuda::max_pieces(w, spec_.ctas, groups * w.head_tiles) * kNumSpans * w.tile_heads;
   done_.assign(groups, 0), counts_.assign(groups, 0);
   drawn_.assign(1, 0);
   error_flag_.assign(1, kStickyBit);

@@ -25,6 +25,7 @@ struct AmendSpec {
   double sharpness = 1;  // standard deviation of a logit
   int heavy_tokens = 0;  // of each KV head: tokens whose logit for one of the heads is far above the others
   int ctas = 3;
+  bool batch_invariant = false;
   int layer = 7;
   std::vector<int> without_ring = {};  // requests that have no slot
   uint64_t seed = 1;                   // of the data

@@ -184,6 +184,12 @@ void test_mixes(const AmendSpec& base) {
   spec.without_ring = {0, 2, 3}, ++spec.seed, test(spec, one_run());
   spec.anchors = 0, test(spec, one_run());
   spec.without_ring = {};
+  // The same cut up by each request alone: by what is worth a piece, and by the CTAs.
+  for (const int ctas : {2, 11, 300}) {
+    spec.batch_invariant = true, spec.ctas = ctas, spec.anchors = ctas == 11 ? 0 : 4;
+    ++spec.seed, test(spec, one_run());
+  }
+  spec.batch_invariant = false;
   spec.seq_lens = {2300}, spec.ages = {0}, spec.num_kv_heads = 1;
   spec.anchors = 200, spec.candidates = 2.2, test(spec, one_run());
   spec.seq_lens = {8 * cuda::kMaxAnchors + spec.band}, spec.group_size = 1, spec.anchors = cuda::kMaxAnchors;
