@@ -107,7 +107,7 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
   TORCH_CHECK_VALUE(p.num_anchors <= cuda::kMaxAnchors, "anchors is ", p.num_anchors, ", must be at most ",
                     cuda::kMaxAnchors, " on CUDA");
-  const int64_t most_heads = std::min<int64_t>(cuda::kMaxTileHeads, cuda::kMostReplaced / D * 8);
+  const int64_t most_heads = std::min<int64_t>(cuda::kMostReplacedHeads, cuda::kMostReplaced / D * 8);
   TORCH_CHECK_VALUE(p.num_anchors == 0 || G <= most_heads, "num_qo_heads / num_kv_heads is ", G,
                     ", must be at most ", most_heads, " with anchors and head_dim ", D, " on CUDA");
   const int64_t kv_itemsize = p.kv.float8 ? 1 : 2;

@@ -6,7 +6,7 @@
 //
 // Grid: persistent, see schedule.cuh. Four warps a CTA; of each tile of 64 tokens every warp takes 16, with
 // a cp.async pipeline of its own straight from the pages (stage.cuh) and without a barrier of the block.
-// Traffic: the K and V rows of [s, n) and of the anchors, once per 16 query heads; the partial states; the
+// Traffic: the K and V rows of [s, n) and of the anchors, once per pass (most_tile_heads); the partial states; the
 // candidates.
 //
 // Q is the queries' type, T what the cache holds: the same, or fp8.
@@ -28,6 +28,16 @@ template <int kHeadDim, int kHeadBlocks, typename T = bf16>
 constexpr int amend_shared_bytes() {
   return kWarps * Stage<kHeadDim, T>::kCount * Stage<kHeadDim, T>::kBytes +
          2 * 2 * kQueryElements<kHeadDim, kHeadBlocks>;
+}
+
+// Calls `use` with the blocks of eight query heads that a pass over `queries` of a KV head has, as a type with that
+// `value`.
+template <int kHeadDim, typename Use>
+auto with_head_blocks(int queries, const Use& use) {
+  if constexpr (most_tile_heads(kHeadDim) > 16) {
+    if (queries > 16) return use(std::integral_constant<int, 4>());
+  }
+  return queries > 8 ? use(std::integral_constant<int, 2>()) : use(std::integral_constant<int, 1>());
 }
 
 // Areas of shared memory, each of a stage's size.
@@ -101,10 +111,10 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
 }
 
 // What the anchors' tiles need beside the state that all tiles go into: the matched entry's query attends to them
-// as well. With two blocks of the largest heads there are no registers left.
+// as well. With more than two blocks, or two of the largest heads, there are no registers left.
 template <typename T, int kHeadDim, int kHeadBlocks>
 struct Replaced {
-  static constexpr bool kFits = kHeadDim * kHeadBlocks <= kMostReplaced;
+  static constexpr bool kFits = 8 * kHeadBlocks <= kMostReplacedHeads && kHeadDim * kHeadBlocks <= kMostReplaced;
   WarpState<T, kHeadDim, kHeadBlocks, true> state;
 
   template <typename Q>
@@ -188,7 +198,7 @@ MAC_DEVICE void amend_piece(
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
     if (ahead == piece.begin) {
       load_bounds<kHeadBlocks>(p, w, piece, starts, lasts);
-      const int first_query = piece.head_tile * kMaxTileHeads, G = p.shape.group_size;
+      const int first_query = piece.head_tile * w.tile_heads, G = p.shape.group_size;
       const Q* rows = static_cast<const Q*>(p.query.data) + piece.request * p.query.batch_stride +
                       int64_t{piece.kv_head} * G * p.query.head_stride;
       const auto row_of = [&](int column) {

@@ -23,9 +23,11 @@ cudaError_t with_amend_kernel(int head_dim, int queries, const Use& use) {
   const int least = all / (ctas_per_processor(head_dim) + 1);  // beside it a CTA has static shared memory
   return with_head_dim(head_dim, [&](auto dim) {
     constexpr int kHeadDim = decltype(dim)::value;
-    return queries <= 8
-               ? use(amend_kernel<Q, kHeadDim, 1, T>, std::max(least, amend_shared_bytes<kHeadDim, 1, T>()))
-               : use(amend_kernel<Q, kHeadDim, 2, T>, std::max(least, amend_shared_bytes<kHeadDim, 2, T>()));
+    return with_head_blocks<kHeadDim>(queries, [&](auto blocks) {
+      constexpr int kHeadBlocks = decltype(blocks)::value;
+      return use(amend_kernel<Q, kHeadDim, kHeadBlocks, T>,
+                 std::max(least, amend_shared_bytes<kHeadDim, kHeadBlocks, T>()));
+    });
   });
 }
 

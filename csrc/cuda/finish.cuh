@@ -99,7 +99,7 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
       if (threadIdx.x == 0) find_pieces(w, piece, tile, pieces);
       ptx::sync_block();
     }
-    const int first = tile * kMaxTileHeads, heads = queries - first < w.tile_heads ? queries - first : w.tile_heads;
+    const int first = tile * w.tile_heads, heads = queries - first < w.tile_heads ? queries - first : w.tile_heads;
 #pragma unroll 1
     for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
       const int column = i % (kHeadDim / 4) * 4, head = i / (kHeadDim / 4), g = first + head;

@@ -9,10 +9,14 @@
 
 namespace mac_attn::cuda {
 
-constexpr int32_t kMaxTileHeads = 16;   // queries of a KV head that one pass over the tokens serves
-constexpr int32_t kMostReplaced = 256;  // head_dim times blocks of eight heads that anchors are possible with
-constexpr int32_t kMaxWaves = 8;        // pieces for each CTA
-constexpr int32_t kWarpTokens = 16;     // tokens that a warp attends to at a time: a strip
+// Queries of a KV head that one pass over the tokens serves: as many as there are registers for their sums.
+constexpr int32_t most_tile_heads(int32_t head_dim) {
+  return head_dim <= 128 ? 32 : 16;
+}
+constexpr int32_t kMostReplacedHeads = 16;  // of one token, that anchors are possible with
+constexpr int32_t kMostReplaced = 256;      // head_dim times blocks of eight heads that anchors are possible with
+constexpr int32_t kMaxWaves = 8;            // pieces for each CTA
+constexpr int32_t kWarpTokens = 16;         // tokens that a warp attends to at a time: a strip
 constexpr int32_t kMaxAnchors = 2048;
 constexpr int32_t kMaxGroup = 128;
 constexpr int32_t kMaxUnrotateHeads = 32768;  // its CTAs for a request are the grid's y, at most 65,535
@@ -69,8 +73,8 @@ struct AmendWorkspace {
   Divisor page_size;
   Divisor num_kv_heads, ctas, group_size, passes;  // passes: head_tiles
   int64_t max_tokens;                              // max_pages * page_size
-  int32_t tile_heads;                              // queries of a pass: min(T G, kMaxTileHeads)
-  int32_t head_tiles;                              // passes per KV head: ceil(T G / kMaxTileHeads)
+  int32_t tile_heads;                              // queries of a pass: min(T G, most_tile_heads)
+  int32_t head_tiles;                              // passes per KV head: ceil(T G / most_tile_heads)
   int32_t pieces_alone;  // 0, or how many a pass is cut into at most, whatever else there is: see most_tiles
 };
 
@@ -102,9 +106,9 @@ inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_p
   w.num_kv_heads = Divisor(params.shape.num_kv_heads);
   w.ctas = Divisor(ctas);
   w.max_tokens = max_pages * kv.page_size;
-  const int32_t queries = params.shape.group_queries();
-  w.tile_heads = queries < kMaxTileHeads ? queries : kMaxTileHeads;
-  w.head_tiles = (queries + kMaxTileHeads - 1) / kMaxTileHeads;
+  const int32_t queries = params.shape.group_queries(), most = most_tile_heads(params.shape.head_dim);
+  w.tile_heads = queries < most ? queries : most;
+  w.head_tiles = (queries + most - 1) / most;
   w.group_size = Divisor(params.shape.group_size);
   w.passes = Divisor(w.head_tiles);
   // As many as keep the device busy with the passes of one request.

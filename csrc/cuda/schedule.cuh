@@ -1,11 +1,11 @@
 // How the work of one amend launch is shared out: one persistent grid for every mix of hits and misses.
 //
-// The tokens of a KV head (once per 16 queries that share it: a pass) are cut into tiles of 64: first those of
-// the old span [s, E(p)), then the band [E(p), n); with anchors a hit has those first, then [s, n). A pass is cut
-// into equal pieces of at most so many tiles that every CTA gets some, and no more than kMaxSplits; a piece leaves
-// one partial state per span. The CTAs begin with the piece of their own number and then draw one after another, as
-// they do not get equal shares of the memory's bandwidth. The lengths are read on the device, so a captured graph
-// adapts to every step.
+// The tokens of a KV head (once per pass: for as many queries of it as most_tile_heads says) are cut into tiles of
+// 64: first those of the old span [s, E(p)), then the band [E(p), n); with anchors a hit has those first, then [s,
+// n). A pass is cut into equal pieces of at most so many tiles that every CTA gets some, and no more than
+// kMaxSplits; a piece leaves one partial state per span. The CTAs begin with the piece of their own number and then
+// draw one after another, as they do not get equal shares of the memory's bandwidth. The lengths are read on the
+// device, so a captured graph adapts to every step.
 #pragma once
 
 #include "../params.h"

@@ -60,7 +60,7 @@ template <typename T, int kHeadDim, int kHeadBlocks, bool kReplaced = false>
 struct WarpState {
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr int kQueryRow = kHeadDim + 8;  // elements in shared memory; padded against bank conflicts
-  // There is no room for two blocks or the largest heads, nor for the query of a matched entry.
+  // There is no room for more blocks or the largest heads, nor for the query of a matched entry.
   static constexpr bool kQueryInRegisters = kHeadBlocks == 1 && kHeadDim <= 128 && !kReplaced;
   uint32_t q[kQueryInRegisters ? kSteps : 1][2];
   float out[kHeadBlocks][kSteps][4];
@@ -134,7 +134,7 @@ struct WarpState {
 template <int kHeadBlocks>
 MAC_DEVICE void load_bounds(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, int* starts,
                             int* lasts) {
-  const int column = threadIdx.x, i = piece.head_tile * kMaxTileHeads + column, G = p.shape.group_size;
+  const int column = threadIdx.x, i = piece.head_tile * w.tile_heads + column, G = p.shape.group_size;
   if (column >= 8 * kHeadBlocks) return;
   const int token = w.group_size.divide(i);
   const bool there = i < p.shape.group_queries() && piece.work.position + token < piece.work.seq_len;
@@ -167,12 +167,13 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
   constexpr int kSteps = kHeadDim / 16;
   const int lane = ptx::lane_id();
   // Two chains of MMAs hide their latency; two blocks of heads are two chains already.
-  float sum[2][4] = {};
+  constexpr int kPairs = kHeadBlocks > 2 ? kHeadBlocks / 2 : 1;  // of blocks, that one ldmatrix reads
+  float sum[2 * kPairs][4] = {};
   const T* row = stage + (lane % 8 + lane / 8 % 2 * 8) * Stage::kRow;
-  // The upper lanes read the second block, of one block the step after.
+  // The upper lanes read the second block of a pair, of one block the step after.
   const Factor<T>* query_row =
       query + (lane % 8 + (kHeadBlocks > 1 ? lane / 16 * 8 : 0)) * state.kQueryRow + lane / 8 % 2 * 8;
-  uint32_t q[4];
+  uint32_t q[kPairs][4];
   [[maybe_unused]] uint32_t bytes[4];  // of this step and the next, of an odd last one twice the same
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
@@ -185,17 +186,19 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
       ptx::ldmatrix_x4(k, row + Stage::place(lane, 2 * s + lane / 16));
     }
     if constexpr (state.kQueryInRegisters) {
-      q[0] = state.q[s][0], q[1] = state.q[s][1];
+      q[0][0] = state.q[s][0], q[0][1] = state.q[s][1];
     } else if (kHeadBlocks > 1) {
-      ptx::ldmatrix_x4(q, query_row + s * 16);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) ptx::ldmatrix_x4(q[i], query_row + i * 16 * state.kQueryRow + s * 16);
     } else if (s % 2 == 0) {
-      ptx::ldmatrix_x4(q, query_row + (s + (s + 1 < kSteps ? lane / 16 : 0)) * 16);
+      ptx::ldmatrix_x4(q[0], query_row + (s + (s + 1 < kSteps ? lane / 16 : 0)) * 16);
     } else {
-      q[0] = q[2], q[1] = q[3];
+      q[0][0] = q[0][2], q[0][1] = q[0][3];
     }
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
-      ptx::mma_m16n8k16<Factor<T>>(sum[kHeadBlocks == 1 ? s % 2 : b], k, q[2 * b], q[2 * b + 1]);
+      ptx::mma_m16n8k16<Factor<T>>(sum[kHeadBlocks == 1 ? s % 2 : b], k, q[b / 2][b % 2 * 2],
+                                   q[b / 2][b % 2 * 2 + 1]);
     }
   }
   for (int i = 0; i < 4; ++i) {

@@ -45,14 +45,11 @@ void launch_match_type(const MatchParams& p, const cuda::MatchWorkspace& w, cons
 template <typename Q, typename T>
 void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
   with_head_dim(p.shape.head_dim, [&](auto head_dim) {
-    const auto with_shared = [&](size_t shared) {
-      return LaunchConfig{static_cast<unsigned>(ctas), cuda::kThreads, shared, run.engine, run.seed};
-    };
-    if (p.shape.group_queries() <= 8) {
-      launch(with_shared(cuda::amend_shared_bytes<head_dim, 1, T>()), cuda::amend_kernel<Q, head_dim, 1, T>, p, w);
-    } else {
-      launch(with_shared(cuda::amend_shared_bytes<head_dim, 2, T>()), cuda::amend_kernel<Q, head_dim, 2, T>, p, w);
-    }
+    cuda::with_head_blocks<head_dim>(p.shape.group_queries(), [&](auto blocks) {
+      const size_t shared = cuda::amend_shared_bytes<head_dim, blocks, T>();
+      launch({static_cast<unsigned>(ctas), cuda::kThreads, shared, run.engine, run.seed},
+             cuda::amend_kernel<Q, head_dim, blocks, T>, p, w);
+    });
   });
 }
 

@@ -95,7 +95,7 @@ void test_shapes(const AmendSpec& base) {
         spec.num_kv_heads = 1 + i / 3 % 2;
         spec.seq_lens = {70 + i % 40, 0, 1 + i % 3};
         spec.ages = {i % 3 == 0 ? 5 : 0, 12};
-        spec.anchors = group_size <= std::min(cuda::kMaxTileHeads, cuda::kMostReplaced / head_dim * 8) ? 4 : 0;
+        spec.anchors = group_size <= std::min(cuda::kMostReplacedHeads, cuda::kMostReplaced / head_dim * 8) ? 4 : 0;
         spec.candidates = 0.5 + i % 5;
         spec.exact = i % 7 == 4;
         spec.ctas = 1 + i % 4;
@@ -124,7 +124,7 @@ void test_shapes(const AmendSpec& base) {
       spec.head_dim = i % 3 == 0 ? 128 : 64, spec.num_kv_heads = 1 + i % 2, spec.ctas = 1 + i % 5;
       spec.seq_lens = {130, tokens, 0, 24 + tokens, 63 + tokens, 90};
       if (i % 4) spec.query_lens = {tokens, 1, kGarbage, tokens, (tokens + 1) / 2, 1};
-      spec.anchors = i % 2 && group_size <= cuda::kMaxTileHeads ? 6 : 0, spec.exact = i % 5 == 0;
+      spec.anchors = i % 2 && group_size <= cuda::kMostReplacedHeads ? 6 : 0, spec.exact = i % 5 == 0;
       if (i % 3 == 1) spec.without_ring = {0, 3};
       spec.soft_cap = i % 6 == 2 ? 9 : 0;
       spec.seed = i++;
