@@ -1,11 +1,12 @@
 """Drafts that reuse, verified exactly: what it takes and what it gives, beside exact decode.
 
-    python bench/lossless.py [--model FOLDER] [--contexts 4096 8000] [--json FILE]
+    python bench/lossless.py [--model FOLDER] [--text prose] [--contexts 4096 8000] [--json FILE]
 
 The context is prefilled once; then every way of decoding generates from a copy of that cache, in
 turns. "same" counts the tokens that are those of exact decode, which all are but for ties (in
 bfloat16 a verification rounds otherwise than single steps do). "KV read" is keys and values that a
-token reads, over what exact decode reads; "per check" is tokens for each verification.
+token reads, over what exact decode reads; "per check" is tokens for each verification. Without
+`--text` the prompt is the demo's: a question about a text, by the model's chat template.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import texts
 import torch
 
 from mac_attn import ReuseConfig
 from mac_attn.info import info
 
 CONFIGS = {
+    "drafts": ReuseConfig.drafts(),
     "default": ReuseConfig(),
-    "0.4 free": ReuseConfig(max_drift=None),
-    "0.7 free": ReuseConfig(threshold=0.7, max_drift=None),
 }
 
 
@@ -48,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     print("\ncontext  drafts by  at most  accepted  per check  KV read  ms/token  exact   same")
     rows = []
     for context in options.contexts:
-        ids = models.build_prompt(tokenizer, models.python_reference(), context).to(device)
+        if options.text is None:
+            ids = models.build_prompt(tokenizer, models.python_reference(), context)
+        else:
+            ids = texts.token_ids(options.text, model, tokenizer, context)
+        ids = ids.to(device)
         for row in measure(model, ids, options.new_tokens, options.drafts, options.configs):
             rows.append(row)
             print(
@@ -95,17 +100,12 @@ def measure(
             model, max_length=ids.shape[1] + new_tokens, config=CONFIGS[name]
         )
         model(ids[:, :-1], past_key_values=cache_of_config, logits_to_keep=1)
-        before = cache_of_config.stats()
         for number in drafts:
             want, exact_ms = exact()
             cache = copy.deepcopy(cache_of_config)
             method = Lossless(number or 15, adaptive=number == 0)
             got, ms = generate(cache, custom_generate=method)
-            stats, done = cache.stats(), method.stats
-            read = stats.kv_tokens_read - before.kv_tokens_read
-            layers = sum(layer.rings.reuse is not None for layer in cache.layers)
-            lengths = range(ids.shape[1] + 1, ids.shape[1] + new_tokens)
-            full = layers * stats.num_kv_heads * sum(lengths)  # of exact decode
+            done = method.stats
             rows.append(
                 {
                     "context": ids.shape[1],
@@ -113,7 +113,7 @@ def measure(
                     "drafts": number or "as pay",
                     "acceptance": done.acceptance,
                     "tokens_per_verification": done.tokens_per_verification,
-                    "kv_read": read / full,
+                    "kv_read": done.kv_read_share,
                     "ms": ms,
                     "exact_ms": exact_ms,
                     "same": sum(a == b for a, b in zip(got, want, strict=True)),
@@ -125,6 +125,7 @@ def measure(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a folder; default: SmolLM2 from its wheel")
+    parser.add_argument("--text", choices=texts.NAMES)
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8000])
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     parser.add_argument(

@@ -170,3 +170,11 @@ class ReuseConfig:
             min_context=2048,
             max_reuse_depth=None,
         )
+
+    @classmethod
+    def drafts(cls) -> ReuseConfig:
+        """For steps whose tokens are verified (`Lossless`): laxer and cheaper than the default.
+
+        What a draft gets wrong costs its acceptance, not quality (docs/transformers.md).
+        """
+        return cls(threshold=0.6, max_drift=None, anchors=512, window=512)

@@ -212,7 +212,7 @@ def test_lossless():
     from tiny_models import prompts, tiny_model
 
     cpu = torch.device("cpu")
-    rows = lossless.measure(tiny_model(cpu), prompts(cpu, 1), 12, [2, 0], ["0.7 free"])
+    rows = lossless.measure(tiny_model(cpu), prompts(cpu, 1), 12, [2, 0], ["drafts"])
     assert [row["drafts"] for row in rows] == [2, "as pay"]
     for row in rows:
         # No context is long enough to reuse: drafts are exact, and read as much as a token does.

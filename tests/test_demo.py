@@ -112,6 +112,18 @@ def test_with_hits_the_table_says_what_they_cost(run: Run) -> None:
     assert "100% of the queries" in text
 
 
+def test_drafts_and_verifications(run: Run) -> None:
+    text, figures = run("--lossless")
+    row = figures["modes"]["lossless"]
+    assert row["same_tokens"] == 12  # in float32 the tokens are those of exact decode
+    assert 0 <= row["acceptance"] <= 1 and row["tokens_per_verification"] >= 1
+    assert 0 < row["attention_ms"] < row["step_ms"]
+    printed = re.search(r"MAC drafts, exact verifies +[\d.]+ ms .* ([\d.]+)% +12/12 +-", text)
+    assert printed is not None
+    assert float(printed[1]) == pytest.approx(100 * row["kv_read_share"], abs=0.06)
+    assert f"{row['tokens_per_verification']:.1f} tokens" in " ".join(text.split())
+
+
 def test_a_short_text_and_a_chat_template(
     files: tuple[Path, Path], run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -78,8 +78,15 @@ def test_right_drafts_are_accepted(device: torch.device) -> None:
     method = Lossless(4, adaptive=False)
     config = replace(WRONG, threshold=0.0)
     check_same(generate(model, ids, method, config), generate(model, ids, None))
-    assert method.stats.acceptance == 1
-    assert method.stats.verifications == -(-(NEW - 1) // 5)
+    stats = method.stats
+    assert stats.acceptance == 1
+    assert stats.verifications == -(-(NEW - 1) // 5)
+    # A draft reads all up to its token, a verification all up to its last one, once.
+    first, heads = ids.shape[1] + 1, 2 * model.config.num_key_value_heads
+    exact = range(first, first + NEW - 1)
+    assert stats.kv_tokens_exact == sum(exact) * heads
+    rounds = [exact[i : i + 5] for i in range(0, NEW - 1, 5)]
+    assert stats.kv_tokens_read == sum(sum(r[:-1]) + r[-1] for r in rounds) * heads
 
 
 def test_drafts_leave_nothing_in_the_ring(device: torch.device) -> None:

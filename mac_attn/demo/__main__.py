@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from . import model as models
     from . import report
     from .run import Choice, measure
+    from .verified import generate
 
     transformers_logging.set_verbosity_error()
     start = time.perf_counter()
@@ -69,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     choice = Choice(_stop_tokens(model, tokenizer), options.repetition_penalty)
     result = measure(model, ids, options.new_tokens, config, choice)
-    figures = report.summary(result)
+    verified = None
+    if options.lossless:
+        drafts = replace(ReuseConfig.drafts(), band=config.band, min_context=config.min_context)
+        verified = generate(model, ids, result.first_token, options.new_tokens, drafts, choice)
+    figures = report.summary(result, verified)
 
     print(f"MAC-Attention demo: {heading}")
     print(f"{result.prompt_tokens:,} prompt tokens, {options.new_tokens} generated; {settings}\n")
@@ -128,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="of the greedy choice; a small model repeats itself without, which is what reuse is\n"
         "best at; 1 is none, default: %(default)s",
+    )
+    add(
+        "--lossless",
+        action="store_true",
+        help="also let steps that reuse draft tokens, which an exact step verifies",
     )
     add("--out", type=Path, default=Path("mac_attn_demo.png"), help="plot; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write all figures there")

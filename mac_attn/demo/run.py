@@ -53,9 +53,13 @@ class Result:
     @property
     def free_agreement(self) -> int:
         """How many tokens the two texts have in common at their beginning."""
-        exact = self.traces[EXACT].tokens
-        pairs = zip(exact, self.free_tokens, strict=True)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(exact))
+        return common_beginning(self.traces[EXACT].tokens, self.free_tokens)
+
+
+def common_beginning(first: list[int], second: list[int]) -> int:
+    """How many tokens two texts of one length begin with in common."""
+    pairs = zip(first, second, strict=True)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(first))
 
 
 class _Decoder:
@@ -93,12 +97,16 @@ class Choice:
 
     def __call__(self, logits: Tensor, text: list[int]) -> int:
         """Choice from logits `[vocab]`, after the tokens generated so far."""
+        return int(self.adjusted(logits, text).argmax())
+
+    def adjusted(self, logits: Tensor, text: list[int]) -> Tensor:
+        """The logits of which the greatest is chosen."""
         logits = logits.clone()
         used = sorted(set(text))
         some, penalty = logits[used], self.repetition_penalty
         logits[used] = torch.where(some > 0, some / penalty, some * penalty)
         logits[self.stop_tokens] = -torch.inf
-        return int(logits.argmax())
+        return logits
 
 
 @torch.no_grad()

@@ -34,6 +34,8 @@ class LosslessStats:
         verifications: exact steps.
         drafted, accepted: tokens of each request, of the batch those that all of it accepted.
         draft_cost: the time of a draft over that of a verification; 0 before it is known.
+        kv_tokens_read, kv_tokens_exact: keys read, and those that exact decode reads for the same
+            tokens; summed over requests, layers that reuse and KV heads.
     """
 
     tokens: int = 0
@@ -41,6 +43,8 @@ class LosslessStats:
     drafted: int = 0
     accepted: int = 0
     draft_cost: float = 0.0
+    kv_tokens_read: int = 0
+    kv_tokens_exact: int = 0
 
     @property
     def acceptance(self) -> float:
@@ -51,6 +55,11 @@ class LosslessStats:
     def tokens_per_verification(self) -> float:
         """Tokens of a request for each time that its whole KV cache was read."""
         return self.tokens / max(1, self.verifications)
+
+    @property
+    def kv_read_share(self) -> float:
+        """What was read of the KV cache over what exact decode reads; 1 before there is any."""
+        return self.kv_tokens_read / self.kv_tokens_exact if self.kv_tokens_exact else 1.0
 
 
 class Lossless:
@@ -110,6 +119,7 @@ class Lossless:
             streamer.put(input_ids.cpu())
             streamed = input_ids.shape[1]
         run.prefill()
+        begin, read = run.ids.shape[1], run.cache.stats().kv_tokens_read
         run.stop(stopping_criteria)
         while True:
             if streamer is not None:
@@ -121,6 +131,11 @@ class Lossless:
             run.round(stopping_criteria)
         if streamer is not None:
             streamer.end()
+        after = run.cache.stats()
+        layers = sum(layer.reuse is not None for layer in run.cache.layers)
+        steps = sum(range(begin, run.ids.shape[1])) * len(run.ids)
+        self.stats.kv_tokens_read += after.kv_tokens_read - read
+        self.stats.kv_tokens_exact += steps * layers * after.num_kv_heads
         if not generation_config.return_dict_in_generate:
             return run.ids
         return GenerateDecoderOnlyOutput(

@@ -1,0 +1,218 @@
+"""What `Lossless` gives a model of Llama 3 8B's shape, from the times of its steps; needs a GPU.
+
+    python bench/lossless_steps.py [--context 32768] [--batch 16] [--drafts 3 6] [--tokens 3.8 6.0]
+
+A round is k drafts, whose attention reuses, and a verification of k + 1 tokens, which is exact. How
+many tokens it yields (`--tokens`, one for each of `--drafts`) is a matter of the text: take it from
+`bench/lossless.py`. What the steps cost is measured: all layers in one CUDA graph, random weights,
+each layer with a KV cache and rings of its own. Keys and values are projected and written; the
+queries are those of `workload.py`, of which a share `--hits` finds a match.
+"attention" is the same without all that is not attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from report import machine
+from timing import CudaTimer, Step
+from torch import Tensor
+from workload import Case, PlantedRing, Workload, hit_mask
+
+import mac_attn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Llama: sizes as its config.json names them. Without `hidden_size` attention alone."""
+
+    heads: str
+    head_dim: int
+    layers: int
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    vocab_size: int = 0
+
+
+SHAPES = {
+    "llama3-8b": Shape("32/8", 128, 32, 4096, 14336, 128256),
+    "gemma3-270m": Shape("4/1", 256, 3),  # its layers that attend in full
+}
+
+
+class Layer:
+    """Weights, KV cache and rings of a layer."""
+
+    def __init__(self, shape: Shape, case: Case, cfg: mac_attn.ReuseConfig, age: int) -> None:
+        device = torch.device("cuda")
+        self.work = Workload(case, device)
+        self.ring = PlantedRing(self.work, cfg, age)
+        size, self.kv_size = case.num_qo_heads * case.head_dim, case.num_kv_heads * case.head_dim
+        hidden, between = shape.hidden_size, shape.intermediate_size
+
+        def weight(rows: int, columns: int) -> Tensor:
+            values = torch.randn(rows, columns, device=device, dtype=case.dtype)
+            return values.mul_(columns**-0.5)
+
+        if hidden:
+            self.qkv, self.o = weight(size + 2 * self.kv_size, hidden), weight(hidden, size)
+            self.gate_up, self.down = weight(2 * between, hidden), weight(hidden, between)
+            self.norm = torch.ones(hidden, device=device, dtype=case.dtype)
+
+    def attend(self, tokens: int, reuse: bool) -> Tensor:
+        """Of queries [B, Hq, D], or of several tokens [B, T, Hq, D]; reads the KV cache."""
+        work = self.work
+        q, q_match = work.q, work.q_match
+        if tokens > 1:
+            q, q_match = (x[:, None].expand(-1, tokens, -1, -1) for x in (q, q_match))
+        options: dict[str, Any] = {}
+        if reuse:
+            learn = tokens > 1  # a draft's keys are not exact
+            options = {"reuse": self.ring.reuse, "slots": work.slots, "learn": learn}
+            options["q_match"] = q_match
+        out = mac_attn.decode(q, work.kv, work.block_table, work.seq_lens, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    def forward(self, x: Tensor, tokens: int, reuse: bool) -> Tensor:
+        """x [B T, hidden]."""
+        work, case = self.work, self.work.case
+        positions = work.seq_lens[:, None] - tokens + torch.arange(tokens, device="cuda")
+        turned, values = project(
+            x, self.norm, self.qkv, positions, work.rotary.inv_freq, self.kv_size
+        )
+        keys = turned[:, :, -case.num_kv_heads :]
+        pages = work.block_table.gather(1, positions // case.page_size)
+        work.kv[pages, :, positions % case.page_size] = torch.stack([keys, values], 2)
+        attended = self.attend(tokens, reuse).reshape(len(x), -1)
+        return rest_of_layer(x, attended, self.o, self.norm, self.gate_up, self.down)
+
+
+# Compiled, so that what engines do in one kernel is one here.
+@torch.compile(dynamic=False)
+def project(
+    x: Tensor, norm: Tensor, weights: Tensor, positions: Tensor, inv_freq: Tensor, kv_size: int
+) -> tuple[Tensor, Tensor]:
+    """Of x [B T, hidden]: queries and keys, turned, [B, T, Hq + Hkv, D]; values [B, T, Hkv, D]."""
+    y = F.rms_norm(x, x.shape[-1:], norm) @ weights.T
+    half = len(inv_freq)
+    turned, v = y.split([y.shape[-1] - kv_size, kv_size], -1)
+    first, second = turned.view(*positions.shape, -1, 2, half).float().unbind(-2)
+    angle = (positions[..., None] * inv_freq)[:, :, None]
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    return turned, v.view(*positions.shape, -1, 2 * half)
+
+
+@torch.compile(dynamic=False)
+def rest_of_layer(
+    x: Tensor, attended: Tensor, o: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    x = x + attended @ o.T
+    gate, up = (F.rms_norm(x, x.shape[-1:], norm) @ gate_up.T).chunk(2, -1)
+    return x + (F.silu(gate) * up) @ down.T
+
+
+def steps_of(
+    shape: Shape, case: Case, layers: Sequence[Layer], drafts: Sequence[int], hits: Sequence[float]
+) -> list[Step]:
+    """What is timed: of the model, if the shape has one, and of its attention alone."""
+
+    def attention(tokens: int, reuse: bool) -> None:
+        for layer in layers:
+            layer.attend(tokens, reuse)
+
+    kinds: list[tuple[str, Callable[[int, bool], object]]] = [("attention ", attention)]
+    if shape.hidden_size:
+        head = torch.randn(shape.vocab_size, shape.hidden_size, device="cuda", dtype=case.dtype)
+
+        def model(tokens: int, reuse: bool) -> Tensor:
+            x = head[: case.batch * tokens]
+            for layer in layers:
+                x = layer.forward(x, tokens, reuse)
+            return x @ head.T
+
+        kinds.append(("model ", model))
+    steps = []
+    for kind, call in kinds:
+        steps.append(Step(f"{kind}exact", partial(call, 1, False)))
+        reused = partial(call, 1, True)
+        for rate in hits:
+            mask = hit_mask(case, "group", rate, "even")
+            back = partial(put_back, layers, layers[0].ring.on_device(mask), 1)
+            steps.append(Step(f"{kind}draft {rate}", reused, back))
+        for k in drafts:
+            back = partial(put_back, layers, layers[0].ring.on_device(mask), k + 1)
+            steps.append(Step(f"{kind}verify {k}", partial(call, k + 1, True), back))
+    return steps
+
+
+def put_back(layers: Sequence[Layer], hits: Tensor, tokens: int) -> None:
+    """The rings as they were, their slots' histories ending where a step of `tokens` begins."""
+    for layer in layers:
+        layer.ring.put_back(hits)
+        reuse = layer.ring.reuse
+        for bound in (reuse.slot_end, reuse.slot_reach):
+            bound.fill_(layer.work.case.seq_len - tokens)
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="llama3-8b", choices=list(SHAPES))
+    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--drafts", type=int, nargs="+", default=[3, 6])
+    parser.add_argument("--tokens", type=float, nargs="+", default=[3.8, 6.0])
+    parser.add_argument("--hits", type=float, nargs="+", default=[0.95, 1.0])
+    parser.add_argument("--anchors", type=int, default=1024)
+    parser.add_argument("--age", type=int, default=100, help="of the entries that are found")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args(argv)
+    if len(options.tokens) != len(options.drafts):
+        parser.error("--tokens must have as many numbers as --drafts")
+    shape = SHAPES[options.shape]
+    case = Case.of(shape.heads, options.context, options.batch, shape.head_dim)
+    cfg = mac_attn.ReuseConfig(anchors=options.anchors)
+    print(machine(torch.device("cuda")))
+    print(f"command: python {' '.join(sys.argv)}")
+    layers = [Layer(shape, case, cfg, options.age) for _ in range(shape.layers)]
+    steps = steps_of(shape, case, layers, options.drafts, options.hits)
+    timings = CudaTimer(options.rounds, warmup=3).measure(steps)
+    for layer in layers:
+        layer.ring.reuse.check()
+    print("\nstep                          ms")
+    for name, timing in timings.items():
+        print(f"{name:24} {timing.us / 1e3:8.3f}")
+    print(f"\n{'':10} drafts  tokens a round  hits  ms a token  exact  ratio")
+    rows = []
+    for kind in ("attention", "model") if shape.hidden_size else ("attention",):
+        exact = timings[f"{kind} exact"].us / 1e3
+        for k, tokens in zip(options.drafts, options.tokens, strict=True):
+            verify = timings[f"{kind} verify {k}"].us / 1e3
+            for rate in options.hits:
+                draft = timings[f"{kind} draft {rate}"].us / 1e3
+                each = (k * draft + verify) / tokens
+                row = dict(kind=kind, drafts=k, tokens=tokens, hits=rate, ms=each, exact_ms=exact)
+                rows.append(row)
+                print(
+                    f"{kind:10} {k:6}  {tokens:14.2f}  {rate:4.2f}  {each:10.3f}  {exact:5.2f}"
+                    f"  {exact / each:5.2f}"
+                )
+    if options.json:
+        times = {name: asdict(timing) for name, timing in timings.items()}
+        options.json.write_text(json.dumps({"times": times, "rows": rows}, indent=1))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
