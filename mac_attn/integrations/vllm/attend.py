@@ -28,12 +28,15 @@ class Served:
         ring: the layer's.
         float8: whether its KV cache is float8_e4m3fn.
         query_quant: what vLLM's own kernel needs its queries rounded to float8 by, or None.
+        batch_invariant: whether vLLM promises that a request's answer has nothing to do with others
+            (VLLM_BATCH_INVARIANT).
     """
 
     engine: Engine
     ring: mac_attn.ReuseCache
     float8: bool = False
     query_quant: Any = None
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def decode(layer: Any, call: Decode, query: Tensor, kv_cache: Tensor, output: Te
         query_lens=call.query_lens,
         out=call.take(output) if in_place else None,
         sinks=_sinks(layer.impl),
+        batch_invariant=served.batch_invariant,
         **reuse,
         **_scaling(layer),
     )

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from vllm import envs
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -170,7 +171,7 @@ class Engine(BaseEngine):
         # Queries must come as they are; prefill's are rounded where vLLM's kernel is called.
         quant, layer.query_quant = getattr(layer, "query_quant", None), None
         float8 = layer.kv_cache_torch_dtype != ring.dtype
-        layer.impl.mac = Served(self, ring, float8, quant)
+        layer.impl.mac = Served(self, ring, float8, quant, envs.VLLM_BATCH_INVARIANT)
 
     def _say_what_drafts_do(self, drafts: int) -> None:
         """Log what is verified by whom, if there is speculative decoding."""
