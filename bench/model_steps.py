@@ -1,13 +1,14 @@
-"""What `Lossless` gives a model of Llama 3 8B's shape, from the times of its steps; needs a GPU.
+"""Time for each token of a model of Llama 3 8B's shape: exact, with reuse, `Lossless`; needs a GPU.
 
-    python bench/lossless_steps.py [--context 32768] [--batch 16] [--drafts 3 6] [--tokens 3.8 6.0]
+    python bench/model_steps.py [--context 32768] [--batch 16] [--drafts 6 --tokens 6.6]
 
-A round is k drafts, whose attention reuses, and a verification of k + 1 tokens, which is exact. How
-many tokens it yields (`--tokens`, one for each of `--drafts`) is a matter of the text: take it from
-`bench/lossless.py`. What the steps cost is measured: all layers in one CUDA graph, random weights,
-each layer with a KV cache and rings of its own. Keys and values are projected and written; the
-queries are those of `workload.py`, of which a share `--hits` finds a match.
-"attention" is the same without all that is not attention.
+All layers are one CUDA graph, with random weights, each with a KV cache and rings of its own. Keys
+and values are projected and written; the queries are those of `workload.py`, of which a share
+`--hits` finds a match. "attention" is the same without all that is not attention.
+
+`Lossless` is computed from such steps: k drafts, whose attention reuses, and a verification of
+k + 1 tokens, which is exact, yield so many tokens (`--tokens`, one for each of `--drafts`) as
+`bench/lossless.py` has counted on real text.
 """
 
 from __future__ import annotations
@@ -49,6 +50,18 @@ SHAPES = {
 }
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Of a step: how many tokens a request has, and whether and how they reuse."""
+
+    tokens: int = 1
+    reuse: bool = False
+    learn: bool = True
+
+
+EXACT, REUSE, DRAFT = Kind(), Kind(reuse=True), Kind(reuse=True, learn=False)
+
+
 class Layer:
     """Weights, KV cache and rings of a layer."""
 
@@ -68,32 +81,32 @@ class Layer:
             self.gate_up, self.down = weight(2 * between, hidden), weight(hidden, between)
             self.norm = torch.ones(hidden, device=device, dtype=case.dtype)
 
-    def attend(self, tokens: int, reuse: bool) -> Tensor:
+    def attend(self, step: Kind) -> Tensor:
         """Of queries [B, Hq, D], or of several tokens [B, T, Hq, D]; reads the KV cache."""
         work = self.work
         q, q_match = work.q, work.q_match
-        if tokens > 1:
-            q, q_match = (x[:, None].expand(-1, tokens, -1, -1) for x in (q, q_match))
+        if step.tokens > 1:
+            q, q_match = (x[:, None].expand(-1, step.tokens, -1, -1) for x in (q, q_match))
         options: dict[str, Any] = {}
-        if reuse:
-            learn = tokens > 1  # a draft's keys are not exact
-            options = {"reuse": self.ring.reuse, "slots": work.slots, "learn": learn}
+        if step.reuse:
+            options = {"reuse": self.ring.reuse, "slots": work.slots, "learn": step.learn}
             options["q_match"] = q_match
         out = mac_attn.decode(q, work.kv, work.block_table, work.seq_lens, **options)
         assert isinstance(out, Tensor)
         return out
 
-    def forward(self, x: Tensor, tokens: int, reuse: bool) -> Tensor:
+    def forward(self, x: Tensor, step: Kind) -> Tensor:
         """x [B T, hidden]."""
         work, case = self.work, self.work.case
-        positions = work.seq_lens[:, None] - tokens + torch.arange(tokens, device="cuda")
+        new = torch.arange(step.tokens, device="cuda")
+        positions = work.seq_lens[:, None] - step.tokens + new
         turned, values = project(
             x, self.norm, self.qkv, positions, work.rotary.inv_freq, self.kv_size
         )
         keys = turned[:, :, -case.num_kv_heads :]
         pages = work.block_table.gather(1, positions // case.page_size)
         work.kv[pages, :, positions % case.page_size] = torch.stack([keys, values], 2)
-        attended = self.attend(tokens, reuse).reshape(len(x), -1)
+        attended = self.attend(step).reshape(len(x), -1)
         return rest_of_layer(x, attended, self.o, self.norm, self.gate_up, self.down)
 
 
@@ -127,32 +140,34 @@ def steps_of(
 ) -> list[Step]:
     """What is timed: of the model, if the shape has one, and of its attention alone."""
 
-    def attention(tokens: int, reuse: bool) -> None:
+    def attention(step: Kind) -> None:
         for layer in layers:
-            layer.attend(tokens, reuse)
+            layer.attend(step)
 
-    kinds: list[tuple[str, Callable[[int, bool], object]]] = [("attention ", attention)]
+    parts: dict[str, Callable[[Kind], object]] = {"attention": attention}
     if shape.hidden_size:
         head = torch.randn(shape.vocab_size, shape.hidden_size, device="cuda", dtype=case.dtype)
 
-        def model(tokens: int, reuse: bool) -> Tensor:
-            x = head[: case.batch * tokens]
+        def model(step: Kind) -> Tensor:
+            x = head[: case.batch * step.tokens]
             for layer in layers:
-                x = layer.forward(x, tokens, reuse)
+                x = layer.forward(x, step)
             return x @ head.T
 
-        kinds.append(("model ", model))
+        parts["model"] = model
     steps = []
-    for kind, call in kinds:
-        steps.append(Step(f"{kind}exact", partial(call, 1, False)))
-        reused = partial(call, 1, True)
-        for rate in hits:
-            mask = hit_mask(case, "group", rate, "even")
-            back = partial(put_back, layers, layers[0].ring.on_device(mask), 1)
-            steps.append(Step(f"{kind}draft {rate}", reused, back))
+    for part, call in parts.items():
+        steps.append(Step(f"{part} exact", partial(call, EXACT)))
+        for name, kind in (("reuse", REUSE), ("draft", DRAFT)):
+            graph = partial(call, kind)
+            for rate in hits:
+                mask = layers[0].ring.on_device(hit_mask(case, "group", rate, "even"))
+                steps.append(
+                    Step(f"{part} {name} {rate}", graph, partial(put_back, layers, mask, 1))
+                )
         for k in drafts:
-            back = partial(put_back, layers, layers[0].ring.on_device(mask), k + 1)
-            steps.append(Step(f"{kind}verify {k}", partial(call, k + 1, True), back))
+            back = partial(put_back, layers, mask, k + 1)
+            steps.append(Step(f"{part} verify {k}", partial(call, Kind(k + 1, True)), back))
     return steps
 
 
@@ -170,10 +185,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--shape", default="llama3-8b", choices=list(SHAPES))
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--drafts", type=int, nargs="+", default=[3, 6])
-    parser.add_argument("--tokens", type=float, nargs="+", default=[3.8, 6.0])
-    parser.add_argument("--hits", type=float, nargs="+", default=[0.95, 1.0])
-    parser.add_argument("--anchors", type=int, default=1024)
+    parser.add_argument("--drafts", type=int, nargs="+", default=[3, 6, 7])
+    parser.add_argument("--tokens", type=float, nargs="+", default=[3.8, 6.6, 7.4])
+    parser.add_argument("--hits", type=float, nargs="+", default=[0.75, 0.9, 0.95, 1.0])
+    parser.add_argument(
+        "--anchors", type=int, default=512, help="of `ReuseConfig.drafts`; the default has 1024"
+    )
     parser.add_argument("--age", type=int, default=100, help="of the entries that are found")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path, help="write the figures here too")
@@ -190,23 +207,25 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     timings = CudaTimer(options.rounds, warmup=3).measure(steps)
     for layer in layers:
         layer.ring.reuse.check()
-    print("\nstep                          ms")
-    for name, timing in timings.items():
-        print(f"{name:24} {timing.us / 1e3:8.3f}")
-    print(f"\n{'':10} drafts  tokens a round  hits  ms a token  exact  ratio")
+    ms = {name: timing.us / 1e3 for name, timing in timings.items()}
+    for name, each in ms.items():
+        print(f"{name:24} {each:8.3f} ms")
+    print(f"\n{'':10} way       hits  drafts  tokens a round  ms a token  exact  ratio")
     rows = []
-    for kind in ("attention", "model") if shape.hidden_size else ("attention",):
-        exact = timings[f"{kind} exact"].us / 1e3
-        for k, tokens in zip(options.drafts, options.tokens, strict=True):
-            verify = timings[f"{kind} verify {k}"].us / 1e3
-            for rate in options.hits:
-                draft = timings[f"{kind} draft {rate}"].us / 1e3
-                each = (k * draft + verify) / tokens
-                row = dict(kind=kind, drafts=k, tokens=tokens, hits=rate, ms=each, exact_ms=exact)
-                rows.append(row)
+    for part in ("attention", "model") if shape.hidden_size else ("attention",):
+        for rate in options.hits:
+            ways = [(0, 1.0, ms[f"{part} reuse {rate}"])]
+            for k, tokens in zip(options.drafts, options.tokens, strict=True):
+                drafts, verify = k * ms[f"{part} draft {rate}"], ms[f"{part} verify {k}"]
+                ways.append((k, tokens, (drafts + verify) / tokens))
+            for k, tokens, each in ways:
+                exact, way = ms[f"{part} exact"], "lossless" if k else "reuse"
+                rows.append(
+                    dict(part=part, hits=rate, drafts=k, tokens=tokens, ms=each, exact=exact)
+                )
                 print(
-                    f"{kind:10} {k:6}  {tokens:14.2f}  {rate:4.2f}  {each:10.3f}  {exact:5.2f}"
-                    f"  {exact / each:5.2f}"
+                    f"{part:10} {way:8}  {rate:4.2f}  {k:6}  {tokens:14.2f}  {each:10.3f}"
+                    f"  {exact:5.2f}  {exact / each:5.2f}"
                 )
     if options.json:
         times = {name: asdict(timing) for name, timing in timings.items()}
