@@ -201,15 +201,26 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
                                    q[b / 2][b % 2 * 2 + 1]);
     }
   }
-  for (int i = 0; i < 4; ++i) {
-    const int token = first_token + lane / 4 + i / 2 * 8;
+  // One branch for all of them: with one for each logit, each waits for its own start.
+#pragma unroll
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    for (int i = 0; i < 4; ++i) {
+      const float scale = kIsFp8<T> ? state.column_scale(query, b * 8 + lane % 4 * 2 + i % 2) : p.sm_scale;
+      x[b][i] = (kHeadBlocks == 1 ? sum[0][i] + sum[1][i] : sum[b][i]) * scale;
+    }
+  }
+  if (p.logits_soft_cap > 0.f) {
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
-      const float scale = kIsFp8<T> ? state.column_scale(query, b * 8 + lane % 4 * 2 + i % 2) : p.sm_scale;
-      float logit = (kHeadBlocks == 1 ? sum[0][i] + sum[1][i] : sum[b][i]) * scale;
-      if (p.logits_soft_cap > 0.f) logit = p.logits_soft_cap * ptx::tanh(logit / p.logits_soft_cap);
-      const bool counts = token >= starts[b * 8 + lane % 4 * 2 + i % 2];
-      x[b][i] = (valid >> (lane / 4 + i / 2 * 8) & 1u) && counts ? logit * kLog2E : -INFINITY;
+      for (int i = 0; i < 4; ++i) x[b][i] = p.logits_soft_cap * ptx::tanh(x[b][i] / p.logits_soft_cap);
+    }
+  }
+#pragma unroll
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8;
+      const bool counts = (valid >> row & 1u) && first_token + row >= starts[b * 8 + lane % 4 * 2 + i % 2];
+      x[b][i] = counts ? x[b][i] * kLog2E : -INFINITY;
     }
   }
 }
