@@ -67,7 +67,7 @@ MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Pie
 template <typename T, int kHeadDim>
 MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, Row row, T* stage) {
   using Stage = Stage<kHeadDim, T>;
-  constexpr int kUnit = Stage::kUnit, kChunks = kHeadDim / kUnit;
+  constexpr int kChunks = kHeadDim / Stage::kUnit;
   constexpr int kLanes = Stage::kHalfLines ? 4 : 8, kRowsAtOnce = 32 / kLanes;
   const int lane = ptx::lane_id();
   // A page id outside the cache is not followed: the request is marked and answers NaN.
@@ -80,21 +80,27 @@ MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const 
   const uint32_t k_place = row.page * w.k_page_units + row.offset * w.k_token_units;
   const uint32_t v_place = row.page * w.v_page_units + row.offset * w.v_token_units;
   const uint32_t valid = ptx::ballot(row.valid);
-  const T* k_head = static_cast<const T*>(p.kv.k) + piece.kv_head * p.kv.k_head_stride;
-  const T* v_head = static_cast<const T*>(p.kv.v) + piece.kv_head * p.kv.v_head_stride;
+  // Bytes from the lane's first chunk on, so that of each row one multiplication is all there is to an address.
+  const auto bytes = [&](const void* base, int64_t head_stride) {
+    const int64_t first = piece.kv_head * head_stride * static_cast<int>(sizeof(T)) + lane % kLanes * 16;
+    return static_cast<const unsigned char*>(base) + first;
+  };
+  const unsigned char *k_lane = bytes(p.kv.k, p.kv.k_head_stride), *v_lane = bytes(p.kv.v, p.kv.v_head_stride);
 #pragma unroll
   for (int first = 0; first < kWarpTokens; first += kRowsAtOnce) {
     const int r = first + lane / kLanes;
     const bool fill = valid >> r & 1u;
-    const T* k = k_head + static_cast<uint64_t>(ptx::shfl(k_place, r)) * kUnit;
-    const T* v = v_head + static_cast<uint64_t>(ptx::shfl(v_place, r)) * kUnit;
-    T* k_row = stage + r * Stage::kRow;
-    T* v_row = k_row + kWarpTokens * Stage::kRow;
+    const unsigned char* k = k_lane + static_cast<uint64_t>(ptx::shfl(k_place, r)) * 16;
+    const unsigned char* v = v_lane + static_cast<uint64_t>(ptx::shfl(v_place, r)) * 16;
 #pragma unroll
-    for (int chunk = lane % kLanes; chunk < kChunks; chunk += kLanes) {
-      const int place = Stage::place(r, chunk);
-      ptx::cp_async_16(k_row + place, k + chunk * kUnit, fill);
-      ptx::cp_async_16(v_row + place, v + chunk * kUnit, fill);
+    for (int i = 0; i * kLanes < kChunks; ++i) {
+      const int chunk = lane % kLanes + i * kLanes;
+      if (chunk >= kChunks) continue;
+      // Rows eight apart have their pieces in the same order.
+      T* to = stage + lane / kLanes * Stage::kRow + Stage::place(first % 8 + lane / kLanes, chunk) +
+              first * Stage::kRow;
+      ptx::cp_async_16(to, k + i * kLanes * 16, fill);
+      ptx::cp_async_16(to + kWarpTokens * Stage::kRow, v + i * kLanes * 16, fill);
     }
   }
 }
