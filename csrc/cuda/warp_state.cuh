@@ -201,27 +201,39 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
                                    q[b / 2][b % 2 * 2 + 1]);
     }
   }
-  // One branch for all of them: with one for each logit, each waits for its own start.
+  const auto scaled = [&](int b, int i) {
+    const float scale = kIsFp8<T> ? state.column_scale(query, b * 8 + lane % 4 * 2 + i % 2) : p.sm_scale;
+    return (kHeadBlocks == 1 ? sum[0][i] + sum[1][i] : sum[b][i]) * scale;
+  };
+  const auto capped = [&](float logit) { return p.logits_soft_cap * ptx::tanh(logit / p.logits_soft_cap); };
+  const auto masked = [&](int b, int i, float logit) {
+    const int row = lane / 4 + i / 2 * 8;
+    const bool counts = (valid >> row & 1u) && first_token + row >= starts[b * 8 + lane % 4 * 2 + i % 2];
+    return counts ? logit * kLog2E : -INFINITY;
+  };
+  const bool caps = p.logits_soft_cap > 0.f;
+  if constexpr (kHeadBlocks == 1) {
+    for (int i = 0; i < 4; ++i) {
+      const float logit = scaled(0, i);
+      x[0][i] = masked(0, i, caps ? capped(logit) : logit);
+    }
+    return;
+  }
+  // A branch for all of them: with one for each, each waits for its own start. A single block's are so few that
+  // this costs more than it saves (bench/README.md).
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
-    for (int i = 0; i < 4; ++i) {
-      const float scale = kIsFp8<T> ? state.column_scale(query, b * 8 + lane % 4 * 2 + i % 2) : p.sm_scale;
-      x[b][i] = (kHeadBlocks == 1 ? sum[0][i] + sum[1][i] : sum[b][i]) * scale;
-    }
+    for (int i = 0; i < 4; ++i) x[b][i] = scaled(b, i);
   }
-  if (p.logits_soft_cap > 0.f) {
+  if (caps) {
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
-      for (int i = 0; i < 4; ++i) x[b][i] = p.logits_soft_cap * ptx::tanh(x[b][i] / p.logits_soft_cap);
+      for (int i = 0; i < 4; ++i) x[b][i] = capped(x[b][i]);
     }
   }
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8;
-      const bool counts = (valid >> row & 1u) && first_token + row >= starts[b * 8 + lane % 4 * 2 + i % 2];
-      x[b][i] = counts ? x[b][i] * kLog2E : -INFINITY;
-    }
+    for (int i = 0; i < 4; ++i) x[b][i] = masked(b, i, x[b][i]);
   }
 }
 
