@@ -21,7 +21,8 @@ def device_reason(device_type: str) -> str | None:
 def heads_reason(head_dim: int, dtype: torch.dtype, device_type: str) -> str | None:
     """What keeps heads of this size and dtype from being served there."""
     cuda = device_type != "cpu"
-    has = head_dim in _CUDA_HEAD_SIZES if cuda else head_dim % 16 == 0 and head_dim <= 256
+    on_cpu = head_dim % 8 == 0 and (head_dim <= 256 or head_dim == 512)
+    has = head_dim in _CUDA_HEAD_SIZES if cuda else on_cpu
     if not has:
         return f"heads of {head_dim}"
     if cuda and dtype == torch.float32:
