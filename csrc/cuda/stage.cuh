@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "head_dim.cuh"
 #include "ptx/async_copy.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
@@ -64,12 +65,12 @@ MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Pie
 }
 
 // Eight lanes side by side copy a row's 128 bytes at a time: whole lines of the L2 cache. Four do of 64 bytes.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kExact>
 MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, Row row, T* stage) {
   using Stage = Stage<kHeadDim, T>;
   constexpr int kUnit = Stage::kUnit, kChunks = kHeadDim / kUnit;
   constexpr int kLanes = Stage::kHalfLines ? 4 : 8, kRowsAtOnce = 32 / kLanes;
-  const int lane = ptx::lane_id();
+  const int lane = ptx::lane_id(), row_chunks = row_elements<kHeadDim, kExact>(p.shape) / kUnit;
   // A page id outside the cache is not followed: the request is marked and answers NaN.
   if (row.valid && row.page >= static_cast<uint32_t>(w.num_pages)) {
     row.valid = false, row.page = 0;
@@ -93,8 +94,9 @@ MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const 
 #pragma unroll
     for (int chunk = lane % kLanes; chunk < kChunks; chunk += kLanes) {
       const int place = Stage::place(r, chunk);
-      ptx::cp_async_16(k_row + place, k + chunk * kUnit, fill);
-      ptx::cp_async_16(v_row + place, v + chunk * kUnit, fill);
+      const bool there = fill && (kExact || chunk < row_chunks);
+      ptx::cp_async_16(k_row + place, k + chunk * kUnit, there);
+      ptx::cp_async_16(v_row + place, v + chunk * kUnit, there);
     }
   }
 }
