@@ -20,8 +20,10 @@ LIMITS = {
 }
 KERNEL = re.compile(
     r"(?P<stage>match|amend|complete|unrotate)_kernelI\w*?(?P<dtype>bf16|fp16)E"
-    r"(?:Li(?P<dim>\d+)E)?(?:Li(?P<blocks>\d)E)?(?P<cache>\w*?fp8E)?"
+    r"(?:Li(?P<dim>\d+)E)?(?:Li(?P<blocks>\d)E)?(?P<cache>\w*?fp8E)?(?:\w*?Lb(?P<exact>[01])E)?"
 )
+# Head sizes, and whether they are those of rows that are filled up; csrc/cuda/head_dim.cuh.
+SIZES = [(size, False) for size in (64, 80, 96, 128, 256)] + [(128, True), (256, True)]
 WARPS = 4  # of an amend CTA; kWarps in csrc/cuda/schedule.cuh
 WARP_TOKENS = 16  # kWarpTokens in csrc/cuda/kernels.h
 
@@ -36,6 +38,7 @@ class Kernel:
     head_dim: int  # 0: any
     head_blocks: int | None
     fp8: bool = False  # the KV cache
+    padded: bool = False  # rows are filled up to head_dim
     registers: int = 0
     static_shared: int = 0  # with what the system reserves, on sm_90
     spilled: int = 0  # bytes of stack and local memory
@@ -46,7 +49,8 @@ class Kernel:
     def name(self) -> str:
         blocks = f", {8 * self.head_blocks} heads" if self.head_blocks else ""
         cache = " fp8" if self.fp8 else ""
-        return f"{self.stage} {self.dtype}{cache} {self.head_dim or ''}{blocks}".rstrip()
+        size = f" up to {self.head_dim}" if self.padded else f" {self.head_dim or ''}"
+        return f"{self.stage} {self.dtype}{cache}{size}{blocks}".rstrip()
 
     @property
     def threads(self) -> int:
@@ -106,12 +110,14 @@ def missing(kernels: list[Kernel]) -> list[str]:
     kinds = [("match", None, False), ("complete", None, False)]
     kinds += [("amend", blocks, fp8) for blocks in (1, 2) for fp8 in (False, True)]
     wanted = [
-        (stage, dtype, head_dim, blocks, fp8)
+        (stage, dtype, head_dim, blocks, fp8, padded)
         for stage, blocks, fp8 in kinds
         for dtype in ("bf16", "fp16")
-        for head_dim in (64, 80, 96, 128, 256)
-    ] + [("unrotate", dtype, 0, None, False) for dtype in ("bf16", "fp16")]
-    there = {(k.arch, k.stage, k.dtype, k.head_dim, k.head_blocks, k.fp8) for k in kernels}
+        for head_dim, padded in SIZES
+    ] + [("unrotate", dtype, 0, None, False, False) for dtype in ("bf16", "fp16")]
+    there = {
+        (k.arch, k.stage, k.dtype, k.head_dim, k.head_blocks, k.fp8, k.padded) for k in kernels
+    }
     return [
         f"{Kernel(arch, *names).name} ({arch}) is missing"
         for arch in sorted({kernel.arch for kernel in kernels})
@@ -132,6 +138,7 @@ def _kernel(arch: str, symbol: str) -> Kernel | None:
         int(found["dim"] or 0),
         int(blocks) if blocks else None,
         found["cache"] is not None,
+        found["exact"] == "0",
     )
 
 

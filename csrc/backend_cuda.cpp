@@ -40,8 +40,8 @@ void check_dtype(DType dtype) {
 void check_supported(const Shape& shape, DType dtype) {
   const int D = shape.head_dim;
   check_dtype(dtype);
-  TORCH_CHECK_VALUE(D == 64 || D == 80 || D == 96 || D == 128 || D == 256, "q has head_dim ", D,
-                    ", must be 64, 80, 96, 128 or 256 on CUDA");
+  TORCH_CHECK_VALUE(D <= cuda::kMaxHeadDim, "q has head_dim ", D, ", must be a multiple of 8 up to ",
+                    cuda::kMaxHeadDim, " on CUDA");
   TORCH_CHECK_VALUE(shape.group_size <= cuda::kMaxGroup, "num_qo_heads / num_kv_heads is ", shape.group_size,
                     ", must be at most ", cuda::kMaxGroup, " on CUDA");
 }
@@ -110,6 +110,8 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   const int64_t most_heads = std::min<int64_t>(cuda::kMostReplacedHeads, cuda::kMostReplaced / D * 8);
   TORCH_CHECK_VALUE(p.num_anchors == 0 || G <= most_heads, "num_qo_heads / num_kv_heads is ", G,
                     ", must be at most ", most_heads, " with anchors and head_dim ", D, " on CUDA");
+  TORCH_CHECK_VALUE(!p.kv.float8 || D % 16 == 0, "q has head_dim ", D,
+                    ", must be a multiple of 16 with a float8 cache on CUDA");
   const int64_t kv_itemsize = p.kv.float8 ? 1 : 2;
   check_rows(p.query.data, "q", 2, {p.query.batch_stride, p.query.head_stride, p.query.token_stride});
   check_rows(p.kv.k, "k_cache", kv_itemsize, {p.kv.k_page_stride, p.kv.k_token_stride, p.kv.k_head_stride});
@@ -133,9 +135,10 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
                     p.kv.page_size, " tokens, must have fewer than 2^31 tiles of 64 in all KV heads");
   const auto floats = on.options().dtype(at::kFloat);
   const int64_t states = cuda::max_pieces(w, ctas, B * H * w.head_tiles) * kNumSpans * w.tile_heads;
-  Tensor partial = at::empty({states * (D + 4)}, floats);
+  const int64_t padded = cuda::padded_head_dim(p.shape.head_dim);
+  Tensor partial = at::empty({states * (padded + 4)}, floats);
   w.partial_out = partial.data_ptr<float>();
-  w.partial_sums = w.partial_out + states * D;
+  w.partial_sums = w.partial_out + states * padded;
   Tensor candidates;
   if (p.num_anchors > 0) {
     const int64_t room = B * H * kCandidateRoom * p.num_anchors;

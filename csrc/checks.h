@@ -15,10 +15,11 @@
 
 namespace mac_attn {
 
-constexpr int64_t kAny = -1;  // in an expected shape: this size is free
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kAny = -1;                      // in an expected shape: this size is free
+constexpr int64_t kHeadDimStep = 8;               // elements; 16 bytes of the smallest queries, a vector of AVX2
+constexpr int64_t kMaxHeadDim = 256;              // of them all
+constexpr int64_t kWideHeadDim = 512;             // and one more
 constexpr int64_t kMaxTokens = INT32_MAX - 4096;  // of a request: loops count in int32 and look a block ahead
-constexpr int64_t kHeadDimStep = 16;              // elements; a vector of the widest instruction set
 constexpr int64_t kMaxQueryTokens = 16;           // of a request in a step
 
 // A tensor argument of a given shape, dtype and device whose last dimension is contiguous.
@@ -65,8 +66,9 @@ inline void check_query(const at::Tensor& t, const char* name) {
       t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf, name,
       " is ", t.scalar_type(), ", must be float32, bfloat16 or float16");
   const int64_t head_dim = t.size(-1);
-  TORCH_CHECK_VALUE(head_dim > 0 && head_dim % kHeadDimStep == 0 && head_dim <= kMaxHeadDim, name, " has head_dim ",
-                    head_dim, ", must be a multiple of ", kHeadDimStep, ", at most ", kMaxHeadDim);
+  const bool has = head_dim > 0 && head_dim % kHeadDimStep == 0 && head_dim <= kMaxHeadDim;
+  TORCH_CHECK_VALUE(has || head_dim == kWideHeadDim, name, " has head_dim ", head_dim, ", must be a multiple of ",
+                    kHeadDimStep, " up to ", kMaxHeadDim, ", or ", kWideHeadDim);
   check_tensor(t, name, t.sizes(), t.scalar_type(), t.device());
 }
 

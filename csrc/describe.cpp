@@ -58,7 +58,7 @@ pybind11::dict build_info() {
   }
 #endif
   info["cuda_arches"] = arches;
-  info["simd"] = cpu::kernels().name;
+  info["simd"] = cpu::best_kernels().name;
   info["threads"] = at::get_num_threads();
 #ifdef __clang__
   info["compiler"] = __VERSION__;

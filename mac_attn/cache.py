@@ -46,7 +46,7 @@ class ReuseCache:
         cfg: the options of reuse.
         num_slots: requests that are served at a time, >= 1; each keeps to one slot.
         num_qo_heads, num_kv_heads: query heads divide evenly among the KV heads.
-        head_dim: a multiple of 16, at most 256.
+        head_dim: a multiple of 8 up to 256, or 512.
         dtype: of the queries and the KV cache: float32, bfloat16 or float16.
         device: where everything lives.
         rotary: the model's rotary embedding; with it `decode` and `seed` need no `q_match`.
@@ -127,9 +127,9 @@ class ReuseCache:
         self.num_qo_heads = check_int("num_qo_heads", num_qo_heads, low=1)
         self.num_kv_heads = check_int("num_kv_heads", num_kv_heads, low=1)
         self.group_size = check_heads(num_qo_heads, num_kv_heads)
-        self.head_dim = check_int("head_dim", head_dim, low=16, high=256)
-        if head_dim % 16:
-            raise ValueError(f"head_dim is {head_dim}, must be a multiple of 16")
+        self.head_dim = check_int("head_dim", head_dim, low=8, high=512)
+        if head_dim % 8 or 256 < head_dim < 512:
+            raise ValueError(f"head_dim is {head_dim}, must be a multiple of 8 up to 256, or 512")
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype is {dtype}, must be {' or '.join(map(str, FLOAT_DTYPES))}")
         self.dtype = dtype

@@ -49,8 +49,8 @@ def decode(
 
     Args:
         q: [B, num_qo_heads, head_dim] float32, bfloat16 or float16, post-RoPE, or of T new tokens,
-            from 1 to 16, [B, T, num_qo_heads, head_dim]. head_dim is a multiple of 16, at most 256.
-            Only the last dimension has to be contiguous.
+            from 1 to 16, [B, T, num_qo_heads, head_dim]. head_dim is a multiple of 8 up to 256,
+            or 512. Only the last dimension has to be contiguous.
         kv_cache: a pair (k_cache, v_cache), each [num_pages, page_size, num_kv_heads, head_dim] for
             kv_layout "NHD" or [num_pages, num_kv_heads, page_size, head_dim] for "HND", or one
             tensor with the pair in dimension 1. In q's dtype or float8_e4m3fn; read in place.

@@ -172,7 +172,7 @@ def _layer(**changes: Any) -> Any:
             "KV cache of type fp8_per_token_head",
         ),
         ({"head_size_v": 32}, "values of another size than keys"),
-        ({"head_size": 72, "head_size_v": 72}, "heads of 72"),
+        ({"head_size": 76, "head_size_v": 76}, "heads of 76"),
     ],
 )
 def test_which_layers_are_served(changes: dict[str, Any], reason: str | None) -> None:

@@ -78,9 +78,18 @@ const Kernels& choose() {
 
 }  // namespace
 
-const Kernels& kernels() {
+const Kernels& best_kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+// Sizes that end with half a vector of AVX-512 are rare, and AVX2 takes at most a third longer: not worth a tail in
+// every loop. All other levels' vectors fit every size.
+const Kernels& kernels([[maybe_unused]] int32_t head_dim) {
+#if MAC_X86
+  if (head_dim % best_kernels().lanes != 0) return avx2::table;
+#endif
+  return best_kernels();
 }
 
 }  // namespace mac_attn::cpu

@@ -124,6 +124,7 @@ struct CompleteWork {
 
 struct Kernels {
   const char* name;
+  int32_t lanes;  // elements of a vector, of which a row is whole ones
   void (*match)(const MatchParams&, MatchWork&);
   void (*amend)(const AmendParams&, AmendWork&);
   void (*complete)(const CompleteParams&, CompleteWork&);
@@ -131,7 +132,9 @@ struct Kernels {
 
 // The best table this machine can run; the environment variable MAC_ATTN_SIMD asks for a lesser one by its name, so
 // that all of them can be tested on one machine. Throws std::invalid_argument if it has another value.
-const Kernels& kernels();
+const Kernels& best_kernels();
+// The same, or the best below it whose vectors a row of `head_dim` is whole ones of.
+const Kernels& kernels(int32_t head_dim);
 
 namespace generic {
 extern const Kernels table;

@@ -15,4 +15,4 @@
 
 #define MAC_STRING_(x) #x
 #define MAC_STRING(x) MAC_STRING_(x)
-const Kernels table = {MAC_STRING(MAC_LEVEL_NAME), match, amend, complete};
+const Kernels table = {MAC_STRING(MAC_LEVEL_NAME), kLanes, match, amend, complete};

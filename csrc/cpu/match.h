@@ -37,8 +37,8 @@ MAC_INLINE bool any_below(const float (&values)[4], float limit) {
 }
 
 constexpr int kFetchAge = 24;  // how many candidates ahead rows are fetched
-// A part of a distance may exceed the whole by rounding, in a sum of another order: 256 * 2^-24 at most.
-constexpr float kRoundingMargin = 1.f - 2e-5f;
+// A part of a distance may exceed the whole by rounding, in a sum of another order: 512 * 2^-24 at most.
+constexpr float kRoundingMargin = 1.f - 4e-5f;
 
 // theta of a head, or NaN when it can never hit (theta 0 or not finite, query not finite).
 MAC_INLINE float usable_threshold(const MatchParams& p, const float* query, int head, float spread) {

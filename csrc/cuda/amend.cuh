@@ -49,7 +49,8 @@ struct Scratch {
 
 // Merges the four warps' states through the stages they have just read and writes the piece's partial
 // state. Every thread of the block comes here at the same tile. `value_scale`: of the values, with fp8.
-template <typename T, int kHeadDim, int kHeadBlocks, bool kReplaced>
+// kExact makes its shared memory one kernel's own: what two share nvcc lays out in another order in both.
+template <bool kExact, typename T, int kHeadDim, int kHeadBlocks, bool kReplaced>
 MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kHeadBlocks, kReplaced>& state,
                               const Scratch& scratch, int64_t partial, [[maybe_unused]] float value_scale) {
   constexpr int kRow = (kHeadDim + 31) / 32 * 32;  // floats
@@ -118,10 +119,11 @@ struct Replaced {
   WarpState<T, kHeadDim, kHeadBlocks, true> state;
 
   template <typename Q>
-  MAC_DEVICE void load_query(const AmendParams& p, const Piece& piece, float scale, Factor<T>* shared) {
+  MAC_DEVICE void load_query(const AmendParams& p, const Piece& piece, int elements, float scale,
+                             Factor<T>* shared) {
     const int64_t slot = p.requests.slots[piece.request];
     const Q* rows = p.ring.rotated<Q>(slot, piece.kv_head, piece.work.place);
-    state.load_query([&](int g) { return rows + g * kHeadDim; }, p.shape.group_size, scale, shared);
+    state.load_query([&](int g) { return rows + g * elements; }, p.shape.group_size, elements, scale, shared);
   }
   // a of the lane's two tokens of the strip from place `first` of the list on.
   MAC_DEVICE static float2 load_weights(const AmendParams& p, const Piece& piece, int first) {
@@ -155,7 +157,7 @@ struct Replaced {
 template <int kHeadDim, int kHeadBlocks>
 constexpr bool kShortOfRegisters = kHeadDim * kHeadBlocks >= kMostReplaced;
 
-template <typename Q, typename T, int kHeadDim, int kHeadBlocks>
+template <typename Q, typename T, int kHeadDim, bool kExact, int kHeadBlocks>
 MAC_DEVICE void amend_piece(
     const AmendParams& p, const AmendWorkspace& w,
     std::conditional_t<kShortOfRegisters<kHeadDim, kHeadBlocks>, const Piece&, const Piece> piece) {
@@ -168,7 +170,7 @@ MAC_DEVICE void amend_piece(
   T* shared = static_cast<T*>(dynamic_shared());
   auto* query = reinterpret_cast<Factor<T>*>(shared + kWarps * Stage::kCount * Stage::kElements);
   Factor<T>* replaced_query = query + kQueryElements<kHeadDim, kHeadBlocks>;
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32, elements = row_elements<kHeadDim, kExact>(p.shape);
   T* stages = shared + warp * Stage::kCount * Stage::kElements;
   Sampler<kHeadBlocks> sampler;
   WarpState<T, kHeadDim, kHeadBlocks> state;
@@ -190,8 +192,8 @@ MAC_DEVICE void amend_piece(
 #pragma unroll 1
   for (int ahead = piece.begin;; ++ahead) {
     if (ahead > piece.begin && ahead <= piece.end) {
-      load_stage<T, kHeadDim>(p, w, piece, row,
-                              stages + (ahead - 1 - piece.begin) % Stage::kCount * Stage::kElements);
+      load_stage<T, kHeadDim, kExact>(p, w, piece, row,
+                                      stages + (ahead - 1 - piece.begin) % Stage::kCount * Stage::kElements);
     }
     ptx::cp_async_commit();
     if (ahead < piece.end) row = find_row(p, w, piece, ahead, warp);
@@ -205,7 +207,7 @@ MAC_DEVICE void amend_piece(
         const int i = first_query + column, token = w.group_size.divide(i);
         return rows + token * p.query.token_stride + (i - token * G) * p.query.head_stride;
       };
-      state.load_query(row_of, p.shape.group_queries() - first_query, scale(), query);
+      state.load_query(row_of, p.shape.group_queries() - first_query, elements, scale(), query);
       const TileTokens begin = tile_tokens(p, piece.work, ahead);
       if (kReplaces && kAhead && begin.anchors) {
         next_weights = replaced.load_weights(p, piece, begin.begin + warp * kWarpTokens);
@@ -218,7 +220,7 @@ MAC_DEVICE void amend_piece(
     const int first = tokens.begin + warp * kWarpTokens;
     if (tile == piece.begin) {  // while the first tiles are on their way
       sampler.begin(p, piece, sampler_shared[warp]);
-      if (kReplaces && tokens.anchors) replaced.template load_query<Q>(p, piece, scale(), replaced_query);
+      if (kReplaces && tokens.anchors) replaced.template load_query<Q>(p, piece, elements, scale(), replaced_query);
     }
     float2 weights = next_weights;
     if (kReplaces && tokens.anchors) {
@@ -266,12 +268,12 @@ MAC_DEVICE void amend_piece(
     if (tile == last_old || (at_end && tile < last_old)) {
       if (sampler.draws) sampler.hand_over(p, w, piece.kv_group(p));
       if constexpr (kReplaces) {
-        if (tokens.anchors) write_partial(w, replaced.state, scratch, partial + kOld, value_scale());
+        if (tokens.anchors) write_partial<kExact>(w, replaced.state, scratch, partial + kOld, value_scale());
       }
-      if (!tokens.anchors) write_partial(w, state, scratch, partial + kOld, value_scale());
+      if (!tokens.anchors) write_partial<kExact>(w, state, scratch, partial + kOld, value_scale());
     }
     if (at_end) {
-      if (piece.span(tile) == kFresh) write_partial(w, state, scratch, partial + kFresh, value_scale());
+      if (piece.span(tile) == kFresh) write_partial<kExact>(w, state, scratch, partial + kFresh, value_scale());
       break;
     }
     slot = slot + 1 == Stage::kCount ? 0 : slot + 1;
@@ -282,21 +284,22 @@ MAC_DEVICE void amend_piece(
 // Asks for the queries and the bands, which are read whatever match answers, while match is still looking. The
 // lengths and pages that this goes by may still be written by the launches before: a wrong one is a prefetch in
 // vain, within the caches all the same.
-template <typename Q, typename T, int kHeadDim>
+template <typename Q, typename T, int kHeadDim, bool kExact>
 MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
-  constexpr int kQueryLine = 64, kQueryLines = (kHeadDim + kQueryLine - 1) / kQueryLine;
-  constexpr int kLine = 128 / sizeof(T), kLines = (kHeadDim + kLine - 1) / kLine;  // elements; in a row
-  constexpr int kMostBytes = 20 << 20;                                             // of the L2 cache's 50 MB
+  constexpr int kQueryLine = 64, kLine = 128 / sizeof(T);  // elements
+  constexpr int kMostBytes = 20 << 20;                     // of the L2 cache's 50 MB
+  const int elements = row_elements<kHeadDim, kExact>(p.shape);
+  const int query_lines = (elements + kQueryLine - 1) / kQueryLine, lines = (elements + kLine - 1) / kLine;
   const int thread = blockIdx.x * kThreads + threadIdx.x, threads = gridDim.x * kThreads;
   const int B = p.shape.batch, H = p.shape.num_kv_heads, Hq = p.shape.num_qo_heads();
 #pragma unroll 1
   for (int row = thread; row < B * Hq; row += threads) {
     const Q* query =
         static_cast<const Q*>(p.query.data) + row / Hq * p.query.batch_stride + row % Hq * p.query.head_stride;
-    for (int i = 0; i < kQueryLines; ++i) ptx::prefetch_l2(query + i * kQueryLine);
+    for (int i = 0; i < query_lines; ++i) ptx::prefetch_l2(query + i * kQueryLine);
   }
   const int64_t rows = int64_t{B} * p.band * H;
-  if (rows * kHeadDim * 2 * static_cast<int>(sizeof(T)) > kMostBytes) return;
+  if (rows * elements * 2 * static_cast<int>(sizeof(T)) > kMostBytes) return;
 #pragma unroll 1
   for (int row = thread; row < rows; row += threads) {
     const int kv_head = row % H, request = row / H / p.band, n = p.requests.seq_lens[request];
@@ -307,7 +310,7 @@ MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
     if (page < 0 || page >= w.num_pages) continue;
     const T* k = static_cast<const T*>(p.kv.k) + page * p.kv.k_page_stride + offset * p.kv.k_token_stride;
     const T* v = static_cast<const T*>(p.kv.v) + page * p.kv.v_page_stride + offset * p.kv.v_token_stride;
-    for (int i = 0; i < kLines; ++i) {
+    for (int i = 0; i < lines; ++i) {
       ptx::prefetch_l2(k + kv_head * p.kv.k_head_stride + i * kLine);
       ptx::prefetch_l2(v + kv_head * p.kv.v_head_stride + i * kLine);
     }
@@ -319,10 +322,10 @@ constexpr int ctas_per_processor(int head_dim) {
   return head_dim <= 128 ? 2 : 1;
 }
 
-template <typename Q, int kHeadDim, int kHeadBlocks, typename T = Q>
+template <typename Q, int kHeadDim, int kHeadBlocks, typename T = Q, bool kExact = true>
 __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
     amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
-  if (p.matched.source) prefetch_bands<Q, T, kHeadDim>(p, w);
+  if (p.matched.source) prefetch_bands<Q, T, kHeadDim, kExact>(p, w);
   ptx::grid_dependency_wait();  // match's answer
   constexpr bool kShort = kShortOfRegisters<kHeadDim, kHeadBlocks>;
   __shared__ Share shares[kShort ? kThreads : 1];
@@ -342,9 +345,9 @@ __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
       drawn = ptx::atomic_add(w.drawn, 1);
       if (kShort) next = drawn;
     }
-    amend_piece<Q, T, kHeadDim, kHeadBlocks>(p, w, piece);
+    amend_piece<Q, T, kHeadDim, kExact, kHeadBlocks>(p, w, piece);
     // Read once more, so that no register holds it meanwhile.
-    leave_kv_head<kHeadDim>(p, w, Piece(piece), dynamic_shared());
+    leave_kv_head<kHeadDim, kExact>(p, w, Piece(piece), dynamic_shared());
     if (share.all_pieces <= ctas) break;
     if (threadIdx.x == 0) {
       if (kShort) drawn = next;

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "amend.cuh"
+#include "head_dim.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 
@@ -25,7 +26,7 @@ cudaError_t with_amend_kernel(int head_dim, int queries, const Use& use) {
     constexpr int kHeadDim = decltype(dim)::value;
     return with_head_blocks<kHeadDim>(queries, [&](auto blocks) {
       constexpr int kHeadBlocks = decltype(blocks)::value;
-      return use(amend_kernel<Q, kHeadDim, kHeadBlocks, T>,
+      return use(amend_kernel<Q, kHeadDim, kHeadBlocks, T, decltype(dim)::kExact>,
                  std::max(least, amend_shared_bytes<kHeadDim, kHeadBlocks, T>()));
     });
   });

@@ -1,4 +1,5 @@
 #include "complete.cuh"
+#include "head_dim.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 
@@ -11,7 +12,7 @@ cudaError_t launch_type(const CompleteParams& p, const CompleteWorkspace& w, cud
   const dim3 grid(p.shape.batch * p.shape.num_kv_heads);
   return with_head_dim(p.shape.head_dim, [&](auto dim) {
     const int threads = complete_threads(p.shape.group_queries(), p.shape.head_dim);
-    return launch(complete_kernel<T, decltype(dim)::value>, grid, threads, 0, stream, p, w);
+    return launch(complete_kernel<T, decltype(dim)::value, decltype(dim)::kExact>, grid, threads, 0, stream, p, w);
   });
 }
 

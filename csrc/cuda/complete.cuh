@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "../state.h"
+#include "head_dim.cuh"
 #include "ptx/barrier.h"
 #include "ptx/math.h"
 #include "ptx/memory.h"
@@ -48,14 +49,16 @@ struct CompleteWork {
 };
 
 // What a query is made of.
-template <int kHeadDim>
+template <int kHeadDim, bool kExact>
 struct CompleteHead {
-  static constexpr int D = kHeadDim, kLaneElements = (D + 31) / 32;
+  static constexpr int kLaneElements = (kHeadDim + 31) / 32;
   float carried[kLaneElements], fresh[kLaneElements], reused[kLaneElements];
   float carried_lse, fresh_lse, reused_lse, log_ratio;
   int place, depth;  // of the matched entry
 
+  MAC_DEVICE static int elements(const CompleteParams& p) { return row_elements<kHeadDim, kExact>(p.shape); }
   MAC_DEVICE void load_states(const CompleteParams& p, const CompleteWork& work, int query) {
+    const int D = elements(p);
     const int64_t row = work.row(p, query);
     const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * p.shape.num_queries() + row;
 #pragma unroll
@@ -69,6 +72,7 @@ struct CompleteHead {
   }
   MAC_DEVICE void load_entry(const CompleteParams& p, const CompleteWork& work, int g) {
     if (!work.reuses || place == kMiss) return;
+    const int D = elements(p);
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) {
       const int d = ptx::lane_id() + 32 * i;
@@ -82,6 +86,7 @@ struct CompleteHead {
     const bool hit = work.reuses && place != kMiss;
     depth = hit ? next_depth(depth) : 0;
     if (!hit) return;
+    const int D = elements(p);
     if (p.ring.layout.shape.anchors > 0) {
       const HitWeights weights = hit_weights(reused_lse, carried_lse, log_ratio, fresh_lse);
       fresh_lse = weights.lse, carried_lse = -INFINITY;
@@ -160,26 +165,26 @@ MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& wo
 
 // Asks for what a head will read besides amend's states, while amend is still running. What this reads itself may
 // still be written by the launches before it: a wrong address is a prefetch in vain, within the ring all the same.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kExact>
 MAC_DEVICE void prefetch_head(const CompleteParams& p, int request, int kv_head, int g, int lane) {
-  constexpr int kLine = 128, kOutLines = (kHeadDim * 4 + kLine - 1) / kLine;
-  const int G = p.shape.group_size;
+  constexpr int kLine = 128;
+  const int G = p.shape.group_size, D = row_elements<kHeadDim, kExact>(p.shape);
   const T* query = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
                    (kv_head * G + g) * p.query.head_stride;
-  if (lane * kLine < kHeadDim * 2) ptx::prefetch_l2(query + lane * kLine / 2);
+  if (lane * kLine < D * 2) ptx::prefetch_l2(query + lane * kLine / 2);
   const int64_t group = static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
   const int place = p.matched.place[group * G + g], slot = p.requests.slots[request];
   if (place < 0 || place >= p.ring.layout.shape.entries || slot < 0 || slot >= p.ring.num_slots) return;
-  if (lane < kOutLines) ptx::prefetch_l2(p.ring.out(slot, kv_head, place) + g * kHeadDim + lane * kLine / 4);
+  if (lane * kLine < D * 4) ptx::prefetch_l2(p.ring.out(slot, kv_head, place) + g * D + lane * kLine / 4);
   if (lane == 30) ptx::prefetch_l2(p.ring.lse(slot, kv_head, place) + g);
   if (lane == 31) ptx::prefetch_l2(p.ring.depth(slot, kv_head, place) + g);
 }
 
 // Writes a head of the new entry; one warp, all of whose lanes have read the matched one.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kExact>
 MAC_DEVICE void store_head(const CompleteParams& p, const CompleteWork& work, int g,
-                           const CompleteHead<kHeadDim>& head) {
-  constexpr int D = kHeadDim;
+                           const CompleteHead<kHeadDim, kExact>& head) {
+  const int D = head.elements(p);
   const int lane = ptx::lane_id(), kv_head = work.kv_head, qo_head = kv_head * p.shape.group_size + g;
   const auto row_of = [&](const HeadsView& heads) {
     return static_cast<const T*>(heads.data) + work.request * heads.batch_stride + qo_head * heads.head_stride;
@@ -232,9 +237,9 @@ MAC_DEVICE void store_anchors(const CompleteParams& p, const CompleteWork& work,
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kExact>
 MAC_DEVICE void write_out(const CompleteParams& p, const CompleteWorkspace& w, const CompleteWork& work, int query,
-                          const CompleteHead<kHeadDim>& head) {
+                          const CompleteHead<kHeadDim, kExact>& head) {
   const int lane = ptx::lane_id(), G = p.shape.group_size;
   const MergeWeights merge = merge_weights(head.carried_lse, head.fresh_lse);
   const int token = w.group_size.divide(query), g = query - token * G, qo_head = work.kv_head * G + g;
@@ -251,12 +256,12 @@ MAC_DEVICE void write_out(const CompleteParams& p, const CompleteWorkspace& w, c
 #pragma unroll
   for (int i = 0; i < head.kLaneElements; ++i) {
     const float value = head.carried[i] * carried_weight + head.fresh[i] * fresh_weight;
-    if (lane + 32 * i < kHeadDim) out[lane + 32 * i] = ptx::from_float<T>(work.bad ? NAN : value);
+    if (lane + 32 * i < head.elements(p)) out[lane + 32 * i] = ptx::from_float<T>(work.bad ? NAN : value);
   }
 }
 
 // At batch 1 this is a chain of waits for memory, so everything is asked for as early as its address is known.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kExact = true>
 __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
     complete_kernel(const __grid_constant__ CompleteParams p, const __grid_constant__ CompleteWorkspace w) {
   const int G = p.shape.group_size, H = p.shape.num_kv_heads, lane = ptx::lane_id();
@@ -266,10 +271,10 @@ __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
   ptx::grid_dependency_launch();
 #pragma unroll 1
   for (int g = warp; p.matched.source && g < G; g += warps) {
-    prefetch_head<T, kHeadDim>(p, work.request, work.kv_head, g, lane);
+    prefetch_head<T, kHeadDim, kExact>(p, work.request, work.kv_head, g, lane);
   }
   ptx::grid_dependency_wait();
-  CompleteHead<kHeadDim> head;
+  CompleteHead<kHeadDim, kExact> head;
   if (warp < queries) head.load_states(p, work, warp);
   const int64_t group = work.group(p);
   int source = kMiss, place = kMiss;  // of the head that the lane looks at
@@ -291,9 +296,9 @@ __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
   for (int i = warp; i < queries; i += warps) {
     if (i != warp) head.load_states(p, work, i), head.load_entry(p, work, i);
     head.carry(p, work);
-    write_out<T, kHeadDim>(p, w, work, i, head);
+    write_out<T>(p, w, work, i, head);
     ptx::sync_warp();
-    if (work.stores && i < G) store_head<T, kHeadDim>(p, work, i, head);
+    if (work.stores && i < G) store_head<T>(p, work, i, head);
   }
   if (!work.reuses) return;
   if (threadIdx.x == blockDim.x - 1) complete_history(p, work);

@@ -83,10 +83,11 @@ MAC_DEVICE Merged merge_partials(const AmendWorkspace& w, int head, int column,
 
 // Merges the partial states of a KV head and writes its sample. The states of a request that cannot be served are
 // NaN.
-template <int kHeadDim>
+template <int kHeadDim, bool kExact>
 MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, void* scratch,
                                PieceRange (&pieces)[kNumSpans]) {
   const int queries = p.shape.group_queries(), group = piece.kv_group(p);
+  const int elements = row_elements<kHeadDim, kExact>(p.shape);
   // The first thread may be marking the request below already, as may the CTAs of other KV heads.
   const int given = ptx::load_volatile(w.status + piece.request),
             bad = p.requests.seq_lens[piece.request] != 0 && position_of(p, w, piece.request) < 0,
@@ -103,6 +104,7 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
 #pragma unroll 1
     for (int i = threadIdx.x; i < heads * (kHeadDim / 4); i += kThreads) {
       const int column = i % (kHeadDim / 4) * 4, head = i / (kHeadDim / 4), g = first + head;
+      if (!kExact && column >= elements) continue;
       // Asked for before what it is needed with.
       const bool replaces = column == 0 && piece.work.anchor_tiles > 0 && !status;
       const float entry =
@@ -115,7 +117,7 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
         const float4 out = merged.out[span];
         const float scale = status ? NAN : sum == 0.f ? 0.f : ptx::divide(1.f, sum);
         const int64_t row = span * spans + qo_row;
-        ptx::store_float4(p.out + row * kHeadDim + column,
+        ptx::store_float4(p.out + row * elements + column,
                           {out.x * scale, out.y * scale, out.z * scale, out.w * scale});
         if (column > 0) continue;
         p.lse[row] = status ? NAN : log2_total(merged.max[span], sum) * kLn2;
@@ -155,7 +157,7 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
 
 // A CTA has written the partial states of its piece; if it is the last one of all, it finishes the KV head.
 // `scratch`: all of the stages.
-template <int kHeadDim>
+template <int kHeadDim, bool kExact>
 MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, void* scratch) {
   static_assert(sizeof(SampleScratch) <= kWarps * Stage<kHeadDim>::kCount * Stage<kHeadDim>::kBytes, "it fits");
   __shared__ PieceRange pieces[kNumSpans];
@@ -171,7 +173,7 @@ MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, con
   if (threadIdx.x == 32) find_pieces(w, piece, 0, pieces);
   ptx::sync_block();
   if (!is_last) return;
-  finish_kv_head<kHeadDim>(p, w, piece, scratch, pieces);
+  finish_kv_head<kHeadDim, kExact>(p, w, piece, scratch, pieces);
   ptx::sync_block();  // the shared memory is free again
 }
 

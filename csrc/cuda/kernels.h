@@ -9,6 +9,15 @@
 
 namespace mac_attn::cuda {
 
+constexpr int32_t kMaxHeadDim = 256;
+
+// Elements of a row in shared memory, in registers and in partial states. The kernels are compiled for five sizes;
+// any other multiple of 8 is filled up with zeros to one of the greatest two, see head_dim.cuh.
+constexpr int32_t padded_head_dim(int32_t head_dim) {
+  const bool compiled = head_dim == 64 || head_dim == 80 || head_dim == 96;
+  return compiled ? head_dim : head_dim <= 128 ? 128 : kMaxHeadDim;
+}
+
 // Queries of a KV head that one pass over the tokens serves: as many as there are registers for their sums.
 constexpr int32_t most_tile_heads(int32_t head_dim) {
   return head_dim <= 128 ? 32 : 16;
@@ -64,7 +73,7 @@ struct AmendWorkspace {
   int32_t* drawn;       // [1] pieces that CTAs have drawn
   int32_t* status;      // [B] Error bits
   int32_t* error_flag;  // [1] sticky, or null
-  float* partial_out;   // [max_pieces, kNumSpans, tile_heads, D] sum of weight * value
+  float* partial_out;   // [max_pieces, kNumSpans, tile_heads, padded D] sum of weight * value
   float* partial_sums;  // [.., kNumSpans, tile_heads, 4] max (log2), sums of weight and of a * weight, anchors read
   Candidate* candidate;  // [B, H, kCandidateRoom * S] in no order; null if S = 0
   int32_t num_pages;

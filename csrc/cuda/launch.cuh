@@ -4,22 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 namespace mac_attn::cuda {
-
-// Calls `use` with a head size that the kernels are compiled for, as a type with that `value`.
-template <typename Use>
-cudaError_t with_head_dim(int head_dim, const Use& use) {
-  switch (head_dim) {
-    case 64: return use(std::integral_constant<int, 64>());
-    case 80: return use(std::integral_constant<int, 80>());
-    case 96: return use(std::integral_constant<int, 96>());
-    case 128: return use(std::integral_constant<int, 128>());
-    case 256: return use(std::integral_constant<int, 256>());
-    default: return cudaErrorInvalidValue;
-  }
-}
 
 template <typename Kernel, typename... Args>
 cudaError_t launch_clusters(Kernel* kernel, int cluster, dim3 grid, int threads, size_t shared_bytes,

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "head_dim.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "match.cuh"
@@ -13,7 +14,7 @@ cudaError_t launch_type(const MatchParams& p, const MatchWorkspace& w, cudaStrea
   const dim3 grid(p.shape.batch * p.shape.num_kv_heads * w.splits);
   return with_head_dim(p.shape.head_dim, [&](auto dim) {
     constexpr int kHeadDim = decltype(dim)::value;
-    return launch_clusters(match_kernel<T, kHeadDim>, w.cluster, grid, kMatchThreads,
+    return launch_clusters(match_kernel<T, kHeadDim, decltype(dim)::kExact>, w.cluster, grid, kMatchThreads,
                            match_shared_bytes<kHeadDim>(p.shape.group_size), stream, p, w);
   });
 }

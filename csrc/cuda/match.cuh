@@ -11,6 +11,7 @@
 // Traffic: between 1/G and all of the ring's queries of the KV head.
 #pragma once
 
+#include "head_dim.cuh"
 #include "kernels.h"
 #include "ptx/barrier.h"
 #include "ptx/cluster.h"
@@ -59,29 +60,29 @@ MAC_DEVICE int request_errors(const MatchParams& p, int request, int n, int slot
   return errors;
 }
 
-// One lane's pieces of a ring row: piece lane % kLanes and every kLanes-th after it.
+// One lane's pieces of a ring row of `elements`: piece lane % kLanes and every kLanes-th after it.
 template <typename T, int kHeadDim>
 struct RowPieces {
   using Layout = MatchLayout<kHeadDim>;
   uint4 data[Layout::kLoads];
 
-  MAC_DEVICE void load(const T* row, bool wanted) {
+  MAC_DEVICE void load(const T* row, int elements, bool wanted) {
     const int first = ptx::lane_id() % Layout::kLanes;
 #pragma unroll
     for (int i = 0; i < Layout::kLoads; ++i) {
       const int piece = first + i * Layout::kLanes;
       data[i] = uint4{0, 0, 0, 0};
-      if (wanted && piece < Layout::kPieces) data[i] = ptx::load_stream_16(row + piece * 8);
+      if (wanted && piece * 8 < elements) data[i] = ptx::load_stream_16(row + piece * 8);
     }
   }
   // |q - row|^2, the same in all lanes of the row.
-  MAC_DEVICE float distance(const float* query) const {
+  MAC_DEVICE float distance(const float* query, int elements) const {
     const int first = ptx::lane_id() % Layout::kLanes;
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < Layout::kLoads; ++i) {
       const int piece = first + i * Layout::kLanes;
-      if (piece >= Layout::kPieces) continue;
+      if (piece * 8 >= elements) continue;
       const float4 q0 = ptx::load_float4(query + piece * 8), q1 = ptx::load_float4(query + piece * 8 + 4);
       const float2 s0 = ptx::unpack2<T>(data[i].x), s1 = ptx::unpack2<T>(data[i].y);
       const float2 s2 = ptx::unpack2<T>(data[i].z), s3 = ptx::unpack2<T>(data[i].w);
@@ -95,7 +96,7 @@ struct RowPieces {
   }
 };
 
-// What the threads of a CTA share while they search; the query as floats, [G, D], lies behind it.
+// What the threads of a CTA share while they search; the query as floats, [G, kHeadDim], lies behind it.
 // Dynamic: others of the cluster write to it.
 struct alignas(16) MatchShared {
   unsigned long long best[kMaxGroup];
@@ -137,7 +138,7 @@ MAC_DEVICE int age_of_place(int place, int stored, int entries) {
 }
 
 // Brings a query head and its scale to shared memory; one warp.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kExact>
 MAC_DEVICE void prepare_head(const MatchParams& p, const MatchRequest& r, int g, float* query,
                              MatchShared& shared) {
   constexpr int kLaneElements = (kHeadDim + 31) / 32;
@@ -148,7 +149,7 @@ MAC_DEVICE void prepare_head(const MatchParams& p, const MatchRequest& r, int g,
   float norm = 0.f;
 #pragma unroll
   for (int i = 0; i < kLaneElements; ++i) {
-    if (lane + 32 * i >= kHeadDim) continue;
+    if (lane + 32 * i >= row_elements<kHeadDim, kExact>(p.shape)) continue;
     const float x = ptx::to_float(row[lane + 32 * i]);
     query[g * kHeadDim + lane + 32 * i] = x, norm += x * x;
   }
@@ -163,7 +164,7 @@ MAC_DEVICE void prepare_head(const MatchParams& p, const MatchRequest& r, int g,
 }
 
 // One CTA's search of the ring.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kExact>
 struct RingSearch {
   using Layout = MatchLayout<kHeadDim>;
   static constexpr int kLanes = Layout::kLanes;
@@ -179,6 +180,7 @@ struct RingSearch {
   int stored;                       // Matched::stored
   Candidate next;
 
+  MAC_DEVICE int elements() const { return row_elements<kHeadDim, kExact>(p.shape); }
   // Asks for the first rows and for the slot's history: neither waits for the other.
   MAC_DEVICE RingSearch(const MatchParams& p, const MatchRequest& r, int split, int splits) : p(p), r(r) {
     const int M = p.ring.layout.shape.entries;
@@ -197,7 +199,7 @@ struct RingSearch {
     const bool there = place < places;
     Candidate c;
     c.place = there ? place : 0;
-    c.first_head.load(p.ring.query<T>(r.slot, r.kv_head, c.place), there);
+    c.first_head.load(p.ring.query<T>(r.slot, r.kv_head, c.place), elements(), there);
     c.tag = *p.ring.position(r.slot, r.kv_head, c.place);
     c.depth = *p.ring.depth(r.slot, r.kv_head, c.place);
     if (!there) c.tag = -1;
@@ -225,12 +227,12 @@ struct RingSearch {
         const T* rows = p.ring.query<T>(r.slot, r.kv_head, c.place);
 #pragma unroll
         for (int i = 0; i < Layout::kHeadsAtOnce; ++i) {
-          if (g > 0) head[i].load(rows + (g + i) * kHeadDim, alive && g + i < G);
+          if (g > 0) head[i].load(rows + (g + i) * elements(), elements(), alive && g + i < G);
         }
 #pragma unroll
         for (int i = 0; i < Layout::kHeadsAtOnce; ++i) {
           if (g + i >= end || g + i >= G) break;
-          const float score = head[i].distance(query + (g + i) * kHeadDim) * shared.scale[g + i];
+          const float score = head[i].distance(query + (g + i) * kHeadDim, elements()) * shared.scale[g + i];
           if (p.per_head) {
             // NaN is no candidate.
             const int32_t* depth = p.ring.depth(r.slot, r.kv_head, c.place) + g + i;
@@ -311,14 +313,14 @@ constexpr int match_ctas(int head_dim) {
   return head_dim == 96 ? 1 : 2;
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kExact = true>
 __global__ void __launch_bounds__(kMatchThreads, match_ctas(kHeadDim))
     match_kernel(const __grid_constant__ MatchParams p, const __grid_constant__ MatchWorkspace w) {
   const int G = p.shape.group_size, H = p.shape.num_kv_heads, warp = threadIdx.x / 32;
   const int group = blockIdx.x / w.splits, split = blockIdx.x % w.splits;
   const bool in_cluster = ptx::cluster_size() > 1;
   MatchShared& shared = *static_cast<MatchShared*>(dynamic_shared());
-  float* query = reinterpret_cast<float*>(&shared + 1);  // [G, D]
+  float* query = reinterpret_cast<float*>(&shared + 1);  // [G, kHeadDim]
 
   shared.clear(p);
   ptx::sync_block();
@@ -326,9 +328,9 @@ __global__ void __launch_bounds__(kMatchThreads, match_ctas(kHeadDim))
   ptx::grid_dependency_wait();            // the last step's ring
   ptx::grid_dependency_launch();
   const MatchRequest r = match_request(p, group / H, group % H);
-  RingSearch<T, kHeadDim> search(p, r, split, w.splits);
+  RingSearch<T, kHeadDim, kExact> search(p, r, split, w.splits);
 #pragma unroll 1
-  for (int g = warp; g < G; g += kMatchWarps) prepare_head<T, kHeadDim>(p, r, g, query, shared);
+  for (int g = warp; g < G; g += kMatchWarps) prepare_head<T, kHeadDim, kExact>(p, r, g, query, shared);
   const int errors = request_errors(p, r.request, r.seq_len, r.given_slot);
   if (errors) ptx::atomic_or(&shared.errors, errors);
   ptx::sync_block();

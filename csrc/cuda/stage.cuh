@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "head_dim.cuh"
 #include "ptx/async_copy.h"
 #include "ptx/memory.h"
 #include "ptx/warp.h"
@@ -64,12 +65,12 @@ MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Pie
 }
 
 // Eight lanes side by side copy a row's 128 bytes at a time: whole lines of the L2 cache. Four do of 64 bytes.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kExact>
 MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, Row row, T* stage) {
   using Stage = Stage<kHeadDim, T>;
   constexpr int kChunks = kHeadDim / Stage::kUnit;
   constexpr int kLanes = Stage::kHalfLines ? 4 : 8, kRowsAtOnce = 32 / kLanes;
-  const int lane = ptx::lane_id();
+  const int lane = ptx::lane_id(), row_chunks = row_elements<kHeadDim, kExact>(p.shape) / Stage::kUnit;
   // A page id outside the cache is not followed: the request is marked and answers NaN.
   if (row.valid && row.page >= static_cast<uint32_t>(w.num_pages)) {
     row.valid = false, row.page = 0;
@@ -99,8 +100,9 @@ MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const 
       // Rows eight apart have their pieces in the same order.
       T* to = stage + lane / kLanes * Stage::kRow + Stage::place(first % 8 + lane / kLanes, chunk) +
               first * Stage::kRow;
-      ptx::cp_async_16(to, k + i * kLanes * 16, fill);
-      ptx::cp_async_16(to + kWarpTokens * Stage::kRow, v + i * kLanes * 16, fill);
+      const bool there = fill && (kExact || chunk < row_chunks);
+      ptx::cp_async_16(to, k + i * kLanes * 16, there);
+      ptx::cp_async_16(to + kWarpTokens * Stage::kRow, v + i * kLanes * 16, there);
     }
   }
 }

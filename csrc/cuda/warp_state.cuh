@@ -88,10 +88,11 @@ struct WarpState {
     return *reinterpret_cast<const float*>(query + column * kQueryRow + kHeadDim);
   }
 
-  // Brings the queries of a pass to `shared`. `row_of`: where one lies, of `heads`; `scale`: of the logits, with
-  // fp8. The whole block takes part.
+  // Brings the queries of a pass to `shared`. `row_of`: where one lies, of `heads`, each of `elements`; `scale`: of
+  // the logits, with fp8. The whole block takes part.
   template <typename RowOf>
-  MAC_DEVICE void load_query(const RowOf& row_of, int heads, [[maybe_unused]] float scale, Factor<T>* shared) {
+  MAC_DEVICE void load_query(const RowOf& row_of, int heads, int elements, [[maybe_unused]] float scale,
+                             Factor<T>* shared) {
     using Q = std::remove_const_t<std::remove_pointer_t<decltype(row_of(0))>>;
     constexpr int kPieces = kHeadDim / 8;
     const int lane = ptx::lane_id();
@@ -101,7 +102,7 @@ struct WarpState {
       for (int g = threadIdx.x / 32; g < 8 * kHeadBlocks; g += kWarps) {
         const int d = lane * 8;
         const bool mine = lane < kPieces;
-        const uint4 data = mine && g < heads ? ptx::load_16(row_of(g) + d) : uint4{0, 0, 0, 0};
+        const uint4 data = g < heads && d < elements ? ptx::load_16(row_of(g) + d) : uint4{0, 0, 0, 0};
         uint32_t pairs[4] = {data.x, data.y, data.z, data.w};
         float logit_scale = scale;
         to_fp16<Q>(pairs, logit_scale);
@@ -114,7 +115,7 @@ struct WarpState {
 #pragma unroll 1
       for (int i = threadIdx.x; i < 8 * kHeadBlocks * kPieces; i += kThreads) {
         const int g = i / kPieces, d = i % kPieces * 8;
-        const uint4 data = g < heads ? ptx::load_16(row_of(g) + d) : uint4{0, 0, 0, 0};
+        const uint4 data = g < heads && d < elements ? ptx::load_16(row_of(g) + d) : uint4{0, 0, 0, 0};
         ptx::store_16(shared + g * kQueryRow + d, data);
       }
     }

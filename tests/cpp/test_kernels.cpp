@@ -145,7 +145,7 @@ double decode(int first, int tokens, float threshold, int repeat, int64_t& hits,
     match.ring = ring.view(), match.threshold = thresholds.data(), match.relative = true, match.matched = matched;
     match.window = kEntries, match.band = kBand, match.min_context = 1, match.max_reuse_depth = 1;
     cpu::MatchWork match_work(match, kThreads);
-    run_team(cpu::kernels().match, match, match_work);
+    run_team(cpu::kernels(kHeadDim).match, match, match_work);
     match_work.write_matched(match);
 
     AmendParams amend{};
@@ -165,7 +165,7 @@ double decode(int first, int tokens, float threshold, int repeat, int64_t& hits,
     amend.out = states.data(), amend.lse = state_lse.data(), amend.log_ratio = log_ratio.data();
     amend.anchors = anchors.data(), amend.anchor_weights = anchor_weights.data(), amend.sampled = sampled.data();
     cpu::AmendWork amend_work(amend, kThreads);
-    run_team(cpu::kernels().amend, amend, amend_work);
+    run_team(cpu::kernels(kHeadDim).amend, amend, amend_work);
 
     CompleteParams complete{};
     complete.shape = shape, complete.dtype = DType::kFloat32, complete.requests = requests;
@@ -177,7 +177,7 @@ double decode(int first, int tokens, float threshold, int repeat, int64_t& hits,
     complete.out = out.data(), complete.out_batch_stride = kHeads * kHeadDim, complete.out_head_stride = kHeadDim;
     complete.lse = lse.data();
     cpu::CompleteWork complete_work(complete);
-    run_team(cpu::kernels().complete, complete, complete_work);
+    run_team(cpu::kernels(kHeadDim).complete, complete, complete_work);
 
     for (int b = 0; b < kBatch; ++b) {
       for (int head = 0; head < kHeads; ++head) {
@@ -202,7 +202,7 @@ int check(const char* what, bool holds, double error, int64_t hits, int tokens =
 }  // namespace
 
 int main() {
-  std::printf("SIMD level: %s\n", cpu::kernels().name);
+  std::printf("SIMD level: %s\n", cpu::best_kernels().name);
   // float32 sums over at most 264 tokens of values near 1: some 264 * 6e-8.
   constexpr double kTolerance = 2e-5;
   int64_t hits = 0;

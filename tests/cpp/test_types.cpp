@@ -122,7 +122,7 @@ double decode(const Format& format, bool float8, int kv_heads, int group, int he
   std::vector<float> states(size_t(kNumSpans) * batch * heads * head_dim), state_lse(kNumSpans * batch * heads);
   amend.out = states.data(), amend.lse = state_lse.data();
   cpu::AmendWork amend_work(amend, kThreads);
-  run_team(cpu::kernels().amend, amend, amend_work);
+  run_team(cpu::kernels(head_dim).amend, amend, amend_work);
 
   CompleteParams complete{};
   complete.shape = amend.shape, complete.dtype = format.dtype, complete.requests = amend.requests;
@@ -132,7 +132,7 @@ double decode(const Format& format, bool float8, int kv_heads, int group, int he
   complete.out = out.data(), complete.out_batch_stride = int64_t{heads} * head_dim;
   complete.out_head_stride = head_dim, complete.lse = lse.data();
   cpu::CompleteWork complete_work(complete);
-  run_team(cpu::kernels().complete, complete, complete_work);
+  run_team(cpu::kernels(head_dim).complete, complete, complete_work);
 
   double worst = 0;
   const auto judge = [&](double got, double expected, double epsilon) {
@@ -173,12 +173,12 @@ double decode(const Format& format, bool float8, int kv_heads, int group, int he
 }  // namespace
 
 int main() {
-  std::printf("SIMD level: %s\n", cpu::kernels().name);
+  std::printf("SIMD level: %s\n", cpu::best_kernels().name);
   int failed = 0;
   for (const Format& format : kFormats) {
     for (const bool float8 : {false, true}) {
       double worst = 0;
-      for (const int head_dim : {16, 32, 48, 64, 80, 96, 128, 176, 256}) {
+      for (const int head_dim : {8, 16, 24, 32, 40, 48, 64, 72, 80, 96, 104, 128, 176, 248, 256, 512}) {
         for (const int group : {1, 2, 3, 4, 5, 7}) {
           const double error = decode(format, float8, 1 + group % 2, group, head_dim);
           if (!(error <= worst)) worst = error;

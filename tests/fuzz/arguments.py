@@ -38,7 +38,7 @@ class Call:
         pick = draw.ConsumeIntInRange
         # An input that has run out gives the lowest number: let that be a full call.
         self.batch, self.kv_heads, self.group = 3 - pick(0, 3), pick(1, 2), pick(1, 5)
-        self.head_dim = draw.PickValueInList([16, 32, 48, 80, 256])
+        self.head_dim = draw.PickValueInList([16, 8, 24, 48, 80, 256, 512])
         self.slots, self.entries, self.num_anchors = 5 - pick(1, 4), 7 - pick(1, 6), pick(0, 3)
         self.band, self.page_size, self.max_pages = pick(1, 5), 6 - pick(1, 5), 5 - pick(0, 5)
         self.num_pages = 6 - pick(0, 6)

@@ -252,7 +252,7 @@ cuda::AmendWorkspace AmendCase::workspace() {
   done_.assign(groups, 0), counts_.assign(groups, 0);
   drawn_.assign(1, 0);
   error_flag_.assign(1, kStickyBit);
-  partial_out_.assign(states * spec_.head_dim, NAN);
+  partial_out_.assign(states * cuda::padded_head_dim(spec_.head_dim), NAN);
   partial_sums_.assign(states * 4, NAN);
   candidate_.assign(groups * kCandidateRoom * params().num_anchors, {kGarbage, NAN});
   w.done = done_.data(), w.sampled = counts_.data(), w.drawn = drawn_.data();

@@ -2,8 +2,6 @@
 // side by side.
 #pragma once
 
-#include <type_traits>
-
 #include "amend.cuh"
 #include "complete.cuh"
 #include "launch_kernels.h"
@@ -11,19 +9,6 @@
 #include "unrotate.cuh"
 
 namespace mac_attn::simt {
-
-// Calls `use` with the head_dim as a type.
-template <typename Use>
-void with_head_dim(int head_dim, const Use& use) {
-  switch (head_dim) {
-    case 64: return use(std::integral_constant<int, 64>());
-    case 80: return use(std::integral_constant<int, 80>());
-    case 96: return use(std::integral_constant<int, 96>());
-    case 128: return use(std::integral_constant<int, 128>());
-    case 256: return use(std::integral_constant<int, 256>());
-    default: throw Failure("no such head_dim");
-  }
-}
 
 template <typename T>
 void launch_unrotate_type(const UnrotateParams& p, const Run& run) {
@@ -33,33 +18,33 @@ void launch_unrotate_type(const UnrotateParams& p, const Run& run) {
 
 template <typename T>
 void launch_match_type(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run) {
-  with_head_dim(p.shape.head_dim, [&](auto head_dim) {
+  cuda::with_head_dim(p.shape.head_dim, [&](auto head_dim) {
     const int ctas = p.shape.batch * p.shape.num_kv_heads * w.splits;
     launch(
         {static_cast<unsigned>(ctas), cuda::kMatchThreads, cuda::match_shared_bytes<head_dim>(p.shape.group_size),
          run.engine, run.seed, static_cast<unsigned>(w.cluster)},
-        cuda::match_kernel<T, head_dim>, p, w);
+        cuda::match_kernel<T, head_dim, head_dim.kExact>, p, w);
   });
 }
 
 template <typename Q, typename T>
 void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
-  with_head_dim(p.shape.head_dim, [&](auto head_dim) {
+  cuda::with_head_dim(p.shape.head_dim, [&](auto head_dim) {
     cuda::with_head_blocks<head_dim>(p.shape.group_queries(), [&](auto blocks) {
       const size_t shared = cuda::amend_shared_bytes<head_dim, blocks, T>();
       launch({static_cast<unsigned>(ctas), cuda::kThreads, shared, run.engine, run.seed},
-             cuda::amend_kernel<Q, head_dim, blocks, T>, p, w);
+             cuda::amend_kernel<Q, head_dim, blocks, T, head_dim.kExact>, p, w);
     });
   });
 }
 
 template <typename T>
 void launch_complete_type(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run) {
-  with_head_dim(p.shape.head_dim, [&](auto head_dim) {
+  cuda::with_head_dim(p.shape.head_dim, [&](auto head_dim) {
     const int ctas = p.shape.batch * p.shape.num_kv_heads,
               threads = cuda::complete_threads(p.shape.group_queries(), p.shape.head_dim);
     launch({static_cast<unsigned>(ctas), static_cast<unsigned>(threads), 0, run.engine, run.seed},
-           cuda::complete_kernel<T, head_dim>, p, w);
+           cuda::complete_kernel<T, head_dim, head_dim.kExact>, p, w);
   });
 }
 

@@ -86,23 +86,29 @@ void test_shapes(const AmendSpec& base) {
   test_divide_up();
   const int pages[] = {1, 7, 16, 64};
   int i = 0;
+  const auto test_shape = [&](int head_dim, int group_size, int page_size) {
+    AmendSpec spec = base;
+    spec.head_dim = head_dim, spec.group_size = group_size;
+    spec.page_size = page_size, spec.hnd = i % 2 == 1;
+    spec.num_kv_heads = 1 + i / 3 % 2;
+    spec.seq_lens = {70 + i % 40, 0, 1 + i % 3};
+    spec.ages = {i % 3 == 0 ? 5 : 0, 12};
+    spec.anchors = group_size <= std::min(cuda::kMostReplacedHeads, cuda::kMostReplaced / head_dim * 8) ? 4 : 0;
+    spec.candidates = 0.5 + i % 5;
+    spec.exact = i % 7 == 4;
+    spec.ctas = 1 + i % 4;
+    spec.seed = i++;
+    test(spec, one_run());
+  };
   for (const int head_dim : {64, 80, 96, 128, 256}) {
     for (const int group_size : {1, 3, 5, 8, 16, 32}) {
-      for (const int page_size : pages) {
-        AmendSpec spec = base;
-        spec.head_dim = head_dim, spec.group_size = group_size;
-        spec.page_size = page_size, spec.hnd = i % 2 == 1;
-        spec.num_kv_heads = 1 + i / 3 % 2;
-        spec.seq_lens = {70 + i % 40, 0, 1 + i % 3};
-        spec.ages = {i % 3 == 0 ? 5 : 0, 12};
-        spec.anchors = group_size <= std::min(cuda::kMostReplacedHeads, cuda::kMostReplaced / head_dim * 8) ? 4 : 0;
-        spec.candidates = 0.5 + i % 5;
-        spec.exact = i % 7 == 4;
-        spec.ctas = 1 + i % 4;
-        spec.seed = i++;
-        test(spec, one_run());
-      }
+      for (const int page_size : pages) test_shape(head_dim, group_size, page_size);
     }
+  }
+  // Sizes that are filled up; float8 rows are whole pieces of 16.
+  for (const int head_dim : {8, 16, 24, 40, 48, 72, 88, 104, 112, 120, 136, 160, 192, 200, 240, 248}) {
+    if (base.fp8 && head_dim % 16 != 0) continue;
+    for (const int group_size : {1, 5, 12, 20}) test_shape(head_dim, group_size, pages[(i + head_dim / 8) % 4]);
   }
   // Lengths around the band, tiles and pages.
   for (const int page_size : pages) {
@@ -385,6 +391,8 @@ void test_schedules(const AmendSpec& base) {
   spec.group_size = 20, spec.head_dim = 64, spec.anchors = 0, spec.per_head = true, spec.ages = {0, 6, 20};
   test(spec, all_runs());
   spec.exact = true, spec.group_size = 1;
+  test(spec, all_runs());
+  spec.exact = spec.per_head = false, spec.head_dim = 112, spec.group_size = 4, spec.anchors = 8;
   test(spec, all_runs());
 }
 

@@ -25,7 +25,7 @@ void test_all(DType dtype) {
   CompleteSpec spec;
   spec.dtype = dtype;
   const std::vector<int> all_ages[] = {{0}, {1}, {30}, {0, 3, 30}};
-  for (const int head_dim : {64, 80, 96, 128, 256}) {
+  for (const int head_dim : {64, 80, 96, 128, 256, 8, 24, 40, 72, 104, 120, 136, 200, 248}) {
     for (const int group_size : {1, 3, 5, 8, 16, 32}) {
       for (const std::vector<int>& ages : all_ages) {
         spec.head_dim = head_dim, spec.group_size = group_size, spec.ages = ages;

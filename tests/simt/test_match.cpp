@@ -27,7 +27,7 @@ void test_shapes(DType dtype) {
   MatchSpec spec;
   spec.dtype = dtype;
   int hits = 0, heads = 0;
-  for (const int head_dim : {64, 80, 96, 128, 256}) {
+  for (const int head_dim : {64, 80, 96, 128, 256, 8, 24, 40, 72, 88, 104, 112, 120, 136, 160, 192, 200, 248}) {
     for (const int group_size : {1, 3, 5, 8, 16, 32}) {
       spec.head_dim = head_dim, spec.group_size = group_size;
       spec.num_kv_heads = 1 + static_cast<int>(spec.seed % 2);

@@ -65,7 +65,7 @@ void test(const Spec& spec, const std::vector<Run>& runs) {
 
 void test_all(DType dtype) {
   for (const bool interleaved : {false, true}) {
-    for (const int head_dim : {64, 80, 96, 128, 256}) {
+    for (const int head_dim : {8, 24, 64, 72, 80, 96, 128, 136, 256, 512}) {
       for (const int pairs : {head_dim / 2, head_dim / 4, 1}) {
         test({dtype, 1 + head_dim % 7, head_dim, pairs, interleaved}, {{Engine::kFibers, 1}});
       }

@@ -6,8 +6,6 @@ import torch
 
 from mac_attn.info import info
 
-_CUDA_HEAD_SIZES = (64, 80, 96, 128, 256)
-
 
 def device_reason(device_type: str) -> str | None:
     """What keeps a kind of device from being served."""
@@ -18,11 +16,13 @@ def device_reason(device_type: str) -> str | None:
     return None
 
 
-def heads_reason(head_dim: int, dtype: torch.dtype, device_type: str) -> str | None:
-    """What keeps heads of this size and dtype from being served there."""
+def heads_reason(
+    head_dim: int, dtype: torch.dtype, device_type: str, float8: bool = False
+) -> str | None:
+    """What keeps heads of this size and dtype from being served there, with a cache of float8."""
     cuda = device_type != "cpu"
-    has = head_dim in _CUDA_HEAD_SIZES if cuda else head_dim % 16 == 0 and head_dim <= 256
-    if not has:
+    step = 16 if cuda and float8 else 8
+    if head_dim % step or (head_dim > 256 and (cuda or head_dim != 512)):
         return f"heads of {head_dim}"
     if cuda and dtype == torch.float32:
         return f"dtype {dtype}"

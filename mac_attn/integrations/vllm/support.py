@@ -73,7 +73,8 @@ def layer_reason(layer: Any, dtype: torch.dtype, device: torch.device) -> str | 
         "values of another size than keys": layer.head_size_v != layer.head_size,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
-    return reason or heads_reason(layer.head_size, dtype, device.type)
+    float8 = layer.kv_cache_dtype in _FLOAT8
+    return reason or heads_reason(layer.head_size, dtype, device.type, float8)
 
 
 def backend_reason(layer: Any, by_name: bool) -> str:

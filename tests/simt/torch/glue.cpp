@@ -86,8 +86,8 @@ void unrotate(const UnrotateParams& p) {
 }  // namespace cpu_backend
 
 namespace cpu {
-const Kernels& kernels() {
-  static const Kernels none{"CUDA kernels on the host execution", nullptr, nullptr, nullptr};
+const Kernels& best_kernels() {
+  static const Kernels none{"CUDA kernels on the host execution", 0, nullptr, nullptr, nullptr};
   return none;
 }
 }  // namespace cpu

@@ -38,7 +38,11 @@ def main() -> int:
             patch.setattr(module_, "out_tolerance", lambda dtype, _: outs(dtype, gpu))
         patch.setattr(compare, "sample_tolerance", lambda _: samples(gpu))
         forms = ("0-d", "1-d", "per head", "")
-        shapes = [(group, head_dim) for group in (1, 5, 12) for head_dim in (64, 80, 128, 256)]
+        shapes = [
+            (group, head_dim)
+            for group in (1, 5, 12)
+            for head_dim in (64, 80, 128, 256, 48, 112, 160)
+        ]
         for i, (group, head_dim) in enumerate(shapes):
             tests.check_exact(
                 seed=700 + i,
