@@ -213,7 +213,7 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
     return counts ? logit * kLog2E : -INFINITY;
   };
   const bool caps = p.logits_soft_cap > 0.f;
-  if constexpr (kHeadBlocks == 1) {
+  if constexpr (kHeadBlocks == 1 && kHeadDim <= 128) {
     for (int i = 0; i < 4; ++i) {
       const float logit = scaled(0, i);
       x[0][i] = masked(0, i, caps ? capped(logit) : logit);
@@ -221,7 +221,7 @@ MAC_DEVICE void warp_logits(const AmendParams& p, const WarpState<T, kHeadDim, k
     return;
   }
   // A branch for all of them: with one for each, each waits for its own start. A single block's are so few that
-  // this costs more than it saves (bench/README.md).
+  // this costs more than it saves (bench/README.md); with the largest heads it saves registers.
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
     for (int i = 0; i < 4; ++i) x[b][i] = scaled(b, i);
