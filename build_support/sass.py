@@ -108,12 +108,13 @@ class Kernel:
 def missing(kernels: list[Kernel]) -> list[str]:
     """Which of the kernels that there must be for every architecture are not there."""
     kinds = [("match", None, False), ("complete", None, False)]
-    kinds += [("amend", blocks, fp8) for blocks in (1, 2) for fp8 in (False, True)]
+    kinds += [("amend", blocks, fp8) for blocks in (1, 2, 4) for fp8 in (False, True)]
     wanted = [
         (stage, dtype, head_dim, blocks, fp8, padded)
         for stage, blocks, fp8 in kinds
         for dtype in ("bf16", "fp16")
         for head_dim, padded in SIZES
+        if blocks != 4 or head_dim <= 128
     ] + [("unrotate", dtype, 0, None, False, False) for dtype in ("bf16", "fp16")]
     there = {
         (k.arch, k.stage, k.dtype, k.head_dim, k.head_blocks, k.fp8, k.padded) for k in kernels
