@@ -11,20 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm_batches import common_metadata
 
 import mac_attn
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; `make vllm` has it", allow_module_level=True)
 import transformers  # noqa: E402, F401  (before vLLM's backends, whose imports are a circle else)
-from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.v1.attention.backends import flash_attn  # noqa: E402
 from vllm.v1.attention.backends.registry import (  # noqa: E402
     AttentionBackendEnum,
     register_backend,
 )
 from vllm.v1.worker.worker_base import WorkerWrapperBase  # noqa: E402
+from vllm_layers import attention_layer  # noqa: E402
 
 from mac_attn.integrations.serving.rotary import is_rotated  # noqa: E402
 from mac_attn.integrations.serving.slots import Place, Row  # noqa: E402
@@ -129,28 +128,6 @@ def test_a_worker_makes_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runner.mac_engine == "engine"
 
 
-def _layer(**changes: Any) -> Any:
-    """An attention layer of float32 that is served."""
-    layer = object.__new__(Attention)
-    torch.nn.Module.__init__(layer)
-    impl = {"sliding_window": -1, "alibi_slopes": None, "sinks": None}
-    values = {
-        "attn_type": "decoder",
-        "kv_cache_dtype": "auto",
-        "kv_cache_torch_dtype": torch.float32,
-        "head_size": 64,
-        "head_size_v": 64,
-        "num_heads": 8,
-        "num_kv_heads": 2,
-    }
-    for name, value in changes.items():
-        (impl if name in impl else values)[name] = value
-    for name, value in values.items():
-        setattr(layer, name, value)
-    layer.impl = SimpleNamespace(**impl)
-    return layer
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -177,14 +154,14 @@ def _layer(**changes: Any) -> Any:
 )
 def test_which_layers_are_served(changes: dict[str, Any], reason: str | None) -> None:
     device = torch.device("cpu")
-    assert support.layer_reason(_layer(**changes), torch.float32, device) == reason
+    assert support.layer_reason(attention_layer(**changes), torch.float32, device) == reason
 
 
 def test_layers_with_another_backend_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(engine_module, "engine_reason", lambda config: None)
     monkeypatch.setattr(Engine.logger, "warning", lambda text, *v: said.append(text % v))
-    layer = _layer(attn_backend=SimpleNamespace(get_name=lambda: "FLASHINFER"))
+    layer = attention_layer(attn_backend=SimpleNamespace(get_name=lambda: "FLASHINFER"))
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context={"a": layer, "b": layer}),
         parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1),
@@ -343,120 +320,3 @@ def test_the_flash_impl_serves_a_mixed_step(float8: bool, monkeypatch: pytest.Mo
     impl.forward(layer, query, key, key, kv_cache, None, output)
     assert len(seen) == 3
     assert (output == 7).all()
-
-
-def _config(**speculative: Any) -> Any:
-    """What decides whether a server is served, with speculative decoding if there is any of it."""
-    given = {"method": "ngram", "num_speculative_tokens": 3, "enable_adaptive_verification": False}
-    return SimpleNamespace(
-        device_config=SimpleNamespace(device_type="cpu"),
-        parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False
-        ),
-        speculative_config=SimpleNamespace(**given | speculative) if speculative else None,
-        kv_transfer_config=None,
-        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
-        model_config=SimpleNamespace(runner_type="generate", is_mm_prefix_lm=False, use_mla=False),
-    )
-
-
-@pytest.mark.parametrize(
-    ("drafts", "support_of_graphs", "tokens"),
-    [
-        (0, "UNIFORM_SINGLE_TOKEN_DECODE", 1),
-        (1, "UNIFORM_BATCH", 2),
-        (15, "UNIFORM_BATCH", 16),
-        (16, "UNIFORM_SINGLE_TOKEN_DECODE", 16),  # with which vLLM makes none of drafts
-    ],
-)
-def test_graphs_hold_decode_alone(drafts: int, support_of_graphs: str, tokens: int) -> None:
-    config = _config(**({"num_speculative_tokens": drafts} if drafts else {}))
-    assert support.engine_reason(config) is None
-    assert support.query_tokens(config) == tokens
-    builder = cuda.MacFlashMetadataBuilder
-    assert builder.get_cudagraph_support(config, None).name == support_of_graphs
-
-
-@pytest.mark.parametrize("drafts", [3, 16])
-def test_what_vllm_makes_of_it(drafts: int) -> None:
-    """Full graphs of uniform steps up to 16 tokens, none beyond."""
-    from vllm.config import CompilationConfig, CUDAGraphMode
-
-    config = _config(num_speculative_tokens=drafts)
-    graphs = cuda.MacFlashMetadataBuilder.get_cudagraph_support(config, None)
-    compilation = CompilationConfig(cudagraph_mode="FULL_AND_PIECEWISE", mode=3)
-    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = [4, 8, 32], 32
-    compilation.splitting_ops = list(CompilationConfig._attention_ops)
-    mode = compilation.resolve_cudagraph_mode_and_sizes(graphs, "MacFlashBackend", 1 + drafts)
-    expected = CUDAGraphMode.PIECEWISE if drafts > 15 else CUDAGraphMode.FULL_AND_PIECEWISE
-    assert mode == expected
-
-
-@pytest.mark.parametrize(
-    ("speculative", "reason"),
-    [
-        ({"method": "draft_model"}, None),
-        ({"method": "eagle3"}, None),
-        ({"enable_adaptive_verification": True}, "adaptive verification of drafts"),
-        (
-            {"method": "extract_hidden_states"},
-            "speculative decoding by extract_hidden_states",
-        ),
-    ],
-)
-def test_which_speculation_is_served(speculative: dict[str, Any], reason: str | None) -> None:
-    config = _config(**speculative)
-    assert support.engine_reason(config) == reason
-    if reason is not None:  # what vLLM's own backend says
-        graphs = cuda.MacFlashMetadataBuilder.get_cudagraph_support(config, None)
-        assert graphs.name in ("ALWAYS", "UNIFORM_BATCH")
-
-
-@pytest.mark.parametrize("drafts", [3, 16])
-def test_layers_that_draft_are_left_and_what_drafts_do_is_said(
-    drafts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    warned: list[str] = []
-    monkeypatch.setattr(Engine.logger, "warning", lambda text, *v: warned.append(text % v))
-    layer = _layer(attn_backend=None)
-    layer.impl.mac = None
-    config = _config(num_speculative_tokens=drafts)
-    config.compilation_config = SimpleNamespace(static_forward_context={"draft.0": layer})
-    config.parallel_config.rank, config.parallel_config.tensor_parallel_size = 0, 1
-    config.model_config.dtype, config.model_config.max_model_len = torch.float32, 64
-    device = torch.device("cpu")
-    runner = SimpleNamespace(vllm_config=config, get_model=torch.nn.Module, device=device)
-    engine = Engine(runner, Options())
-    assert engine.rings == {}
-    assert engine.query_tokens == min(1 + drafts, 16)
-    assert warned == [
-        "MAC-Attention: 1 layers are left to vLLM's attention: layers of the model that drafts",
-        "MAC-Attention: off: no layer is served",
-    ]
-    said: list[str] = []
-    monkeypatch.setattr(Engine.logger, "info", said.append)
-    engine._say_what_drafts_do(drafts)
-    (text,) = said
-    assert "steps that verify drafts are exact" in text
-    assert ("steps of more than 16 tokens are left to vLLM's attention" in text) == (drafts > 15)
-
-
-@pytest.mark.parametrize(
-    ("query_lens", "planned"), [([1, 1], True), ([4, 4], True), ([4, 2], False), ([5, 5], False)]
-)
-def test_what_a_graph_is_recorded_with(
-    query_lens: list[int], planned: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A batch that a replay could not follow is recorded with vLLM's attention."""
-    own = flash_attn.FlashAttentionMetadataBuilder
-    monkeypatch.setattr(own, "build", lambda self, *args: SimpleNamespace())
-    builder = object.__new__(cuda.MacFlashMetadataBuilder)
-    builder.engine = SimpleNamespace(query_tokens=4)  # type: ignore[assignment]
-    builder.buffers = cuda_plan.Buffers(4, torch.device("cpu"))
-    common = common_metadata(query_lens, [9, 13])
-    plan = builder.build_for_cudagraph_capture(common).mac
-    if not planned:
-        assert plan is None
-        return
-    (call,) = plan.decodes
-    assert (call.width, call.rows.slots.tolist()) == (query_lens[0], [-1, -1])

@@ -49,19 +49,19 @@ def generate(
     def chosen(ids: Tensor, logits: Tensor) -> Tensor:
         return choice.adjusted(logits[0], ids[0, length:].tolist())[None]
 
-    def run(method: Lossless, count: int) -> list[int]:
-        options = {name: copy.deepcopy(base), "do_sample": False, "logits_processor": [chosen]}
+    def run(method: Lossless, cache: MacCache, count: int) -> list[int]:
+        options = {name: cache, "do_sample": False, "logits_processor": [chosen]}
         text = model.generate(  # type: ignore[operator]
             ids, custom_generate=method, max_new_tokens=count, **options
         )
         tokens: list[int] = text[0, length + 1 :].tolist()
         return tokens
 
-    run(Lossless(), min(WARM_TOKENS, new_tokens))
+    run(Lossless(), copy.deepcopy(base), min(WARM_TOKENS, new_tokens))
     method = Lossless()
     with AttentionTimer() as timer:
         start = time.perf_counter()
-        tokens = run(method, new_tokens)
+        tokens = run(method, base, new_tokens)
         attention = timer.lap()
         if ids.is_cuda:
             torch.cuda.synchronize(ids.device)
