@@ -54,8 +54,8 @@ inline Ring check_ring(const at::Tensor& ring, const Shape& shape, const at::Ten
 // What match has answered, for the calls that go by it.
 inline Matched check_matched(const Shape& shape, const at::Tensor& source, const at::Tensor& place,
                              const at::Tensor& stored, at::Device device) {
-  check_array(source, "source", {shape.batch, shape.num_qo_heads()}, at::kInt, device);
-  check_array(place, "place", {shape.batch, shape.num_qo_heads()}, at::kInt, device);
+  check_array(source, "source", {shape.batch, shape.num_queries()}, at::kInt, device);
+  check_array(place, "place", {shape.batch, shape.num_queries()}, at::kInt, device);
   check_array(stored, "stored", {shape.batch, shape.num_kv_heads}, at::kInt, device);
   return {source.data_ptr<int32_t>(), place.data_ptr<int32_t>(), stored.data_ptr<int32_t>()};
 }

@@ -15,8 +15,8 @@ struct AmendLimits {
   int64_t max_pages;
 };
 
-// Device memory that outlives a call. `workspace` [max_batch_size * (2 Hq + 3 H + 1) + 1] int32 is the CUDA
-// kernels' own, zero at first. `error_flag` [1] int32 is sticky.
+// Device memory that outlives a call. `workspace` [max_batch_size * (16 * (2 Hq + H) + 2 H + 1) + 1] int32 is the
+// CUDA kernels' own, zero at first; 16 is the most tokens. `error_flag` [1] int32 is sticky.
 struct Persistent {
   std::optional<at::Tensor> workspace;
   std::optional<at::Tensor> error_flag;
@@ -39,11 +39,10 @@ void complete(const CompleteParams& params, const Persistent& persistent, const 
 void unrotate(const UnrotateParams& params, const at::Tensor& on);
 }  // namespace cuda_backend
 
-// The queries of a step before their rotary embedding, as `q`; of several tokens only the first is. Defined in
-// unrotate.cpp.
-at::Tensor unrotate_first(const at::Tensor& q, const at::Tensor& seq_lens,
-                          const std::optional<at::Tensor>& query_lens, const at::Tensor& inv_freq, bool interleaved,
-                          double scale);
+// The queries of a step before their rotary embedding, as `q`. Defined in unrotate.cpp.
+at::Tensor unrotate_step(const at::Tensor& q, const at::Tensor& seq_lens,
+                         const std::optional<at::Tensor>& query_lens, const at::Tensor& inv_freq, bool interleaved,
+                         double scale);
 // The op of that name.
 at::Tensor unrotate_op(const at::Tensor& q, const at::Tensor& positions, const at::Tensor& inv_freq,
                        bool interleaved, double scale);

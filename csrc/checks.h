@@ -139,18 +139,24 @@ inline void check_matched(const Shape& shape, const Requests& requests, const Ma
   for (int64_t group = 0; group < int64_t{shape.batch} * shape.num_kv_heads; ++group) {
     const int64_t b = group / shape.num_kv_heads, kv_head = group % shape.num_kv_heads;
     if (requests.seq_lens[b] == 0) continue;
-    const int32_t position = first_position(shape, requests, b), stored = matched.stored[group];
+    const int32_t position = first_position(shape, requests, b), tokens = query_len(shape, requests, b);
+    const int32_t stored = matched.stored[group];
     TORCH_CHECK_VALUE(stored >= kNoHistory && stored < 2 * int64_t{sizes.entries}, "stored[", b, ", ", kv_head,
                       "] is ", stored, ", must be from -1 to ", 2 * int64_t{sizes.entries} - 1);
-    for (int64_t row = group * shape.group_size; row < (group + 1) * shape.group_size; ++row) {
+    const int64_t rows = shape.group_queries();
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = group * rows + i, head = row - b * shape.num_queries();
+      const int64_t token = i / shape.group_size, g = i % shape.group_size;
       const int32_t source = matched.source[row], place = matched.place[row];
-      const int64_t head = row - b * shape.num_qo_heads(), first = group * shape.group_size;
+      const int64_t first = row - g;
       TORCH_CHECK_VALUE(sizes.anchors == 0 || (source == matched.source[first] && place == matched.place[first]),
                         "source[", b, ", ", head, "] is ", source, " at place ", place,
                         ", must be the same for all query heads of a KV head with anchors");
+      const bool hits = token < tokens && matched.source[group * rows + g] != kMiss;
+      TORCH_CHECK_VALUE(hits == (source != kMiss), "source[", b, ", ", head, "] is ", source, ", must ",
+                        hits ? "not be -1, as a head hits with all tokens or none"
+                             : "be -1, as of another token or one that is not there");
       if (source == kMiss) continue;
-      TORCH_CHECK_VALUE(shape.tokens == 1, "source[", b, ", ", head, "] is ", source,
-                        ", must be -1 in a step of several tokens");
       TORCH_CHECK_VALUE(has_ring(requests, b), "source[", b, ", ", head, "] is ", source, ", must be -1, as slots[",
                         b, "] is -1");
       TORCH_CHECK_VALUE(source >= band && source < position, "source[", b, ", ", head, "] is ", source,

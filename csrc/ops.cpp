@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& q_match, const Tensor& se
   MatchParams p =
       check_match(q_match, shape, requests, check_ring(ring, shape, q_match, entries, anchors),
                   {threshold, relative, max_drift, per_head, window, band, min_context, max_reuse_depth});
-  Tensor source = at::empty({shape.batch, shape.num_qo_heads()}, seq_lens.options());
+  Tensor source = at::empty({shape.batch, shape.num_queries()}, seq_lens.options());
   Tensor place = at::empty(source.sizes(), source.options());
   Tensor stored = at::empty({shape.batch, shape.num_kv_heads}, seq_lens.options());
   p.matched = {source.data_ptr<int32_t>(), place.data_ptr<int32_t>(), stored.data_ptr<int32_t>()};
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> amend(
   Tensor log_ratio = at::empty({B, source ? Q : 0}, floats);
   Tensor anchors = at::empty({B, H, S}, ints);
   Tensor anchor_weights = at::empty({B, H, S}, floats);
-  Tensor sampled = at::empty({B, source ? H : 0}, ints);
+  Tensor sampled = at::empty({B, source ? H * shape.tokens : 0}, ints);
   p.out = states.data_ptr<float>();
   p.lse = state_lse.data_ptr<float>();
   p.log_ratio = log_ratio.data_ptr<float>();
@@ -128,7 +128,7 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_r
   p.matched = check_matched(shape, source, place, stored, device);
   check_array(anchors, "anchors", {B, H, kAny}, at::kInt, device);
   check_array(anchor_weights, "anchor_weights", anchors.sizes(), at::kFloat, device);
-  check_array(sampled, "sampled", {B, H}, at::kInt, device);
+  check_array(sampled, "sampled", {B, H * shape.tokens}, at::kInt, device);
   check_array(log_ratio, "log_ratio", {B, Q}, at::kFloat, device);
   p.ring = check_ring(ring, shape, q_match, entries, anchors.size(2));
   p.log_ratio = log_ratio.const_data_ptr<float>();
@@ -151,16 +151,15 @@ struct HandedOn {
   int32_t* sampled;
 
   HandedOn(const Shape& shape, bool reuse, int64_t num_anchors, const Tensor& on) {
-    const int64_t B = shape.batch, H = shape.num_kv_heads, Hq = shape.num_qo_heads(), Q = shape.num_queries();
-    const int64_t S = num_anchors, r = reuse;
+    const int64_t B = shape.batch, H = shape.num_kv_heads, Q = shape.num_queries(), S = num_anchors, r = reuse;
     const int64_t counts[] = {kNumSpans * B * Q * shape.head_dim,
                               kNumSpans * B * Q,
                               r * B * Q,
-                              r * B * Hq,
+                              r * B * Q,
                               r * B * H,
                               r * B * H * S,
                               r * B * H * S,
-                              r * B * H};
+                              r * B * H * shape.tokens};
     constexpr int64_t kAlign = 64 / sizeof(float);
     int64_t begin[std::size(counts)], total = 0;
     for (size_t i = 0; i < std::size(counts); ++i) {
@@ -212,7 +211,7 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
     const OptionalTensor& query_lens, const Tensor& slots, const OptionalTensor& given_q_match,
     const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t num_anchors,
     const Tensor& threshold, bool relative, double max_drift, bool per_head, int64_t window, int64_t band,
-    int64_t min_context, int64_t max_reuse_depth, bool learn, int64_t layer, double sm_scale,
+    int64_t min_context, int64_t max_reuse_depth, bool exact, bool learn, int64_t layer, double sm_scale,
     double logits_soft_cap, bool batch_invariant, const OptionalTensor& sinks, const OptionalTensor& workspace,
     const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
   TORCH_CHECK_VALUE(given_q_match.has_value() != inv_freq.has_value(),
@@ -221,7 +220,7 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
   const at::Device device = q.device();
   const Tensor q_match = given_q_match
                              ? *given_q_match
-                             : unrotate_first(q, seq_lens, query_lens, *inv_freq, interleaved, rotary_scale);
+                             : unrotate_step(q, seq_lens, query_lens, *inv_freq, interleaved, rotary_scale);
   if (given_q_match) check_query(q_match, "q_match");
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
   check_tensor(out, "out", q.sizes(), q.scalar_type(), device);
@@ -233,13 +232,14 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
   const Ring rings = check_ring(ring, shape, q, entries, num_anchors);
   const Persistent persistent{workspace, error_flag};
 
-  Tensor source = at::empty({shape.batch, shape.num_qo_heads()}, seq_lens.options());
+  Tensor source = at::empty({shape.batch, shape.num_queries()}, seq_lens.options());
   Tensor lse = at::empty(q.sizes().slice(0, q.dim() - 1), q.options().dtype(at::kFloat));
   const HandedOn handed(shape, true, num_anchors, q);
   const Matched matched{source.data_ptr<int32_t>(), handed.place, handed.stored};
   MatchParams m =
       check_match(q_match, shape, requests, rings,
                   {threshold, relative, max_drift, per_head, window, band, min_context, max_reuse_depth});
+  if (exact) m.min_context = INT32_MAX;  // nothing is looked for
   m.matched = matched;
   AmendParams a = check_amend(q, cache, block_table, shape, requests, {matched, rings, band, layer}, sm_scale,
                               logits_soft_cap, batch_invariant);
@@ -320,7 +320,7 @@ void define(torch::Library& m) {
       "Tensor seq_lens, Tensor? query_lens, Tensor slots, "
       "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int anchors, "
       "Tensor threshold, bool relative, float max_drift, bool per_head, int window, int band, int min_context, "
-      "int max_reuse_depth, bool learn, int layer, float sm_scale, float logits_soft_cap, bool batch_invariant, "
+      "int max_reuse_depth, bool exact, bool learn, int layer, float sm_scale, float logits_soft_cap, bool batch_invariant, "
       "Tensor? sinks, "
       "Tensor(b!)? workspace, "
       "Tensor(c!)? error_flag, "

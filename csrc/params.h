@@ -52,8 +52,8 @@ MAC_HOST_DEVICE inline bool goes_on(const Ring& ring, int64_t slot, int32_t posi
   return *ring.end(slot) <= position && position <= *ring.reach(slot);
 }
 
-// How many query tokens a request has, and the position of the first of them. A step of several is exact, and what
-// it leaves in the ring is its first token's: the only one that nobody can reject.
+// How many query tokens a request has, and the position of the first of them. What a step of several leaves in the
+// ring is its first token's: the only one that nobody can reject.
 constexpr int32_t query_len(const Shape& shape, const Requests& requests, int32_t request) {
   return requests.query_lens ? requests.query_lens[request] : shape.tokens;
 }
@@ -89,8 +89,8 @@ struct KVPages {
   Scale k_scale, v_scale;
 };
 
-// Queries without their rotary embedding: R(-p) q / scale for p = positions[b] - back. KV heads do not matter here:
-// the shape has one for each query head.
+// Queries without their rotary embedding: R(-p) q / scale for p = positions[b] - back + t. KV heads do not matter
+// here: the shape has one for each query head.
 struct UnrotateParams {
   Shape shape;
   DType dtype;
@@ -102,13 +102,13 @@ struct UnrotateParams {
   int32_t pairs;             // of dimensions that turn, the first 2 * pairs of D
   bool interleaved;          // pairs are (2i, 2i + 1), else (i, i + pairs)
   float inverse_scale;
-  void* out;  // out: [B, Hq, D] dtype
+  void* out;  // out: [B, T, Hq, D] dtype
 };
 
-// What match answers, and the other stages go by.
+// What match answers, and the other stages go by. A head hits with all of a request's tokens or with none.
 struct Matched {
-  int32_t* source;  // [B, Hq] position of the entry to reuse, or kMiss
-  int32_t* place;   // [B, Hq] where in the ring it lies, kMiss for a miss
+  int32_t* source;  // [B, Q] position of the entry to reuse, or kMiss, as for a token that is not there
+  int32_t* place;   // [B, Q] where in the ring it lies, kMiss for a miss
   int32_t* stored;  // [B, H] Ring::stored, or kNoHistory: the request does not go on where its slot ended
 };
 constexpr int32_t kNoHistory = -1;
@@ -150,14 +150,17 @@ struct AmendParams {
                           // those leave nothing of the entry; else 0
   int32_t* anchors;       // out: [B, H, S] of a new entry, ascending, then kNoAnchor
   float* anchor_weights;  // out: [B, H, S] a of each, then 0
-  int32_t* sampled;  // out: [B, H] on a miss the candidates there were, or kNotSampled; on a hit the anchors read
+  int32_t* sampled;  // out: [B, H, T] on a hit the anchors read; on a miss the candidates there were, or
+                     // kNotSampled, at the first token, kNotSampled at the others
 };
 
-// The two states that amend yields for every head. With p the current and c the matched position:
+// The two states that amend yields for every query. With p the position of the request's first query token and c the
+// matched one:
 enum Span : int32_t {
   kOld,    // a miss: [0, E(p)), the new entry's state. A hit without anchors: [E(c), E(p)), joins the reused state.
            // A hit with anchors: those, attended by the entry's query; they leave the reused state.
-  kFresh,  // a miss, and a hit without anchors: [E(p), n). A hit with anchors: those and [E(c), n).
+  kFresh,  // a miss, and a hit without anchors: [E(p), ..) up to the query's own token. A hit with anchors: those
+           // and [E(c), ..).
   kNumSpans
 };
 
