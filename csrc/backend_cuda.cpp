@@ -54,16 +54,20 @@ void check_rows(const void* data, const char* name, int64_t itemsize, std::initi
                     ", must have rows aligned to 16 bytes on CUDA");
 }
 
-// What the kernels keep between launches, for as many requests as there is room for: [best keys of the query heads,
-// two numbers each | counters of match and two of amend for every KV head | amend's counter of pieces | status of
-// every request]. All but the last is zero between launches. A call without a ReuseCache has its own.
+// What the kernels keep between launches, for as many requests as there is room for: [best keys of the queries, two
+// numbers each | a counter of match for every KV head | one of amend for every token of it | one more of amend for
+// every KV head | amend's counter of pieces | status of every request]. All but the last is zero between launches.
+// A call without a ReuseCache has its own.
 struct Workspace {
   Tensor memory;
   unsigned long long* best;
   int32_t *match_done, *amend_done, *sampled, *drawn, *status;
 
-  Workspace(const Shape& shape, const Persistent& persistent, const Tensor& on) {
-    const int64_t B = shape.batch, Hq = shape.num_qo_heads(), H = shape.num_kv_heads, each = 2 * Hq + 3 * H + 1;
+  // `tokens`: for how many of the query, where nobody keeps it.
+  Workspace(const Shape& shape, int64_t tokens, const Persistent& persistent, const Tensor& on) {
+    const int64_t B = shape.batch, Hq = shape.num_qo_heads(), H = shape.num_kv_heads;
+    const int64_t T = persistent.workspace ? kMaxQueryTokens : tokens;
+    const int64_t each = T * (2 * Hq + H) + 2 * H + 1;
     if (persistent.workspace) {
       memory = *persistent.workspace;
       check_array(memory, "workspace", {kAny}, at::kInt, on.device());
@@ -74,9 +78,9 @@ struct Workspace {
     TORCH_CHECK_VALUE(B <= room, "batch is ", B, ", must be at most max_batch_size of the ReuseCache, ", room);
     int32_t* first = memory.data_ptr<int32_t>();
     best = reinterpret_cast<unsigned long long*>(first);
-    match_done = first + 2 * room * Hq;
+    match_done = first + 2 * room * T * Hq;
     amend_done = match_done + room * H;
-    sampled = amend_done + room * H;
+    sampled = amend_done + room * T * H;
     drawn = sampled + room * H;
     status = drawn + 1;
   }
@@ -94,7 +98,7 @@ void match(const MatchParams& p, const Persistent& persistent, const Tensor& on)
   check_supported(p.shape, p.dtype);
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
-  const Workspace workspace(p.shape, persistent, on);
+  const Workspace workspace(p.shape, p.shape.tokens, persistent, on);
   cuda::MatchWorkspace w{};
   w.best = workspace.best, w.done = workspace.match_done, w.status = workspace.status;
   w.error_flag = error_flag_of(persistent, on);
@@ -121,7 +125,7 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   int32_t ctas = 0;
   check(cuda::amend_ctas(p, &ctas));
 
-  const Workspace workspace(p.shape, persistent, on);
+  const Workspace workspace(p.shape, p.matched.source ? p.shape.tokens : 1, persistent, on);
   cuda::AmendWorkspace w{};
   w.status = workspace.status;
   w.done = workspace.amend_done;
@@ -130,11 +134,11 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   w.error_flag = error_flag_of(persistent, on);
   TORCH_CHECK_VALUE(cuda::describe(p, static_cast<int32_t>(limits.num_pages), limits.max_pages, ctas, w),
                     "k_cache or v_cache spans more than 64 GiB, must be at most that on CUDA");
-  const int64_t tiles = B * H * w.head_tiles * ((w.max_tokens + p.num_anchors) / (4 * cuda::kWarpTokens) + 3);
+  const int64_t tiles = cuda::max_passes(p, w) * ((w.max_tokens + p.num_anchors) / (4 * cuda::kWarpTokens) + 3);
   TORCH_CHECK_VALUE(tiles < INT32_MAX, "block_table has ", B, " rows of ", limits.max_pages, " pages of ",
                     p.kv.page_size, " tokens, must have fewer than 2^31 tiles of 64 in all KV heads");
   const auto floats = on.options().dtype(at::kFloat);
-  const int64_t states = cuda::max_pieces(w, ctas, B * H * w.head_tiles) * kNumSpans * w.tile_heads;
+  const int64_t states = cuda::max_pieces(p, w, ctas) * kNumSpans * w.tile_heads;
   const int64_t padded = cuda::padded_head_dim(p.shape.head_dim);
   Tensor partial = at::empty({states * (padded + 4)}, floats);
   w.partial_out = partial.data_ptr<float>();
@@ -152,8 +156,9 @@ void complete(const CompleteParams& p, const Persistent& persistent, const Tenso
   check_supported(p.shape, p.dtype);
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
-  const cuda::CompleteWorkspace w{p.matched.source ? Workspace(p.shape, persistent, on).status : nullptr,
-                                  cuda::Divisor(p.shape.group_size)};
+  const int32_t* status = nullptr;
+  if (p.matched.source) status = Workspace(p.shape, p.shape.tokens, persistent, on).status;
+  const cuda::CompleteWorkspace w{status, cuda::Divisor(p.shape.group_size)};
   check(cuda::launch_complete(p, w, c10::cuda::getCurrentCUDAStream()));
 }
 

@@ -20,7 +20,6 @@ constexpr int64_t kHeadDimStep = 8;               // elements; 16 bytes of the s
 constexpr int64_t kMaxHeadDim = 256;              // of them all
 constexpr int64_t kWideHeadDim = 512;             // and one more
 constexpr int64_t kMaxTokens = INT32_MAX - 4096;  // of a request: loops count in int32 and look a block ahead
-constexpr int64_t kMaxQueryTokens = 16;           // of a request in a step
 
 // A tensor argument of a given shape, dtype and device whose last dimension is contiguous.
 inline void check_tensor(const at::Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType dtype,

@@ -19,6 +19,8 @@ constexpr int32_t kMiss = -1;      // in `source`: no entry is reused
 constexpr int32_t kNoAnchor = -1;  // in `anchors`: the place is not used
 constexpr int32_t kNoSlot = -1;    // in `slots`: the request has no ring
 
+constexpr int32_t kMaxQueryTokens = 16;  // of a request in a step
+
 struct Shape {
   int32_t batch;
   int32_t num_kv_heads;
@@ -150,12 +152,12 @@ struct AmendParams {
                           // those leave nothing of the entry; else 0
   int32_t* anchors;       // out: [B, H, S] of a new entry, ascending, then kNoAnchor
   float* anchor_weights;  // out: [B, H, S] a of each, then 0
-  int32_t* sampled;  // out: [B, H, T] on a hit the anchors read; on a miss the candidates there were, or
-                     // kNotSampled, at the first token, kNotSampled at the others
+  int32_t* sampled;       // out: [B, H, T] on a hit the anchors read; on a miss the candidates there were, or
+                          // kNotSampled, at the first token, kNotSampled at the others
 };
 
-// The two states that amend yields for every query. With p the position of the request's first query token and c the
-// matched one:
+// The two states that amend yields for every query. With p the position of the request's first query token and c
+// the matched one:
 enum Span : int32_t {
   kOld,    // a miss: [0, E(p)), the new entry's state. A hit without anchors: [E(c), E(p)), joins the reused state.
            // A hit with anchors: those, attended by the entry's query; they leave the reused state.

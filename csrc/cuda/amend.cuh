@@ -63,7 +63,8 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
   const auto place = [](int head, int column) {
     return (kAtOnce == kHeadBlocks ? head : head % 8) * kRow + (column ^ head / 2 % 4 * 8);
   };
-  const int lane = ptx::lane_id(), warp = threadIdx.x / 32, heads = w.tile_heads;
+  const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
+  const int heads = w.tile_heads < kHeads ? w.tile_heads : kHeads;
   float* mine = static_cast<float*>(scratch.area(warp));
 #pragma unroll
   for (int block = 0; block < kHeadBlocks; block += kAtOnce) {
@@ -103,19 +104,26 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
       if constexpr (kIsFp8<T>) {
         out = {out.x * value_scale, out.y * value_scale, out.z * value_scale, out.w * value_scale};
       }
-      ptx::store_float4(w.partial_out + (partial * heads + head) * kHeadDim + d, out);
-      if (d == 0) ptx::store_float4(w.partial_sums + (partial * heads + head) * 4, sums);
+      ptx::store_float4(w.partial_out + (partial * w.tile_heads + head) * kHeadDim + d, out);
+      if (d == 0) ptx::store_float4(w.partial_sums + (partial * w.tile_heads + head) * 4, sums);
     }
   }
   ptx::sync_block();  // the stages may be filled again
   state.clear();
 }
 
+// Blocks of heads that a hit with anchors is served with by a kernel of `blocks`: with more than two, or two of the
+// largest heads, there are no registers left for what follows.
+constexpr int hit_blocks(int head_dim, int blocks) {
+  const int most = kMostReplacedHeads / 8 * head_dim <= kMostReplaced ? kMostReplacedHeads / 8 : 1;
+  return blocks < most ? blocks : most;
+}
+
 // What the anchors' tiles need beside the state that all tiles go into: the matched entry's query attends to them
-// as well. With more than two blocks, or two of the largest heads, there are no registers left.
+// as well.
 template <typename T, int kHeadDim, int kHeadBlocks>
 struct Replaced {
-  static constexpr bool kFits = 8 * kHeadBlocks <= kMostReplacedHeads && kHeadDim * kHeadBlocks <= kMostReplaced;
+  static constexpr bool kFits = kHeadBlocks == hit_blocks(kHeadDim, kHeadBlocks);
   WarpState<T, kHeadDim, kHeadBlocks, true> state;
 
   template <typename Q>
@@ -157,7 +165,8 @@ struct Replaced {
 template <int kHeadDim, int kHeadBlocks>
 constexpr bool kShortOfRegisters = kHeadDim * kHeadBlocks >= kMostReplaced;
 
-template <typename Q, typename T, int kHeadDim, bool kExact, int kHeadBlocks>
+// kOnlyHits: of hits with anchors, which draw no sample.
+template <typename Q, typename T, int kHeadDim, bool kExact, int kHeadBlocks, bool kOnlyHits>
 MAC_DEVICE void amend_piece(
     const AmendParams& p, const AmendWorkspace& w,
     std::conditional_t<kShortOfRegisters<kHeadDim, kHeadBlocks>, const Piece&, const Piece> piece) {
@@ -200,14 +209,14 @@ MAC_DEVICE void amend_piece(
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
     if (ahead == piece.begin) {
       load_bounds<kHeadBlocks>(p, w, piece, starts, lasts);
-      const int first_query = piece.head_tile * w.tile_heads, G = p.shape.group_size;
+      const int first_query = piece.first_query(p, w), G = p.shape.group_size;
       const Q* rows = static_cast<const Q*>(p.query.data) + piece.request * p.query.batch_stride +
                       int64_t{piece.kv_head} * G * p.query.head_stride;
       const auto row_of = [&](int column) {
         const int i = first_query + column, token = w.group_size.divide(i);
         return rows + token * p.query.token_stride + (i - token * G) * p.query.head_stride;
       };
-      state.load_query(row_of, p.shape.group_queries() - first_query, elements, scale(), query);
+      state.load_query(row_of, piece.num_queries(w), elements, scale(), query);
       const TileTokens begin = tile_tokens(p, piece.work, ahead);
       if (kReplaces && kAhead && begin.anchors) {
         next_weights = replaced.load_weights(p, piece, begin.begin + warp * kWarpTokens);
@@ -219,7 +228,7 @@ MAC_DEVICE void amend_piece(
     const TileTokens tokens = tile_tokens(p, piece.work, tile);
     const int first = tokens.begin + warp * kWarpTokens;
     if (tile == piece.begin) {  // while the first tiles are on their way
-      sampler.begin(p, piece, sampler_shared[warp]);
+      if constexpr (!kOnlyHits) sampler.begin(p, piece, sampler_shared[warp]);
       if (kReplaces && tokens.anchors) replaced.template load_query<Q>(p, piece, elements, scale(), replaced_query);
     }
     float2 weights = next_weights;
@@ -243,7 +252,7 @@ MAC_DEVICE void amend_piece(
       if (kReplaces && tokens.anchors) counted = replaced.count(weights, density), lift(x, counted);
       if (first + kWarpTokens > piece.work.position + 1 && !tokens.anchors) mask_later(lasts, first, x);
       raise_max(state, x);
-      const bool draws = sampler.draws && piece.span(tile) == kOld;
+      const bool draws = !kOnlyHits && sampler.draws && piece.span(tile) == kOld;
       float lead = 0.f, bound = 0.f;
       if (draws) {
         lead = sampler.lead(x);
@@ -266,7 +275,7 @@ MAC_DEVICE void amend_piece(
     const int64_t partial = int64_t{piece.number} * kNumSpans;
     const int last_old = piece.work.tiles_of_old() - 1;
     if (tile == last_old || (at_end && tile < last_old)) {
-      if (sampler.draws) sampler.hand_over(p, w, piece.kv_group(p));
+      if (!kOnlyHits && sampler.draws) sampler.hand_over(p, w, piece.kv_group(p));
       if constexpr (kReplaces) {
         if (tokens.anchors) write_partial<kExact>(w, replaced.state, scratch, partial + kOld, value_scale());
       }
@@ -345,9 +354,14 @@ __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
       drawn = ptx::atomic_add(w.drawn, 1);
       if (kShort) next = drawn;
     }
-    amend_piece<Q, T, kHeadDim, kExact, kHeadBlocks>(p, w, piece);
+    constexpr int kHitBlocks = hit_blocks(kHeadDim, kHeadBlocks);
+    if (kHitBlocks < kHeadBlocks && piece.work.anchor_tiles > 0) {
+      amend_piece<Q, T, kHeadDim, kExact, kHitBlocks, true>(p, w, piece);
+    } else {
+      amend_piece<Q, T, kHeadDim, kExact, kHeadBlocks, false>(p, w, piece);
+    }
     // Read once more, so that no register holds it meanwhile.
-    leave_kv_head<kHeadDim, kExact>(p, w, Piece(piece), dynamic_shared());
+    leave_unit<kHeadDim, kExact>(p, w, Piece(piece), dynamic_shared());
     if (share.all_pieces <= ctas) break;
     if (threadIdx.x == 0) {
       if (kShort) drawn = next;

@@ -34,15 +34,14 @@ struct CompleteWork {
   int request, kv_head, seq_len, slot;
   int tokens;           // of the query, 0 for padding
   bool bad, reuses;     // reuses: the request has a ring and tokens, and no error
-  int stored, sampled;  // Matched::stored, amend's answer
-  int hits, start;      // heads that hit; the first token read
+  int stored, sampled;  // Matched::stored, amend's answer for the first token
+  int hits;             // heads that hit, with all tokens
   bool stores;          // the new entry may be reused
   int place;            // of it; may be a matched one's
 
   MAC_DEVICE int position() const { return seq_len - tokens; }  // of the first query token
-  // Of a query, in amend's states; of a head, in match's answer.
+  // Of a query, in amend's states and match's answer.
   MAC_DEVICE int64_t row(const CompleteParams& p, int i) const { return group(p) * p.shape.group_queries() + i; }
-  MAC_DEVICE int64_t matched(const CompleteParams& p, int g) const { return group(p) * p.shape.group_size + g; }
   MAC_DEVICE int64_t group(const CompleteParams& p) const {
     return static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
   }
@@ -67,7 +66,7 @@ struct CompleteHead {
       if (d < D) carried[i] = p.states[row * D + d], fresh[i] = p.states[fresh_row * D + d];
     }
     carried_lse = p.state_lse[row], fresh_lse = p.state_lse[fresh_row];
-    place = p.matched.source && query < p.shape.group_size ? p.matched.place[work.matched(p, query)] : kMiss;
+    place = p.matched.source ? p.matched.place[row] : kMiss;
     log_ratio = p.matched.source ? p.log_ratio[row] : 0.f;
   }
   MAC_DEVICE void load_entry(const CompleteParams& p, const CompleteWork& work, int g) {
@@ -107,24 +106,20 @@ struct CompleteHead {
   }
 };
 
-// What a KV head does, from all of its heads; every warp for itself. `source` and `place`: of the lane's first
+// What a KV head does, from all of its heads' first queries; every warp for itself. `place`: of the lane's first
 // head.
-MAC_DEVICE void look_at_heads(const CompleteParams& p, CompleteWork& work, int source, int place) {
+MAC_DEVICE void look_at_heads(const CompleteParams& p, CompleteWork& work, int place) {
   const int G = p.shape.group_size, M = p.ring.layout.shape.entries, S = p.ring.layout.shape.anchors;
-  work.start = work.seq_len;
   bool shallow = false;
 #pragma unroll 1
   for (int g = ptx::lane_id(); g < G; g += 32) {
-    if (g >= 32) source = p.matched.source[work.matched(p, g)], place = p.matched.place[work.matched(p, g)];
-    const bool hit = source != kMiss;
-    const int start = hit ? band_start(source, p.band) : 0;
+    if (g >= 32) place = p.matched.place[work.row(p, g)];
+    const bool hit = place != kMiss;
     const int depth = hit ? next_depth(p.ring.depth(work.slot, work.kv_head, place)[g]) : 0;
     work.hits += hit;
-    work.start = start < work.start ? start : work.start;
     shallow = shallow || depth < p.max_reuse_depth;
   }
   work.hits = static_cast<int>(ptx::reduce_add(work.hits));
-  work.start = static_cast<int>(~ptx::reduce_max(~static_cast<uint32_t>(work.start)));
   const int old_end = band_start(work.position(), p.band);
   const bool drawn =
       S == 0 || (work.hits == 0 && work.sampled >= 0 && work.sampled <= kCandidateRoom * sample_size(S, old_end));
@@ -133,10 +128,34 @@ MAC_DEVICE void look_at_heads(const CompleteParams& p, CompleteWork& work, int s
   work.place = stored < M ? stored : stored - M;
 }
 
-// What the query heads share, but for the entry's rows; one thread. Nobody else reads what it writes.
+// By a KV head; `all`: anchors, too.
+struct TokensRead {
+  int all, anchors;
+};
+
+// One warp. A miss reads them once for all of its query tokens, on a hit each has its own.
+MAC_DEVICE TokensRead tokens_read(const CompleteParams& p, const CompleteWork& work) {
+  const int G = p.shape.group_size, token = ptx::lane_id();
+  if (work.hits < G) return {work.seq_len, 0};
+  static_assert(kMaxQueryTokens <= 32, "a lane for each");
+  int read = 0, anchors = 0;
+  if (token < work.tokens) {
+    const int64_t row = work.row(p, token * G);
+    int oldest = 0x7fffffff;
+#pragma unroll 4
+    for (int g = 0; g < G; ++g) oldest = p.matched.source[row + g] < oldest ? p.matched.source[row + g] : oldest;
+    if (p.ring.layout.shape.anchors > 0) anchors = p.sampled[work.group(p) * p.shape.tokens + token];
+    read = work.position() + token + 1 - band_start(oldest, p.band) + anchors;
+  }
+  return {static_cast<int>(ptx::reduce_add(read)), static_cast<int>(ptx::reduce_add(anchors))};
+}
+
+// What the query heads share, but for the entry's rows; one warp. Nobody else reads what it writes.
 MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& work) {
   const int n = work.seq_len, G = p.shape.group_size, S = p.ring.layout.shape.anchors;
   const int64_t slot = work.slot;
+  const TokensRead read = tokens_read(p, work);
+  if (ptx::lane_id() != 0) return;
   const int stored = work.stored < 0 ? 0 : work.stored;
   *p.ring.stored(slot, work.kv_head) = work.stores ? next_stored(stored, p.ring.layout.shape.entries) : stored;
   if (work.stores) *p.ring.position(slot, work.kv_head, work.place) = work.position();
@@ -148,13 +167,12 @@ MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& wo
     *tau = work.hits == 0 && work.sampled >= 0 ? next_tau(base, work.sampled, size) : base;
   }
   int64_t* counters = p.ring.counters(slot);
-  const int anchors = S > 0 && work.hits > 0 ? work.sampled : 0;
   ptx::atomic_add(counters + kKvHeadSteps, work.tokens);
-  ptx::atomic_add(counters + kKvHeadHits, work.hits == G);
-  ptx::atomic_add(counters + kQueryHeadHits, work.hits);
-  ptx::atomic_add(counters + kKvTokensRead, n - work.start + anchors);
+  ptx::atomic_add(counters + kKvHeadHits, work.hits == G ? work.tokens : 0);
+  ptx::atomic_add(counters + kQueryHeadHits, work.hits * work.tokens);
+  ptx::atomic_add(counters + kKvTokensRead, read.all);
   ptx::atomic_add(counters + kKvTokensFull, tokens_of_steps(n, work.tokens));
-  ptx::atomic_add(counters + kAnchorsRead, anchors);
+  ptx::atomic_add(counters + kAnchorsRead, read.anchors);
   ptx::atomic_add(counters + kEntriesStored, work.stores);
   if (work.kv_head > 0) return;
   *p.ring.end(slot) = work.position() + 1;
@@ -163,17 +181,18 @@ MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& wo
   ptx::atomic_add(counters + kSteps, work.tokens);
 }
 
-// Asks for what a head will read besides amend's states, while amend is still running. What this reads itself may
-// still be written by the launches before it: a wrong address is a prefetch in vain, within the ring all the same.
+// Asks for what a query of head `g` will read besides amend's states, while amend is still running. What this reads
+// itself may still be written by the launches before it: a wrong address is a prefetch in vain, within the ring all
+// the same.
 template <typename T, int kHeadDim, bool kExact>
-MAC_DEVICE void prefetch_head(const CompleteParams& p, int request, int kv_head, int g, int lane) {
+MAC_DEVICE void prefetch_query(const CompleteParams& p, int request, int kv_head, int query, int g, int lane) {
   constexpr int kLine = 128;
   const int G = p.shape.group_size, D = row_elements<kHeadDim, kExact>(p.shape);
-  const T* query = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
-                   (kv_head * G + g) * p.query.head_stride;
-  if (lane * kLine < D * 2) ptx::prefetch_l2(query + lane * kLine / 2);
+  const T* stored = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
+                    (kv_head * G + g) * p.query.head_stride;
+  if (query < G && lane * kLine < D * 2) ptx::prefetch_l2(stored + lane * kLine / 2);
   const int64_t group = static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
-  const int place = p.matched.place[group * G + g], slot = p.requests.slots[request];
+  const int place = p.matched.place[group * p.shape.group_queries() + query], slot = p.requests.slots[request];
   if (place < 0 || place >= p.ring.layout.shape.entries || slot < 0 || slot >= p.ring.num_slots) return;
   if (lane * kLine < D * 4) ptx::prefetch_l2(p.ring.out(slot, kv_head, place) + g * D + lane * kLine / 4);
   if (lane == 30) ptx::prefetch_l2(p.ring.lse(slot, kv_head, place) + g);
@@ -268,40 +287,41 @@ __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
   const int queries = p.shape.group_queries(), warp = threadIdx.x / 32, warps = blockDim.x / 32;
   CompleteWork work{};
   work.request = blockIdx.x / H, work.kv_head = blockIdx.x % H;
+  const auto head_of = [&](int query) { return query - w.group_size.divide(query) * G; };
   ptx::grid_dependency_launch();
 #pragma unroll 1
-  for (int g = warp; p.matched.source && g < G; g += warps) {
-    prefetch_head<T, kHeadDim, kExact>(p, work.request, work.kv_head, g, lane);
+  for (int i = warp; p.matched.source && i < queries; i += warps) {
+    prefetch_query<T, kHeadDim, kExact>(p, work.request, work.kv_head, i, head_of(i), lane);
   }
   ptx::grid_dependency_wait();
   CompleteHead<kHeadDim, kExact> head;
   if (warp < queries) head.load_states(p, work, warp);
   const int64_t group = work.group(p);
-  int source = kMiss, place = kMiss;  // of the head that the lane looks at
+  int place = kMiss;  // of the head that the lane looks at
   if (p.matched.source) {
-    if (lane < G) source = p.matched.source[work.matched(p, lane)], place = p.matched.place[work.matched(p, lane)];
-    work.stored = p.matched.stored[group], work.sampled = p.sampled[group];
+    if (lane < G) place = p.matched.place[work.row(p, lane)];
+    work.stored = p.matched.stored[group], work.sampled = p.sampled[group * p.shape.tokens];
   }
   work.seq_len = p.requests.seq_lens[work.request],
   work.slot = p.requests.slots ? p.requests.slots[work.request] : 0;
   work.bad = w.status && w.status[work.request] != 0;
   work.tokens = work.seq_len == 0 ? 0 : query_len(p.shape, p.requests, work.request);
   work.reuses = p.matched.source && has_ring(p.requests, work.request) && work.seq_len > 0 && !work.bad;
-  if (warp < G) head.load_entry(p, work, warp);
+  if (warp < queries) head.load_entry(p, work, head_of(warp));
   if (work.reuses) {
-    look_at_heads(p, work, source, place);
+    look_at_heads(p, work, place);
     ptx::sync_block();  // all warps have read the depths, some of which may be the new entry's
   }
 #pragma unroll 1
   for (int i = warp; i < queries; i += warps) {
-    if (i != warp) head.load_states(p, work, i), head.load_entry(p, work, i);
+    if (i != warp) head.load_states(p, work, i), head.load_entry(p, work, head_of(i));
     head.carry(p, work);
     write_out<T>(p, w, work, i, head);
     ptx::sync_warp();
     if (work.stores && i < G) store_head<T>(p, work, i, head);
   }
   if (!work.reuses) return;
-  if (threadIdx.x == blockDim.x - 1) complete_history(p, work);
+  if (warp == warps - 1) complete_history(p, work);
   if (work.stores) store_anchors(p, work, group);
 }
 

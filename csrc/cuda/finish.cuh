@@ -1,5 +1,5 @@
-// The end of amend for one KV head: the last CTA that leaves it merges the partial states of all its pieces
-// and, on a miss, brings the sample into its form (sample.cuh).
+// The end of amend for one unit (KvHeadWork): the last CTA that leaves it merges the partial states of all its
+// pieces and, on a miss, brings the sample into its form (sample.cuh).
 //
 // A thread merges four elements of a head at a time, with several partial states in flight. Traffic: the partial
 // states once, from the L2 cache that they have just been written to.
@@ -11,15 +11,15 @@
 namespace mac_attn::cuda {
 
 struct PieceRange {
-  int begin, count;  // every head_tiles-th from `begin` on
+  int begin, count, step;  // every step-th from `begin` on
 };
 
 // Which pieces have a partial state of which span, of the pass over one head tile. Some piece may have both.
-MAC_DEVICE void find_pieces(const AmendWorkspace& w, const Piece& piece, int head_tile,
-                            PieceRange (&pieces)[kNumSpans]) {
+MAC_DEVICE void find_pieces(const Piece& piece, int head_tile, PieceRange (&pieces)[kNumSpans]) {
   const int first = piece.first + head_tile, only_old = piece.work.old_tiles / piece.most;
-  pieces[kOld] = {first, divide_up(piece.work.tiles_of_old(), piece.most)};
-  pieces[kFresh] = {first + only_old * w.head_tiles, piece.splits - only_old};
+  const int passes = piece.work.passes;
+  pieces[kOld] = {first, divide_up(piece.work.tiles_of_old(), piece.most), passes};
+  pieces[kFresh] = {first + only_old * passes, piece.splits - only_old, passes};
 }
 
 // Where a head's part of a partial state lies.
@@ -50,7 +50,7 @@ MAC_DEVICE Merged merge_partials(const AmendWorkspace& w, int head, int column,
       sums[i] = {-INFINITY, 0.f, 0.f, 0.f}, out[i] = {0.f, 0.f, 0.f, 0.f};
       if (j >= all) continue;
       const PieceRange& of = pieces[fresh ? kFresh : kOld];
-      const int piece = of.begin + (fresh ? j - num_old : j) * w.head_tiles;
+      const int piece = of.begin + (fresh ? j - num_old : j) * of.step;
       const int place = partial_of(w, piece, fresh, head);
       sums[i] = ptx::load_float4(w.partial_sums + int64_t{4} * place);
       out[i] = ptx::load_float4(w.partial_out + static_cast<int64_t>(place) * kHeadDim + column);
@@ -81,12 +81,12 @@ MAC_DEVICE Merged merge_partials(const AmendWorkspace& w, int head, int column,
   return merged;
 }
 
-// Merges the partial states of a KV head and writes its sample. The states of a request that cannot be served are
-// NaN.
+// Merges the partial states of a unit and writes the KV head's sample. The states of a request that cannot be
+// served are NaN.
 template <int kHeadDim, bool kExact>
-MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, void* scratch,
-                               PieceRange (&pieces)[kNumSpans]) {
-  const int queries = p.shape.group_queries(), group = piece.kv_group(p);
+MAC_DEVICE void finish_unit(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, void* scratch,
+                            PieceRange (&pieces)[kNumSpans]) {
+  const int queries = piece.work.queries, group = piece.kv_group(p);
   const int elements = row_elements<kHeadDim, kExact>(p.shape);
   // The first thread may be marking the request below already, as may the CTAs of other KV heads.
   const int given = ptx::load_volatile(w.status + piece.request),
@@ -94,10 +94,10 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
             status = given | (bad ? kBadLength : 0);
   const int64_t spans = static_cast<int64_t>(p.shape.batch) * p.shape.num_queries();
 #pragma unroll 1
-  for (int tile = 0; tile < w.head_tiles; ++tile) {
+  for (int tile = 0; tile < piece.work.passes; ++tile) {
     if (tile > 0) {
       ptx::sync_block();  // all have read the last pass's
-      if (threadIdx.x == 0) find_pieces(w, piece, tile, pieces);
+      if (threadIdx.x == 0) find_pieces(piece, tile, pieces);
       ptx::sync_block();
     }
     const int first = tile * w.tile_heads, heads = queries - first < w.tile_heads ? queries - first : w.tile_heads;
@@ -110,7 +110,8 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
       const float entry =
           replaces ? p.ring.lse(p.requests.slots[piece.request], piece.kv_head, piece.work.place)[g] : 0.f;
       const Merged merged = merge_partials<kHeadDim>(w, head, column, pieces);
-      const int64_t qo_row = static_cast<int64_t>(group) * queries + g;
+      const int64_t qo_row =
+          int64_t{group} * p.shape.group_queries() + int64_t{piece.work.token} * p.shape.group_size + g;
 #pragma unroll
       for (int span = 0; span < kNumSpans; ++span) {
         const float sum = merged.sum[span];
@@ -132,7 +133,10 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
         const float replaced = log2_total(merged.max[kOld], merged.sum[kOld]) * kLn2;
         if (nothing_left(entry, replaced, then * kLn2)) p.log_ratio[qo_row] = -INFINITY;
       }
-      if (g == 0) p.sampled[group] = replaces ? static_cast<int>(merged.anchors) : kNotSampled;
+      const int token = w.group_size.divide(g);  // of the unit's
+      if (g == token * p.shape.group_size) {
+        p.sampled[piece.token_row(p) + token] = replaces ? static_cast<int>(merged.anchors) : kNotSampled;
+      }
     }
   }
   if (status) {
@@ -142,38 +146,38 @@ MAC_DEVICE void finish_kv_head(const AmendParams& p, const AmendWorkspace& w, co
       if (w.error_flag) ptx::atomic_or(w.error_flag, status);
     }
   }
-  if (p.num_anchors == 0) return;
+  if (p.num_anchors == 0 || piece.work.token > 0) return;
   const int candidates = ptx::load_volatile(w.sampled + group);
   const int sampled = !status && sample_tau(p, piece) > 0.f ? candidates : kNotSampled;
   ptx::sync_block();
   if (threadIdx.x == 0) {
     w.sampled[group] = 0;  // as the next call wants to find it; all have read it
-    if (sampled >= 0) p.sampled[group] = sampled;
+    if (sampled >= 0) p.sampled[piece.token_row(p)] = sampled;
   }
   const int64_t first = static_cast<int64_t>(group) * p.num_anchors;
   write_sample<kHeadDim>(p, w, piece, sampled, *static_cast<SampleScratch*>(scratch), p.anchors + first,
                          p.anchor_weights + first);
 }
 
-// A CTA has written the partial states of its piece; if it is the last one of all, it finishes the KV head.
-// `scratch`: all of the stages.
+// A CTA has written the partial states of its piece; if it is the last one of all, it finishes the unit. `scratch`:
+// all of the stages.
 template <int kHeadDim, bool kExact>
-MAC_DEVICE void leave_kv_head(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, void* scratch) {
+MAC_DEVICE void leave_unit(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, void* scratch) {
   static_assert(sizeof(SampleScratch) <= kWarps * Stage<kHeadDim>::kCount * Stage<kHeadDim>::kBytes, "it fits");
   __shared__ PieceRange pieces[kNumSpans];
   __shared__ int is_last;
   // write_partial ended with a barrier: everybody's part is done, and the release below covers it.
   if (threadIdx.x == 0) {
-    const int others = piece.splits * w.head_tiles - 1;
-    int32_t* done = w.done + piece.kv_group(p);
+    const int others = piece.splits * piece.work.passes - 1;
+    int32_t* done = w.done + (p.matched.source ? piece.token_row(p) : piece.kv_group(p));
     is_last = others == 0 || ptx::atomic_add_acq_rel(done, 1) == others;
     if (is_last) *done = 0;  // as the next call wants to find it
   }
   // Another warp, meanwhile.
-  if (threadIdx.x == 32) find_pieces(w, piece, 0, pieces);
+  if (threadIdx.x == 32) find_pieces(piece, 0, pieces);
   ptx::sync_block();
   if (!is_last) return;
-  finish_kv_head<kHeadDim, kExact>(p, w, piece, scratch, pieces);
+  finish_unit<kHeadDim, kExact>(p, w, piece, scratch, pieces);
   ptx::sync_block();  // the shared memory is free again
 }
 

@@ -52,11 +52,11 @@ struct Divisor {
 // Device memory of one match call. `best` and `done` are zero before the launch and after it, and not used where
 // the CTAs of a KV head are a cluster.
 struct MatchWorkspace {
-  unsigned long long* best;  // [B, Hq]
+  unsigned long long* best;  // [B, H, T, G]
   int32_t* done;             // [B, H] CTAs that have left the KV head
   int32_t* status;           // [B] Error bits, written for every request
   int32_t* error_flag;       // [1] sticky, or null
-  int32_t splits;            // CTAs for each KV head, see match_splits
+  int32_t splits;            // CTAs for each query token of a KV head, see match_splits
   int32_t cluster;           // CTAs of a cluster: `splits`, or 1
 };
 
@@ -68,7 +68,7 @@ struct alignas(8) Candidate {
 
 // Device memory of one amend call. `done`, `sampled` and `drawn` are zero before the launch and after it.
 struct AmendWorkspace {
-  int32_t* done;        // [B, H] pieces whose partial states are there
+  int32_t* done;        // [B, H, unit_tokens] pieces whose partial states are there
   int32_t* sampled;     // [B, H] candidates, those without room too
   int32_t* drawn;       // [1] pieces that CTAs have drawn
   int32_t* status;      // [B] Error bits
@@ -80,10 +80,12 @@ struct AmendWorkspace {
   uint32_t k_page_units, k_token_units;  // strides in 16 bytes
   uint32_t v_page_units, v_token_units;
   Divisor page_size;
-  Divisor num_kv_heads, ctas, group_size, passes;  // passes: head_tiles
-  int64_t max_tokens;                              // max_pages * page_size
-  int32_t tile_heads;                              // queries of a pass: min(T G, most_tile_heads)
-  int32_t head_tiles;                              // passes per KV head: ceil(T G / most_tile_heads)
+  Divisor num_kv_heads, ctas, group_size, unit_tokens;
+  int64_t max_tokens;    // max_pages * page_size
+  int32_t num_units;     // B H unit_tokens: with reuse each query token may have work of its own, see KvHeadWork
+  int32_t tile_heads;    // queries of a pass, at most: min(T G, most_tile_heads)
+  int32_t head_tiles;    // passes over all queries of a KV head: ceil(T G / tile_heads)
+  int32_t token_passes;  // over those of one token: ceil(G / tile_heads)
   int32_t pieces_alone;  // 0, or how many a pass is cut into at most, whatever else there is: see most_tiles
 };
 
@@ -119,7 +121,10 @@ inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_p
   w.tile_heads = queries < most ? queries : most;
   w.head_tiles = (queries + most - 1) / most;
   w.group_size = Divisor(params.shape.group_size);
-  w.passes = Divisor(w.head_tiles);
+  const int32_t unit_tokens = params.matched.source ? params.shape.tokens : 1;
+  w.unit_tokens = Divisor(unit_tokens);
+  w.num_units = params.shape.batch * params.shape.num_kv_heads * unit_tokens;
+  w.token_passes = (params.shape.group_size + most - 1) / most;
   // As many as keep the device busy with the passes of one request.
   const int32_t alone =
       (ctas + params.shape.num_kv_heads * w.head_tiles - 1) / (params.shape.num_kv_heads * w.head_tiles);
@@ -127,8 +132,15 @@ inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_p
   return fits(kv.k_page_stride, kv.k_token_stride) && fits(kv.v_page_stride, kv.v_token_stride);
 }
 
-// Pieces that an amend call of `passes` passes may be cut into, see most_tiles.
-constexpr int64_t max_pieces(const AmendWorkspace& w, int32_t ctas, int64_t passes) {
+// Passes that an amend call may have.
+constexpr int64_t max_passes(const AmendParams& params, const AmendWorkspace& w) {
+  const int64_t all = int64_t{params.shape.batch} * params.shape.num_kv_heads * w.head_tiles;
+  const int64_t apart = int64_t{w.num_units} * w.token_passes;
+  return all > apart ? all : apart;
+}
+// Pieces that it may be cut into, see most_tiles.
+constexpr int64_t max_pieces(const AmendParams& params, const AmendWorkspace& w, int32_t ctas) {
+  const int64_t passes = max_passes(params, w);
   return w.pieces_alone > 0 ? passes * w.pieces_alone : static_cast<int64_t>(kMaxWaves) * ctas + passes;
 }
 

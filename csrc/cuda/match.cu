@@ -11,7 +11,7 @@ namespace {
 
 template <typename T>
 cudaError_t launch_type(const MatchParams& p, const MatchWorkspace& w, cudaStream_t stream) {
-  const dim3 grid(p.shape.batch * p.shape.num_kv_heads * w.splits);
+  const dim3 grid(p.shape.batch * p.shape.num_kv_heads * p.shape.tokens * w.splits);
   return with_head_dim(p.shape.head_dim, [&](auto dim) {
     constexpr int kHeadDim = decltype(dim)::value;
     return launch_clusters(match_kernel<T, kHeadDim, decltype(dim)::kExact>, w.cluster, grid, kMatchThreads,
@@ -35,13 +35,14 @@ cudaError_t match_splits(const MatchParams& p, MatchWorkspace& w) {
     return cudaSuccess;
   };
   if (cudaError_t error = with_head_dim(p.shape.head_dim, candidates)) return error;
-  const int groups = p.shape.batch * p.shape.num_kv_heads;
+  const int groups = p.shape.batch * p.shape.num_kv_heads * p.shape.tokens;
   const int most = (p.ring.layout.shape.entries + each - 1) / each;
   int wanted = processors * kBlocksAtATime / groups;
   if (wanted == 1) wanted = kFewBlocks;
   w.splits = std::max(1, std::min({wanted, most, kMaxSplits}));
   // Two CTAs of clusters on one processor are slower than without clusters.
-  const bool meet_in_cluster = major >= 9 && w.splits <= kMaxCluster && w.splits * groups <= processors;
+  const bool meet_in_cluster =
+      major >= 9 && p.shape.tokens == 1 && w.splits <= kMaxCluster && w.splits * groups <= processors;
   w.cluster = meet_in_cluster ? w.splits : 1;
   return cudaSuccess;
 }

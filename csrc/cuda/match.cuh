@@ -3,12 +3,12 @@
 //   d2_h(c) = |q_h - ring_query_h(c)|^2,   score(c) = mean over the group of d2_h / theta_h
 //   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the youngest.
 //
-// Grid: `splits` CTAs of eight warps for each (request, KV head), which share the candidates out. Where they are a
-// cluster (sm_90) they meet in the first one's shared memory, elsewhere in global memory: the first or last one to
-// finish writes the answer. A few lanes read a ring row, so that a warp looks at eight candidates at a time.
-// Partial sums only grow, so most candidates are ruled out by their first head; only the others' heads are read on,
-// a few at a time: each read is a wait for memory, and at batch 1 there is nothing else to do meanwhile.
-// Traffic: between 1/G and all of the ring's queries of the KV head.
+// Grid: `splits` CTAs of eight warps for each query token of each (request, KV head), which share the candidates
+// out. Where they are a cluster (sm_90) they meet in the first one's shared memory, elsewhere, as those of several
+// tokens, in global memory: the first or last one to finish writes the answer. A few lanes read a ring row, so that
+// a warp looks at eight candidates at a time. Partial sums only grow, so most candidates are ruled out by their
+// first head; only the others' heads are read on, a few at a time: each read is a wait for memory, and at batch 1
+// there is nothing else to do meanwhile. Traffic: between 1/G and all of the ring's queries of the KV head.
 #pragma once
 
 #include "head_dim.cuh"
@@ -116,15 +116,19 @@ struct alignas(16) MatchShared {
 
 // The request of a CTA, as far as match needs it.
 struct MatchRequest {
-  int request, kv_head, seq_len, given_slot;
+  int request, kv_head, token, seq_len, given_slot;
   bool readable;  // it has tokens and its slot is there
   int slot;       // that, or 0: padding may name any
+  int tokens;     // of the query
+
+  MAC_DEVICE int first_position() const { return seq_len - tokens; }
 };
 
-MAC_DEVICE MatchRequest match_request(const MatchParams& p, int request, int kv_head) {
+MAC_DEVICE MatchRequest match_request(const MatchParams& p, int group, int token) {
+  const int request = group / p.shape.num_kv_heads, kv_head = group - request * p.shape.num_kv_heads;
   const int n = p.requests.seq_lens[request], slot = p.requests.slots[request];
   const bool readable = n > 0 && slot >= 0 && slot < p.ring.num_slots;
-  return {request, kv_head, n, slot, readable, readable ? slot : 0};
+  return {request, kv_head, token, n, slot, readable, readable ? slot : 0, query_len(p.shape, p.requests, request)};
 }
 
 // Place of the entry of an age, and the other way.
@@ -143,8 +147,8 @@ MAC_DEVICE void prepare_head(const MatchParams& p, const MatchRequest& r, int g,
                              MatchShared& shared) {
   constexpr int kLaneElements = (kHeadDim + 31) / 32;
   const int head = r.kv_head * p.shape.group_size + g, lane = ptx::lane_id();
-  const T* row =
-      static_cast<const T*>(p.query.data) + r.request * p.query.batch_stride + head * p.query.head_stride;
+  const T* row = static_cast<const T*>(p.query.data) + r.request * p.query.batch_stride +
+                 r.token * p.query.token_stride + head * p.query.head_stride;
   const float threshold = p.threshold[head], spread = *p.ring.spread(r.slot, r.kv_head);
   float norm = 0.f;
 #pragma unroll
@@ -190,8 +194,8 @@ struct RingSearch {
     next = fetch(first_place + ptx::lane_id() / kLanes);
     const int64_t id = p.requests.request_ids ? p.requests.request_ids[r.request] : -1;
     stored = *p.ring.stored(r.slot, r.kv_head);
-    const int position = first_position(p.shape, p.requests, r.request);
-    const bool unbroken = r.readable && goes_on(p.ring, r.slot, position) && *p.ring.request(r.slot) == id;
+    const bool unbroken =
+        r.readable && goes_on(p.ring, r.slot, r.first_position()) && *p.ring.request(r.slot) == id;
     if (!unbroken || stored < 0 || stored >= 2 * M) stored = kNoHistory;
     places = stored < places ? stored : places;
   }
@@ -208,9 +212,9 @@ struct RingSearch {
   // Leaves the best key of every decision in `shared.best`.
   MAC_DEVICE void look(const float* query, MatchShared& shared) {
     const int G = p.shape.group_size, M = p.ring.layout.shape.entries;
-    const int lane = ptx::lane_id(), position = r.seq_len - 1;
+    const int lane = ptx::lane_id(), position = r.first_position() + r.token;
     if (shared.errors) stored = kNoHistory, places = 0;
-    const bool searches = stored > 0 && r.seq_len >= p.min_context && p.shape.tokens == 1;
+    const bool searches = stored > 0 && position + 1 >= p.min_context && r.token < r.tokens;
     const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors);
 #pragma unroll 1
     for (int first = first_place; searches && first < places; first += stride) {
@@ -276,10 +280,12 @@ MAC_DEVICE bool meet_in_cluster(int decisions, MatchShared& shared) {
   return ptx::cluster_rank() == 0;
 }
 
-// The same in global memory, where the last to come finds it all. Returns whether this is the last.
-MAC_DEVICE bool meet_in_memory(const MatchWorkspace& w, int group, int group_size, int decisions,
-                               MatchShared& shared) {
-  unsigned long long* all_best = w.best + static_cast<int64_t>(group) * group_size;
+// The same in global memory, where the last to come finds it all and brings it to `keys`, of all query tokens.
+// Returns whether this is the last.
+MAC_DEVICE bool meet_in_memory(const MatchParams& p, const MatchWorkspace& w, int group, int token, int decisions,
+                               MatchShared& shared, unsigned long long* keys) {
+  unsigned long long* first_best = w.best + static_cast<int64_t>(group) * p.shape.group_queries();
+  unsigned long long* all_best = first_best + token * decisions;
   bool hit = false;
 #pragma unroll 1
   for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
@@ -289,15 +295,16 @@ MAC_DEVICE bool meet_in_memory(const MatchWorkspace& w, int group, int group_siz
   }
   if (hit) ptx::fence();  // most CTAs have none, and a fence takes its time
   ptx::sync_block();
-  if (threadIdx.x == 0) shared.is_last = ptx::atomic_add_acquire(w.done + group, 1) == w.splits - 1;
+  const int others = w.splits * p.shape.tokens - 1;
+  if (threadIdx.x == 0) shared.is_last = ptx::atomic_add_acquire(w.done + group, 1) == others;
   ptx::sync_block();
   if (!shared.is_last) return false;
   // Both as the next call wants to find them; no other CTA comes here any more.
   if (threadIdx.x == 0) w.done[group] = 0;
 #pragma unroll 1
-  for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
-    const unsigned long long key = ptx::atomic_exchange(&all_best[g], 0);
-    shared.best[g] = key ? key : match_key(0.f, 0);
+  for (int i = threadIdx.x; i < decisions * p.shape.tokens; i += kMatchThreads) {
+    const unsigned long long key = ptx::atomic_exchange(&first_best[i], 0);
+    keys[i] = key ? key : match_key(0.f, 0);
   }
   ptx::sync_block();
   return true;
@@ -316,8 +323,9 @@ constexpr int match_ctas(int head_dim) {
 template <typename T, int kHeadDim, bool kExact = true>
 __global__ void __launch_bounds__(kMatchThreads, match_ctas(kHeadDim))
     match_kernel(const __grid_constant__ MatchParams p, const __grid_constant__ MatchWorkspace w) {
-  const int G = p.shape.group_size, H = p.shape.num_kv_heads, warp = threadIdx.x / 32;
-  const int group = blockIdx.x / w.splits, split = blockIdx.x % w.splits;
+  const int G = p.shape.group_size, T_ = p.shape.tokens, warp = threadIdx.x / 32;
+  const int row = blockIdx.x / w.splits, split = blockIdx.x % w.splits;
+  const int group = T_ == 1 ? row : row / T_;
   const bool in_cluster = ptx::cluster_size() > 1;
   MatchShared& shared = *static_cast<MatchShared*>(dynamic_shared());
   float* query = reinterpret_cast<float*>(&shared + 1);  // [G, kHeadDim]
@@ -327,14 +335,14 @@ __global__ void __launch_bounds__(kMatchThreads, match_ctas(kHeadDim))
   if (in_cluster) ptx::cluster_arrive();  // `clear` comes before what others may write
   ptx::grid_dependency_wait();            // the last step's ring
   ptx::grid_dependency_launch();
-  const MatchRequest r = match_request(p, group / H, group % H);
+  const MatchRequest r = match_request(p, group, row - group * T_);
   RingSearch<T, kHeadDim, kExact> search(p, r, split, w.splits);
 #pragma unroll 1
   for (int g = warp; g < G; g += kMatchWarps) prepare_head<T, kHeadDim, kExact>(p, r, g, query, shared);
   const int errors = request_errors(p, r.request, r.seq_len, r.given_slot);
   if (errors) ptx::atomic_or(&shared.errors, errors);
   ptx::sync_block();
-  if (threadIdx.x == 0 && split == 0) {
+  if (threadIdx.x == 0 && split == 0 && r.token == 0) {
     if (r.kv_head == 0) w.status[r.request] = shared.errors;
     if (shared.errors && w.error_flag) ptx::atomic_or(w.error_flag, shared.errors);
   }
@@ -342,19 +350,30 @@ __global__ void __launch_bounds__(kMatchThreads, match_ctas(kHeadDim))
   ptx::sync_block();
 
   const int decisions = p.per_head ? G : 1, M = p.ring.layout.shape.entries;
+  const unsigned long long* keys = shared.best;  // [T, decisions]
   if (in_cluster) {
     ptx::cluster_wait();
     if (!meet_in_cluster(decisions, shared)) return;
-  } else if (w.splits > 1) {
-    if (!meet_in_memory(w, group, G, decisions, shared)) return;
+  } else if (w.splits * T_ > 1) {
+    // Nobody needs the query any more, and a decision's keys take less than its floats.
+    auto* all_keys = reinterpret_cast<unsigned long long*>(query);
+    if (!meet_in_memory(p, w, group, r.token, decisions, shared, all_keys)) return;
+    keys = all_keys;
   }
 #pragma unroll 1
   for (int g = threadIdx.x; g < G; g += kMatchThreads) {
-    const int age = match_age(shared.best[p.per_head ? g : 0]);
-    const int place = age == 0 ? kMiss : place_of_age(age, search.stored, M);
-    const int64_t row = static_cast<int64_t>(group) * G + g;
-    p.matched.place[row] = place;
-    p.matched.source[row] = age == 0 ? kMiss : *p.ring.position(r.slot, r.kv_head, place);
+    const int decision = p.per_head ? g : 0;
+    bool hit = true;  // with all tokens that are there
+#pragma unroll 1
+    for (int t = 0; t < T_ && t < r.tokens; ++t) hit = hit && match_age(keys[t * decisions + decision]) != 0;
+#pragma unroll 1
+    for (int t = 0; t < T_; ++t) {
+      const int age = hit && t < r.tokens ? match_age(keys[t * decisions + decision]) : 0;
+      const int place = age == 0 ? kMiss : place_of_age(age, search.stored, M);
+      const int64_t to = (static_cast<int64_t>(group) * T_ + t) * G + g;
+      p.matched.place[to] = place;
+      p.matched.source[to] = age == 0 ? kMiss : *p.ring.position(r.slot, r.kv_head, place);
+    }
   }
   if (threadIdx.x == 0) p.matched.stored[group] = search.stored;
 }

@@ -38,11 +38,14 @@ MAC_DEVICE int position_of(const AmendParams& p, const AmendWorkspace& w, int re
   return fits ? first_position(p.shape, p.requests, request) : -1;
 }
 
-// What one KV head of one request has to attend to. A hit with anchors has no old tiles: those and the rest are one
-// span, and of the entry's state only the anchors are kOld.
+// What one KV head of one request has to attend to: on a miss with all of its query tokens at once, which are the
+// first one's unit then; on a hit each token is a unit of its own, with its own entry. A hit with anchors has no
+// old tiles: those and the rest are one span, and of the entry's state only the anchors are kOld.
 struct KvHeadWork {
   int seq_len, start, old_end, place;  // place: of the matched entry, looked at where there are anchors
-  int position;                        // of the first query token
+  int position;                        // of the unit's first query token
+  int token;                           // that token
+  int queries, passes;                 // of the unit, and over how many its tokens are attended to
   int old_tiles, anchor_tiles, tiles;
 
   MAC_DEVICE bool hit() const { return start > 0; }
@@ -54,27 +57,36 @@ MAC_DEVICE int tiles_for(int tokens) {
   return (tokens + kTileTokens - 1) / kTileTokens;
 }
 
-MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w, int group) {
-  const int request = w.num_kv_heads.divide(group), n = p.requests.seq_lens[request];
+MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w, int unit) {
+  const int group = w.unit_tokens.divide(unit), request = w.num_kv_heads.divide(group), G = p.shape.group_size;
+  const int n = p.requests.seq_lens[request], first = position_of(p, w, request);
   const bool reuses = p.matched.source && has_ring(p.requests, request);
+  const int token = p.matched.source ? unit - group * p.shape.tokens : 0;
+  const bool there = first + token < n;
   int start = 0, place = kMiss;
   if (reuses) {
-    const int64_t row = static_cast<int64_t>(group) * p.shape.group_size;
+    // A token that is not there goes by the first one.
+    const int64_t row = static_cast<int64_t>(there ? unit : unit - token) * G;
     const int32_t* source = p.matched.source + row;
     if (p.num_anchors > 0) place = p.matched.place[row];
     int oldest = 0x7fffffff;  // kMiss is less than any
 #pragma unroll 4
-    for (int g = 0; g < p.shape.group_size; ++g) oldest = source[g] < oldest ? source[g] : oldest;
+    for (int g = 0; g < G; ++g) oldest = source[g] < oldest ? source[g] : oldest;
     start = amend_start(p, oldest);
   }
-  // Padding, and a length that cannot be: one tile without tokens, so that its state is written.
-  const int position = position_of(p, w, request);
-  if (position < 0) return {0, 0, 0, kMiss, 0, 0, 0, 1};
-  const int anchor_tiles = start > 0 ? tiles_for(sample_size(p.num_anchors, start)) : 0;
-  const int old_end = !reuses ? 0 : anchor_tiles > 0 ? start : band_start(position, p.band);
+  const bool hit = first >= 0 && start > 0;
+  const int queries = hit ? G : p.shape.group_queries(), passes = hit ? w.token_passes : w.head_tiles;
+  // What another token's unit does.
+  if (token > 0 && !hit) return {};
+  // Padding, a token that is not there, a length that cannot be: one tile without tokens, so that its state is
+  // written.
+  if (first < 0 || !there) return {0, 0, 0, kMiss, 0, token, queries, passes, 0, 0, 1};
+  const int end = hit ? first + token + 1 : n;
+  const int anchor_tiles = hit ? tiles_for(sample_size(p.num_anchors, start)) : 0;
+  const int old_end = !reuses ? 0 : anchor_tiles > 0 ? start : band_start(first, p.band);
   const int old_tiles = tiles_for(old_end - start);
-  const int tiles = old_tiles + anchor_tiles + tiles_for(n - old_end);
-  return {n, start, old_end, place, position, old_tiles, anchor_tiles, tiles};
+  const int tiles = old_tiles + anchor_tiles + tiles_for(end - old_end);
+  return {end, start, old_end, place, first + token, token, queries, passes, old_tiles, anchor_tiles, tiles};
 }
 
 // A piece of one pass: tiles [begin, end).
@@ -82,10 +94,22 @@ struct Piece {
   int number, begin, end;
   int request, kv_head, head_tile;
   KvHeadWork work;
-  // All pieces of the KV head: `splits` for each pass, of `most` tiles but for the last.
+  // All pieces of the unit: `splits` for each pass, of `most` tiles but for the last.
   int first, splits, most;
 
   MAC_DEVICE int kv_group(const AmendParams& p) const { return request * p.shape.num_kv_heads + kv_head; }
+  // Number of the unit's first token, [B, H, T], where there is reuse.
+  MAC_DEVICE int64_t token_row(const AmendParams& p) const {
+    return int64_t{kv_group(p)} * p.shape.tokens + work.token;
+  }
+  // The pass's first query of the KV head's, [T, G], and how many it has.
+  MAC_DEVICE int first_query(const AmendParams& p, const AmendWorkspace& w) const {
+    return work.token * p.shape.group_size + head_tile * w.tile_heads;
+  }
+  MAC_DEVICE int num_queries(const AmendWorkspace& w) const {
+    const int rest = work.queries - head_tile * w.tile_heads;
+    return rest < w.tile_heads ? rest : w.tile_heads;
+  }
   MAC_DEVICE Span span(int tile) const { return tile < work.old_tiles ? kOld : kFresh; }
 };
 
@@ -154,27 +178,28 @@ MAC_DEVICE int most_tiles(const AmendWorkspace& w, int tiles, int most) {
   return share > kTilesAlone ? share : kTilesAlone;
 }
 
-// A thread's share of the KV heads, [begin, end), whose pieces are `pieces` from `first` on; and the call's.
+// A thread's share of the units, [begin, end), whose pieces are `pieces` from `first` on; and the call's.
 struct Share {
   int begin, end;
   int first, pieces;
   int most, all_pieces;
 };
 
-// Counts the pieces, every CTA for itself: a sum and a prefix sum over the KV heads. Everything waits for this at
-// the start of a step, so it is written to be short.
+// Counts the pieces, every CTA for itself: a sum and a prefix sum over the units. Everything waits for this at the
+// start of a step, so it is written to be short.
 MAC_DEVICE Share share_out(const AmendParams& p, const AmendWorkspace& w) {
   __shared__ int warp_tiles[kWarps], warp_longest[kWarps], warp_pieces[kWarps];
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
-  const int groups = p.shape.batch * p.shape.num_kv_heads, each = (groups + kThreads - 1) / kThreads;
+  const int units = w.num_units, each = (units + kThreads - 1) / kThreads;
   Share share{};
-  share.begin = threadIdx.x * each, share.end = share.begin + each < groups ? share.begin + each : groups;
+  share.begin = threadIdx.x * each, share.end = share.begin + each < units ? share.begin + each : units;
   uint32_t tiles = 0, longest = 1;
-  int last = 0;  // tiles of the last of them, which in most calls is the only one
+  int last = 0, last_passes = 0;  // tiles of the last of them, which in most calls is the only one
 #pragma unroll 1
-  for (int group = share.begin; group < share.end; ++group) {
-    last = kv_head_work(p, w, group).tiles;
-    tiles += last;
+  for (int unit = share.begin; unit < share.end; ++unit) {
+    const KvHeadWork work = kv_head_work(p, w, unit);
+    last = work.tiles, last_passes = work.passes;
+    tiles += last * last_passes;
     longest = static_cast<uint32_t>(last) > longest ? last : longest;
   }
   tiles = ptx::reduce_add(tiles), longest = ptx::reduce_max(longest);
@@ -185,11 +210,16 @@ MAC_DEVICE Share share_out(const AmendParams& p, const AmendWorkspace& w) {
     all_tiles += warp_tiles[i];
     longest_pass = warp_longest[i] > longest_pass ? warp_longest[i] : longest_pass;
   }
-  share.most = tiles_of_piece(w, all_tiles * w.head_tiles, groups * w.head_tiles, longest_pass);
+  const int all_passes = p.shape.batch * p.shape.num_kv_heads * w.head_tiles;
+  share.most = tiles_of_piece(w, all_tiles, all_passes, longest_pass);
 #pragma unroll 1
-  for (int group = share.begin; group < share.end; ++group) {
-    const int pass = group + 1 == share.end ? last : kv_head_work(p, w, group).tiles;
-    share.pieces += divide_up(pass, most_tiles(w, pass, share.most)) * w.head_tiles;
+  for (int unit = share.begin; unit < share.end; ++unit) {
+    if (unit + 1 < share.end) {
+      const KvHeadWork work = kv_head_work(p, w, unit);
+      share.pieces += divide_up(work.tiles, most_tiles(w, work.tiles, share.most)) * work.passes;
+    } else {
+      share.pieces += divide_up(last, most_tiles(w, last, share.most)) * last_passes;
+    }
   }
   share.first = sum_before(share.pieces, warp_pieces, share.all_pieces);
   return share;
@@ -202,21 +232,21 @@ MAC_DEVICE void find_piece(const AmendParams& p, const AmendWorkspace& w, const 
   if (number >= share.first && number < share.first + share.pieces) {
     int first = share.first;
 #pragma unroll 1
-    for (int group = share.begin;; ++group) {
-      const KvHeadWork work = kv_head_work(p, w, group);
+    for (int unit = share.begin;; ++unit) {
+      const KvHeadWork work = kv_head_work(p, w, unit);
       const int most_of_pass = most_tiles(w, work.tiles, share.most);
       const int splits = divide_up(work.tiles, most_of_pass);
-      const int in_group = number - first;
-      if (in_group >= splits * w.head_tiles) {
-        first += splits * w.head_tiles;
+      const int in_unit = number - first;
+      if (in_unit >= splits * work.passes) {
+        first += splits * work.passes;
         continue;
       }
       const int most = work.tiles <= most_of_pass ? work.tiles : (work.tiles + splits - 1) / splits;
       // Passes over the same tokens are neighbours, so that the second finds them in the L2 cache.
-      const int split = w.passes.divide(in_group);
-      const int head_tile = in_group - split * w.head_tiles, begin = split * most;
+      const int split = work.passes == 1 ? in_unit : in_unit / work.passes;
+      const int head_tile = in_unit - split * work.passes, begin = split * most;
       const int end = begin + most < work.tiles ? begin + most : work.tiles;
-      const int request = w.num_kv_heads.divide(group);
+      const int group = w.unit_tokens.divide(unit), request = w.num_kv_heads.divide(group);
       found = {number,    begin, end,   request, group - request * p.shape.num_kv_heads,
                head_tile, work,  first, splits,  most};
       break;

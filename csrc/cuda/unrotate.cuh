@@ -1,8 +1,8 @@
 // Queries without their rotary embedding, on the GPU: R(-p) q / scale, for a step that is given none.
 //
-// Grid: a row of CTAs for each request; a thread for each pair of dimensions of each head, and for each dimension
-// that does not turn. A launch of its own before match: its threads are as many as there are pairs, and match and
-// complete both read the result.
+// Grid: a row of CTAs for each token of each request; a thread for each pair of dimensions of each head, and for
+// each dimension that does not turn. A launch of its own before match: its threads are as many as there are pairs,
+// and match and complete both read the result.
 #pragma once
 
 #include "kernels.h"
@@ -18,20 +18,22 @@ constexpr int kUnrotateThreads = 128;
 constexpr int32_t unrotate_units(const UnrotateParams& p) {
   return p.shape.head_dim - p.pairs;
 }
-// CTAs for a request.
+// CTAs for a token.
 constexpr int32_t unrotate_ctas(const UnrotateParams& p) {
   return (p.shape.num_qo_heads() * unrotate_units(p) + kUnrotateThreads - 1) / kUnrotateThreads;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kUnrotateThreads) unrotate_kernel(const __grid_constant__ UnrotateParams p) {
-  const int request = blockIdx.x, unit = blockIdx.y * kUnrotateThreads + threadIdx.x;
+  const int request = blockIdx.x, token = blockIdx.z, unit = blockIdx.y * kUnrotateThreads + threadIdx.x;
   const int head = unit / unrotate_units(p), i = unit % unrotate_units(p), heads = p.shape.num_qo_heads();
   ptx::grid_dependency_wait();  // whoever wrote q; and the last step may still read what lay at `out`
   ptx::grid_dependency_launch();
   if (head >= heads) return;
-  const T* from = static_cast<const T*>(p.query.data) + request * p.query.batch_stride + head * p.query.head_stride;
-  T* to = static_cast<T*>(p.out) + (static_cast<int64_t>(request) * heads + head) * p.shape.head_dim;
+  const T* from = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
+                  token * p.query.token_stride + head * p.query.head_stride;
+  const int64_t row = (static_cast<int64_t>(request) * p.shape.tokens + token) * heads + head;
+  T* to = static_cast<T*>(p.out) + row * p.shape.head_dim;
   if (i >= p.pairs) {
     to[i + p.pairs] = from[i + p.pairs];
     return;
@@ -40,7 +42,7 @@ __global__ void __launch_bounds__(kUnrotateThreads) unrotate_kernel(const __grid
   const float x = ptx::to_float(from[first]), y = ptx::to_float(from[second]);
   // The angle is rounded to float32, as models round it; what it is in half turns, less the whole turns, to more.
   const int64_t back = p.each_back ? p.each_back[request] : p.back;
-  const float angle = static_cast<float>(p.positions[request] - back) * p.inv_freq[i];
+  const float angle = static_cast<float>(p.positions[request] - back + token) * p.inv_freq[i];
   const double half_turns = angle * 0.31830988618379067154;
   const float2 sin_cos = ptx::sin_cos_pi(static_cast<float>(half_turns - 2 * rint(half_turns / 2)));
   const float sin = sin_cos.x * p.inverse_scale, cos = sin_cos.y * p.inverse_scale;

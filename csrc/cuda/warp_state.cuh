@@ -135,15 +135,13 @@ struct WarpState {
 template <int kHeadBlocks>
 MAC_DEVICE void load_bounds(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, int* starts,
                             int* lasts) {
-  const int column = threadIdx.x, i = piece.head_tile * w.tile_heads + column, G = p.shape.group_size;
+  const int column = threadIdx.x, i = piece.first_query(p, w) + column;
   if (column >= 8 * kHeadBlocks) return;
-  const int token = w.group_size.divide(i);
-  const bool there = i < p.shape.group_queries() && piece.work.position + token < piece.work.seq_len;
-  // Only a single token reuses anything.
-  const bool reuses = p.matched.source && p.shape.tokens == 1;
-  const int32_t* source = p.matched.source + static_cast<int64_t>(piece.kv_group(p)) * G;
-  starts[column] = !there ? kNoHead : reuses ? amend_start(p, source[i]) : 0;
-  lasts[column] = piece.work.position + token;
+  const int last = piece.work.position + w.group_size.divide(i) - piece.work.token;
+  const bool there = column < piece.num_queries(w) && last < piece.work.seq_len;
+  const int32_t* source = p.matched.source + int64_t{piece.kv_group(p)} * p.shape.group_queries();
+  starts[column] = !there ? kNoHead : p.matched.source ? amend_start(p, source[i]) : 0;
+  lasts[column] = last;
 }
 
 // Takes out the logits of tokens behind a query's own.
