@@ -312,11 +312,20 @@ __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
     look_at_heads(p, work, place);
     ptx::sync_block();  // all warps have read the depths, some of which may be the new entry's
   }
-#pragma unroll 1
-  for (int i = warp; i < queries; i += warps) {
-    if (i != warp) head.load_states(p, work, i), head.load_entry(p, work, head_of(i));
+  const auto load = [&](int query) { head.load_states(p, work, query), head.load_entry(p, work, head_of(query)); };
+  const auto answer = [&](int query) {
     head.carry(p, work);
-    write_out<T>(p, w, work, i, head);
+    write_out<T>(p, w, work, query, head);
+  };
+  // The new entry may take the place of one that a later token reuses: those come before it then.
+  const int last = work.stores && work.hits > 0 ? G : queries;
+#pragma unroll 1
+  for (int i = last + warp; i < queries; i += warps) load(i), answer(i);
+  if (last < queries) ptx::sync_block();
+#pragma unroll 1
+  for (int i = warp; i < last; i += warps) {
+    if (i != warp || last < queries) load(i);
+    answer(i);
     ptx::sync_warp();
     if (work.stores && i < G) store_head<T>(p, work, i, head);
   }

@@ -212,17 +212,17 @@ struct RingSearch {
   // Leaves the best key of every decision in `shared.best`.
   MAC_DEVICE void look(const float* query, MatchShared& shared) {
     const int G = p.shape.group_size, M = p.ring.layout.shape.entries;
-    const int lane = ptx::lane_id(), position = r.first_position() + r.token;
+    const int lane = ptx::lane_id(), first = r.first_position(), position = first + r.token;
     if (shared.errors) stored = kNoHistory, places = 0;
     const bool searches = stored > 0 && position + 1 >= p.min_context && r.token < r.tokens;
     const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors);
 #pragma unroll 1
-    for (int first = first_place; searches && first < places; first += stride) {
+    for (int at = first_place; searches && at < places; at += stride) {
       const Candidate c = next;
-      if (first + stride < places) next = fetch(first + stride + lane / kLanes);
+      if (at + stride < places) next = fetch(at + stride + lane / kLanes);
       // With decisions per head every head has a depth of its own, looked at below.
       bool alive =
-          c.place < places && c.tag >= oldest && c.tag < position && (p.per_head || c.depth < p.max_reuse_depth);
+          c.place < places && c.tag >= oldest && c.tag < first && (p.per_head || c.depth < p.max_reuse_depth);
       RowPieces<T, kHeadDim> head[Layout::kHeadsAtOnce];
       head[0] = c.first_head;
       float total = 0.f;

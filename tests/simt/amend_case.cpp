@@ -10,7 +10,11 @@ namespace mac_attn::simt {
 namespace {
 
 constexpr int32_t kStickyBit = 1 << 20;  // of an error long ago
-constexpr int kEntries = 3;
+
+// Of each ring: some for each query token.
+int num_entries(const AmendSpec& spec) {
+  return spec.tokens + 2;
+}
 
 std::string list(const std::vector<int>& values) {
   std::string text;
@@ -42,7 +46,7 @@ AmendCase::AmendCase(const AmendSpec& spec)
         Data data(spec.seed + 1000);
         const int batch = static_cast<int>(spec.seq_lens.size());
         return RingTensors(spec.dtype, {batch, spec.num_kv_heads, spec.group_size, spec.head_dim}, batch + 2,
-                           kEntries, spec.anchors, data);
+                           num_entries(spec), spec.anchors, data);
       }()),
       layer(spec.layer),
       spec_(spec),
@@ -55,52 +59,26 @@ AmendCase::AmendCase(const AmendSpec& spec)
   for (int i = 0; i < ring.num_slots; ++i) slots_.push_back(i);
   data_.shuffle(slots_);
   slots_.resize(batch);
-  size_t next_age = 0;
   for (int b = 0; b < batch; ++b) {
-    const int position = seq_lens[b] - 1;
-    if (position < 0) slots_[b] = kGarbage;
+    if (seq_lens[b] == 0) slots_[b] = kGarbage;
     const auto& without = spec.without_ring;
     if (std::find(without.begin(), without.end(), b) != without.end()) slots_[b] = kNoSlot;
     if (slots_[b] == kGarbage || slots_[b] == kNoSlot) std::fill_n(&stored[b * H], H, kNoHistory);
-    for (int h = 0; h < heads(); ++h) {
-      const bool decides = h == 0 || spec.per_head || h % G == 0;
-      if (h > 0 && decides) ++next_age;
-      const int age = spec.ages[next_age % spec.ages.size()];
-      const bool hits = age > 0 && position - age >= spec.band && slots_[b] != kNoSlot && spec.tokens == 1;
-      source_.push_back(hits ? position - age : kMiss);
-      place_.push_back(!hits ? kMiss : decides ? data_.below(kEntries) : place_.back());
-    }
-    ++next_age;
+    match(b);
   }
   keys_.resize(batch), values_.resize(batch);
   for (int b = 0; b < batch; ++b) {
     const int n = seq_lens[b];
     for (int h = 0; h < H; ++h) {
-      const int first = start(b, h);
-      std::vector<int> tokens;
-      if (hits(b, h) && spec.anchors > 0) {
-        const Ring r = ring.view();
-        const int place = place_[(b * H + h) * G];
-        int32_t* anchors = r.anchors(slots_[b], h, place);
-        float* a = r.anchor_weights(slots_[b], h, place);
-        std::vector<int> all;
-        for (int token = 0; token < first; ++token) all.push_back(token);
-        data_.shuffle(all);
-        const int most = reference::sample_size(spec.anchors, first);
-        all.resize(spec.full_lists || data_.below(3) ? most : data_.below(most + 1));
-        std::sort(all.begin(), all.end());
-        for (int i = 0; i < spec.anchors; ++i) {
-          const bool used = i < static_cast<int>(all.size());
-          anchors[i] = used ? all[i] : kNoAnchor;
-          a[i] = used && data_.below(3) ? 3 * std::abs(static_cast<float>(data_.normal())) : 0.f;
+      std::set<int> tokens;
+      for (int token = 0; token < (hits(b, h) ? query_len(b) : 1); ++token) {
+        if (hits(b, h) && spec.anchors > 0) {
+          fill_entry(b, h, token);
+          const std::vector<int> anchors = entry_sample(b, h, token).tokens;
+          tokens.insert(anchors.begin(), anchors.end());
         }
-        tokens = all;
-        uint16_t* rotated = r.rotated<uint16_t>(slots_[b], h, place);
-        for (int i = 0; i < G * spec.head_dim; ++i) {
-          rotated[i] = encode(spec.dtype, spec.sharpness * data_.normal());
-        }
+        for (int i = start(b, h, token); i < n; ++i) tokens.insert(i);
       }
-      for (int token = first; token < n; ++token) tokens.push_back(token);
 
       std::set<int> heavy;
       for (int i = 0; i < spec.heavy_tokens && n > 0; ++i) heavy.insert(data_.below(n));
@@ -121,6 +99,52 @@ AmendCase::AmendCase(const AmendSpec& spec)
       keys_[b].push_back(std::move(k)), values_[b].push_back(std::move(v));
       if (spec.anchors > 0 && !hits(b, h) && old_end(b) > 0) prepare_miss(b, h);
     }
+  }
+}
+
+// What match has answered. A head hits with all of its tokens; some share an entry.
+void AmendCase::match(int request) {
+  const int G = spec_.group_size, first = position(request), T = spec_.tokens;
+  const auto older = [](int token) { return token * 5 % 9; };
+  source_.resize(source_.size() + queries(), kMiss), place_.resize(source_.size(), kMiss);
+  for (int head = 0; head < heads(); ++head) {
+    const bool decides = head == 0 || spec_.per_head || head % G == 0;
+    if (head > 0 && decides) ++next_age_;
+    const int age = spec_.ages[next_age_ % spec_.ages.size()];
+    const bool has_ring = slots_[request] != kNoSlot && slots_[request] != kGarbage;
+    if (!has_ring || age == 0 || first - age - (T > 1 ? 8 : 0) < spec_.band) continue;
+    const int turn = data_.below(num_entries(spec_));
+    for (int token = 0; token < query_len(request); ++token) {
+      const int of = token % 3 == 2 ? token - 1 : token, row = matched(request, head / G, token) + head % G;
+      source_[row] = first - age - older(of);
+      place_[row] = decides ? (of + turn) % num_entries(spec_) : place_[row - 1];
+    }
+  }
+  ++next_age_;
+}
+
+// Gives the entry that a token reuses anchors and a query.
+void AmendCase::fill_entry(int request, int kv_head, int token) {
+  const Ring r = ring.view();
+  const int place = place_[matched(request, kv_head, token)];
+  if (token > 0 && place == place_[matched(request, kv_head, token - 1)]) return;
+  int32_t* anchors = r.anchors(slots_[request], kv_head, place);
+  float* a = r.anchor_weights(slots_[request], kv_head, place);
+  const int first = start(request, kv_head, token);
+  std::vector<int> all;
+  for (int i = 0; i < first; ++i) all.push_back(i);
+  data_.shuffle(all);
+  const int most = reference::sample_size(spec_.anchors, first);
+  all.resize(spec_.full_lists || data_.below(3) ? most : data_.below(most + 1));
+  std::sort(all.begin(), all.end());
+  for (int i = 0; i < spec_.anchors; ++i) {
+    const bool used = i < static_cast<int>(all.size());
+    anchors[i] = used ? all[i] : kNoAnchor;
+    a[i] = used && data_.below(3) ? 3 * std::abs(static_cast<float>(data_.normal())) : 0.f;
+  }
+  uint16_t* rotated = r.rotated<uint16_t>(slots_[request], kv_head, place);
+  for (int i = 0; i < spec_.group_size * spec_.head_dim; ++i) {
+    rotated[i] = encode(spec_.dtype, spec_.sharpness * data_.normal());
   }
 }
 
@@ -149,10 +173,10 @@ void AmendCase::set_key(int request, int token, int kv_head, double value) {
   pages_.set(request, token, kv_head, key, values_[request][kv_head][token]);
 }
 
-int AmendCase::start(int request, int kv_head) const {
+int AmendCase::start(int request, int kv_head, int token) const {
   int first = std::max(spec_.seq_lens[request], 0);
   for (int g = 0; g < spec_.group_size; ++g) {
-    const int source = source_[request * heads() + kv_head * spec_.group_size + g];
+    const int source = source_[matched(request, kv_head, token) + g];
     first = std::min(first, exact(request) || source == kMiss ? 0 : reference::old_end(source, spec_.band));
   }
   return first;
@@ -168,21 +192,22 @@ reference::Rows AmendCase::queries(int request, int kv_head) const {
   return rows;
 }
 
-reference::Vector AmendCase::entry_query(int request, int head) const {
-  const int G = spec_.group_size, D = spec_.head_dim;
-  const uint16_t* rows = ring.view().rotated<uint16_t>(slots_[request], head / G, place_[request * heads() + head]);
+reference::Vector AmendCase::entry_query(int request, int query) const {
+  const int G = spec_.group_size, D = spec_.head_dim, kv_head = head_of(query) / G;
+  const uint16_t* rows =
+      ring.view().rotated<uint16_t>(slots_[request], kv_head, place_[request * queries() + query]);
   reference::Vector row;
-  for (int d = 0; d < D; ++d) row.push_back(decode(spec_.dtype, rows[head % G * D + d]));
+  for (int d = 0; d < D; ++d) row.push_back(decode(spec_.dtype, rows[query % G * D + d]));
   return row;
 }
 
-reference::Sample AmendCase::entry_sample(int request, int kv_head) const {
-  const int place = place_[request * heads() + kv_head * spec_.group_size];
+reference::Sample AmendCase::entry_sample(int request, int kv_head, int token) const {
+  const int place = place_[matched(request, kv_head, token)];
   const int32_t* anchors = ring.view().anchors(slots_[request], kv_head, place);
   const float* a = ring.view().anchor_weights(slots_[request], kv_head, place);
   reference::Sample sample{};
   for (int i = 0; i < spec_.anchors; ++i) {
-    if (anchors[i] < 0 || anchors[i] >= start(request, kv_head)) continue;
+    if (anchors[i] < 0 || anchors[i] >= start(request, kv_head, token)) continue;
     sample.tokens.push_back(anchors[i]), sample.a.push_back(a[i]);
   }
   return sample;
@@ -191,7 +216,7 @@ reference::Sample AmendCase::entry_sample(int request, int kv_head) const {
 reference::Sample AmendCase::sample(int request, int kv_head) const {
   const int64_t first = int64_t{group(request, kv_head)} * spec_.anchors;
   reference::Sample sample{};
-  sample.candidates = sampled_[group(request, kv_head)];
+  sample.candidates = sampled_[group(request, kv_head) * spec_.tokens];
   for (int i = 0; i < spec_.anchors && anchors_[first + i] != kNoAnchor; ++i) {
     sample.tokens.push_back(anchors_[first + i]), sample.a.push_back(anchor_weights_[first + i]);
   }
@@ -248,8 +273,8 @@ cuda::AmendWorkspace AmendCase::workspace() {
   cuda::AmendWorkspace w{};
   CHECK(cuda::describe(params(), pages_.num_pages(), pages_.max_pages(), spec_.ctas, w));
   const size_t groups = seq_lens.size() * spec_.num_kv_heads;
-  const size_t states = cuda::max_pieces(w, spec_.ctas, groups * w.head_tiles) * kNumSpans * w.tile_heads;
-  done_.assign(groups, 0), counts_.assign(groups, 0);
+  const size_t states = cuda::max_pieces(params(), w, spec_.ctas) * kNumSpans * w.tile_heads;
+  done_.assign(w.num_units, 0), counts_.assign(groups, 0);
   drawn_.assign(1, 0);
   error_flag_.assign(1, kStickyBit);
   partial_out_.assign(states * cuda::padded_head_dim(spec_.head_dim), NAN);
@@ -269,7 +294,7 @@ void AmendCase::run(const Run& run) {
   log_ratio_.assign(rows, 12345.f);
   anchors_.assign(groups * spec_.anchors, kGarbage);
   anchor_weights_.assign(groups * spec_.anchors, 12345.f);
-  sampled_.assign(groups, kGarbage);
+  sampled_.assign(groups * spec_.tokens, kGarbage);
   unchanged_ = {};
   unchanged_.note(query_.bits()), unchanged_.note(pages_.k_bytes()), unchanged_.note(pages_.v_bytes());
   unchanged_.note(pages_.table()), unchanged_.note(seq_lens), unchanged_.note(slots_), unchanged_.note(source_);
@@ -317,11 +342,15 @@ void AmendCase::check_sample(int request, int kv_head) const {
   for (int i = static_cast<int>(got.tokens.size()); i < S; ++i) {
     CHECK(anchors_[first + i] == kNoAnchor && anchor_weights_[first + i] == 0.f);
   }
-  if (errors[request] || tau(request, kv_head) == 0) {
-    const bool attends = S > 0 && !errors[request] && hits(request, kv_head);
+  const bool draws = !errors[request] && tau(request, kv_head) > 0;
+  const bool attends = S > 0 && !errors[request] && hits(request, kv_head);
+  for (int token = draws; token < spec_.tokens; ++token) {
+    const bool reads = attends && there(request, token);
+    const int read = reads ? static_cast<int>(entry_sample(request, kv_head, token).tokens.size()) : kNotSampled;
+    CHECK(sampled_[group(request, kv_head) * spec_.tokens + token] == read);
+  }
+  if (!draws) {
     CHECK(got.tokens.empty());
-    CHECK(got.candidates ==
-          (attends ? static_cast<int>(entry_sample(request, kv_head).tokens.size()) : kNotSampled));
     return;
   }
   const std::string complaint =
@@ -333,36 +362,35 @@ void AmendCase::check_sample(int request, int kv_head) const {
   CHECK(complaint.empty());
 }
 
-double AmendCase::expected_log_ratio(int request, int head) const {
-  const int h = head / spec_.group_size;
-  if (spec_.anchors == 0 || !hits(request, h)) return 0;
-  const reference::Sample sample = entry_sample(request, h);
-  const reference::Vector old_query = entry_query(request, head);
+double AmendCase::expected_log_ratio(int request, int query) const {
+  const int head = head_of(query), token = token_of(query), h = head / spec_.group_size;
+  if (spec_.anchors == 0 || !hits(request, h) || !there(request, token)) return 0;
+  const reference::Sample sample = entry_sample(request, h, token);
+  const reference::Vector old_query = entry_query(request, query);
   const reference::Rows &keys = keys_[request][h], &values = values_[request][h];
   const double entry =
-      ring.view().lse(slots_[request], h, place_[request * heads() + head])[head % spec_.group_size];
-  const reference::Vector counts = reference::counts(sample, spec_.anchors, start(request, h));
+      ring.view().lse(slots_[request], h, place_[request * queries() + query])[head % spec_.group_size];
+  const reference::Vector counts = reference::counts(sample, spec_.anchors, start(request, h, token));
   const reference::State replaced = reference::attend(old_query, keys, values, sample.tokens, softmax_, counts);
   if (reference::nothing_left(entry, replaced.lse, reference::light(old_query, keys, sample, softmax_))) {
     return -INFINITY;
   }
-  return reference::log_ratio(query_.row(request, head), old_query, keys, sample, softmax_);
+  return reference::log_ratio(query_.row(request, token * heads() + head), old_query, keys, sample, softmax_);
 }
 
 void AmendCase::check_request(int request) const {
   for (int query = 0; query < queries(); ++query) {
     check_query(request, query);
     if (spec_.exact) continue;
-    const double got = log_ratio(request, query), want = expected_log_ratio(request, head_of(query));
+    const double got = log_ratio(request, query), want = expected_log_ratio(request, query);
     CHECK(got == want || std::abs(got - want) <= kSampleSlack);
   }
 }
 
 void AmendCase::check_query(int request, int query) const {
   const int head = head_of(query), token = token_of(query), row = token * heads() + head;
-  const int h = head / spec_.group_size, source = source_[request * heads() + head];
-  const bool there = seq_lens[request] > 0 && token < query_len(request);
-  const int n = there ? position(request) + token + 1 : 0;
+  const int h = head / spec_.group_size, source = source_[request * queries() + query];
+  const int n = there(request, token) ? position(request) + token + 1 : 0;
   const reference::Rows &keys = keys_[request][h], &values = values_[request][h];
   const bool reuses = !exact(request) && source != kMiss;
   const int first = reuses ? reference::old_end(source, spec_.band) : 0;
@@ -371,9 +399,9 @@ void AmendCase::check_query(int request, int query) const {
   reference::Vector counts;
   int end = old_end(request);
   if (reuses && spec_.anchors > 0) {
-    old = fresh = entry_sample(request, h).tokens;
-    old_query = entry_query(request, head), end = first;
-    counts = reference::counts(entry_sample(request, h), spec_.anchors, first);
+    old = fresh = entry_sample(request, h, token).tokens;
+    old_query = entry_query(request, query), end = first;
+    counts = reference::counts(entry_sample(request, h, token), spec_.anchors, first);
   }
   for (int token = first; token < n; ++token) (token < end ? old : fresh).push_back(token);
   const reference::State want[kNumSpans] = {

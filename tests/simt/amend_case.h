@@ -10,13 +10,14 @@ struct AmendSpec {
   bool fp8 = false;  // the cache
   int num_kv_heads = 2, group_size = 3, head_dim = 64, page_size = 16;
   std::vector<int> seq_lens = {150, 37};
-  int tokens = 1;               // T; with more than one nothing hits
+  int tokens = 1;               // T
   std::vector<int> query_lens;  // of each request, empty: T
   bool hnd = false;
   bool exact = false;  // without reuse
   int band = 24, anchors = 0;
-  // For (request, KV head) after another, or (request, query head), over and over: the age of the entry that is
-  // reused, 0 for a miss. A hit that this request cannot have is a miss.
+  // For (request, KV head) after another, or (request, query head), over and over: the age of the entry that the
+  // first query token reuses, 0 for a miss; the other tokens' are a little older. A hit that this request cannot
+  // have is a miss.
   std::vector<int> ages = {0};
   bool per_head = false;
   bool full_lists = false;  // else a matched entry may have fewer anchors than there is room for
@@ -50,7 +51,7 @@ class AmendCase {
   int layer;
   void set_key(int request, int token, int kv_head, double value);  // all of its elements
   int slot(int request) const { return slots_[request]; }
-  int start(int request, int kv_head) const;  // first token that is read, other than anchors
+  int start(int request, int kv_head, int token = 0) const;  // first token that is read, other than anchors
   AmendParams params();
 
   // For tests that look closer. The sample is the answer of a miss; `tau` 0 is none.
@@ -59,7 +60,7 @@ class AmendCase {
   reference::Vector weights(int request, int kv_head) const;  // of a miss, by old token
   reference::Vector uniforms(int request, int kv_head) const;
   double log_ratio(int request, int query) const { return log_ratio_[request * queries() + query]; }
-  double expected_log_ratio(int request, int head) const;
+  double expected_log_ratio(int request, int query) const;
   static constexpr double kSampleSlack = 2e-4;  // of weights, relatively; of a log_ratio
 
  private:
@@ -84,9 +85,15 @@ class AmendCase {
   bool hits(int request, int kv_head) const { return !exact(request) && start(request, kv_head) > 0; }
   int group(int request, int kv_head) const { return request * spec_.num_kv_heads + kv_head; }
   int old_end(int request) const;  // E(p), 0 without a ring
-  reference::Rows queries(int request, int kv_head) const;
-  reference::Vector entry_query(int request, int head) const;
-  reference::Sample entry_sample(int request, int kv_head) const;  // the matched entry's
+  bool there(int request, int token) const { return seq_lens[request] > 0 && token < query_len(request); }
+  int matched(int request, int kv_head, int token) const {  // in source_ and place_: the first head's
+    return (group(request, kv_head) * spec_.tokens + token) * spec_.group_size;
+  }
+  void match(int request);
+  void fill_entry(int request, int kv_head, int token);
+  reference::Rows queries(int request, int kv_head) const;  // of the first token
+  reference::Vector entry_query(int request, int query) const;
+  reference::Sample entry_sample(int request, int kv_head, int token) const;  // the matched entry's
 
   AmendSpec spec_;
   Data data_;
@@ -94,6 +101,7 @@ class AmendCase {
   HeadsTensor query_;
   Pages pages_;
   std::vector<int32_t> slots_, source_, place_;
+  size_t next_age_ = 0;
   std::vector<std::vector<reference::Rows>> keys_, values_;  // by request and KV head
   std::vector<float> out_, lse_, log_ratio_, anchor_weights_;
   std::vector<int32_t> anchors_, sampled_, done_, drawn_, counts_, error_flag_;

@@ -53,44 +53,24 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
                               : static_cast<float>(data_.below(8) ? 3 * data_.normal() : 60 * data_.normal()));
     for (int d = 0; d < D; ++d) states.push_back(empty ? 0.f : static_cast<float>(data_.normal()));
   }
-  const Ring r = ring.view();
-  size_t next_age = 0;
+  source_.assign(rows, kMiss), place_.assign(rows, kMiss), log_ratio_.assign(rows, 0.f);
   for (int b = 0; b < batch; ++b) {
-    const int position = seq_lens[b] - 1;
     request_ids_.push_back(100 + b);
     const auto& without = spec.without_ring;
     const bool has_ring = std::find(without.begin(), without.end(), b) == without.end();
-    for (int h = 0; h < heads(); ++h) {
-      const bool decides = h == 0 || spec.per_head || h % G == 0;
-      if (h > 0 && decides) ++next_age;
-      const int age = spec.ages[next_age % spec.ages.size()], kv_head = h / G, g = h % G;
-      const bool hits = has_ring && age > 0 && position - age >= spec.band && spec.tokens == 1;
-      source_.push_back(hits ? position - age : kMiss);
-      place_.push_back(!hits ? kMiss : decides ? data_.below(M) : place_.back());
-      for (int i = 0; i < spec.tokens; ++i) {
-        log_ratio_.push_back(!hits || S == 0 ? 0.f : static_cast<float>(data_.normal()));
-      }
-      if (!hits || S == 0) continue;
-      // What is read again is a part of the entry's state, now and then more than it or nothing.
-      const int kind = data_.below(8), place = place_.back();
-      float& entry_lse = r.lse(slots[b], kv_head, place)[g];
-      if (kind == 0) entry_lse = -INFINITY;
-      const double share = kind == 1 ? -0.1 : 0.1 + 0.08 * data_.below(10);
-      state_lse[b * heads() + h] =
-          kind < 3 && kind != 1 ? -INFINITY : static_cast<float>(entry_lse + std::log1p(-share));
-      if (kind == 3) log_ratio_.back() = -INFINITY;
-      r.depth(slots[b], kv_head, place)[g] = 0;
-    }
-    ++next_age;
+    match(b, has_ring);
     for (int h = 0; h < H; ++h) {
-      const int hits = source_[b * heads() + h * G] != kMiss;
+      const bool hits = source_[row(b, 0, h * G)] != kMiss;
       stored_.push_back(hits ? 1 + data_.below(2 * M - 1) : data_.below(3) ? data_.below(2 * M) : kNoHistory);
-      const int size = reference::sample_size(S, reference::old_end(position - query_len(b) + 1, spec.band));
+      const int size = reference::sample_size(S, reference::old_end(position(b), spec.band));
       const int sampled[] = {kNotSampled, 0, 1, size, 4 * size, 4 * size + 1};
-      sampled_.push_back(S == 0 ? kNotSampled : hits ? data_.below(S + 1) : sampled[data_.below(6)]);
-      if (data_.below(5) == 0) *r.tau(slots[b], h) = data_.below(2) ? NAN : 0.f;
+      for (int token = 0; token < spec.tokens; ++token) {
+        const bool reads = S > 0 && hits && token < query_len(b), draws = S > 0 && !hits && token == 0;
+        sampled_.push_back(reads ? data_.below(S + 1) : draws ? sampled[data_.below(6)] : kNotSampled);
+      }
+      if (data_.below(5) == 0) *ring.view().tau(slots[b], h) = data_.below(2) ? NAN : 0.f;
     }
-    if (position < 0) slots[b] = kGarbage;
+    if (seq_lens[b] == 0) slots[b] = kGarbage;
     if (!has_ring) slots[b] = kNoSlot;
   }
   for (int h = 0; spec.sinks && h < heads(); ++h) {
@@ -100,6 +80,36 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
     anchors_.push_back(data_.below(4) ? data_.below(1000) : kNoAnchor);
     anchor_weights_.push_back(static_cast<float>(data_.normal()));
   }
+}
+
+// What match has answered: a head hits with all of its tokens. And amend, for hits with anchors: what is read again
+// is a part of the entry's state, now and then more than it or nothing.
+void CompleteCase::match(int request, bool has_ring) {
+  const int G = spec_.group_size, first = position(request), M = spec_.entries;
+  const Ring r = ring.view();
+  std::vector<int> empty(M);  // entries that hold nothing
+  for (int& entry : empty) entry = data_.below(8) == 0;
+  for (int head = 0; head < heads(); ++head) {
+    const bool decides = head == 0 || spec_.per_head || head % G == 0;
+    if (head > 0 && decides) ++next_age_;
+    const int age = spec_.ages[next_age_ % spec_.ages.size()], kv_head = head / G, g = head % G;
+    if (!has_ring || seq_lens[request] == 0 || age == 0 || first - age - spec_.tokens < spec_.band) continue;
+    for (int token = 0; token < query_len(request); ++token) {
+      const int64_t at = row(request, token, head);
+      source_[at] = first - age - token * 5 % spec_.tokens;
+      place_[at] = decides ? data_.below(M) : place_[at - 1];
+      if (spec_.anchors == 0) continue;
+      const int kind = data_.below(8), place = place_[at];
+      float& entry_lse = r.lse(slots[request], kv_head, place)[g];
+      if (empty[place]) entry_lse = -INFINITY;
+      const double share = kind == 1 ? -0.1 : 0.1 + 0.08 * data_.below(10);
+      const bool nothing = empty[place] || kind == 2;
+      state_lse[at] = nothing ? -INFINITY : static_cast<float>(entry_lse + std::log1p(-share));
+      log_ratio_[at] = kind == 3 ? -INFINITY : static_cast<float>(data_.normal());
+      r.depth(slots[request], kv_head, place)[g] = 0;
+    }
+  }
+  ++next_age_;
 }
 
 void CompleteCase::run(const Run& run) {
@@ -147,10 +157,9 @@ int64_t CompleteCase::entries_stored() const {
 }
 
 reference::State CompleteCase::state(Span span, int request, int token, int head) const {
-  const int G = spec_.group_size, query = (head / G * spec_.tokens + token) * G + head % G;
-  const int64_t row = (int64_t{span} * static_cast<int64_t>(seq_lens.size()) + request) * queries() + query;
-  const float* first = &states[row * spec_.head_dim];
-  return {{first, first + spec_.head_dim}, state_lse[row], {}};
+  const int64_t at = int64_t{span} * static_cast<int64_t>(seq_lens.size()) * queries() + row(request, token, head);
+  const float* first = &states[at * spec_.head_dim];
+  return {{first, first + spec_.head_dim}, state_lse[at], {}};
 }
 
 // fp32: the weights' exponents are differences of numbers up to some 100, so right to 1e-5, and values are near 1.
@@ -168,15 +177,15 @@ bool CompleteCase::near(const float* got, const reference::Vector& want, const c
 
 CompleteCase::Carried CompleteCase::carried(int request, int token, int head) const {
   const reference::State old = state(kOld, request, token, head), fresh = state(kFresh, request, token, head);
-  const int64_t row = int64_t{request} * heads() + head;
-  const int G = spec_.group_size, place = exact(request) ? kMiss : place_[row];
+  const int64_t at = row(request, token, head);
+  const int G = spec_.group_size, place = exact(request) ? kMiss : place_[at];
   if (place == kMiss || status[request] != 0) return {old, 0, reference::merge(old, fresh)};
   const Ring r = before_.view();
   const float* first = r.out(slots[request], head / G, place) + head % G * spec_.head_dim;
   const reference::State entry{
       {first, first + spec_.head_dim}, r.lse(slots[request], head / G, place)[head % G], {}};
   const int depth = r.depth(slots[request], head / G, place)[head % G] + 1;
-  if (spec_.anchors > 0) return {old, depth, reference::hit(entry, old, log_ratio_[row], fresh)};
+  if (spec_.anchors > 0) return {old, depth, reference::hit(entry, old, log_ratio_[at], fresh)};
   const reference::State carried = reference::merge(entry, old);
   return {carried, depth, reference::merge(carried, fresh)};
 }
@@ -228,20 +237,31 @@ void CompleteCase::expect_entry(int request, int kv_head, const std::vector<Carr
               to.anchor_weights(slot, kv_head, place));
 }
 
+// Once for all query tokens, but by each of them where all heads hit. Without anchors.
+int64_t CompleteCase::tokens_read(int request, int kv_head) const {
+  const int n = seq_lens[request], G = spec_.group_size;
+  int64_t sum = 0;
+  for (int token = 0; token < query_len(request); ++token) {
+    int oldest = n;
+    for (int g = 0; g < G; ++g) oldest = std::min(oldest, source_[row(request, token, kv_head * G + g)]);
+    if (oldest == kMiss) return n;
+    sum += position(request) + token + 1 - reference::old_end(oldest, spec_.band);
+  }
+  return sum;
+}
+
 // What a KV head of a request adds to its slot.
 void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carried>& carried,
                                 RingTensors& want) const {
   const int n = seq_lens[request], slot = slots[request], G = spec_.group_size, S = spec_.anchors;
-  const int number = group(request, kv_head), sampled = sampled_[number];
+  const int number = group(request, kv_head), sampled = sampled_[number * spec_.tokens];
   const int size = reference::sample_size(S, reference::old_end(position(request), spec_.band));
   const int tokens = query_len(request);
   const Ring to = want.view(), got = ring.view();
-  int hits = 0, first = n;
+  int hits = 0;
   bool shallow = false;
   for (int head = kv_head * G; head < (kv_head + 1) * G; ++head) {
-    const int source = source_[request * heads() + head];
-    hits += source != kMiss;
-    first = std::min(first, source == kMiss ? 0 : reference::old_end(source, spec_.band));
+    hits += source_[row(request, 0, head)] != kMiss;
     shallow = shallow || carried[head].depth < (S > 0 ? 1 : spec_.max_reuse_depth);
     float& last_lse = to.last_lse(slot, kv_head)[head % G];
     const float lse = got.last_lse(slot, kv_head)[head % G];
@@ -264,10 +284,13 @@ void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carr
     CHECK(std::abs(now - expected) <= 1e-6 * expected);
     *to.tau(slot, kv_head) = now;
   }
-  const int anchors = S > 0 && hits > 0 ? sampled : 0;
+  int anchors = 0;
+  for (int token = 0; S > 0 && hits > 0 && token < tokens; ++token) {
+    anchors += sampled_[number * spec_.tokens + token];
+  }
   int64_t* counters = to.counters(slot);
-  counters[kKvHeadSteps] += tokens, counters[kKvHeadHits] += hits == G, counters[kQueryHeadHits] += hits;
-  counters[kKvTokensRead] += n - first + anchors;
+  counters[kKvHeadSteps] += tokens, counters[kKvHeadHits] += hits == G ? tokens : 0;
+  counters[kQueryHeadHits] += hits * tokens, counters[kKvTokensRead] += tokens_read(request, kv_head) + anchors;
   for (int i = 0; i < tokens; ++i) counters[kKvTokensFull] += n - i;
   counters[kAnchorsRead] += anchors, counters[kEntriesStored] += stores;
   if (kv_head > 0) return;

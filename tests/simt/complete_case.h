@@ -51,6 +51,13 @@ class CompleteCase {
   }
   int position(int request) const { return seq_lens[request] - query_len(request); }
   int group(int request, int kv_head) const { return request * spec_.num_kv_heads + kv_head; }
+  // Of a query, [B, H, T, G].
+  int64_t row(int request, int token, int head) const {
+    const int G = spec_.group_size;
+    return (int64_t{group(request, head / G)} * spec_.tokens + token) * G + head % G;
+  }
+  void match(int request, bool has_ring);
+  int64_t tokens_read(int request, int kv_head) const;
   reference::State state(Span span, int request, int token, int head) const;
   Carried carried(int request, int token, int head) const;  // from the ring before the run
   bool near(const float* got, const reference::Vector& want, const char* what) const;
@@ -62,6 +69,7 @@ class CompleteCase {
   Data data_;
   HeadsTensor query_, rotated_;
   std::vector<int32_t> source_, place_, stored_, anchors_, sampled_;
+  size_t next_age_ = 0;
   std::vector<float> log_ratio_, anchor_weights_, sinks_;
   std::vector<int64_t> request_ids_;
   std::vector<uint16_t> out_;

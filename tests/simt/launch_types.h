@@ -12,14 +12,14 @@ namespace mac_attn::simt {
 
 template <typename T>
 void launch_unrotate_type(const UnrotateParams& p, const Run& run) {
-  const dim3 grid(p.shape.batch, cuda::unrotate_ctas(p));
+  const dim3 grid(p.shape.batch, cuda::unrotate_ctas(p), p.shape.tokens);
   launch({grid, cuda::kUnrotateThreads, 0, run.engine, run.seed}, cuda::unrotate_kernel<T>, p);
 }
 
 template <typename T>
 void launch_match_type(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run) {
   cuda::with_head_dim(p.shape.head_dim, [&](auto head_dim) {
-    const int ctas = p.shape.batch * p.shape.num_kv_heads * w.splits;
+    const int ctas = p.shape.batch * p.shape.num_kv_heads * p.shape.tokens * w.splits;
     launch(
         {static_cast<unsigned>(ctas), cuda::kMatchThreads, cuda::match_shared_bytes<head_dim>(p.shape.group_size),
          run.engine, run.seed, static_cast<unsigned>(w.cluster)},

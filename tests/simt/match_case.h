@@ -9,7 +9,8 @@ struct MatchSpec {
   DType dtype = DType::kBFloat16;
   int num_kv_heads = 2, group_size = 3, head_dim = 64;
   std::vector<int> seq_lens = {90, 60, 0, 41};
-  int tokens = 1;  // T; with more than one nothing hits
+  int tokens = 1;               // T
+  std::vector<int> query_lens;  // of each request, empty: T
   int entries = 40, window = 60, band = 16, min_context = 1, max_reuse_depth = 1 << 30;
   bool per_head = false, relative = true;
   bool request_ids = true;
@@ -35,18 +36,31 @@ class MatchCase {
   int count_hits() const;
 
   // For tests that break something, before run(). `errors` are expected; such a request answers misses.
-  std::vector<int32_t> seq_lens, slots, errors;
+  std::vector<int32_t> seq_lens, query_lens, slots, errors;
   RingTensors ring;
   std::vector<float> thresholds;
   HeadsTensor& query() { return query_; }
-  void set_entry(int request, int kv_head, int place, double noise);  // the request's query and some noise
+  // A query of the request, any token's, and some noise.
+  void set_entry(int request, int kv_head, int place, double noise);
 
  private:
   int heads() const { return spec_.num_kv_heads * spec_.group_size; }
+  int query_len(int request) const { return query_lens.empty() ? spec_.tokens : query_lens[request]; }
+  int position(int request) const { return seq_lens[request] - query_len(request); }  // of the first query token
+  // Of match's answer, [H, T, G].
+  int64_t row(int request, int token, int head) const {
+    const int G = spec_.group_size;
+    return (int64_t{request * spec_.num_kv_heads + head / G} * spec_.tokens + token) * G + head % G;
+  }
   void check_decision(int request, int first_head, int num_heads) const;
-  int oldest(int request) const;               // position that may be reused
+  // The smallest score of a token's candidates, and that of its answer. Of equal entries it must be the youngest.
+  struct Scores {
+    double best = INFINITY, answer = NAN;
+  };
+  Scores scores(int request, int token, int first_head, int num_heads) const;
+  int oldest(int request, int token) const;    // position that may be reused
   int stored(int request, int kv_head) const;  // the answer, from the slot's history
-  bool is_candidate(int request, int head, int place) const;
+  bool is_candidate(int request, int token, int head, int place) const;
   reference::Vector query_of(int request, int head, int place) const;
 
   MatchSpec spec_;

@@ -84,8 +84,11 @@ std::vector<Run> one_run() {
 void test_shapes(const AmendSpec& base) {
   base.fp8 ? test_stages<fp8>() : test_stages<bf16>();
   test_divide_up();
-  const int pages[] = {1, 7, 16, 64};
+  const int pages[] = {1, 7, 16, 64}, head_dims[] = {64, 128, 96, 256};
   int i = 0;
+  const auto most_group = [](int head_dim) {  // with anchors
+    return std::min(cuda::kMostReplacedHeads, cuda::kMostReplaced / head_dim * 8);
+  };
   const auto test_shape = [&](int head_dim, int group_size, int page_size) {
     AmendSpec spec = base;
     spec.head_dim = head_dim, spec.group_size = group_size;
@@ -93,7 +96,7 @@ void test_shapes(const AmendSpec& base) {
     spec.num_kv_heads = 1 + i / 3 % 2;
     spec.seq_lens = {70 + i % 40, 0, 1 + i % 3};
     spec.ages = {i % 3 == 0 ? 5 : 0, 12};
-    spec.anchors = group_size <= std::min(cuda::kMostReplacedHeads, cuda::kMostReplaced / head_dim * 8) ? 4 : 0;
+    spec.anchors = group_size <= most_group(head_dim) ? 4 : 0;
     spec.candidates = 0.5 + i % 5;
     spec.exact = i % 7 == 4;
     spec.ctas = 1 + i % 4;
@@ -127,10 +130,11 @@ void test_shapes(const AmendSpec& base) {
     for (const int group_size : {1, 3, 4, 20}) {
       AmendSpec spec = base;
       spec.tokens = tokens, spec.group_size = group_size, spec.page_size = pages[i % 4], spec.hnd = i % 2;
-      spec.head_dim = i % 3 == 0 ? 128 : 64, spec.num_kv_heads = 1 + i % 2, spec.ctas = 1 + i % 5;
+      spec.head_dim = head_dims[(i + i / 3) % 4], spec.num_kv_heads = 1 + i % 2, spec.ctas = 1 + i % 5;
       spec.seq_lens = {130, tokens, 0, 24 + tokens, 63 + tokens, 90};
+      spec.ages = {5, 20, 0, 1}, spec.per_head = (i + i / 4) % 4 == 2, spec.batch_invariant = i % 5 == 2;
       if (i % 4) spec.query_lens = {tokens, 1, kGarbage, tokens, (tokens + 1) / 2, 1};
-      spec.anchors = i % 2 && group_size <= cuda::kMostReplacedHeads ? 6 : 0, spec.exact = i % 5 == 0;
+      spec.anchors = spec.per_head || group_size > most_group(spec.head_dim) ? 0 : 6, spec.exact = i % 5 == 0;
       if (i % 3 == 1) spec.without_ring = {0, 3};
       spec.soft_cap = i % 6 == 2 ? 9 : 0;
       spec.seed = i++;

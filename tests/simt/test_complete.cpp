@@ -69,9 +69,11 @@ void test_all(DType dtype) {
   for (const int tokens : {2, 5, 16}) {
     spec = {};
     spec.dtype = dtype, spec.tokens = tokens, spec.seed = 900 + tokens, spec.sinks = tokens == 5;
-    spec.seq_lens = {150, tokens, 0, 24 + tokens, 61}, test(spec, one_run());
-    spec.query_lens = {tokens, 1, kGarbage, tokens, 2}, spec.without_ring = {4}, test(spec, all_runs());
+    spec.seq_lens = {150, tokens, 0, 24 + tokens, 61, 90}, spec.ages = {5, 0, 3, 9}, test(spec, one_run());
+    spec.query_lens = {tokens, 1, kGarbage, tokens, 2, 1}, spec.without_ring = {4}, test(spec, all_runs());
     spec.anchors = 0, spec.group_size = 20, test(spec, one_run());
+    spec.ages = {5, 3}, spec.per_head = true, test(spec, one_run());  // all heads of a KV head hit
+    spec.ages = {5, 3, 0, 9}, ++spec.seed, test(spec, one_run());
     spec.exact = true, test(spec, one_run());
   }
 }

@@ -76,10 +76,25 @@ void test_mixes(DType dtype) {
     spec.near = 0.5, spec.seed += anchors;
     CHECK(test(spec, one_run()) > 0);
   }
-  // Several query tokens, which never hit.
-  spec = {};
-  spec.dtype = dtype, spec.near = 1, spec.tokens = 4, spec.seq_lens = {90, 4, 0, 41, 5};
-  CHECK(test(spec, all_runs()) == 0);
+  // Several query tokens: a head hits with all of them or with none.
+  for (const int tokens : {2, 4, 16}) {
+    for (const bool per_head : {false, true}) {
+      spec = {};
+      spec.dtype = dtype, spec.tokens = tokens, spec.per_head = per_head, spec.seed = 70 + tokens + per_head;
+      spec.seq_lens = {90, tokens, 0, 41 + tokens, 70, 160}, spec.entries = 80, spec.window = 100;
+      spec.near = 1, spec.gap = 1, spec.min_context = tokens == 4 ? 88 : 1;
+      for (const int splits : {1, 3}) {
+        spec.splits = splits, spec.query_lens = {};
+        const int all = test(spec, splits == 3 && tokens == 2 ? all_runs() : one_run());
+        CHECK(all > 0 && all % tokens == 0);
+        spec.query_lens = {tokens, 1, kGarbage, tokens, 1, (tokens + 1) / 2};
+        CHECK(test(spec, one_run()) > 0);
+      }
+      spec.anchors = per_head ? 0 : 8, ++spec.seed, test(spec, one_run());
+      spec.near = 0.05;  // some token has none
+      ++spec.seed, test(spec, one_run());
+    }
+  }
   // More CTAs than candidates.
   spec = {};
   spec.dtype = dtype, spec.splits = 32, test(spec, one_run());
@@ -141,8 +156,8 @@ void test_errors(DType dtype) {
   MatchSpec spec;
   spec.dtype = dtype, spec.near = 0.5;
   const int many_splits = 3;
-  for (int i = 0; i < 4; ++i) {
-    spec.splits = i % 2 ? many_splits : 1, spec.per_head = i / 2;
+  for (int i = 0; i < 6; ++i) {
+    spec.splits = i % 2 ? many_splits : 1, spec.per_head = i / 2 == 1, spec.tokens = i < 4 ? 1 : 3;
     const auto broken = [&](const char* what, auto change) {
       const CaseReport report(what);
       MatchCase match(spec);

@@ -11,6 +11,7 @@ struct Spec {
   DType dtype;
   int heads, head_dim, pairs;
   bool interleaved;
+  int tokens = 1;                                           // T
   std::vector<int> seq_lens = {1, 131072, 0, 77, 5000001};  // 0: padding, position -1
 };
 
@@ -19,18 +20,19 @@ void test(const Spec& spec, const std::vector<Run>& runs) {
                           " pairs=" + std::to_string(spec.pairs) + (spec.interleaved ? " interleaved" : ""));
   const int batch = static_cast<int>(spec.seq_lens.size()), D = spec.head_dim;
   Data data(spec.heads * 1000 + D);
-  const HeadsTensor query(spec.dtype, batch, spec.heads, D, 1, data);
+  const int rows = spec.tokens * spec.heads;  // of a request
+  const HeadsTensor query(spec.dtype, batch, rows, D, 1, data);
   const std::vector<int32_t> lens(spec.seq_lens.begin(), spec.seq_lens.end());
   std::vector<float> inv_freq;
   for (int i = 0; i < spec.pairs; ++i) inv_freq.push_back(static_cast<float>(std::pow(1e4, -1.0 * i / spec.pairs)));
-  std::vector<uint16_t> out(batch * spec.heads * D);
+  std::vector<uint16_t> out(batch * rows * D);
 
   UnrotateParams p{};
-  p.shape = {batch, spec.heads, 1, D};
+  p.shape = {batch, spec.heads, 1, D, spec.tokens};
   p.dtype = spec.dtype;
-  p.query = query.view();
+  p.query = query.view(spec.heads);
   p.positions = lens.data();
-  p.back = 1;
+  p.back = spec.tokens;
   p.inv_freq = inv_freq.data();
   p.pairs = spec.pairs;
   p.interleaved = spec.interleaved;
@@ -43,13 +45,14 @@ void test(const Spec& spec, const std::vector<Run>& runs) {
     unchanged.note(query.bits()), unchanged.note(lens), unchanged.note(inv_freq);
     (spec.dtype == DType::kBFloat16 ? launch_unrotate_bf16 : launch_unrotate_fp16)(p, run);
     CHECK(unchanged.holds());
-    for (int row = 0; row < batch * spec.heads; ++row) {
-      reference::Vector want = query.row(row / spec.heads, row % spec.heads);
+    for (int row = 0; row < batch * rows; ++row) {
+      reference::Vector want = query.row(row / rows, row % rows);
+      const int position = lens[row / rows] - spec.tokens + row % rows / spec.heads;
       for (int i = 0; i < spec.pairs; ++i) {
         double& x = want[spec.interleaved ? 2 * i : i];
         double& y = want[spec.interleaved ? 2 * i + 1 : i + spec.pairs];
         // Models round the angle to float32; so it is what is turned by.
-        const float angle = static_cast<float>(lens[row / spec.heads] - 1) * inv_freq[i];
+        const float angle = static_cast<float>(position) * inv_freq[i];
         const double cos = std::cos(double{angle}) * 0.8, sin = std::sin(double{angle}) * 0.8, from = x;
         x = from * cos + y * sin, y = y * cos - from * sin;
       }
@@ -72,6 +75,7 @@ void test_all(DType dtype) {
     }
   }
   test({dtype, 9, 64, 24, false}, all_runs(3));
+  test({dtype, 9, 64, 24, false, 5}, all_runs(3));
 }
 
 }  // namespace
