@@ -218,9 +218,8 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
                     "q_match and inv_freq: ", inv_freq ? "both are" : "neither is", " given, must be one of them");
   check_query(q, "q");
   const at::Device device = q.device();
-  const Tensor q_match = given_q_match
-                             ? *given_q_match
-                             : unrotate_step(q, seq_lens, query_lens, *inv_freq, interleaved, rotary_scale);
+  const Tensor q_match =
+      given_q_match ? *given_q_match : unrotate_step(q, seq_lens, query_lens, *inv_freq, interleaved, rotary_scale);
   if (given_q_match) check_query(q_match, "q_match");
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
   check_tensor(out, "out", q.sizes(), q.scalar_type(), device);
@@ -320,7 +319,8 @@ void define(torch::Library& m) {
       "Tensor seq_lens, Tensor? query_lens, Tensor slots, "
       "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int anchors, "
       "Tensor threshold, bool relative, float max_drift, bool per_head, int window, int band, int min_context, "
-      "int max_reuse_depth, bool exact, bool learn, int layer, float sm_scale, float logits_soft_cap, bool batch_invariant, "
+      "int max_reuse_depth, bool exact, bool learn, int layer, float sm_scale, float logits_soft_cap, bool "
+      "batch_invariant, "
       "Tensor? sinks, "
       "Tensor(b!)? workspace, "
       "Tensor(c!)? error_flag, "
