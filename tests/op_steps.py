@@ -81,7 +81,20 @@ def op_arguments(reuse, device):
     complete = (*amended, *matched, q, q_match, seq_lens, None, slots, None, ring, KV_HEADS)
     complete += (entries, BAND, reuse.match_options[-1], None, reuse.workspace, out, lse)
     attention = (*amend[:3], False, *amend[3:8])
-    decode = (*attention, slots, q_match, None, *rings, True, reuse.layer, scale, 0.0, False, None)
+    decode = (
+        *attention,
+        slots,
+        q_match,
+        None,
+        *rings,
+        False,
+        True,
+        reuse.layer,
+        scale,
+        0.0,
+        False,
+        None,
+    )
     decode += (*persistent, None, False, 1.0)
     return {
         "match.default": match,
