@@ -51,14 +51,16 @@ void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_page
   for (int32_t b = 0; b < p.shape.batch; ++b) {
     const int32_t n = p.requests.seq_lens[b];
     if (n == 0) continue;
+    const int32_t T_G = p.shape.group_queries(), G = p.shape.group_size;
+    const int32_t there = query_len(p.shape, p.requests, b) * G;  // of each KV head
     int32_t first = n;
-    for (int32_t head = 0; head < p.shape.num_qo_heads(); ++head) {
-      first = std::min(first, cpu::amend_start(p, b, head));
+    for (int32_t i = 0; i < p.shape.num_queries(); ++i) {
+      if (i % T_G < there) first = std::min(first, cpu::amend_start(p, b, i));
     }
     check_pages(p.kv, num_pages, b, first, n - 1);
-    for (int32_t h = 0; p.num_anchors > 0 && h < p.shape.num_kv_heads; ++h) {
-      const int64_t row = (static_cast<int64_t>(b) * p.shape.num_kv_heads + h) * p.shape.group_size;
-      if (p.matched.source[row] != kMiss) check_anchors(p, num_pages, b, h, p.matched.place[row]);
+    for (int32_t i = 0; p.num_anchors > 0 && i < p.shape.num_queries(); i += G) {
+      const int64_t row = static_cast<int64_t>(b) * p.shape.num_queries() + i;
+      if (p.matched.source[row] != kMiss) check_anchors(p, num_pages, b, i / T_G, p.matched.place[row]);
     }
   }
 }
@@ -104,17 +106,17 @@ void unrotate(const UnrotateParams& p) {
                                                  : at::kFloat;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "unrotate", [&] {
     for (int64_t b = 0; b < p.shape.batch; ++b) {
-      const int64_t back = p.each_back ? p.each_back[b] : p.back;
-      const float position = static_cast<float>(int64_t{p.positions[b]} - back);
-      for (int64_t i = 0; i < p.pairs; ++i) {
-        const float angle = position * p.inv_freq[i];
-        cos[i] = std::cos(angle) * p.inverse_scale;
-        sin[i] = std::sin(angle) * p.inverse_scale;
-      }
-      for (int64_t h = 0; h < heads; ++h) {
-        const scalar_t* from =
-            static_cast<const scalar_t*>(p.query.data) + b * p.query.batch_stride + h * p.query.head_stride;
-        scalar_t* to = static_cast<scalar_t*>(p.out) + (b * heads + h) * D;
+      const int64_t first = int64_t{p.positions[b]} - (p.each_back ? p.each_back[b] : p.back);
+      const scalar_t* rows = static_cast<const scalar_t*>(p.query.data) + b * p.query.batch_stride;
+      for (int64_t row = 0; row < p.shape.tokens * heads; ++row) {
+        const int64_t token = row / heads, h = row % heads;
+        for (int64_t i = 0; h == 0 && i < p.pairs; ++i) {
+          const float angle = static_cast<float>(first + token) * p.inv_freq[i];
+          cos[i] = std::cos(angle) * p.inverse_scale;
+          sin[i] = std::sin(angle) * p.inverse_scale;
+        }
+        const scalar_t* from = rows + token * p.query.token_stride + h * p.query.head_stride;
+        scalar_t* to = static_cast<scalar_t*>(p.out) + ((b * p.shape.tokens + token) * heads + h) * D;
         for (int64_t i = 0; i < p.pairs; ++i) {
           const float x = static_cast<float>(from[i * step]), y = static_cast<float>(from[i * step + second]);
           to[i * step] = static_cast<scalar_t>(x * cos[i] + y * sin[i]);

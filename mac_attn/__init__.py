@@ -6,11 +6,12 @@ its options.
 """
 
 from . import _extension  # noqa: F401  (first: it looks at what the others open)
+from ._checks import MAX_QUERY_TOKENS
 from ._version import __version__
 from .audit import AuditReport
 from .cache import ReuseCache
 from .config import ReuseConfig
-from .decode import MAX_QUERY_TOKENS, decode
+from .decode import decode
 from .ops import Amended, Matched, amend, complete, match, merge_states
 from .paging import dense_as_pages, from_flashinfer, to_float8
 from .rope import RotaryEmbedding, rotate, unrotate

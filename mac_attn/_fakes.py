@@ -19,9 +19,8 @@ def _match_fake(
     num_kv_heads: int,
     *args: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads = (q_match.size(0), q_match.size(-2))
     stored = seq_lens.new_empty((q_match.size(0), num_kv_heads))
-    return seq_lens.new_empty(heads), seq_lens.new_empty(heads), stored
+    return _per_query(q_match), _per_query(q_match), stored
 
 
 @torch.library.register_fake("mac_attn::amend")
@@ -44,7 +43,8 @@ def _amend_fake(
     *args: object,
 ) -> tuple[Tensor, ...]:
     batch, head_dim = q.size(0), q.size(-1)
-    queries = q.size(-2) * (q.size(1) if q.dim() == 4 else 1)
+    tokens = q.size(1) if q.dim() == 4 else 1
+    queries = tokens * q.size(-2)
     num_kv_heads, reuses = k_cache.size(2), source is not None
 
     def floats(*shape: int) -> Tensor:
@@ -57,7 +57,7 @@ def _amend_fake(
         floats(batch, queries if reuses else 0),
         seq_lens.new_empty((batch, num_kv_heads, num_anchors)),
         floats(batch, num_kv_heads, num_anchors),
-        seq_lens.new_empty((batch, num_kv_heads if reuses else 0)),
+        seq_lens.new_empty((batch, num_kv_heads * tokens if reuses else 0)),
     )
 
 
@@ -90,8 +90,13 @@ def _decode_reuse_fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor
 @torch.library.register_fake("mac_attn::decode_reuse.into")
 def _decode_reuse_into_fake(out: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     _check_one_device((out, *args))
-    source = out.new_empty((out.size(0), out.size(-2)), dtype=torch.int32)
-    return source, out.new_empty(out.shape[:-1], dtype=torch.float32)
+    return _per_query(out), out.new_empty(out.shape[:-1], dtype=torch.float32)
+
+
+def _per_query(q: Tensor) -> Tensor:
+    """int32 [B, Q] for queries [B, Hq, D] or [B, T, Hq, D]."""
+    tokens = q.size(1) if q.dim() == 4 else 1
+    return q.new_empty((q.size(0), tokens * q.size(-2)), dtype=torch.int32)
 
 
 def _check_one_device(args: tuple[object, ...]) -> None:

@@ -22,7 +22,7 @@ class AuditReport:
 
     Attributes:
         every: one step in this many was sampled.
-        steps: (request, step) pairs sampled.
+        steps: (request, step) pairs sampled, of a step of several query tokens each of them.
         hits: [Hq] int64, sampled pairs in which this head reused.
         error: [Hq] float64, mean error over all sampled pairs: of what the model has seen.
         hit_error: [Hq] float64, mean error over those in which this head reused.
@@ -54,7 +54,8 @@ class Audit:
     A request's step is sampled when `seq_len + slot` is a multiple of `every`, so that not all
     requests of a batch are at the same call. That is decided on the device: rows that are not
     sampled are given to the exact kernels as padding. So nothing waits for the device, and a CUDA
-    graph samples as well; what it costs without a sampled row is some small launches.
+    graph samples as well; what it costs without a sampled row is some small launches. Of a step of
+    several query tokens each is such a step of its own.
 
     Attributes:
         sums: [4, Hq] float64: sum of errors, sum of errors on hits, largest error, number of hits.
@@ -74,14 +75,24 @@ class Audit:
         kv_cache: KVCache,
         block_table: Tensor,
         seq_lens: Tensor,
+        query_lens: Tensor | None,
         slots: Tensor,
         sinks: Tensor | None = None,
         **attention: Any,
     ) -> None:
         """Compare the sampled rows of a step with exact attention; arguments as in `decode`.
 
-        source: [B, Hq] int32, what `match` answered. `out` is only read.
+        source: int32, q's shape without the last dimension: the position whose entry each query has
+        reused, or -1. `out` is only read.
         """
+        if q.dim() == 4:  # each token becomes a row
+            tokens = q.size(1)
+            seq_lens = _lens_of_tokens(tokens, seq_lens, query_lens)
+            block_table, slots = (
+                t.unsqueeze(1).expand(-1, tokens, *t.shape[1:]).flatten(0, 1)
+                for t in (block_table, slots)
+            )
+            out, source, q = (t.flatten(0, 1) for t in (out, source, q))
         sampled = (seq_lens > 0) & (slots >= 0) & ((seq_lens + slots) % self.every == 0)
         if out.device.type == "cpu" and not bool(sampled.any()):
             return
@@ -112,3 +123,11 @@ class Audit:
             hit_error=on_hits / hits.clamp_min(1),
             max_error=largest,
         )
+
+
+def _lens_of_tokens(tokens: int, seq_lens: Tensor, query_lens: Tensor | None) -> Tensor:
+    """What each of T query tokens attends to, [B * T] int32; 0 for those that are not there."""
+    token = torch.arange(tokens, dtype=torch.int32, device=seq_lens.device)
+    there = tokens if query_lens is None else query_lens.unsqueeze(1)
+    lens = seq_lens.unsqueeze(1) - there + token + 1
+    return lens.where((token < there) & (seq_lens > 0).unsqueeze(1), 0).flatten()

@@ -13,6 +13,7 @@ from ._checks import (
     FLOAT_DTYPES,
     INT32_MAX,
     INT_DTYPES,
+    MAX_QUERY_TOKENS,
     check_heads,
     check_int,
     check_tensor,
@@ -170,8 +171,9 @@ class ReuseCache:
 
     def _allocate(self) -> None:
         _, slot_bytes = self._layout()
-        # What the CUDA kernels keep between launches: csrc/backend_cuda.cpp.
-        each = 2 * self.num_qo_heads + 3 * self.num_kv_heads + 1
+        # What the CUDA kernels keep between launches: Persistent in csrc/backend.h.
+        each = MAX_QUERY_TOKENS * (2 * self.num_qo_heads + self.num_kv_heads)
+        each += 2 * self.num_kv_heads + 1
         numbers = self.max_batch_size * each + 1 if self.device.type != "cpu" else 0
         try:
             shape = (self.num_slots, slot_bytes)

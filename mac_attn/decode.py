@@ -11,8 +11,6 @@ from .cache import ReuseCache
 from .paging import KVCache, Scale, kv_arguments, kv_scales, kv_views
 from .rope import pre_rope_query
 
-MAX_QUERY_TOKENS = 16  # of a request in one step; csrc/checks.h has it too
-
 
 def decode(
     q: Tensor,
@@ -32,6 +30,7 @@ def decode(
     v_scale: Scale = None,
     sinks: Tensor | None = None,
     learn: bool = True,
+    exact: bool = False,
     batch_invariant: bool = False,
     out: Tensor | None = None,
     return_lse: bool = False,
@@ -43,9 +42,11 @@ def decode(
     attention to the old context (arXiv:2604.00235); a miss is exact; the cache learns the new query
     either way.
 
-    A step of several tokens, as speculative decoding has them to verify, is exact with `reuse`,
-    too, and reads keys and values once for all of them. The cache learns the first one, which
-    cannot be rejected; the next step may begin after any of them.
+    In a step of several tokens, as speculative decoding has them to verify, each looks for a recent
+    query that it resembles. A head reuses only if it can with all of the request's tokens, else it
+    is exact with all of them: then what one saves, the others would read. Keys and values are read
+    once for all of them. The cache learns the first one, which cannot be rejected; the next step
+    may begin after any of them.
 
     Args:
         q: [B, num_qo_heads, head_dim] float32, bfloat16 or float16, post-RoPE, or of T new tokens,
@@ -66,8 +67,8 @@ def decode(
         reuse: the layer's cache, or None.
         slots: [B] int32, the ring slot of each request, all different, or -1: that request is
             attended exactly, and nothing is stored for it. Needed with `reuse`.
-        q_match: as q, pre-RoPE queries in q's dtype; of several tokens the first is looked at. None
-            computes them from `q` with the cache's `rotary`.
+        q_match: as q, pre-RoPE queries in q's dtype. None computes them from `q` with the cache's
+            `rotary`.
         request_ids: [B] int64, not negative, or None. A slot last used under another id counts as
             empty, so that no request can meet another's state.
         sm_scale: factor of the logits, default 1 / sqrt(head_dim).
@@ -82,6 +83,8 @@ def decode(
             after `sm_scale` and `logits_soft_cap`. -inf is none; NaN and inf are refused, on the
             CPU. A padding row has none. Ring entries do not hold it.
         learn: False stores no entry, as for drafts whose keys are yet to be computed exactly.
+        exact: True reuses nothing, while the cache goes on learning: for a step whose output must
+            be exact, as where drafts are verified. Without `reuse` every step is.
         batch_invariant: cut a request's tokens up in the same way whatever else is in the batch, so
             that its output, decisions and entries are bit for bit what they are alone (on the same
             device, with the same strides). Costs time on short contexts (docs/speed.md).
@@ -98,7 +101,7 @@ def decode(
         TypeError: an argument is no tensor or has another dtype than it must.
     """
     arguments = (q, kv_cache, block_table, seq_lens, query_lens, reuse, slots, q_match, request_ids)
-    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, sinks, learn)
+    options = (sm_scale, logits_soft_cap, kv_layout, k_scale, v_scale, sinks, learn, exact)
     try:
         out, lse = _decode(*arguments, *options, batch_invariant, out)
     except Exception:
@@ -125,6 +128,7 @@ def _decode(
     v_scale: Scale,
     sinks: Tensor | None,
     learn: bool,
+    exact: bool,
     batch_invariant: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -142,9 +146,12 @@ def _decode(
     # complete: out, lse = that and the reused state merged; the new entry goes into the ring
     source, out, lse = ops.match_amend_complete(
         *(*attention, slots, q_match, request_ids, reuse, sm_scale, logits_soft_cap),
-        *(batch_invariant, sinks, learn, out),
+        *(batch_invariant, sinks, learn, exact, out),
     )
-    if reuse.auditor is not None and slots is not None and q.dim() == 3:  # several are exact
+    if reuse.auditor is not None and slots is not None:
+        if q.dim() == 4:
+            by_head = source.view(q.size(0), reuse.num_kv_heads, q.size(1), reuse.group_size)
+            source = by_head.transpose(1, 2).reshape(q.shape[:-1])
         reuse.auditor.record(
             out,
             source,
@@ -152,6 +159,7 @@ def _decode(
             kv_cache,
             block_table,
             seq_lens,
+            query_lens,
             slots,
             sinks,
             sm_scale=sm_scale,

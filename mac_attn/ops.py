@@ -36,8 +36,10 @@ class Matched(NamedTuple):
 
     Attributes:
         source: [B, num_qo_heads] int32, the position of the entry to reuse, or -1 for a miss. With
-            group decisions it is the same for all query heads of a KV head. A step of several query
-            tokens misses.
+            group decisions it is the same for all query heads of a KV head. Of T query tokens it
+            has num_kv_heads * T * group numbers a request, group = num_qo_heads / num_kv_heads,
+            as `place` has: a head hits with all of its tokens, each on an entry of its own, or
+            misses with all. -1 for a token that is not there.
         place: [B, num_qo_heads] int32, where in the ring that entry lies, -1 for a miss.
         stored: [B, num_kv_heads] int32, `ReuseCache.ring_stored` of the request's slot, or -1 if
             the request does not go on where the slot ended.
@@ -56,15 +58,16 @@ class Amended(NamedTuple):
             over the old tokens [0, E(p)) and row 1 over the band [E(p), n). On a hit on the entry
             of position c without anchors they are over [E(c), E(p)) and the band; with anchors
             row 1 is over those and [E(c), n), and row 0 over the anchors by the entry's query.
-            Of T query tokens it has num_kv_heads * T * group rows a request, as the following
-            have, group = num_qo_heads / num_kv_heads; the first token's E(p) parts those of all.
+            Of T query tokens it has num_kv_heads * T * group rows a request, as the next two have,
+            group = num_qo_heads / num_kv_heads; the first token's E(p) parts those of all.
         state_lse: [2, B, num_qo_heads] float32, natural log of the sum of exp(logit); -inf: empty.
         log_ratio: [B, num_qo_heads] float32, by how much the log-sum-exp of the reused rest moves.
         anchors: [B, num_kv_heads, S] int32 positions, ascending, -1 where unused.
         anchor_weights: [B, num_kv_heads, S] float32, how many tokens besides itself each stands
             for.
-        sampled: [B, num_kv_heads] int32, on a miss how many candidates there were for them, -1 if
-            no sample was drawn; on a hit how many anchors were read.
+        sampled: [B, num_kv_heads * T] int32, on a hit how many anchors were read; on a miss, for
+            the first token, how many candidates there were for them, -1 if no sample was drawn, and
+            -1 for the others.
     """
 
     states: Tensor
@@ -264,6 +267,7 @@ def match_amend_complete(
     batch_invariant: bool,
     sinks: Tensor | None,
     learn: bool,
+    exact: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three stages in one op: what a call costs besides is then paid once.
@@ -272,8 +276,8 @@ def match_amend_complete(
         `q_match` the op turns `q` back itself, if the cache has `rotary`.
 
     Returns:
-        (source, out, lse): what `match` answered, `out` or a new tensor, and [B, num_qo_heads]
-        float32.
+        (source, out, lse): what `match` answered, `out` or a new tensor, and float32 of its shape
+        without the last dimension.
     """
     arguments = (
         q,
@@ -291,6 +295,7 @@ def match_amend_complete(
         *reuse.ring_arguments,
         reuse.threshold,
         *reuse.match_options,
+        exact,
         learn,
         reuse.layer,
         sm_scale,

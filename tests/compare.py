@@ -64,26 +64,26 @@ def check_clear(step: Step, margin: float = 1e-5) -> None:
     hit's anchors leave of an entry's sum is a difference of numbers of unit size.
     """
     for head in (head for row in step.heads for head in row):
-        for row in head.scores.tolist():
+        for row in (row for scores in head.scores for row in scores.tolist()):
             finite = sorted(s for s in set(row) if math.isfinite(s))
             if finite:
                 assert abs(finite[0] - 1) > margin, f"score {finite[0]} is at the threshold"
             if len(finite) > 1 and finite[0] < 1:
                 gap = (finite[1] - finite[0]) / finite[0] if finite[0] else math.inf
                 assert gap > margin, f"scores {finite[:2]} are a near tie"
-        if head.rest is not None:
-            near = (head.rest.abs() - reference.LEAST_REST).abs() < 10 * margin
-            assert not near.any(), f"the rest {head.rest} is as little as what counts as empty"
+        for rest in head.rest:
+            near = (rest.abs() - reference.LEAST_REST).abs() < 10 * margin
+            assert not near.any(), f"the rest {rest} is as little as what counts as empty"
 
 
 def added_counters(head: HeadStep, first: bool, seq_len: int) -> list[int]:
     """What a step of one KV head, the request's `first` or another, adds to a slot's counters."""
+    steps, group = head.source.shape
     hits = int((head.source >= 0).sum())
-    all_hit = hits == len(head.source)
-    full = sum(range(seq_len - head.queries + 1, seq_len + 1))
-    steps = head.queries
+    all_hit = steps * (hits == steps * group)
+    full = sum(range(seq_len - steps + 1, seq_len + 1))
     stored = int(head.stored)
-    return [first * steps, steps, int(all_hit), hits, head.tokens, full, head.anchors, stored]
+    return [first * steps, steps, all_hit, hits, head.tokens, full, head.anchors, stored]
 
 
 def check_ring(
@@ -210,9 +210,9 @@ class Twins:
         assert out.dtype == q.dtype and lse.dtype == torch.float32
         self.out.check(out, step.out, "out", step.gain[..., None])
         self.state.check(lse, step.lse, "lse", step.gain)
-        active = torch.tensor(n) > 0
-        self.hits += int((step.source[active] >= 0).sum())
-        self.decisions += step.source[active].numel()
+        sources = [head.source for row in step.heads for head in row]
+        self.hits += sum(int((source >= 0).sum()) for source in sources)
+        self.decisions += sum(source.numel() for source in sources)
         adopt(self.cache, self.reference, slots, self.state)
         if rings:
             for slot in slots:

@@ -64,24 +64,44 @@ def two_steps(reuse, device, dtype=torch.float32):
     return q, kv, table, seq_lens + 1, q_match
 
 
-def op_arguments(reuse, device):
+def op_arguments(reuse, device, tokens=None):
+    """Of a step of one query token or, with `tokens`, of so many, the second request's fewer."""
     q, kv, table, seq_lens, q_match = two_steps(reuse, device)
-    slots = slots_on(device)
+    slots, query_lens, first = slots_on(device), None, seq_lens - 1
+    if tokens:
+        q, q_match = (x[:, None].repeat(1, tokens, 1, 1) for x in (q, q_match))
+        query_lens = torch.tensor([tokens, tokens - 1], dtype=torch.int32, device=device)
+        seq_lens = first + query_lens
     scale, persistent = 1 / math.sqrt(HEAD_DIM), (reuse.workspace, reuse.error_flag)
     rings = (*reuse.ring_arguments, reuse.threshold, *reuse.match_options)
-    match = (q_match, seq_lens, None, slots, None, *rings, *persistent)
+    match = (q_match, seq_lens, query_lens, slots, None, *rings, *persistent)
     matched = torch.ops.mac_attn.match(*match)
-    assert (matched[0] == seq_lens[:, None] - 2).all()  # the planted hit
+    there = torch.arange(tokens or 1, device=device) < (seq_lens - first)[:, None]
+    source = torch.where(there, (first - 1)[:, None], -1)  # the planted hit
+    assert torch.equal(matched[0].view(BATCH, KV_HEADS, -1, HEADS // KV_HEADS).amin((1, 3)), source)
     ring, _, entries, anchors = reuse.ring_arguments
     cache = (kv[:, 0], kv[:, 1], None, None, table)
-    amend = (q, *cache, seq_lens, None, *matched, slots, ring, entries, anchors, BAND)
+    amend = (q, *cache, seq_lens, query_lens, *matched, slots, ring, entries, anchors, BAND)
     amend += (reuse.layer, scale, 0.0, False, *persistent)
     amended = torch.ops.mac_attn.amend(*amend)
-    out, lse = torch.empty_like(q), torch.empty_like(amended[1][0])
-    complete = (*amended, *matched, q, q_match, seq_lens, None, slots, None, ring, KV_HEADS)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    complete = (*amended, *matched, q, q_match, seq_lens, query_lens, slots, None, ring, KV_HEADS)
     complete += (entries, BAND, reuse.match_options[-1], None, reuse.workspace, out, lse)
-    attention = (*amend[:3], False, *amend[3:8])
-    decode = (*attention, slots, q_match, None, *rings, True, reuse.layer, scale, 0.0, False, None)
+    attention = (*amend[:3], False, *amend[3:8])  # to query_lens
+    decode = (
+        *attention,
+        slots,
+        q_match,
+        None,
+        *rings,
+        False,
+        True,
+        reuse.layer,
+        scale,
+        0.0,
+        False,
+        None,
+    )
     decode += (*persistent, None, False, 1.0)
     return {
         "match.default": match,
@@ -91,5 +111,7 @@ def op_arguments(reuse, device):
         "decode_exact.into": (out, *attention, scale, 0.0, False, None),
         "decode_reuse.default": decode,
         "decode_reuse.into": (out, *decode),
-        "complete_exact.default": (*amended[:2], seq_lens, None, 1, None, out, lse),
+        "complete_exact.default": (
+            *(*amended[:2], seq_lens, query_lens, KV_HEADS if tokens else 1, None, out, lse),
+        ),
     }

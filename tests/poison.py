@@ -113,7 +113,10 @@ def poisoned_rerun(
     twin.ring.copy_(garbage(twin.ring, rng))
     q, (k, v), table, lens = call
     slot, n, page_size = int(rows["slots"][row]), int(lens[row]), k.shape[1]
-    unbroken = int(cache.slot_end[slot]) == n - 1 and (
+    wide = rows.get("query_lens")
+    query_lens = [1] * len(q) if wide is None else wide.tolist()
+    first = n - query_lens[row]
+    unbroken = int(cache.slot_end[slot]) <= first <= int(cache.slot_reach[slot]) and (
         rows["request_ids"] is None
         or int(cache.slot_request[slot]) == int(rows["request_ids"][row])
     )
@@ -138,7 +141,7 @@ def poisoned_rerun(
     for b in others:  # lengths and ids must stay within bounds, or the call is refused
         if int(lens[b]) > 0:
             table[b] = torch.from_numpy(rng.integers(0, k.shape[0], table.shape[1]))
-            lens[b] = int(rng.integers(1, n + 1))
+            lens[b] = int(rng.integers(query_lens[b], max(n, query_lens[b]) + 1))
     # A slot whose history was garbage may seem unbroken: then its garbage is used, for its own row.
     out, lse = mac_attn.decode(
         q, tuple(cut), table, lens, reuse=twin, return_lse=True, **{**rows, "q_match": q_match}

@@ -58,7 +58,8 @@ class Counts:
     steps: int = 0
     outputs: int = 0  # (request, step) pairs
     compared: int = 0  # of them, those compared with the reference
-    hits: int = 0  # (step, KV head) pairs of those that hit
+    hits: int = 0  # (query token, KV head) pairs of those that hit
+    drafted: int = 0  # of them, in steps of several tokens
     isolated: int = 0  # steps repeated with everything of the other requests poisoned
     operations: dict[str, int] = field(default_factory=dict)
 
@@ -69,7 +70,8 @@ class Counts:
         operations = ", ".join(f"{n} {name}" for name, n in sorted(self.operations.items()))
         return (
             f"{self.steps} steps, {self.outputs} outputs, {self.compared} of them compared with "
-            f"the reference ({self.hits} KV head hits), {self.isolated} repeated under poison; "
+            f"the reference ({self.hits} KV head hits, {self.drafted} of several tokens), "
+            f"{self.isolated} repeated under poison; "
             f"{operations}"
         )
 
@@ -265,10 +267,8 @@ class Server:
         self.expected[slot] = [0] * len(COUNTERS)
         return child
 
-    def truncate(self, request: Request, count: int) -> None:
-        """Reject the last tokens."""
-        self.counts.count("truncate")
-        length = max(1, len(request) - count)
+    def drop(self, request: Request, length: int) -> None:
+        """Take the tokens from `length` on out of the KV cache."""
         at = np.arange(length, len(request))
         pages = np.array(request.pages)[at // self.page_size]
         self.k[pages, at % self.page_size] = self.v[pages, at % self.page_size] = torch.nan
@@ -276,6 +276,12 @@ class Server:
         keep = -(-length // self.page_size)
         self.free += request.pages[keep:]
         del request.pages[keep:]
+
+    def truncate(self, request: Request, count: int) -> None:
+        """Reject the last tokens."""
+        self.counts.count("truncate")
+        length = max(1, len(request) - count)
+        self.drop(request, length)
         if request.slot is not None:
             self.cache.truncate([request.slot], [length])
             self.reference.truncate([request.slot], [length])
@@ -306,23 +312,36 @@ class Server:
                 reference.seed(self.reference, *call, **rows, choose=judge)
             adopt(self.cache, self.reference, [request.slot], self.state_tolerance)
 
-    def decode(self, requests: Sequence[Request], *, isolate: bool = False) -> Tensor:
-        """One token for each of these requests, and somewhere between them a padding row and
-        another row of one of them that has no slot: it is exact and leaves no trace."""
+    def decode(
+        self, requests: Sequence[Request], *, isolate: bool = False, tokens: int | None = None
+    ) -> Tensor:
+        """One token for each of these requests, or up to `tokens` at once of which some may be
+        rejected afterwards; and somewhere between them a padding row and another row of one of them
+        that has no slot: it is exact and leaves no trace."""
         self.counts.steps += 1
         self.counts.outputs += len(requests)
+        new = {r.id: int(self.rng.integers(1, (tokens or 1) + 1)) for r in requests}
         for request in requests:
-            self.append(request, [int(self.rng.integers(CONTENTS))])
+            self.append(request, self.rng.integers(0, CONTENTS, new[request.id]).tolist())
         padding = Request(0, [], [], 10**6)  # a row of no tokens may name any slot
         batch = list(requests)
         host = requests[int(self.rng.integers(len(requests)))]
         guest = replace(host, slot=-1)
         for row in (padding, guest):
             batch.insert(int(self.rng.integers(len(batch) + 1)), row)
-        q = torch.stack([self.q_pool[r.tokens[-1] if len(r) else 0] for r in batch])
-        q_match = torch.stack([self.query(r) for r in batch])
+        lens = [new.get(r.id, 1) for r in batch]
+        width = tokens or 1
+        newest = [
+            r.tokens[len(r) - n :] if len(r) else [0] for r, n in zip(batch, lens, strict=True)
+        ]
+        contents = torch.tensor([some + some[-1:] * (width - len(some)) for some in newest])
+        q = self.q_pool[contents]
+        q_match = torch.stack([self.query(r) for r in batch for _ in range(width)]).view(q.shape)
+        if tokens is None:
+            q, q_match = q.squeeze(1), q_match.squeeze(1)
         call = (q, (self.k, self.v), self.table(batch), self.ints([len(r) for r in batch]))
-        rows = {**self.rows(batch), "q_match": q_match}
+        query_lens = None if tokens is None else self.ints(lens)
+        rows = {**self.rows(batch), "q_match": q_match, "query_lens": query_lens}
         rerun = None
         if isolate:
             self.counts.isolated += 1
@@ -335,6 +354,8 @@ class Server:
         checked = [b for b, r in enumerate(batch) if r.checked and len(r)]
         if checked:
             self.compare(batch, checked, call, rows, out, lse)
+        for request in requests:  # some are rejected, of which the cache is not told
+            self.drop(request, len(request) - int(self.rng.integers(new[request.id])))
         return out
 
     def compare(
@@ -376,7 +397,9 @@ class Server:
         assert request.slot is not None
         for i, head in enumerate(heads):
             added = added_counters(head, i == 0, len(request))
-            self.counts.hits += added[COUNTERS.index("kv_head_hits")]
+            hits = added[COUNTERS.index("kv_head_hits")]
+            self.counts.hits += hits
+            self.counts.drafted += hits if len(head.source) > 1 else 0
             expected = self.expected[request.slot]
             self.expected[request.slot] = [a + b for a, b in zip(expected, added, strict=True)]
 

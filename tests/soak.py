@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from serving import Request, Server, serving_config  # noqa: E402
 
 HEAD_DIM, MAX_LENGTH = 32, 160
+TOKENS = (None, None, 2, 4)  # of a step, at most
 # The peak of the last third of the time may be so much above that of the middle third. The first is
 # left out: allocators, pages and the reference's own rings fill up. Leaking 16 KB a step is more.
 # In a short run all that still goes on.
@@ -111,7 +112,7 @@ class Traffic:
         server, happens = self.server, {n for n, p in CHANCES.items() if self.rng.random() < p}
         served = [r for r in server.requests if r.slot is not None]
         crowded = len(server.requests) >= server.cache.num_slots * 5 // 4
-        for request in [r for r in server.requests if len(r) >= MAX_LENGTH - 1]:
+        for request in [r for r in server.requests if len(r) > MAX_LENGTH - 4]:
             server.finish(request)
             served = [r for r in served if r is not request]
         if "start" in happens and not crowded:
@@ -147,7 +148,7 @@ class Traffic:
         share = self.rng.random()
         batch = [r for r in served if self.rng.random() < share] or served[:1]
         if batch:
-            self.server.decode(batch)
+            self.server.decode(batch, tokens=TOKENS[int(self.rng.integers(len(TOKENS)))])
 
 
 def soak(seconds: float, num_slots: int, every: int, seed: int) -> bool:

@@ -77,6 +77,50 @@ def test_reports_the_sampled_steps(device: torch.device, every: int) -> None:
     assert "steps audited" in str(report)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_each_token_of_a_step_of_several(device: torch.device, every: int) -> None:
+    """Is a step of its own: sampled by its length, and counted among hits by what it reused."""
+    kv = torch.randn(2, 2, LENGTH, KV_HEADS, DIM, dtype=torch.bfloat16).to(device)
+    cache, table = mac_attn.dense_as_pages(kv[0], kv[1])
+    reuse = ReuseCache(
+        CONFIG, num_slots=3, num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM,
+        dtype=torch.bfloat16, device=device,
+    )  # fmt: skip
+    reuse.audit(every)
+    slots = torch.tensor([2, 0], dtype=torch.int32, device=device)
+    base = torch.randn(2, 1, HEADS, DIM)
+    errors = []
+    for step in range(STEPS):
+        # Of the second KV head one token is now and then like none before it.
+        noise = torch.full((2, 3, HEADS, 1), 0.3)
+        noise[:, step % 3, 2:] = 3.0 if step % 2 else 0.3
+        q = (base + noise * torch.randn(2, 3, HEADS, DIM)).to(device, torch.bfloat16)
+        given = [3, 1 + step % 3]
+        ends = [0 if step % 7 == 5 else 30 + step + 3, 20 + step + given[1]]
+        lens, query_lens = (
+            torch.tensor(x, dtype=torch.int32, device=device) for x in (ends, given)
+        )
+        call = (q, cache, table, lens)
+        exact = mac_attn.decode(*call, query_lens=query_lens).double().cpu()
+        out = mac_attn.decode(
+            *call, query_lens=query_lens, reuse=reuse, slots=slots, q_match=q
+        ).cpu()
+        for b, (end, tokens, slot) in enumerate(zip(ends, given, slots.tolist(), strict=True)):
+            for t in range(tokens if end else 0):
+                if (end - tokens + t + 1 + slot) % every == 0:
+                    off = (out[b, t] - exact[b, t]).norm(dim=-1) / exact[b, t].norm(dim=-1)
+                    errors.append(off)
+    want, report = torch.stack(errors), reuse.audited()
+    assert report.steps == len(want) > STEPS // every
+    torch.testing.assert_close(report.error, want.mean(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(report.max_error, want.amax(0), rtol=1e-9, atol=0)
+    if every == 1:
+        assert int(report.hits.sum()) == reuse.stats().query_head_hits
+        assert (report.hits[:2] > report.hits[2:]).all() and (report.hits[2:] > 0).all()
+        share = report.hit_error * report.hits / report.steps
+        torch.testing.assert_close(share, report.error, rtol=0, atol=2e-3)
+
+
 def test_changes_nothing(device: torch.device) -> None:
     torch.manual_seed(5)
     reuse, out, *_ = run(device, 2)

@@ -23,6 +23,8 @@ CASES = {
     "depth": (6, 2, 96, {"max_reuse_depth": 3}),
     "anchors": (5, 4, 64, {"anchors": 96, "min_context": 24}),
     "anchors, 256": (4, 2, 256, {"anchors": 64}),
+    "3 tokens, anchors": (5, 4, 64, {"anchors": 96, "threshold": 0.5}),
+    "3 tokens, by heads": (5, 3, 64, {"granularity": "head", "threshold": 0.5}),
 }
 
 
@@ -41,6 +43,7 @@ class Pool:
 
     def __init__(self, name: str, device: Any) -> None:
         self.num_kv_heads, self.group, self.head_dim, options = CASES[name]
+        self.tokens = 3 if name.startswith("3 tokens") else 1  # of a step; all but one are rejected
         self.config = None if options is None else small_config(**options)
         self.device = device
         self.dtype = torch.bfloat16 if device.type == "cuda" else random.choice(
@@ -48,14 +51,15 @@ class Pool:
         )  # fmt: skip
         shape = {"num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
         self.kv: PagedKV = make_kv(
-            7, batch=REQUESTS, length=max(LENGTHS) + STEPS, dtype=self.dtype, device=device, **shape
-        )
-        self.kv.write([0] * REQUESTS, [n + STEPS for n in LENGTHS])
-        self.lengths = [n + STEPS for n in LENGTHS]
+            7, batch=REQUESTS, length=max(LENGTHS) + STEPS + 2, dtype=self.dtype, device=device,
+            **shape,
+        )  # fmt: skip
+        self.lengths = [n + STEPS + self.tokens - 1 for n in LENGTHS]
+        self.kv.write([0] * REQUESTS, self.lengths)
         self.table = self.kv.table(self.lengths)
         self.walk = random_walk(
-            3, STEPS, REQUESTS, self.num_kv_heads, self.group, self.head_dim,
-            jump=0.15, dtype=self.dtype, device=device,
+            3, STEPS + 2, REQUESTS, self.num_kv_heads, self.group, self.head_dim,
+            jump=0.15 / self.tokens, dtype=self.dtype, device=device,
         )  # fmt: skip
 
     def rings(self, num_slots: int) -> mac_attn.ReuseCache | None:
@@ -76,8 +80,10 @@ class Pool:
             return torch.tensor(values, dtype=torch.int32, device=self.device)
 
         rows = [max(r, 0) for r in requests]
-        lengths = [LENGTHS[r] + t + 1 if r >= 0 else 0 for r in requests]
-        q = self.walk[t][rows]
+        lengths = [LENGTHS[r] + t + self.tokens if r >= 0 else 0 for r in requests]
+        q = self.walk[t : t + self.tokens, rows].transpose(0, 1)
+        if self.tokens == 1:
+            q = q[:, 0]
         options = {} if reuse is None else {"reuse": reuse, "slots": ints(slots), "q_match": q}
         out, lse = mac_attn.decode(
             q, self.kv.cache, self.table[rows], ints(lengths),

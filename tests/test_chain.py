@@ -23,13 +23,15 @@ def decode_chain(
     dtype: torch.dtype = torch.float32,
     batch: int = 1,
     rings_every: int = 1,
+    tokens: int = 1,
     seed: int = 0,
 ) -> Twins:
     """Decode `steps` tokens of each request from an empty ring, the first at length `first`.
 
-    The answers are compared after every step and the rings after every `rings_every`.
+    The answers are compared after every step and the rings after every `rings_every`. With several
+    `tokens` a step has so many, of which all but one are rejected.
     """
-    length = first + steps
+    length = first + steps + tokens
     kv = make_kv(
         seed,
         batch=batch,
@@ -39,18 +41,21 @@ def decode_chain(
         dtype=dtype,
         device=device,
     )
-    kv.write([0] * batch, [first] * batch)
+    kv.write([0] * batch, [first + tokens - 1] * batch)
     size = (batch, HEADS[0], HEAD_DIM)
-    q = make_q(seed + 1, steps, *size, dtype=dtype, device=device)
-    q_match = random_walk(
-        seed + 2, steps, batch, HEADS[1], HEADS[0] // HEADS[1], HEAD_DIM, dtype=dtype, device=device
-    )
+    kind = {"dtype": dtype, "device": device}
+    q = make_q(seed + 1, steps + tokens - 1, *size, **kind)
+    group, every = HEADS[0] // HEADS[1], steps + tokens - 1
+    q_match = random_walk(seed + 2, every, batch, HEADS[1], group, HEAD_DIM, **kind)
     twins = Twins(cfg, num_slots=batch, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, device=device)
     for t in range(steps):
-        n = first + t + 1
+        n = first + t + tokens
         kv.write([n - 1] * batch, [n] * batch)
         rings = t % rings_every == 0 or t == steps - 1
-        twins.decode(kv, [n] * batch, q[t], q_match[t], list(range(batch)), rings=rings)
+        queries = (q[t], q_match[t])
+        if tokens > 1:
+            queries = tuple(x[t : t + tokens].transpose(0, 1) for x in (q, q_match))
+        twins.decode(kv, [n] * batch, *queries, list(range(batch)), rings=rings)
     return twins
 
 
@@ -67,16 +72,18 @@ def test_group_anchors_bfloat16_over_200_steps(device):
     assert 0.2 < twins.hit_rate < 0.8, twins.hit_rate
 
 
-def test_deep_reuse_does_not_drift(device):
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_deep_reuse_does_not_drift(tokens, device):
     """Hits of hits of hits: with a lax threshold the depth grows to the number of steps."""
     cfg = small_config(threshold=4.0)
-    twins = decode_chain(cfg, steps=150, first=40, device=device, rings_every=10)
+    twins = decode_chain(cfg, steps=150, first=40, device=device, rings_every=10, tokens=tokens)
     depths = [int(e.depth.max()) for e in twins.reference.entries(0).values()]
     assert max(depths) > 40, depths
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("granularity, anchors", [("head", 0), ("group", 4)])
-def test_relative_threshold_zero_equals_exact_decode(granularity, anchors, device):
+def test_relative_threshold_zero_equals_exact_decode(granularity, anchors, tokens, device):
     """No hit may ever occur, even for a repeated query, and a miss is exact attention."""
     cfg = small_config(threshold=0.0, granularity=granularity, anchors=anchors)
     cache = mac_attn.ReuseCache(
@@ -92,11 +99,13 @@ def test_relative_threshold_zero_equals_exact_decode(granularity, anchors, devic
     kv.write([0, 0], [100, 100])
     q = make_q(31, 100, 2, *HEADS[:1], HEAD_DIM, device=device)
     q_match = make_q(32, 2, HEADS[0], HEAD_DIM, device=device)  # the same at every step
+    if tokens > 1:
+        q, q_match = (x.unsqueeze(-3).expand(*x.shape[:-2], tokens, -1, -1) for x in (q, q_match))
 
     def ints(*values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    for n in range(1, 101):
+    for n in range(tokens, 101):
         call = (q[n - 1], kv.cache, kv.table([n, n]), ints(n, n))
         out, lse = mac_attn.decode(
             *call, reuse=cache, slots=ints(1, 0), q_match=q_match, return_lse=True

@@ -43,28 +43,38 @@ def prime_both(one, other, *step):
         prime(reuse, *step)
 
 
+@pytest.mark.parametrize("tokens", [None, 3])
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck(op, device):
-    args = op_arguments(make_reuse(device), device)[op]
+def test_opcheck(op, tokens, device):
+    args = op_arguments(make_reuse(device), device, tokens)[op]
     torch.library.opcheck(overload(op), args)
 
 
-def test_one_op_does_what_the_stages_do(device):
+@pytest.mark.parametrize("query_lens", [None, [3, 2]])
+def test_one_op_does_what_the_stages_do(query_lens, device):
     """`decode` is match, amend, complete: outputs, rings and counters, over misses and hits."""
     whole, apart = make_reuse(device), make_reuse(device)
     q, kv, table, seq_lens = make_step(device)
     prime_both(whole, apart, q, kv, table, seq_lens)
-    slots, q_match = slots_on(device), q
+    slots, some, more = slots_on(device), {}, 0
+    if query_lens:
+        q = torch.randn(BATCH, 3, HEADS, HEAD_DIM, device=device)
+        some["query_lens"] = torch.tensor(query_lens, dtype=torch.int32, device=device)
+        more = some["query_lens"] - 1
     for i in range(4):
-        q_match = torch.randn_like(q) if i % 2 == 0 else q_match
-        lens = seq_lens + i
+        if i % 2 == 0:  # of several tokens the same
+            one = torch.randn(BATCH, HEADS, HEAD_DIM, device=device)
+            q_match = one[:, None].expand_as(q) if query_lens else one
+        lens = seq_lens + i + more
         expected = mac_attn.decode(
-            q, kv, table, lens, reuse=whole, slots=slots, q_match=q_match, return_lse=True
+            q, kv, table, lens, reuse=whole, slots=slots, q_match=q_match, return_lse=True, **some
         )
-        matched = mac_attn.match(apart, q_match, lens, slots)
-        amended = mac_attn.amend(q, kv, table, lens, matched=matched, reuse=apart, slots=slots)
+        matched = mac_attn.match(apart, q_match, lens, slots, **some)
+        amended = mac_attn.amend(
+            q, kv, table, lens, matched=matched, reuse=apart, slots=slots, **some
+        )
         got = mac_attn.complete(
-            amended, lens, reuse=apart, matched=matched, q=q, q_match=q_match, slots=slots
+            amended, lens, reuse=apart, matched=matched, q=q, q_match=q_match, slots=slots, **some
         )
         for a, b in zip((*got, *snapshot(apart)), (*expected, *snapshot(whole)), strict=True):
             assert torch.equal(a, b)

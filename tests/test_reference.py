@@ -353,7 +353,7 @@ def test_seed_continues_an_unbroken_history():
     seed_chain(chain, 40, 50, request_ids=[3])
     assert chain.reuse.slots[0].end == 50
     assert list(chain.reuse.entries(0)) == list(range(49, 17, -1))
-    assert len(chain.step(50, request_ids=[3]).heads[0][0].candidates) == 32
+    assert len(chain.step(50, request_ids=[3]).heads[0][0].candidates[0]) == 32
     seed_chain(chain, 55, 60, request_ids=[3])  # a gap
     assert list(chain.reuse.entries(0)) == list(range(59, 54, -1))
     seed_chain(chain, 60, 62, request_ids=[4])  # another request

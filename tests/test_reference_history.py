@@ -23,8 +23,8 @@ def test_a_tie_goes_to_the_youngest():
         entries[40].query.copy_(entries[50].query)
     step = chain.step(59, q_match=chain.q_match[50])
     for head in step.heads[0]:
-        assert head.candidates == list(range(58, 26, -1))
-        assert head.scores[:, [58 - 40, 58 - 50]].tolist() == [[0.0] * 2] * 2
+        assert head.candidates == [list(range(58, 26, -1))]
+        assert head.scores[0][:, [58 - 40, 58 - 50]].tolist() == [[0.0] * 2] * 2
     assert step.source.tolist() == [[50] * 4]
 
 
@@ -124,7 +124,7 @@ def test_gap_repeat_and_new_request_start_anew():
         (60, -1, 1),
     ]:
         step = chain.step(p, request_ids=None if request < 0 else [request])
-        assert len(step.heads[0][0].candidates) == candidates, (p, request)
+        assert len(step.heads[0][0].candidates[0]) == candidates, (p, request)
         slot = chain.reuse.slots[0]
         assert (slot.end, slot.request) == (p + 1, request)
         assert list(chain.reuse.entries(0)) == list(range(p, p - candidates - 1, -1))
@@ -148,7 +148,7 @@ def test_truncate_forgets_the_tail_and_goes_on():
     assert all(chain.reuse.entries(0)[c] is before[c] for c in range(58, 80))
     chain.batch = 1
     step = chain.step(80, q=chain.q[80, :1], q_match=chain.q_match[80, :1])
-    assert step.heads[0][0].candidates == list(range(79, 57, -1))
+    assert step.heads[0][0].candidates[0] == list(range(79, 57, -1))
     assert list(chain.reuse.entries(0)) == list(range(80, 58, -1))  # 58 was the oldest
     chain.reuse.truncate([0], [1000])  # nothing to forget
     assert chain.reuse.slots[0].end == 81

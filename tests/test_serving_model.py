@@ -89,19 +89,24 @@ class ServingMachine(RuleBasedStateMachine):
         some=st.integers(1, 2**NUM_SLOTS - 1),
         steps=st.integers(1, 6),
         isolate=st.booleans(),
+        tokens=st.sampled_from([None, None, 1, 2, 4]),
     )
-    def decode(self, some: int, steps: int, isolate: bool) -> None:
+    def decode(self, some: int, steps: int, isolate: bool, tokens: int | None) -> None:
         """The others are not in the batch: they pause."""
         for _ in range(steps):
-            going = [r for r in self.served() if len(r) < MAX_LENGTH]
+            going = [r for r in self.served() if len(r) + (tokens or 1) <= MAX_LENGTH]
             batch = [r for i, r in enumerate(going) if some >> i & 1] or going[:1]
             if batch:
-                self.server.decode(batch, isolate=isolate)
+                self.server.decode(batch, isolate=isolate, tokens=tokens)
 
     @precondition(lambda self: self.served())
-    @rule(steps=st.integers(4, 16), isolate=st.booleans())
-    def decode_all(self, steps: int, isolate: bool) -> None:
-        self.decode(2**NUM_SLOTS - 1, steps, isolate)
+    @rule(
+        steps=st.integers(4, 16),
+        isolate=st.booleans(),
+        tokens=st.sampled_from([None, None, 2, 3]),
+    )
+    def decode_all(self, steps: int, isolate: bool, tokens: int | None) -> None:
+        self.decode(2**NUM_SLOTS - 1, steps, isolate, tokens)
 
     @precondition(lambda self: self.served() and self.room())
     @rule(who=st.integers(0, 7), slot=st.integers(0, NUM_SLOTS - 1))
@@ -167,16 +172,18 @@ def run(machine: type[ServingMachine], using: settings = SETTINGS, rounds: int =
 def summary(servers: list[Server]) -> str:
     """The counts of all of them, once it is sure that they say something."""
     counts = [s.counts for s in servers]
-    steps, compared, hits, isolated = (
-        sum(getattr(c, name) for c in counts) for name in ("steps", "compared", "hits", "isolated")
+    steps, compared, hits, drafted, isolated = (
+        sum(getattr(c, name) for c in counts)
+        for name in ("steps", "compared", "hits", "drafted", "isolated")
     )
     operations = {name for c in counts for name in c.operations}
     assert operations >= {"fork", "truncate", "swap out", "swap in", "swap slots", "preempt"}
     assert operations >= {"start", "seed", "reset", "finish"}
-    assert hits > compared / 4 and isolated > steps / 4
+    assert hits > compared / 4 and drafted > hits / 20 and isolated > steps / 4
     return (
         f"{len(servers)} random servers: {steps} steps, {compared} outputs compared, "
-        f"{hits} KV head hits, {isolated} steps repeated under poison"
+        f"{hits} KV head hits, {drafted} of them in steps of several tokens, {isolated} steps "
+        "repeated under poison"
     )
 
 
@@ -198,9 +205,11 @@ def drop_the_history_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def planted(q: Any, kv: Any, table: Any, lens: Any, *, reuse: Any, slots: Any, **rest: Any):
         ids = rest["request_ids"]
+        given = rest["query_lens"]
         for b, (n, slot) in enumerate(zip(lens.tolist(), slots.tolist(), strict=True)):
             if n > 0 and slot >= 0:
-                reuse.slot_end[slot] = reuse.slot_reach[slot] = n - 1
+                first = n - (1 if given is None else int(given[b]))
+                reuse.slot_end[slot] = reuse.slot_reach[slot] = first
                 reuse.slot_request[slot] = -1 if ids is None else ids[b]
         return decode(q, kv, table, lens, reuse=reuse, slots=slots, **rest)
 
@@ -248,7 +257,7 @@ def add_nothing_of_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     def planted(q: Any, kv: Any, table: Any, lens: Any, **rest: Any):
         out, lse = decode(q, kv, table, lens, **rest)
         stray = kv[1][(table[:, 0].long() + 1) % len(kv[1]), 0, 0]
-        return out + 0 * stray[:, None], lse
+        return out + 0 * stray.view(len(q), *(1 for _ in q.shape[1:-1]), -1), lse
 
     monkeypatch.setattr(mac_attn, "decode", planted)
 
@@ -260,11 +269,14 @@ def plant_between(
 
     def planted(q: Any, kv: Any, table: Any, lens: Any, *, reuse: Any, **rest: Any):
         slots, ids, q_match = (rest[name] for name in ("slots", "request_ids", "q_match"))
-        matched = mac_attn.match(reuse, q_match, lens, slots, ids)
-        amended = mac_attn.amend(q, kv, table, lens, matched=matched, reuse=reuse, slots=slots)
+        some = {"query_lens": rest["query_lens"]}
+        matched = mac_attn.match(reuse, q_match, lens, slots, ids, **some)
+        amended = mac_attn.amend(
+            q, kv, table, lens, matched=matched, reuse=reuse, slots=slots, **some
+        )
         return mac_attn.complete(
             change(reuse, matched, amended), lens, reuse=reuse, matched=matched, q=q,
-            q_match=q_match, slots=slots, request_ids=ids,
+            q_match=q_match, slots=slots, request_ids=ids, **some,
         )  # fmt: skip
 
     monkeypatch.setattr(mac_attn, "decode", planted)
@@ -284,8 +296,9 @@ def keep_tau_when_a_list_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest keys stay, but their weights go by the tau that let more through."""
 
     def change(reuse: Any, matched: Any, amended: Any) -> mac_attn.Amended:
-        over = (amended.sampled > reuse.cfg.anchors).unsqueeze(-1)
-        cut = reuse.cfg.anchors / amended.sampled.clamp(min=1).unsqueeze(-1)
+        sampled = amended.sampled.unflatten(1, (reuse.num_kv_heads, -1))[..., :1]
+        over = sampled > reuse.cfg.anchors
+        cut = reuse.cfg.anchors / sampled.clamp(min=1)
         weights = ((1 + amended.anchor_weights) * cut - 1).clamp(min=0)
         weights = torch.where(over, weights, amended.anchor_weights)
         return amended._replace(anchor_weights=weights)

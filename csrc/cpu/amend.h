@@ -41,8 +41,8 @@ inline void take_candidates(const AmendParams& p, const AmendWork& work, int64_t
   }
 }
 
-// One thread's part of a task: the states of all query heads, those of a KV head in the order of
-// `AmendWork::qo_heads`, so that the ones that attend to a token come first.
+// One thread's part of a task: the states of all queries, in the order of `AmendWork::queries`, so that of the
+// heads of a KV head the ones that attend to a token come first.
 template <typename T>
 struct TaskState {
   typename QueryType<T>::type* query;  // [H, T, tiles of heads, query_tile_size]
@@ -109,25 +109,27 @@ void fetch(const Rows<T>& rows, int64_t head_dim) {
 template <typename T>
 void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask& task, const TaskState<T>& now,
                     const TaskState<T>& then) {
-  const AmendGroup* groups = &work.groups[task.request * p.shape.num_kv_heads];
-  const int G = p.shape.group_size, S = p.num_anchors;
+  const int G = p.shape.group_size, T_ = p.shape.tokens;
+  const int64_t S = p.num_anchors;
+  const AmendHit* hits = &work.hits[static_cast<int64_t>(task.request) * p.shape.num_kv_heads * T_];
   struct Listed {
     Block block;
-    int kv_head;
+    int kv_head, query_token;
     alignas(64) float a[kBlock], counts[kBlock];
   };
-  int32_t at = task.begin;
+  int64_t at = task.begin;
   const auto find_next = [&](Listed& listed) {
-    while (at < task.end && at % S >= groups[at / S].num_anchors) at = (at / S + 1) * S;
+    while (at < task.end && at % S >= hits[at / S].num_anchors) at = (at / S + 1) * S;
     listed.block.count = 0;
     if (at >= task.end) return;
-    listed.kv_head = at / S;
-    const AmendGroup& group = groups[listed.kv_head];
-    const int32_t first = at % S, count = std::min(group.num_anchors - first, task.end - at);
-    find_listed(p, task.request, group.anchors + first, count, listed.block);
+    const int64_t list = at / S, first = at % S;
+    listed.kv_head = static_cast<int>(list / T_), listed.query_token = static_cast<int>(list % T_);
+    const AmendHit& hit = hits[list];
+    const int64_t count = std::min(hit.num_anchors - first, task.end - at);
+    find_listed(p, task.request, hit.anchors + first, static_cast<int>(count), listed.block);
     std::fill(listed.a, listed.a + kBlock, 0.f);
-    std::copy(group.anchor_weights + first, group.anchor_weights + first + listed.block.count, listed.a);
-    for (int t = 0; t < kBlock; ++t) listed.counts[t] = counted(listed.a[t], group.density);
+    std::copy(hit.anchor_weights + first, hit.anchor_weights + first + listed.block.count, listed.a);
+    for (int t = 0; t < kBlock; ++t) listed.counts[t] = counted(listed.a[t], hit.density);
     at += listed.block.count;
   };
   // They lie anywhere, so what is waited for is memory's latency: rows are asked for two blocks ahead, steadily,
@@ -145,17 +147,18 @@ void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask
     Stream stream;
     if (after.block.count > 0) stream.add_listed<T>(p, after.block, after.kv_head);
     const Rows<T> rows = rows_of(listed), next = following.block.count > 0 ? rows_of(following) : rows;
-    attend<T>(p, work, task, now, listed.kv_head, 0, G, 0, listed.a, listed.counts, rows, next, stream);
-    attend<T>(p, work, task, then, listed.kv_head, 0, G, 0, listed.a, listed.counts, rows, next, stream);
+    for (const TaskState<T>* state : {&now, &then}) {
+      attend<T>(p, work, task, *state, listed.kv_head, listed.query_token, G, 0, listed.a, listed.counts, rows,
+                next, stream);
+    }
   }
 }
 
 // How many of a request's KV heads, in their order, attend to a token before `end`; at least `active`.
 inline int active_heads(const AmendParams& p, const AmendWork& work, int request, int end, int active) {
-  const int G = p.shape.group_size, H = p.shape.num_kv_heads;
-  const int32_t* order = work.kv_heads.data() + static_cast<int64_t>(request) * H;
-  const int32_t* starts = work.starts.data() + static_cast<int64_t>(request) * H * G;
-  while (active < H && starts[order[active] * G] < end) ++active;
+  const int H = p.shape.num_kv_heads;
+  const int32_t* starts = work.kv_starts.data() + static_cast<int64_t>(request) * H;
+  while (active < H && starts[active] < end) ++active;
   return active;
 }
 
@@ -164,26 +167,26 @@ inline int active_heads(const AmendParams& p, const AmendWork& work, int request
 template <typename T>
 void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask& task, const AmendTask* following,
                    bool fetched, const TaskState<T>& state) {
-  const int G = p.shape.group_size, H = p.shape.num_kv_heads;
+  const int G = p.shape.group_size, H = p.shape.num_kv_heads, task_end = static_cast<int>(task.end);
   const int32_t* order = work.kv_heads.data() + static_cast<int64_t>(task.request) * H;
-  const int32_t* starts = work.starts.data() + static_cast<int64_t>(task.request) * H * G;
+  const int32_t* starts = work.starts.data() + static_cast<int64_t>(task.request) * p.shape.num_queries();
   Block blocks[2];
-  find_tokens(p, task.request, task.begin, task.end, blocks[0]);
+  find_tokens(p, task.request, static_cast<int>(task.begin), task_end, blocks[0]);
   if (!fetched) fetch(head_rows<T>(p, blocks[0], order[0]), p.shape.head_dim);
   const int tokens = query_len(p.shape, p.requests, task.request);
   const int position = first_position(p.shape, p.requests, task.request);
   int active = 0;  // KV heads that attend to a token of the block
-  for (int first = task.begin, i = 0; first < task.end; first += kBlock, i ^= 1) {
+  for (int first = static_cast<int>(task.begin), i = 0; first < task_end; first += kBlock, i ^= 1) {
     const Block& block = blocks[i];
     const int end = first + block.count;
     active = active_heads(p, work, task.request, end, active);
 
     Block& next_block = blocks[i ^ 1];
-    const bool last = end >= task.end;
+    const bool last = end >= task_end;
     const AmendTask& next_task = last && following ? *following : task;
-    const int next_first = last && following ? following->begin : end;
+    const int next_first = last && following ? static_cast<int>(following->begin) : end;
     const int32_t* next_order = work.kv_heads.data() + static_cast<int64_t>(next_task.request) * H;
-    find_tokens(p, next_task.request, next_first, next_task.end, next_block);
+    find_tokens(p, next_task.request, next_first, static_cast<int>(next_task.end), next_block);
     const int next_active = active_heads(p, work, next_task.request, next_first + next_block.count, 0);
     Stream stream;
     stream.add<T>(p, next_block, next_first, next_order, next_active);
@@ -193,15 +196,17 @@ void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask&
       const Rows<T> next = j + 1 < active         ? head_rows<T>(p, block, order[j + 1])
                            : next_block.count > 0 ? head_rows<T>(p, next_block, next_order[0])
                                                   : rows;
-      const int32_t* start = starts + order[j] * G;
-      for (int k = 0; k < tokens; ++k) {
+      int final = tokens - 1;  // the last query token that attends to the block
+      while (final > 0 && starts[(order[j] * p.shape.tokens + final) * G] >= end) --final;
+      for (int k = 0; k <= final; ++k) {
+        const int32_t* start = starts + (order[j] * p.shape.tokens + k) * G;
         const int last = std::min(end, position + k + 1);  // a query attends to its own token and those before
         int heads = 0;
         for (int t = std::max(first, start[0]); t < last;) {
           while (heads < G && start[heads] <= t) ++heads;
           const int cut = heads < G ? std::min(last, start[heads]) : last;
           attend<T>(p, work, task, state, order[j], k, heads, t, nullptr, nullptr, rows.from(t - first, cut - t),
-                    k + 1 < tokens ? rows : next, stream);
+                    k < final ? rows : next, stream);
           t = cut;
         }
       }
@@ -209,12 +214,12 @@ void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask&
   }
 }
 
-// A query as the dots read it: number `h` in the order.
+// A query as the dots read it: number `i` in the order.
 template <typename T, typename Q>
-MAC_INLINE void arrange_query(const AmendParams& p, int h, const T* row, Q* query) {
+MAC_INLINE void arrange_query(const AmendParams& p, int i, const T* row, Q* query) {
   const int G = p.shape.group_size, D = p.shape.head_dim;
-  Q* to = query + (static_cast<int64_t>(h / G) * num_tiles(G) + h % G / kTileHeads) * query_tile_size<Q>(D) +
-          h % G % kTileHeads * kDotElements<Q>;
+  Q* to = query + (static_cast<int64_t>(i / G) * num_tiles(G) + i % G / kTileHeads) * query_tile_size<Q>(D) +
+          i % G % kTileHeads * kDotElements<Q>;
   for (int d = 0; d < D; d += kLanes) {
     store(to + d / kDotElements<Q> * kDotElements<Q> * kTileHeads + d % kDotElements<Q>, load(row + d));
   }
@@ -239,12 +244,11 @@ TaskState<T> empty_state(const AmendParams& p, Scratch& scratch, int first) {
 }
 
 template <typename T>
-void write_partial(const AmendParams& p, const AmendWork& work, const int32_t* head_of, int64_t partial,
+void write_partial(const AmendParams& p, const AmendWork& work, const int32_t* order, int64_t partial,
                    const TaskState<T>& state) {
-  const int D = p.shape.head_dim, G = p.shape.group_size, T_G = p.shape.group_queries();
+  const int D = p.shape.head_dim;
   for (int i = 0; i < p.shape.num_queries(); ++i) {
-    const int kv_head = i / T_G, g = i % G;
-    const int64_t place = partial * p.shape.num_queries() + i - g + head_of[kv_head * G + g] - kv_head * G;
+    const int64_t place = partial * p.shape.num_queries() + order[i];
     work.partial_max[place] = state.max[i];
     work.partial_sum[place] = state.sum[i];
     work.partial_light[place] = state.light[i];
@@ -257,19 +261,20 @@ void write_partial(const AmendParams& p, const AmendWork& work, const int32_t* h
 template <typename Q, typename T>
 void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, const AmendTask* following,
                 bool fetched, Scratch& scratch) {
-  const int G = p.shape.group_size, Hq = p.shape.num_qo_heads();
-  const int32_t* head_of = work.qo_heads.data() + static_cast<int64_t>(task.request) * Hq;
+  const int G = p.shape.group_size, T_G = p.shape.group_queries(), queries = p.shape.num_queries();
+  const int tokens = query_len(p.shape, p.requests, task.request);
+  const int32_t* order = work.queries.data() + static_cast<int64_t>(task.request) * queries;
   const Q* rows = static_cast<const Q*>(p.query.data) + task.request * p.query.batch_stride;
   const TaskState<T> state = empty_state<T>(p, scratch, 0);
-  for (int h = 0; h < Hq; ++h) {
-    for (int k = 0; k < query_len(p.shape, p.requests, task.request); ++k) {
-      const Q* row = rows + head_of[h] * p.query.head_stride + k * p.query.token_stride;
-      arrange_query(p, (h / G * p.shape.tokens + k) * G + h % G, row, state.query);
-    }
+  for (int i = 0; i < queries; ++i) {
+    const int query = order[i], kv_head = query / T_G, token = query % T_G / G;
+    if (token >= tokens) continue;
+    const Q* row = rows + (kv_head * G + query % G) * p.query.head_stride + token * p.query.token_stride;
+    arrange_query(p, i, row, state.query);
   }
   if (task.tokens != Tokens::kAnchors) {
     attend_tokens<T>(p, work, task, following, fetched, state);
-    write_partial(p, work, head_of, task.partial, state);
+    write_partial(p, work, order, task.partial, state);
     for (int h = 0; h < p.shape.num_kv_heads; ++h) {
       const int64_t group_index = static_cast<int64_t>(task.request) * p.shape.num_kv_heads + h;
       if (state.found[h].count > 0) hand_over(p, work, group_index, state.found[h]);
@@ -278,15 +283,15 @@ void amend_task(const AmendParams& p, AmendWork& work, const AmendTask& task, co
   }
   // With anchors a group decides as one, so that its heads are in their own order.
   const TaskState<T> replaced = empty_state<T>(p, scratch, 2);
-  for (int h = 0; h < Hq; ++h) {
-    const int64_t row = static_cast<int64_t>(task.request) * Hq + h;
+  for (int i = 0; i < queries; ++i) {
+    const int64_t row = static_cast<int64_t>(task.request) * queries + i;
     if (p.matched.source[row] == kMiss) continue;
-    const Q* entry = p.ring.rotated<Q>(p.requests.slots[task.request], h / G, p.matched.place[row]);
-    arrange_query(p, h, entry + static_cast<int64_t>(h % G) * p.shape.head_dim, replaced.query);
+    const Q* entry = p.ring.rotated<Q>(p.requests.slots[task.request], i / T_G, p.matched.place[row]);
+    arrange_query(p, i, entry + static_cast<int64_t>(i % G) * p.shape.head_dim, replaced.query);
   }
   attend_anchors<T>(p, work, task, state, replaced);
-  write_partial(p, work, head_of, task.partial, state);
-  write_partial(p, work, head_of, task.partial + 1, replaced);
+  write_partial(p, work, order, task.partial, state);
+  write_partial(p, work, order, task.partial + 1, replaced);
 }
 
 template <typename Q, typename T>

@@ -17,13 +17,15 @@ struct Query {
   int request, kv_head, token, g;
 
   int head(const Shape& shape) const { return kv_head * shape.group_size + g; }
-  // In amend's states, of either span.
-  int64_t row(const Shape& shape, Span span) const {
-    const int64_t group = (int64_t{span} * shape.batch + request) * shape.num_kv_heads + kv_head;
+  // In what match answered.
+  int64_t row(const Shape& shape) const {
+    const int64_t group = int64_t{request} * shape.num_kv_heads + kv_head;
     return (group * shape.tokens + token) * shape.group_size + g;
   }
-  // In what match answered, of a request's first token.
-  int64_t matched(const Shape& shape) const { return int64_t{request} * shape.num_qo_heads() + head(shape); }
+  // In amend's states, of either span.
+  int64_t row(const Shape& shape, Span span) const {
+    return int64_t{span} * shape.batch * shape.num_queries() + row(shape);
+  }
 };
 
 template <typename T>
@@ -65,8 +67,8 @@ template <typename T>
 float write_hit(const CompleteParams& p, const Query& q) {
   const int D = p.shape.head_dim;
   const int64_t slot = p.requests.slots[q.request], row = q.row(p.shape, kOld), fresh_row = q.row(p.shape, kFresh);
-  const int place = p.matched.place[q.matched(p.shape)];
-  HitWeights w = hit_weights(p.ring.lse(slot, q.kv_head, place)[q.g], p.state_lse[row], p.log_ratio[row],
+  const int place = p.matched.place[q.row(p.shape)];
+  HitWeights w = hit_weights(p.ring.lse(slot, q.kv_head, place)[q.g], p.state_lse[row], p.log_ratio[q.row(p.shape)],
                              p.state_lse[fresh_row]);
   const float* entry = p.ring.out(slot, q.kv_head, place) + int64_t{q.g} * D;
   const float *replaced = p.states + row * D, *fresh = p.states + fresh_row * D;
@@ -79,7 +81,7 @@ float write_hit(const CompleteParams& p, const Query& q) {
   return w.lse;
 }
 
-// What a group carries on: states [G, D] with their lse and depths.
+// What the heads of a query token carry on: states [G, D] with their lse and depths.
 struct Carried {
   float* out;
   float* lse;
@@ -88,7 +90,7 @@ struct Carried {
 
 MAC_INLINE void carry(const CompleteParams& p, int64_t slot, const Query& q, const Carried& to) {
   const int D = p.shape.head_dim, kv_head = q.kv_head, g = q.g;
-  const int64_t row = q.row(p.shape, kOld), matched = q.matched(p.shape);
+  const int64_t row = q.row(p.shape, kOld), matched = q.row(p.shape);
   const float *old = p.states + row * D, old_lse = p.state_lse[row];
   float* out = to.out + static_cast<int64_t>(g) * D;
   to.lse[g] = old_lse;
@@ -103,6 +105,19 @@ MAC_INLINE void carry(const CompleteParams& p, int64_t slot, const Query& q, con
   write_row(out, p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * D, w.first, old, w.second, D);
   to.lse[g] = w.lse;
   to.depth[g] = next_depth(p.ring.depth(slot, kv_head, place)[g]);
+}
+
+// A query's output in a call with reuse, and what it carries on; returns the log-sum-exp of its tokens. A hit with
+// anchors carries nothing on but its depth.
+template <typename T>
+float answer(const CompleteParams& p, int64_t slot, const Query& q, const Carried& carried) {
+  const int64_t row = q.row(p.shape);
+  if (p.ring.layout.shape.anchors == 0 || p.matched.source[row] == kMiss) {
+    carry(p, slot, q, carried);
+    return write_out<T>(p, q, carried.out + int64_t{q.g} * p.shape.head_dim, carried.lse[q.g]);
+  }
+  carried.depth[q.g] = next_depth(p.ring.depth(slot, q.kv_head, p.matched.place[row])[q.g]);
+  return write_hit<T>(p, q);
 }
 
 template <typename T>
@@ -130,34 +145,38 @@ void store_entry(const CompleteParams& p, int request, int kv_head, int place, c
 
 template <typename T>
 void complete_group(const CompleteParams& p, int request, int kv_head, const Carried& carried) {
-  const int G = p.shape.group_size, D = p.shape.head_dim, H = p.shape.num_kv_heads, T_ = p.shape.tokens;
+  const int G = p.shape.group_size, H = p.shape.num_kv_heads, T_ = p.shape.tokens;
   const int64_t group = static_cast<int64_t>(request) * H + kv_head;
   const int n = p.requests.seq_lens[request];
-  const bool reuses = p.matched.source && n > 0 && has_ring(p.requests, request);
-  for (int i = reuses ? G : 0; i < T_ * G; ++i) write_miss<T>(p, {request, kv_head, i / G, i % G});
-  if (!reuses) return;
+  if (!p.matched.source || n == 0 || !has_ring(p.requests, request)) {
+    for (int i = 0; i < T_ * G; ++i) write_miss<T>(p, {request, kv_head, i / G, i % G});
+    return;
+  }
   const int tokens = query_len(p.shape, p.requests, request), position = n - tokens;
   const int M = p.ring.layout.shape.entries, S = p.ring.layout.shape.anchors;
   const int64_t slot = p.requests.slots[request];
-  const int stored = std::max(p.matched.stored[group], 0), sampled = p.sampled[group];
-  int hits = 0, start = n, least_depth = INT32_MAX;
-  for (int g = 0; g < G; ++g) {
-    const Query q{request, kv_head, 0, g};
-    const int32_t source = p.matched.source[q.matched(p.shape)];
-    float& last_lse = p.ring.last_lse(slot, kv_head)[g];
-    if (S > 0 && source != kMiss) {
-      last_lse = write_hit<T>(p, q);
-      carried.depth[g] = next_depth(p.ring.depth(slot, kv_head, p.matched.place[q.matched(p.shape)])[g]);
-    } else {
-      carry(p, slot, q, carried);
-      last_lse = write_out<T>(p, q, carried.out + int64_t{g} * D, carried.lse[g]);
+  const int stored = std::max(p.matched.stored[group], 0);
+  const int32_t* sampled = p.sampled + group * T_;
+  int hits = 0, least_depth = INT32_MAX;
+  int64_t read = 0, anchors = 0;
+  // The first token comes last, so that what it carries on is left, to be stored.
+  for (int token = T_ - 1; token >= 0; --token) {
+    int start = n;
+    for (int g = 0; g < G; ++g) {
+      const Query q{request, kv_head, token, g};
+      const int32_t source = p.matched.source[q.row(p.shape)];
+      const float lse = answer<T>(p, slot, q, carried);
+      start = std::min(start, source == kMiss ? 0 : band_start(source, p.band));
+      if (token > 0) continue;
+      p.ring.last_lse(slot, kv_head)[g] = lse;
+      hits += source != kMiss;
+      least_depth = std::min(least_depth, carried.depth[g]);
     }
-    hits += source != kMiss;
-    start = std::min(start, source == kMiss ? 0 : band_start(source, p.band));
-    least_depth = std::min(least_depth, carried.depth[g]);
+    if (token < tokens) read += position + token + 1 - start;
+    if (S > 0 && token < tokens && p.matched.source[(group * T_ + token) * G] != kMiss) anchors += sampled[token];
   }
   const int old_end = band_start(position, p.band), size = sample_size(S, old_end);
-  const bool drawn = S == 0 || (hits == 0 && sampled >= 0 && sampled <= kCandidateRoom * size);
+  const bool drawn = S == 0 || (hits == 0 && *sampled >= 0 && *sampled <= kCandidateRoom * size);
   const bool stores = old_end > 0 && least_depth < p.max_reuse_depth && drawn;
   if (stores) store_entry<T>(p, request, kv_head, stored % M, carried);
   *p.ring.stored(slot, kv_head) = stores ? next_stored(stored, M) : stored;
@@ -165,18 +184,18 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
   if (S > 0) {
     float& tau = *p.ring.tau(slot, kv_head);
     if (p.matched.stored[group] == kNoHistory || !usable_tau(tau)) tau = first_tau(size);
-    if (hits == 0 && sampled >= 0) tau = next_tau(tau, sampled, size);
+    if (hits == 0 && *sampled >= 0) tau = next_tau(tau, *sampled, size);
   }
 
   // Its own part of the slot's counters: tasks of the request's other KV heads count at the same time.
   const auto count = [&](Counter which, int64_t number) {
     __atomic_fetch_add(p.ring.counters(slot) + which, number, __ATOMIC_RELAXED);
   };
-  const int anchors = hits > 0 && S > 0 ? sampled : 0;
   count(kKvHeadSteps, tokens);
-  count(kKvHeadHits, hits == G);
-  count(kQueryHeadHits, hits);
-  count(kKvTokensRead, n - start + anchors);
+  count(kKvHeadHits, hits == G ? tokens : 0);
+  count(kQueryHeadHits, int64_t{hits} * tokens);
+  // All tokens that miss read the same.
+  count(kKvTokensRead, hits == G ? read + anchors : n);
   count(kKvTokensFull, tokens_of_steps(n, tokens));
   count(kAnchorsRead, anchors);
   count(kEntriesStored, stores);

@@ -10,7 +10,7 @@ struct Total {
   float* out;  // [D]
 };
 
-// Which span a partial state belongs to, of a KV head that hits with anchors or does not.
+// Which span a partial state belongs to, of a query that hits with anchors or does not.
 MAC_INLINE Span span_of(Tokens tokens, bool anchors) {
   if (anchors) return tokens == Tokens::kReplaced ? kOld : kFresh;
   return tokens == Tokens::kOld ? kOld : kFresh;
@@ -105,13 +105,13 @@ inline int32_t cut_sample(const AmendGroup& group, int32_t* tokens, const float*
   return static_cast<int32_t>(before[num_words - 1]) + __builtin_popcountll(words[num_words - 1]);
 }
 
-// The sample of a new entry, or none.
+// The sample of a new entry, or none; and how many anchors or candidates there were.
 inline void write_sample(const AmendParams& p, const AmendWork& work, int64_t group_index, Scratch& scratch) {
   const AmendGroup& group = work.groups[group_index];
   const int32_t S = p.num_anchors;
   int32_t* anchors = p.anchors + group_index * S;
   float* a = p.anchor_weights + group_index * S;
-  int32_t count = 0, sampled = group.hit ? group.num_anchors : kNotSampled;
+  int32_t count = 0, sampled = kNotSampled;
   if (group.candidates >= 0) {
     sampled = work.num_candidates[group_index].load(std::memory_order_relaxed);
     const int request = static_cast<int>(group_index / p.shape.num_kv_heads);
@@ -123,23 +123,29 @@ inline void write_sample(const AmendParams& p, const AmendWork& work, int64_t gr
                          scratch.array<uint64_t>(1, old_end / 32 + 2), anchors, a);
     }
   }
-  p.sampled[group_index] = sampled;
+  for (int token = 0; token < p.shape.tokens; ++token) {
+    const AmendHit& hit = work.hits[group_index * p.shape.tokens + token];
+    p.sampled[group_index * p.shape.tokens + token] = hit.anchors ? hit.num_anchors
+                                                      : token > 0 ? kNotSampled
+                                                                  : sampled;
+  }
   std::fill(anchors + count, anchors + S, kNoAnchor);
   std::fill(a + count, a + S, 0.f);
 }
 
 inline void finish_group(const AmendParams& p, const AmendWork& work, int64_t group_index, Scratch& scratch) {
-  const int queries = p.shape.group_queries(), D = p.shape.head_dim, H = p.shape.num_kv_heads;
+  const int G = p.shape.group_size, queries = p.shape.group_queries(), D = p.shape.head_dim,
+            H = p.shape.num_kv_heads;
   const int request = static_cast<int>(group_index / H), kv_head = static_cast<int>(group_index % H);
-  const bool hit = work.groups[group_index].hit;
   const float unit = p.kv.v_scale.of(kv_head) * (p.kv.float8 ? kUnit<float8> : 1.f);
   float* out = scratch.array<float>(0, D);
-  for (int g = 0; g < queries; ++g) {
-    const int64_t row = group_index * queries + g;
+  for (int i = 0; i < queries; ++i) {
+    const int64_t row = group_index * queries + i;
+    const bool hit = work.hits[row / G].anchors != nullptr;
     float log_light[kNumSpans], lse[kNumSpans];
     for (int span = 0; span < kNumSpans; ++span) {
       Total total{-std::numeric_limits<float>::infinity(), 0.f, 0.f, out};
-      merge_partials(p, work, request, kv_head * queries + g, static_cast<Span>(span), hit, total);
+      merge_partials(p, work, request, kv_head * queries + i, static_cast<Span>(span), hit, total);
       write_state(p, static_cast<Span>(span), row, total, unit);
       log_light[span] = total.max + std::log(total.light);
       lse[span] = p.lse[span * static_cast<int64_t>(p.shape.batch) * p.shape.num_queries() + row];
@@ -148,7 +154,7 @@ inline void finish_group(const AmendParams& p, const AmendWork& work, int64_t gr
     p.log_ratio[row] = 0.f;
     if (!hit) continue;
     constexpr float kNone = -std::numeric_limits<float>::infinity();
-    const float entry = p.ring.lse(p.requests.slots[request], kv_head, p.matched.place[row])[g];
+    const float entry = p.ring.lse(p.requests.slots[request], kv_head, p.matched.place[row])[i % G];
     // Without a token that stands for others nothing is known of those.
     if (log_light[kOld] != kNone) p.log_ratio[row] = log_light[kFresh] - log_light[kOld];
     if (nothing_left(entry, lse[kOld], log_light[kOld])) p.log_ratio[row] = kNone;

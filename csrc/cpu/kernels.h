@@ -35,11 +35,11 @@ struct MatchWork {
   MatchWork(const MatchParams& params, int num_threads);
 
   int32_t chunk;             // candidates per task
-  int32_t chunks_per_group;  // tasks of one (request, KV head)
+  int32_t chunks_per_token;  // tasks of one (request, KV head, query token)
   int64_t num_tasks;
   int32_t decisions_per_group;
   std::atomic<int64_t> next{0};
-  // [B, H, decisions_per_group] smallest key; it starts at (the total that is no hit any more, age 0),
+  // [B, H, T, decisions_per_group] smallest key; it starts at (the total that is no hit any more, age 0),
   // which no candidate equals, as the youngest entry has age 1.
   std::unique_ptr<std::atomic<uint64_t>[]> best;
 
@@ -66,20 +66,21 @@ enum class Tokens : int32_t {
 struct AmendTask {
   int32_t request;
   Tokens tokens;
-  int32_t begin, end;  // positions; of anchors places in the KV heads' lists one after another, S for each
+  int64_t begin, end;  // positions; of anchors places in the lists of `AmendWork::hits`, S for each
   int64_t partial;     // where the partial states go; those of kReplaced follow
 };
 
-// What one KV head of a request does besides attending.
-struct AmendGroup {
-  // A hit: the anchors of the matched entry.
-  const int32_t* anchors = nullptr;
+// What one query token of a KV head reuses on a hit with anchors: those of the matched entry.
+struct AmendHit {
+  const int32_t* anchors = nullptr;  // null: it does not hit
   const float* anchor_weights = nullptr;
   int32_t num_anchors = 0;
   float density = 0.f;  // see `counted`
-  bool hit = false;
-  // A miss that draws a sample: where its candidates go, of how many there is room for; see sample.h.
-  int64_t candidates = -1;
+};
+
+// The sample that one KV head of a request draws on a miss, see sample.h.
+struct AmendGroup {
+  int64_t candidates = -1;          // where they go, of how many there is room for; -1: it draws none
   const float* last_lse = nullptr;  // [G]
   float tau = 0.f;
   uint32_t seed = 0;
@@ -90,14 +91,17 @@ constexpr int32_t kAmendBlock = 32;  // tokens whose logits are in flight togeth
 struct AmendWork {
   AmendWork(const AmendParams& params, int num_threads);
 
-  // Heads in the order of their first tokens, so that those that attend to a token come first.
-  std::vector<int32_t> kv_heads;  // [B, H]
-  std::vector<int32_t> qo_heads;  // [B, H, G] within each KV head, all its query heads
-  std::vector<int32_t> starts;    // [B, H, G] their first tokens, in that order
+  // Heads in the order of their first tokens, so that those that attend to a token come first; and those tokens.
+  std::vector<int32_t> kv_heads;   // [B, H]
+  std::vector<int32_t> kv_starts;  // [B, H] of any of its queries
+  std::vector<int32_t>
+      queries;                  // [B, Q] of the request's Q, those of each KV head and query token among themselves
+  std::vector<int32_t> starts;  // [B, Q]
 
   std::vector<AmendTask> tasks;
   int64_t num_drawn_early;         // while a thread does one of the first tasks, it has drawn its next one already
   std::vector<AmendGroup> groups;  // [B, H]
+  std::vector<AmendHit> hits;      // [B, H, T]
   std::vector<int64_t> first_partial;               // [B + 1]
   std::vector<Tokens> partial_tokens;               // [P]
   std::unique_ptr<std::atomic<int32_t>[]> pending;  // [B] tasks not done yet
@@ -113,6 +117,7 @@ struct AmendWork {
   std::atomic<int64_t> next_finish{0};  // of `groups`
 
  private:
+  void sort_request(const AmendParams& params, int request);
   void cut_request(const AmendParams& params, int request, int64_t target);
 };
 

@@ -2,10 +2,11 @@
 //
 //   d2_h(c) = |q_h - ring_query_h(c)|^2,   score(c) = mean over the group of d2_h / theta_h
 //   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the newest.
+//   Each query token of a step looks for itself; what only some of them find is no hit, see write_matched.
 //   Below, `total` is the sum where the formula has the mean: a hit is a total below the group size.
 //
-// Tasks: (request, KV head, chunk of candidates). Traffic: with group decisions half a row of every candidate;
-// partial sums only grow, so a candidate is left as soon as it cannot win, which skips most of the rest.
+// Tasks: (request, KV head, query token, chunk of candidates). Traffic: with group decisions half a row of every
+// candidate; partial sums only grow, so a candidate is left as soon as it cannot win, which skips most of the rest.
 
 template <typename T>
 MAC_INLINE float squared_distance(const float* query, const T* row, int head_dim) {
@@ -61,19 +62,22 @@ MAC_INLINE void keep_smaller(std::atomic<uint64_t>& best, uint64_t key) {
 template <typename T>
 void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* query, float* theta) {
   const int G = p.shape.group_size, D = p.shape.head_dim, M = p.ring.layout.shape.entries;
-  const int64_t group = task / work.chunks_per_group;
-  const int chunk = static_cast<int>(task % work.chunks_per_group);
+  const int64_t searcher = task / work.chunks_per_token, group = searcher / p.shape.tokens;
+  const int chunk = static_cast<int>(task % work.chunks_per_token);
+  const int token = static_cast<int>(searcher % p.shape.tokens);
   const int request = static_cast<int>(group / p.shape.num_kv_heads);
   const int kv_head = static_cast<int>(group % p.shape.num_kv_heads);
 
-  const int position = p.requests.seq_lens[request] - 1;
-  if (position < 0 || position + 1 < p.min_context || p.shape.tokens > 1) return;
+  if (p.requests.seq_lens[request] == 0 || token >= query_len(p.shape, p.requests, request)) return;
+  const int first_token = first_position(p.shape, p.requests, request), position = first_token + token;
+  if (position + 1 < p.min_context) return;
   const int stored = stored_entries(p, request, kv_head);
   if (stored == kNoHistory) return;
   const int64_t slot = p.requests.slots[request];
 
   const float spread = *p.ring.spread(slot, kv_head);
-  const T* rows = static_cast<const T*>(p.query.data) + request * p.query.batch_stride;
+  const T* rows =
+      static_cast<const T*>(p.query.data) + request * p.query.batch_stride + token * p.query.token_stride;
   for (int g = 0; g < G; ++g) {
     const int head = kv_head * G + g;
     const T* row = rows + head * p.query.head_stride;
@@ -87,12 +91,12 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
   const int first_age = 1 + chunk * work.chunk;
   const int last_age = std::min({first_age + work.chunk - 1, M, stored});
   const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors);
-  std::atomic<uint64_t>* best = &work.best[group * work.decisions_per_group];
+  std::atomic<uint64_t>* best = &work.best[searcher * work.decisions_per_group];
 
   const auto place = [&](int age) { return place_of(stored, age, M); };
   const auto holds = [&](int age) {
     const int c = *p.ring.position(slot, kv_head, place(age));
-    return c >= oldest && c < position;
+    return c >= oldest && c < first_token;
   };
   const auto entry = [&](int age) { return p.ring.query<const T>(slot, kv_head, place(age)); };
   const auto depth = [&](int age) { return p.ring.depth(slot, kv_head, place(age)); };

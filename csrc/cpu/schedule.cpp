@@ -17,23 +17,11 @@ constexpr int kTasksAlone = 48;             // of a request that is cut up the s
 constexpr int kWidestVector = 16;           // floats
 constexpr int32_t kStep = 2 * kAmendBlock;  // tokens; tasks begin at multiples of it
 
-// Fills the order of heads of one request: by first token, equal ones by number.
-void sort_heads(const AmendParams& p, int request, int32_t* kv_heads, int32_t* qo_heads, int32_t* starts) {
-  const int H = p.shape.num_kv_heads, G = p.shape.group_size;
-  for (int h = 0; h < H; ++h) {
-    int32_t* heads = qo_heads + h * G;
-    std::iota(heads, heads + G, h * G);
-    if (p.matched.source) {
-      std::stable_sort(heads, heads + G, [&](int32_t a, int32_t b) {
-        return amend_start(p, request, a) < amend_start(p, request, b);
-      });
-    }
-    for (int g = 0; g < G; ++g) starts[h * G + g] = amend_start(p, request, heads[g]);
-  }
-  std::iota(kv_heads, kv_heads + H, 0);
-  if (p.matched.source) {
-    std::stable_sort(kv_heads, kv_heads + H, [&](int32_t a, int32_t b) { return starts[a * G] < starts[b * G]; });
-  }
+// Orders items by their first tokens, equal ones as they are, and writes those down. `sorts`: they may differ.
+template <typename Start>
+void sort_by_start(int32_t* items, int32_t* starts, int count, bool sorts, const Start& start) {
+  if (sorts) std::stable_sort(items, items + count, [&](int32_t a, int32_t b) { return start(a) < start(b); });
+  for (int i = 0; i < count; ++i) starts[i] = start(items[i]);
 }
 
 }  // namespace
@@ -49,13 +37,13 @@ int32_t stored_entries(const MatchParams& p, int32_t request, int32_t kv_head) {
 }
 
 MatchWork::MatchWork(const MatchParams& p, int num_threads) {
-  const int64_t groups = static_cast<int64_t>(p.shape.batch) * p.shape.num_kv_heads;
+  const int64_t groups = static_cast<int64_t>(p.shape.batch) * p.shape.num_kv_heads * p.shape.tokens;
   const int32_t entries = p.ring.layout.shape.entries;
   // A few tasks per thread are enough to balance; more would prune less.
   const int64_t wanted = groups > 0 ? (4 * num_threads + groups - 1) / groups : 1;
   chunk = static_cast<int32_t>(std::max<int64_t>(32, (entries + wanted - 1) / wanted));
-  chunks_per_group = (entries + chunk - 1) / chunk;
-  num_tasks = groups * chunks_per_group;
+  chunks_per_token = (entries + chunk - 1) / chunk;
+  num_tasks = groups * chunks_per_token;
   decisions_per_group = p.per_head ? p.shape.group_size : 1;
   const int64_t decisions = groups * decisions_per_group;
   best.reset(new std::atomic<uint64_t>[decisions]);
@@ -64,55 +52,70 @@ MatchWork::MatchWork(const MatchParams& p, int num_threads) {
 }
 
 void MatchWork::write_matched(const MatchParams& p) const {
-  const int32_t H = p.shape.num_kv_heads, G = p.shape.group_size;
+  const int32_t H = p.shape.num_kv_heads, G = p.shape.group_size, T = p.shape.tokens;
   for (int32_t group = 0; group < p.shape.batch * H; ++group) {
     const int32_t request = group / H, kv_head = group % H, stored = stored_entries(p, request, kv_head);
+    const int32_t tokens = p.requests.seq_lens[request] == 0 ? 0 : query_len(p.shape, p.requests, request);
     p.matched.stored[group] = stored;
+    const auto age_of = [&](int32_t token, int32_t g) {
+      const int64_t first = (int64_t{group} * T + token) * decisions_per_group;
+      return static_cast<int32_t>(best[first + (p.per_head ? g : 0)].load(std::memory_order_relaxed) & 0xffffffffu);
+    };
     for (int32_t g = 0; g < G; ++g) {
-      const int64_t row = static_cast<int64_t>(group) * G + g, decision = p.per_head ? row : group;
-      const int32_t age = static_cast<int32_t>(best[decision].load(std::memory_order_relaxed) & 0xffffffffu);
-      const int32_t place = age == 0 ? kMiss : place_of(stored, age, p.ring.layout.shape.entries);
-      p.matched.place[row] = place;
-      p.matched.source[row] = age == 0 ? kMiss : *p.ring.position(p.requests.slots[request], kv_head, place);
+      // With all tokens or with none.
+      bool hits = true;
+      for (int32_t token = 0; token < tokens; ++token) hits &= age_of(token, g) != 0;
+      for (int32_t token = 0; token < T; ++token) {
+        const int64_t row = (int64_t{group} * T + token) * G + g;
+        const bool reuses = hits && token < tokens;
+        const int32_t place = reuses ? place_of(stored, age_of(token, g), p.ring.layout.shape.entries) : kMiss;
+        p.matched.place[row] = place;
+        p.matched.source[row] = reuses ? *p.ring.position(p.requests.slots[request], kv_head, place) : kMiss;
+      }
     }
   }
 }
 
 AmendWork::AmendWork(const AmendParams& p, int num_threads) {
   const int B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
-  const int Hq = p.shape.num_qo_heads();
+  const int T = p.shape.tokens, Q = p.shape.num_queries();
   const int64_t room = static_cast<int64_t>(kCandidateRoom) * p.num_anchors;
   groups.resize(static_cast<size_t>(B) * H);
+  hits.resize(groups.size() * T);
   kv_heads.resize(groups.size());
-  qo_heads.resize(groups.size() * G);
-  starts.resize(groups.size() * G);
+  kv_starts.resize(groups.size());
+  queries.resize(static_cast<size_t>(B) * Q);
+  starts.resize(queries.size());
   num_candidates.reset(new std::atomic<int32_t>[groups.size()]);
   int64_t num_drawing = 0;
   std::vector<int64_t> work(B);
 
   for (int b = 0; b < B; ++b) {
     const int32_t n = p.requests.seq_lens[b];
-    sort_heads(p, b, &kv_heads[b * H], &qo_heads[b * Hq], &starts[b * Hq]);
+    for (int h = 0; h < H; ++h) num_candidates[b * H + h].store(0, std::memory_order_relaxed);
+    if (n == 0) continue;
+    const int32_t tokens = query_len(p.shape, p.requests, b), position = first_position(p.shape, p.requests, b);
+    sort_request(p, b);
     for (int h = 0; h < H; ++h) {
       AmendGroup& group = groups[b * H + h];
-      num_candidates[b * H + h].store(0, std::memory_order_relaxed);
-      if (n == 0) continue;
-      work[b] += n - starts[b * Hq + h * G];
+      work[b] += n - kv_starts[b * H + h];
       if (p.num_anchors == 0 || !reuses(p, b)) continue;
-      const int64_t slot = p.requests.slots[b], row = (static_cast<int64_t>(b) * H + h) * G;
-      if (p.matched.source[row] != kMiss) {
-        group.hit = true;
-        group.anchors = p.ring.anchors(slot, h, p.matched.place[row]);
-        group.anchor_weights = p.ring.anchor_weights(slot, h, p.matched.place[row]);
-        group.num_anchors = num_anchors(group.anchors, p.num_anchors);
-        group.density = sample_density(p.num_anchors, band_start(p.matched.source[row], p.band));
-        work[b] += 2 * group.num_anchors;
+      const int64_t slot = p.requests.slots[b], first = (static_cast<int64_t>(b) * H + h) * T;
+      if (p.matched.source[first * G] != kMiss) {
+        for (int64_t i = first; i < first + tokens; ++i) {
+          const int32_t place = p.matched.place[i * G], source = p.matched.source[i * G];
+          AmendHit& hit = hits[i];
+          hit.anchors = p.ring.anchors(slot, h, place);
+          hit.anchor_weights = p.ring.anchor_weights(slot, h, place);
+          hit.num_anchors = num_anchors(hit.anchors, p.num_anchors);
+          hit.density = sample_density(p.num_anchors, band_start(source, p.band));
+          work[b] += 2 * hit.num_anchors;
+        }
         continue;
       }
       const float* last_lse = p.ring.last_lse(slot, h);
       const float tau = *p.ring.tau(slot, h);
       const bool known = std::all_of(last_lse, last_lse + G, [](float lse) { return std::isfinite(lse); });
-      const int32_t position = first_position(p.shape, p.requests, b);
       if (p.matched.stored[b * H + h] == kNoHistory || band_start(position, p.band) == 0 || !known ||
           !usable_tau(tau)) {
         continue;
@@ -149,42 +152,62 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
   candidate_weights = kept.array<float>(5, num_drawing * room + kWidestVector);
 }
 
+// Fills the order of a request's heads.
+void AmendWork::sort_request(const AmendParams& p, int request) {
+  const int H = p.shape.num_kv_heads, G = p.shape.group_size, Q = p.shape.num_queries();
+  const int T = p.shape.tokens, tokens = query_len(p.shape, p.requests, request);
+  const bool sorts = reuses(p, request);
+  int32_t* all = &queries[static_cast<size_t>(request) * Q];
+  int32_t* first = &starts[static_cast<size_t>(request) * Q];
+  std::iota(all, all + Q, 0);
+  const auto start_of_query = [&](int32_t query) { return amend_start(p, request, query); };
+  for (int i = 0; i < Q; i += G) sort_by_start(all + i, first + i, G, sorts, start_of_query);
+  int32_t* heads = &kv_heads[static_cast<size_t>(request) * H];
+  std::iota(heads, heads + H, 0);
+  const auto start_of_head = [&](int32_t head) {
+    int32_t start = INT32_MAX;
+    for (int t = 0; t < tokens; ++t) start = std::min(start, first[(head * T + t) * G]);
+    return start;
+  };
+  sort_by_start(heads, &kv_starts[static_cast<size_t>(request) * H], H, sorts, start_of_head);
+}
+
 // Tasks of some `target` work each. One has either old or recent tokens, or anchors.
 void AmendWork::cut_request(const AmendParams& p, int request, int64_t target) {
-  const int H = p.shape.num_kv_heads, G = p.shape.group_size, S = p.num_anchors;
+  const int H = p.shape.num_kv_heads, T = p.shape.tokens;
+  const int64_t S = p.num_anchors;
   const int32_t n = p.requests.seq_lens[request];
   if (n == 0) return;
   const int32_t old_end = reuses(p, request) ? band_start(first_position(p.shape, p.requests, request), p.band) : 0;
-  const int32_t* order = &kv_heads[request * H];
-  const int32_t* first = &starts[static_cast<size_t>(request) * H * G];
-  const auto add = [&](Tokens kind, int32_t begin, int32_t end) {
+  const int32_t* first = &kv_starts[static_cast<size_t>(request) * H];
+  const auto add = [&](Tokens kind, int64_t begin, int64_t end) {
     tasks.push_back({request, kind, begin, end, static_cast<int64_t>(partial_tokens.size())});
     partial_tokens.push_back(kind);
     if (kind == Tokens::kAnchors) partial_tokens.push_back(Tokens::kReplaced);
   };
 
   int64_t work = 0;
-  int32_t anchors_begin = 0;
-  for (int32_t h = 0; h < H; ++h) {
-    const int32_t count = groups[request * H + h].num_anchors;
+  int64_t anchors_begin = 0;
+  for (int32_t list = 0; list < H * T; ++list) {
+    const int32_t count = hits[static_cast<size_t>(request) * H * T + list].num_anchors;
     for (int32_t i = 0; i < count;) {
       const int32_t taken = static_cast<int32_t>(std::min<int64_t>(count - i, (target - work + 1) / 2));
       i += taken;
       work += 2 * taken;
       if (work < target) continue;
-      add(Tokens::kAnchors, anchors_begin, h * S + i);
-      anchors_begin = h * S + i;
+      add(Tokens::kAnchors, anchors_begin, list * S + i);
+      anchors_begin = list * S + i;
       work = 0;
     }
   }
-  if (work > 0) add(Tokens::kAnchors, anchors_begin, H * S);
+  if (work > 0) add(Tokens::kAnchors, anchors_begin, H * T * S);
   work = 0;
   int active = 0;
-  int32_t begin = first[order[0] * G];
+  int32_t begin = first[0];
   for (int32_t at = begin; at < n;) {
     int32_t end = std::min(n, at / kStep * kStep + kStep);
     if (at < old_end) end = std::min(end, old_end);
-    while (active < H && first[order[active] * G] < end) ++active;
+    while (active < H && first[active] < end) ++active;
     work += static_cast<int64_t>(end - at) * active;
     at = end;
     if (work < target && end != old_end && end != n) continue;

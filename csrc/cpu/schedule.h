@@ -13,10 +13,11 @@ inline bool reuses(const AmendParams& p, int request) {
   return p.matched.source && has_ring(p.requests, request);
 }
 
-// First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
-inline int32_t amend_start(const AmendParams& p, int request, int head) {
+// First token that a query, of the request's [H, T, G], attends to afresh: E(c) on a hit, 0 on a miss or without
+// reuse.
+inline int32_t amend_start(const AmendParams& p, int request, int query) {
   if (!reuses(p, request)) return 0;
-  const int32_t source = p.matched.source[static_cast<int64_t>(request) * p.shape.num_qo_heads() + head];
+  const int32_t source = p.matched.source[static_cast<int64_t>(request) * p.shape.num_queries() + query];
   return source == kMiss ? 0 : band_start(source, p.band);
 }
 

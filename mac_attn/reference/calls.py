@@ -20,7 +20,9 @@ class Step:
 
     out: Tensor  # [B, Hq, D] or [B, T, Hq, D] float64
     lse: Tensor  # without D, float64, natural log
-    source: Tensor  # [B, Hq] int64, the matched position; -1 is a miss
+    source: (
+        Tensor  # as lse, int64, the matched position; -1 is a miss, or a token that is not there
+    )
     gain: Tensor  # as lse, by how much the sums of a hit raise errors of their terms
     heads: list[list[HeadStep]]  # [B][Hkv]; of a padding row none
 
@@ -43,53 +45,50 @@ def decode(
     v_scale: Scale = None,
     sinks: Tensor | None = None,
     learn: bool = True,
+    exact: bool = False,
     choose: Choose = draw_sample,
 ) -> Step:
     """One decode step, as `mac_attn.decode`; without `reuse` exact attention.
 
     q and q_match `[B, Hq, D]` of any float dtype, or of T query tokens `[B, T, Hq, D]`, of which a
-    request has `query_lens[b]`: those are exact, and only the first is stored. block_table
-    `[B, max_pages]`, seq_lens, slots and request_ids `[B]`. `choose` draws the samples: a backend's
-    may differ where keys are nearly equal, so that who compares one passes a function that judges
-    and then answers the backend's.
+    request has `query_lens[b]`: a head hits with all of them or with none, and only the first is
+    stored. block_table `[B, max_pages]`, seq_lens, slots and request_ids `[B]`. `choose` draws the
+    samples: a backend's may differ where keys are nearly equal, so that who compares one passes a
+    function that judges and then answers the backend's.
     Raises ValueError if `reuse` comes without `slots` or `q_match`.
     """
     softmax = (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale, logits_soft_cap)
-    q = q.cpu().double()
-    several = q.dim() == 4
+    single = q.dim() == 3
+    q = (q.unsqueeze(1) if single else q).cpu().double()
     result = Step(
         out=torch.zeros_like(q),
         lse=q.new_full(q.shape[:-1], -torch.inf),
-        source=torch.full((len(q), q.shape[-2]), -1),
+        source=torch.full(q.shape[:-1], -1),
         gain=q.new_ones(q.shape[:-1]),
         heads=[[] for _ in range(len(q))],
     )
-    active = torch.zeros(q.shape[:-2], dtype=torch.bool)
+    active = torch.zeros(q.shape[:2], dtype=torch.bool)
     for b, n in enumerate(seq_lens.tolist()):
         if n == 0:
             continue  # a padding row: the empty state, and its slot stays as it was
         k, v = gather_kv(kv_cache, block_table[b], n, kv_layout, (k_scale, v_scale))
         kv = list(zip(k.unbind(1), v.unbind(1), strict=True))
-        tokens = 1 if not several else q.shape[1] if query_lens is None else int(query_lens[b])
-        first = n - tokens  # the position of the first of them
-        stores = reuse is not None and (slots is None or slots[b] != -1)
-        for t in range(tokens):
-            row = (b, t) if several else (b,)
-            active[row] = True
-            if t == 0 and stores:
-                continue
-            seen = [(keys[: first + t + 1], values[: first + t + 1]) for keys, values in kv]
-            states = [
-                attention_state(group, *pair, *softmax)
-                for group, pair in zip(q[row].chunk(len(kv)), seen, strict=True)
-            ]
-            result.out[row], result.lse[row] = map(torch.cat, zip(*states, strict=True))
-        if reuse is None or not stores:
+        tokens = q.shape[1] if query_lens is None else int(query_lens[b])
+        first, row = n - tokens, (b, slice(tokens))  # the position of the first of them
+        active[row] = True
+        groups = q[row].unflatten(1, (len(kv), -1)).unbind(1)  # [Hkv] of [T, G, D]
+        if reuse is None or (slots is not None and slots[b] == -1):
+            for t in range(tokens):
+                end = first + t + 1
+                states = [
+                    attention_state(group[t], keys[:end], values[:end], *softmax)
+                    for group, (keys, values) in zip(groups, kv, strict=True)
+                ]
+                result.out[b, t], result.lse[b, t] = map(torch.cat, zip(*states, strict=True))
             continue
         if slots is None or q_match is None:
             raise ValueError("slots and q_match are needed with reuse")
-        row = (b, 0) if several else (b,)
-        groups, queries = (list(x[row].cpu().double().chunk(len(kv))) for x in (q, q_match))
+        queries = q_match.cpu().double().reshape(q.shape)[row].unflatten(1, (len(kv), -1)).unbind(1)
         slot = reuse.slots[int(slots[b])]
         reuse.resume(slot, first, -1 if request_ids is None else int(request_ids[b]))
         result.heads[b] = [
@@ -97,24 +96,24 @@ def decode(
                 slot.rings[h],
                 groups[h],
                 queries[h],
-                kv[h][0][: first + 1],
-                kv[h][1][: first + 1],
+                *kv[h],
                 softmax,
                 (b, h),
                 choose,
-                miss=several and q.shape[1] > 1,
+                miss=exact,
                 learn=learn,
             )
             for h in range(len(kv))
         ]
         slot.end, slot.reach = first + 1, n
-        for head in result.heads[b]:
-            head.queries, head.tokens = tokens, head.tokens + tokens - 1
-        result.source[b] = torch.cat([head.source for head in result.heads[b]])
-        for name in ("out", "lse", "gain"):
-            getattr(result, name)[row] = torch.cat([getattr(h, name) for h in result.heads[b]])
+        for name in ("out", "lse", "source", "gain"):
+            part = torch.cat([getattr(head, name) for head in result.heads[b]], dim=1)
+            getattr(result, name)[row] = part
     if sinks is not None:
         add_sinks(result, sinks.cpu().double(), active)
+    if single:
+        for name in ("out", "lse", "source", "gain"):
+            setattr(result, name, getattr(result, name).squeeze(1))
     return result
 
 
@@ -172,6 +171,5 @@ def seed(
                 pair = k[: n - length + i + 1, h], v[: n - length + i + 1, h]
                 if ring.last_lse is None:
                     _, ring.last_lse = attention_state(rotated[i, h], *pair, *softmax)
-                reuse.step(
-                    ring, rotated[i, h], queries[i, h], *pair, softmax, (b, h), choose, miss=True
-                )
+                query = rotated[i : i + 1, h], queries[i : i + 1, h]
+                reuse.step(ring, *query, *pair, softmax, (b, h), choose, miss=True)

@@ -33,19 +33,19 @@ UNKNOWN_VARIANCE = 16.0  # of a query's logits, before the spread of the keys is
 
 @dataclass
 class HeadStep:
-    """What a step answers for one KV head, and what its match saw (so that a near tie shows)."""
+    """What a step of T query tokens answers for one KV head, and what its match saw (so that a
+    near tie shows)."""
 
-    out: Tensor  # [G, D] float64
-    lse: Tensor  # [G] float64, natural log
-    source: Tensor  # [G] int64, the matched position; -1 is a miss
-    gain: Tensor  # [G] float64, by how much the sums of a hit raise errors of their terms
-    queries: int = 1  # tokens that the step has answered
+    out: Tensor  # [T, G, D] float64
+    lse: Tensor  # [T, G] float64, natural log
+    source: Tensor  # [T, G] int64, the matched position; -1 is a miss
+    gain: Tensor  # [T, G] float64, by how much the sums of a hit raise errors of their terms
+    candidates: list[list[int]]  # [T] of positions, the youngest first
+    scores: list[Tensor]  # [T] of [G, C]; what hits has the smallest, below 1
     tokens: int = 0  # whose key and value were read, anchors included
     anchors: int = 0  # read by a hit
     stored: bool = False  # whether an entry was
-    rest: Tensor | None = None  # [G] float64, share of the reused sum that its anchors left
-    candidates: list[int] = field(default_factory=list)  # positions, the youngest first
-    scores: Tensor | None = None  # [G, C]; a hit has the smallest, below 1
+    rest: list[Tensor] = field(default_factory=list)  # [G] shares of a hit's sum its anchors left
 
 
 class ReferenceReuse:
@@ -137,7 +137,8 @@ class ReferenceReuse:
         return torch.where(theta.isfinite(), theta, torch.nan)  # NaN never hits
 
     def scores(self, ring: Ring, query: Tensor, kv_head: int, n: int) -> tuple[list[Entry], Tensor]:
-        """Candidates of a query `[G, D]`, the youngest first, and their scores `[G, C]`.
+        """Candidates of the query `[G, D]` of position n - 1, the youngest first, and their scores
+        `[G, C]`.
 
         Heads that decide together share a score. An entry too deep for a head scores inf there.
         """
@@ -203,57 +204,38 @@ class ReferenceReuse:
         miss: bool = False,
         learn: bool = True,
     ) -> HeadStep:
-        """Match, amend and complete the newest token of one request, for one KV head.
+        """Match, amend and complete the newest T tokens of one request, for one KV head.
 
-        q and the pre-RoPE query `[G, D]`, k and v `[n, D]`, softmax `(sm_scale, logits_soft_cap)`,
-        `where` the row of the batch and the KV head; with `miss` nothing is matched, without
-        `learn` nothing stored.
+        q and the pre-RoPE query `[T, G, D]`, k and v `[n, D]`, softmax `(sm_scale,
+        logits_soft_cap)`, `where` the row of the batch and the KV head; with `miss` nothing is
+        matched, without `learn` nothing stored. Of the first token an entry is.
         """
-        n = k.shape[0]
-        p, old = n - 1, self.old_end(n - 1)
-        entries, scores = self.scores(ring, query, where[1], 0 if miss else n)
+        tokens, group = q.shape[:2]
+        p = len(k) - tokens  # the first token's position
+        old, ends = self.old_end(p), range(p + 1, len(k) + 1)
+        seen = [self.scores(ring, query[t], where[1], 0 if miss else n) for t, n in enumerate(ends)]
+        matched = self.match_all(seen)
         result = HeadStep(
             out=torch.empty_like(q),
-            lse=q.new_empty(len(q)),
-            source=torch.full((len(q),), -1),
-            gain=q.new_ones(len(q)),
-            candidates=[e.position for e in entries],
-            scores=scores,
+            lse=q.new_empty(tokens, group),
+            source=torch.full((tokens, group), -1),
+            gain=q.new_ones(tokens, group),
+            candidates=[[e.position for e in entries] for entries, _ in seen],
+            scores=[scores for _, scores in seen],
         )
-        carried, carried_lse = torch.empty_like(q), q.new_empty(len(q))
-        depth = torch.zeros(len(q), dtype=torch.int64)
-        for first in range(0, len(q), self.unit):
-            heads = slice(first, first + self.unit)
-            matched = self.match(entries, scores[first])
-            fresh, counts, start = torch.arange(old, n), None, 0
-            if matched is None:
-                state = attention_state(q[heads], k[:old], v[:old], *softmax)
-            else:
-                start = self.old_end(matched.position)
-                result.source[heads] = matched.position
-                depth[heads] = matched.depth[heads] + 1
-                if self.cfg.anchors:
-                    fresh = torch.cat([matched.anchors, torch.arange(start, n)])
-                    counts = torch.cat([matched.counts, torch.ones(n - start).double()])
-                    result.anchors = len(matched.anchors)
-                else:
-                    middle = attention_state(q[heads], k[start:old], v[start:old], *softmax)
-                    state = merge_states(matched.out[heads], matched.lse[heads], *middle)
-            recent = attention_state(q[heads], k[fresh], v[fresh], *softmax, counts=counts)
-            if matched is not None and self.cfg.anchors:
-                out, lse, result.rest, result.gain = hit_state(matched, recent, q, k, v, softmax)
-                result.out[heads], result.lse[heads] = out, lse
-            else:
-                carried[heads], carried_lse[heads] = state
-                result.out[heads], result.lse[heads] = merge_states(*state, *recent)
-            result.tokens = max(result.tokens, n - start + result.anchors)
+        carried = [
+            self.answer(result, t, matched[t], q[t], k[:n], v[:n], old, softmax)
+            for t, n in enumerate(ends)
+        ]
+        if not (result.source >= 0).all():
+            result.tokens = len(k)  # all that miss read the same
 
-        entry = Entry(p, query, q, carried, carried_lse, depth)
+        entry = Entry(p, query[0], q[0], *carried[0])
         limit = self.cfg.max_reuse_depth
-        result.stored = old > 0 and (limit is None or bool((depth < limit).any()))
+        result.stored = old > 0 and (limit is None or bool((entry.depth < limit).any()))
         if self.cfg.anchors:
             if (result.source < 0).all():
-                logits = attention_logits(q, k[:old], *softmax)
+                logits = attention_logits(q[0], k[:old], *softmax)
                 sample = self.sample(ring, logits, p, where, choose)
                 if sample is None or sample.count > CANDIDATE_ROOM * self.sample_size(p):
                     result.stored = False
@@ -269,5 +251,63 @@ class ReferenceReuse:
         result.stored = result.stored and learn
         if result.stored:
             ring.store(entry)
-        ring.last_lse = result.lse
+        ring.last_lse = result.lse[0]
         return result
+
+    def match_all(self, seen: list[tuple[list[Entry], Tensor]]) -> list[list[Entry | None]]:
+        """What the heads that decide together reuse, of every token `[T][G / unit]`, by what each
+        token has `seen`: its candidates and their scores. They hit with all tokens or with none."""
+        found = [
+            [self.match(entries, row) for row in scores[:: self.unit]] for entries, scores in seen
+        ]
+        hits = [all(tokens) for tokens in zip(*found, strict=True)]
+        return [[e if hit else None for e, hit in zip(row, hits, strict=True)] for row in found]
+
+    def answer(
+        self,
+        result: HeadStep,
+        t: int,
+        matched: list[Entry | None],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        old: int,
+        softmax: tuple[float, float],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Amend and complete the t-th token, whose heads reuse these entries or none.
+
+        q `[G, D]`, k and v `[n, D]` of what it sees, `old` tokens the first token's entry stands
+        for. Returns the state over those, o `[G, D]` and lse `[G]`, and its depth `[G]`.
+        """
+        n = len(k)
+        carried, carried_lse = torch.empty_like(q), q.new_empty(len(q))
+        depth = torch.zeros(len(q), dtype=torch.int64)
+        read = 0
+        for i, entry in enumerate(matched):
+            heads = slice(i * self.unit, (i + 1) * self.unit)
+            fresh, counts, start = torch.arange(old, n), None, 0
+            if entry is None:
+                state = attention_state(q[heads], k[:old], v[:old], *softmax)
+            else:
+                start = self.old_end(entry.position)
+                result.source[t, heads] = entry.position
+                depth[heads] = entry.depth[heads] + 1
+                if self.cfg.anchors:
+                    fresh = torch.cat([entry.anchors, torch.arange(start, n)])
+                    counts = torch.cat([entry.counts, torch.ones(n - start).double()])
+                    result.anchors += len(entry.anchors)
+                else:
+                    middle = attention_state(q[heads], k[start:old], v[start:old], *softmax)
+                    state = merge_states(entry.out[heads], entry.lse[heads], *middle)
+            recent = attention_state(q[heads], k[fresh], v[fresh], *softmax, counts=counts)
+            if entry is not None and self.cfg.anchors:
+                out, lse, rest, gain = hit_state(entry, recent, q, k, v, softmax)
+                result.gain[t, heads] = gain
+                result.rest.append(rest)
+            else:
+                carried[heads], carried_lse[heads] = state
+                out, lse = merge_states(*state, *recent)
+            result.out[t, heads], result.lse[t, heads] = out, lse
+            read = max(read, n - start + (len(entry.anchors) if entry is not None else 0))
+        result.tokens += read
+        return carried, carried_lse, depth

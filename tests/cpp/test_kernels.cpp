@@ -117,26 +117,28 @@ struct RingMemory {
   Ring view() { return {reinterpret_cast<char*>(bytes.data()), layout, kSlots}; }
 };
 
-// Decodes `tokens` tokens after `first`. The query changes only every `repeat` steps, so with a threshold above 0
-// the steps between are hits on an equal query, whose result must still be exact: what the anchors tell of the rest
-// is that it has not moved. Returns the largest error.
-double decode(int first, int tokens, float threshold, int repeat, int64_t& hits, bool float8 = false) {
-  Model model(first + tokens + 5, float8);
+// Decodes `tokens` tokens after `first`, with `drafts` more in each step that are then rejected; all have the same
+// query. It changes only every `repeat` steps, so with a threshold above 0 the steps between are hits on an equal
+// query, whose result must still be exact: what the anchors tell of the rest is that it has not moved. Returns the
+// largest error.
+double decode(int first, int tokens, float threshold, int repeat, int64_t& hits, bool float8 = false,
+              int drafts = 0) {
+  const int wide = 1 + drafts, queries = kBatch * wide * kHeads;
+  Model model(first + tokens + drafts + 5, float8);
   RingMemory ring;
   std::vector<float> thresholds(kHeads, threshold);
-  const Shape shape{kBatch, kKvHeads, kGroup, kHeadDim};
-  const HeadsView query{model.query.data(), kHeads * kHeadDim, kHeadDim, 0};
+  const Shape shape{kBatch, kKvHeads, kGroup, kHeadDim, wide};
   const Requests requests{model.seq_lens.data(), model.slots.data(), nullptr, nullptr};
   double error = 0;
   for (int step = 0; step < tokens; ++step) {
     if (step % repeat == 0) model.query = random_floats(model.query.size());
-    for (int b = 0; b < kBatch; ++b) model.seq_lens[b] = first + step + 5 * b;
-    const HeadsView now{model.query.data(), query.batch_stride, query.head_stride, 0};
+    for (int b = 0; b < kBatch; ++b) model.seq_lens[b] = first + step + drafts + 5 * b;
+    const HeadsView now{model.query.data(), kHeads * kHeadDim, kHeadDim, 0};
 
-    std::vector<int32_t> source(kBatch * kHeads), place = source, stored(kBatch * kKvHeads), sampled = stored;
+    std::vector<int32_t> source(queries), place = source, stored(kBatch * kKvHeads), sampled(stored.size() * wide);
     std::vector<int32_t> anchors(kBatch * kKvHeads * kAnchors);
-    std::vector<float> states(kNumSpans * kBatch * kHeads * kHeadDim), state_lse(kNumSpans * kBatch * kHeads);
-    std::vector<float> out(kBatch * kHeads * kHeadDim), lse(kBatch * kHeads), log_ratio = lse;
+    std::vector<float> states(kNumSpans * queries * kHeadDim), state_lse(kNumSpans * queries);
+    std::vector<float> out(queries * kHeadDim), lse(queries), log_ratio = lse;
     std::vector<float> anchor_weights(anchors.size());
     const Matched matched{source.data(), place.data(), stored.data()};
 
@@ -174,19 +176,17 @@ double decode(int first, int tokens, float threshold, int repeat, int64_t& hits,
     complete.anchor_weights = anchor_weights.data(), complete.sampled = sampled.data();
     complete.query = now, complete.rotated = now, complete.ring = ring.view();
     complete.band = kBand, complete.max_reuse_depth = 1;
-    complete.out = out.data(), complete.out_batch_stride = kHeads * kHeadDim, complete.out_head_stride = kHeadDim;
+    complete.out = out.data(), complete.out_head_stride = kHeadDim, complete.out_token_stride = kHeads * kHeadDim;
+    complete.out_batch_stride = wide * complete.out_token_stride;
     complete.lse = lse.data();
     cpu::CompleteWork complete_work(complete);
     run_team(cpu::kernels(kHeadDim).complete, complete, complete_work);
 
-    for (int b = 0; b < kBatch; ++b) {
-      for (int head = 0; head < kHeads; ++head) {
-        const State exact = model.attend(b, head, model.seq_lens[b]);
-        error = std::max(error, std::abs(exact.lse - lse[b * kHeads + head]));
-        for (int d = 0; d < kHeadDim; ++d) {
-          error = std::max(error, std::abs(exact.out[d] - out[(b * kHeads + head) * kHeadDim + d]));
-        }
-      }
+    for (int row = 0; row < queries; ++row) {
+      const int head = row % kHeads, token = row / kHeads % wide, b = row / kHeads / wide;
+      const State exact = model.attend(b, head, model.seq_lens[b] - drafts + token);
+      error = std::max(error, std::abs(exact.lse - lse[row]));
+      for (int d = 0; d < kHeadDim; ++d) error = std::max(error, std::abs(exact.out[d] - out[row * kHeadDim + d]));
     }
   }
   hits = ring.view().counters(2)[kKvHeadHits] + ring.view().counters(0)[kKvHeadHits];
@@ -222,5 +222,11 @@ int main() {
   failed += check("float8 at threshold 0 is exact", error < kTolerance && hits == 0, error, hits);
   error = decode(kFirst, kTokens, 1e-6f, 8, hits, true);
   failed += check("a hit on float8 is exact", error < kTolerance && expected(), error, hits);
+  error = decode(kFirst, kTokens, 0.f, 1, hits, false, 3);
+  failed += check("four query tokens at threshold 0 are exact", error < kTolerance && hits == 0, error, hits);
+  error = decode(kFirst, kTokens, 1e-6f, 8, hits, false, 3);
+  const bool each = hits % 4 == 0;
+  hits /= 4;
+  failed += check("a hit of four query tokens is exact", error < kTolerance && each && expected(), error, hits);
   return failed;
 }
