@@ -8,7 +8,8 @@ and values are projected and written; the queries are those of `workload.py`, of
 
 `Lossless` is computed from such steps: k drafts, whose attention reuses, and a verification of
 k + 1 tokens, which is exact, yield so many tokens (`--tokens`, one for each of `--drafts`) as
-`bench/lossless.py` has counted on real text.
+`bench/lossless.py` has counted on real text. "speculate": steps of k + 1 tokens, as those that
+verify another model's drafts are, with reuse beside exact ones.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Kind:
     tokens: int = 1
     reuse: bool = False
     learn: bool = True
+    exact: bool = False
 
 
 EXACT, REUSE, DRAFT = Kind(), Kind(reuse=True), Kind(reuse=True, learn=False)
@@ -69,6 +71,8 @@ class Layer:
         device = torch.device("cuda")
         self.work = Workload(case, device)
         self.ring = PlantedRing(self.work, cfg, age)
+        many = (case.batch, mac_attn.MAX_QUERY_TOKENS, case.num_qo_heads, case.head_dim)
+        self.queries = torch.randn(many, device=device, dtype=case.dtype)
         size, self.kv_size = case.num_qo_heads * case.head_dim, case.num_kv_heads * case.head_dim
         hidden, between = shape.hidden_size, shape.intermediate_size
 
@@ -86,11 +90,11 @@ class Layer:
         work = self.work
         q, q_match = work.q, work.q_match
         if step.tokens > 1:
-            q, q_match = (x[:, None].expand(-1, step.tokens, -1, -1) for x in (q, q_match))
+            q = q_match = self.queries[:, : step.tokens]
         options: dict[str, Any] = {}
         if step.reuse:
-            options = {"reuse": self.ring.reuse, "slots": work.slots, "learn": step.learn}
-            options["q_match"] = q_match
+            options = {"reuse": self.ring.reuse, "slots": work.slots, "q_match": q_match}
+            options |= {"learn": step.learn, "exact": step.exact}
         out = mac_attn.decode(q, work.kv, work.block_table, work.seq_lens, **options)
         assert isinstance(out, Tensor)
         return out
@@ -167,17 +171,20 @@ def steps_of(
                 )
         for k in drafts:
             back = partial(put_back, layers, mask, k + 1)
-            steps.append(Step(f"{part} verify {k}", partial(call, Kind(k + 1, True)), back))
+            verify = partial(call, Kind(k + 1, reuse=True, exact=True))
+            steps.append(Step(f"{part} verify {k}", verify, back))
+            speculate = partial(call, Kind(k + 1, reuse=True))
+            for rate in hits:
+                mask = layers[0].ring.on_device(hit_mask(case, "group", rate, "even"))
+                back = partial(put_back, layers, mask, k + 1)
+                steps.append(Step(f"{part} speculate {k} {rate}", speculate, back))
     return steps
 
 
 def put_back(layers: Sequence[Layer], hits: Tensor, tokens: int) -> None:
-    """The rings as they were, their slots' histories ending where a step of `tokens` begins."""
+    """The rings as they were, with what a step of so many tokens is to find."""
     for layer in layers:
-        layer.ring.put_back(hits)
-        reuse = layer.ring.reuse
-        for bound in (reuse.slot_end, reuse.slot_reach):
-            bound.fill_(layer.work.case.seq_len - tokens)
+        layer.ring.put_back(hits, layer.queries[:, :tokens] if tokens > 1 else None)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -227,6 +234,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                     f"{part:10} {way:8}  {rate:4.2f}  {k:6}  {tokens:14.2f}  {each:10.3f}"
                     f"  {exact:5.2f}  {exact / each:5.2f}"
                 )
+    print(f"\n{'':10} drafts  hits  exact step  with reuse  ratio")
+    for part in ("attention", "model") if shape.hidden_size else ("attention",):
+        for k in options.drafts:
+            for rate in options.hits:
+                exact, each = ms[f"{part} verify {k}"], ms[f"{part} speculate {k} {rate}"]
+                times = f"{exact:10.3f}  {each:10.3f}  {exact / each:5.2f}"
+                print(f"{part:10} {k:6}  {rate:4.2f}  {times}")
     if options.json:
         times = {name: asdict(timing) for name, timing in timings.items()}
         options.json.write_text(json.dumps({"times": times, "rows": rows}, indent=1))

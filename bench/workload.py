@@ -223,7 +223,8 @@ class PlantedRing:
         case, device = work.case, work.device
         if not 1 <= age <= cfg.entries:
             raise ValueError(f"age is {age}, must be from 1 to the entries, {cfg.entries}")
-        if case.context < max(cfg.entries + cfg.band, cfg.min_context):
+        most = cfg.entries + cfg.band + mac_attn.MAX_QUERY_TOKENS
+        if case.context < max(most, cfg.min_context):
             raise ValueError(f"context is {case.context}, must be longer for a full ring of hits")
         self.case = case
         self.age = age
@@ -238,28 +239,26 @@ class PlantedRing:
             rotary=work.rotary,
         )
         reuse, entries = self.reuse, cfg.entries
-        position = case.seq_len - 1
         # Logits of random queries are normal: their log-sum-exp is ln n + 1/2.
         lse = math.log(case.context) + 0.5
         reuse.ring_query.normal_()
         reuse.ring_out.normal_()
         reuse.ring_lse.fill_(lse)
         if cfg.anchors:
-            oldest = position - entries + 1 - cfg.band  # E(c) of the oldest entry
+            # E(c) of the oldest entry.
+            oldest = case.seq_len - mac_attn.MAX_QUERY_TOKENS - entries + 1 - cfg.band
             positions = torch.randint(0, oldest, reuse.ring_anchors.shape, device=device)
             reuse.ring_anchors.copy_(positions.sort(-1).values)
             reuse.ring_anchor_weights.fill_(case.context / cfg.anchors)
             reuse.ring_rotated.normal_()
             reuse.ring_last_lse.fill_(lse)
             reuse.ring_tau.fill_(1 / cfg.anchors)
-        # One entry for each of the last positions, the oldest at place 0, where the next one goes.
-        reuse.ring_position.copy_(torch.arange(position - entries, position, dtype=torch.int32))
-
-        self._position = position
+        self._position = -1  # where the slots have ended
         self._planted = entries - age
-        group = (case.batch, case.num_kv_heads, case.group_size, case.head_dim)
-        self._query = work.q_match.view(group)
-        self._random = reuse.ring_query[:, :, self._planted].clone()
+        self._queries = work.q_match[:, None]
+        # Of the places that entries are planted at, the youngest last; and of the oldest one.
+        first = max(0, self._planted + 1 - mac_attn.MAX_QUERY_TOKENS)
+        self._random = reuse.ring_query[:, :, first : self._planted + 1].clone()
         self._oldest = reuse.ring_query[:, :, 0].clone()
         self.put_back(self.on_device(torch.zeros(case.batch, case.num_qo_heads, dtype=torch.bool)))
 
@@ -269,14 +268,29 @@ class PlantedRing:
         shape = (case.batch, case.num_kv_heads, case.group_size, 1)
         return hits.view(shape).to(self.reuse.device)
 
-    def put_back(self, hits: Tensor) -> None:
-        reuse = self.reuse
+    def put_back(self, hits: Tensor, queries: Tensor | None = None) -> None:
+        """For the workload's step or one of several tokens, with pre-RoPE queries [B, T, Hq, D].
+
+        The first one's entry has `age`, those of the others are each one older.
+        """
+        reuse, entries = self.reuse, self.reuse.cfg.entries
+        queries = self._queries if queries is None else queries
+        tokens = queries.shape[1]
         reuse.ring_query[:, :, 0].copy_(self._oldest)
-        reuse.ring_query[:, :, self._planted].copy_(torch.where(hits, self._query, self._random))
-        reuse.ring_position[:, :, 0].fill_(self._position - reuse.cfg.entries)
-        reuse.ring_stored.fill_(reuse.cfg.entries)
+        by_head = queries.unflatten(2, (self.case.num_kv_heads, -1)).unbind(1)
+        for token, query in enumerate(by_head):
+            random = self._random[:, :, -1 - token]
+            reuse.ring_query[:, :, self._planted - token].copy_(torch.where(hits, query, random))
+        position = self.case.seq_len - tokens
+        if position == self._position:
+            reuse.ring_position[:, :, 0].fill_(position - entries)
+        else:  # one entry for each of the last positions, the oldest where the next one goes
+            every = torch.arange(position - entries, position, dtype=torch.int32)
+            reuse.ring_position.copy_(every)
+            self._position = position
+        reuse.ring_stored.fill_(entries)
         for bound in (reuse.slot_end, reuse.slot_reach):
-            bound.fill_(self._position)
+            bound.fill_(position)
 
     def check_match(self, work: Workload, hits: Tensor) -> None:
         """After `put_back(hits)`: match finds just the planted entries. Raises SystemExit."""

@@ -199,10 +199,10 @@ def test_query_tokens(tmp_path):
     import query_tokens
 
     path = tmp_path / "tokens.json"
-    options = ["--batches", "2", "--tokens", "1", "3", "--rounds", "1", "--json", str(path)]
-    query_tokens.main([*TINY, *options])
+    options = ["--batches", "2", "--tokens", "1", "3", "--hits", "1", "0.5", "--rounds", "1"]
+    query_tokens.main([*TINY, *options, "--json", str(path)])
     (row,) = json.loads(path.read_text())
-    assert row["us"].keys() == {"1", "1 reuse", "3", "3 reuse"}
+    assert row["us"].keys() == {"1", "1 1.0", "1 0.5", "3", "3 1.0", "3 0.5"}
     assert all(step["us"] > 0 for step in row["us"].values())
 
 
