@@ -128,34 +128,37 @@ MAC_DEVICE void look_at_heads(const CompleteParams& p, CompleteWork& work, int p
   work.place = stored < M ? stored : stored - M;
 }
 
-// By a KV head; `all`: anchors, too.
-struct TokensRead {
-  int all, anchors;
+// What a lane's query token has matched, the oldest of its heads, and how many anchors it has read. Asked for
+// before it is known whether it is there.
+struct TokenMatch {
+  int oldest, anchors;
+
+  MAC_DEVICE static TokenMatch load(const CompleteParams& p, int64_t group) {
+    static_assert(kMaxQueryTokens <= 32, "a lane for each");
+    const int G = p.shape.group_size;
+    TokenMatch match{0x7fffffff, 0};
+    if (ptx::lane_id() >= p.shape.tokens) return match;
+    const int64_t token = group * p.shape.tokens + ptx::lane_id();
+    if (p.ring.layout.shape.anchors > 0) match.anchors = p.sampled[token];
+#pragma unroll 4
+    for (int g = 0; g < G; ++g) {
+      const int source = p.matched.source[token * G + g];
+      match.oldest = source < match.oldest ? source : match.oldest;
+    }
+    return match;
+  }
 };
 
-// One warp. A miss reads them once for all of its query tokens, on a hit each has its own.
-MAC_DEVICE TokensRead tokens_read(const CompleteParams& p, const CompleteWork& work) {
-  const int G = p.shape.group_size, token = ptx::lane_id();
-  if (work.hits < G) return {work.seq_len, 0};
-  static_assert(kMaxQueryTokens <= 32, "a lane for each");
-  int read = 0, anchors = 0;
-  if (token < work.tokens) {
-    const int64_t row = work.row(p, token * G);
-    int oldest = 0x7fffffff;
-#pragma unroll 4
-    for (int g = 0; g < G; ++g) oldest = p.matched.source[row + g] < oldest ? p.matched.source[row + g] : oldest;
-    if (p.ring.layout.shape.anchors > 0) anchors = p.sampled[work.group(p) * p.shape.tokens + token];
-    read = work.position() + token + 1 - band_start(oldest, p.band) + anchors;
-  }
-  return {static_cast<int>(ptx::reduce_add(read)), static_cast<int>(ptx::reduce_add(anchors))};
-}
-
 // What the query heads share, but for the entry's rows; one warp. Nobody else reads what it writes.
-MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& work) {
-  const int n = work.seq_len, G = p.shape.group_size, S = p.ring.layout.shape.anchors;
+MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& work, TokenMatch match) {
+  const int n = work.seq_len, G = p.shape.group_size, S = p.ring.layout.shape.anchors, lane = ptx::lane_id();
   const int64_t slot = work.slot;
-  const TokensRead read = tokens_read(p, work);
-  if (ptx::lane_id() != 0) return;
+  // A miss reads once for all of its query tokens, on a hit each has its own.
+  const bool hits = work.hits == G, counts = hits && lane < work.tokens;
+  const int mine = work.position() + lane + 1 - band_start(match.oldest, p.band) + match.anchors;
+  const int read = static_cast<int>(ptx::reduce_add(counts ? mine : 0));
+  const int anchors = static_cast<int>(ptx::reduce_add(counts ? match.anchors : 0));
+  if (lane != 0) return;
   const int stored = work.stored < 0 ? 0 : work.stored;
   *p.ring.stored(slot, work.kv_head) = work.stores ? next_stored(stored, p.ring.layout.shape.entries) : stored;
   if (work.stores) *p.ring.position(slot, work.kv_head, work.place) = work.position();
@@ -168,11 +171,11 @@ MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& wo
   }
   int64_t* counters = p.ring.counters(slot);
   ptx::atomic_add(counters + kKvHeadSteps, work.tokens);
-  ptx::atomic_add(counters + kKvHeadHits, work.hits == G ? work.tokens : 0);
+  ptx::atomic_add(counters + kKvHeadHits, hits ? work.tokens : 0);
   ptx::atomic_add(counters + kQueryHeadHits, work.hits * work.tokens);
-  ptx::atomic_add(counters + kKvTokensRead, read.all);
+  ptx::atomic_add(counters + kKvTokensRead, hits ? read : n);
   ptx::atomic_add(counters + kKvTokensFull, tokens_of_steps(n, work.tokens));
-  ptx::atomic_add(counters + kAnchorsRead, read.anchors);
+  ptx::atomic_add(counters + kAnchorsRead, anchors);
   ptx::atomic_add(counters + kEntriesStored, work.stores);
   if (work.kv_head > 0) return;
   *p.ring.end(slot) = work.position() + 1;
@@ -298,9 +301,11 @@ __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
   if (warp < queries) head.load_states(p, work, warp);
   const int64_t group = work.group(p);
   int place = kMiss;  // of the head that the lane looks at
+  TokenMatch match{};
   if (p.matched.source) {
     if (lane < G) place = p.matched.place[work.row(p, lane)];
     work.stored = p.matched.stored[group], work.sampled = p.sampled[group * p.shape.tokens];
+    if (warp == warps - 1) match = TokenMatch::load(p, group);
   }
   work.seq_len = p.requests.seq_lens[work.request],
   work.slot = p.requests.slots ? p.requests.slots[work.request] : 0;
@@ -330,7 +335,7 @@ __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
     if (work.stores && i < G) store_head<T>(p, work, i, head);
   }
   if (!work.reuses) return;
-  if (warp == warps - 1) complete_history(p, work);
+  if (warp == warps - 1) complete_history(p, work, match);
   if (work.stores) store_anchors(p, work, group);
 }
 
