@@ -150,12 +150,12 @@ struct AmendParams {
                           // those leave nothing of the entry; else 0
   int32_t* anchors;       // out: [B, H, S] of a new entry, ascending, then kNoAnchor
   float* anchor_weights;  // out: [B, H, S] a of each, then 0
-  int32_t* sampled;  // out: [B, H, T] on a hit the anchors read; on a miss the candidates there were, or
-                     // kNotSampled, at the first token, kNotSampled at the others
+  int32_t* sampled;       // out: [B, H, T] on a hit the anchors read; on a miss the candidates there were, or
+                          // kNotSampled, at the first token, kNotSampled at the others
 };
 
-// The two states that amend yields for every query. With p the position of the request's first query token and c the
-// matched one:
+// The two states that amend yields for every query. With p the position of the request's first query token and c
+// the matched one:
 enum Span : int32_t {
   kOld,    // a miss: [0, E(p)), the new entry's state. A hit without anchors: [E(c), E(p)), joins the reused state.
            // A hit with anchors: those, attended by the entry's query; they leave the reused state.
