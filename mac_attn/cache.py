@@ -73,7 +73,8 @@ class ReuseCache:
         ring_tau: [N, H] float32, what the key of a token has to exceed to be sampled.
         ring_spread: [N, H] float32, the variance of a logit for a query of unit length, over the
             keys that `seed` found (see `ReuseConfig.max_drift`); 0 where it is not known.
-        ring_last_lse: [N, H, G] float32, log-sum-exp of the slot's last step.
+        ring_last_lse: [N, H, G] float32, log-sum-exp of the slot's last step, of several tokens
+            the first's.
         ring_position: [N, H, M] int32, tag: the position c whose entry lies here, -1 for none.
         ring_depth: [N, H, M, G] int32, hits in a row that made the entry; 0 for a miss.
         ring_query: [N, H, M, G, D] dtype, pre-RoPE queries.
@@ -172,8 +173,8 @@ class ReuseCache:
     def _allocate(self) -> None:
         _, slot_bytes = self._layout()
         # What the CUDA kernels keep between launches: Persistent in csrc/backend.h.
-        each = MAX_QUERY_TOKENS * (2 * self.num_qo_heads + self.num_kv_heads)
-        each += 2 * self.num_kv_heads + 1
+        per_token = 2 * self.num_qo_heads + self.num_kv_heads
+        each = MAX_QUERY_TOKENS * per_token + 2 * self.num_kv_heads + 1
         numbers = self.max_batch_size * each + 1 if self.device.type != "cpu" else 0
         try:
             shape = (self.num_slots, slot_bytes)

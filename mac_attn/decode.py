@@ -42,11 +42,10 @@ def decode(
     attention to the old context (arXiv:2604.00235); a miss is exact; the cache learns the new query
     either way.
 
-    In a step of several tokens, as speculative decoding has them to verify, each looks for a recent
-    query that it resembles. A head reuses only if it can with all of the request's tokens, else it
-    is exact with all of them: then what one saves, the others would read. Keys and values are read
-    once for all of them. The cache learns the first one, which cannot be rejected; the next step
-    may begin after any of them.
+    In a step of several tokens, as speculative decoding has them to verify, each resembles a recent
+    query of its own, or none. A head reuses only if it can with all of the request's tokens, and is
+    exact with all of them else: one that has to read everything reads it for the others, too. The
+    cache learns the first token, which cannot be rejected; the next step may begin after any.
 
     Args:
         q: [B, num_qo_heads, head_dim] float32, bfloat16 or float16, post-RoPE, or of T new tokens,

@@ -59,7 +59,8 @@ class ReuseStats:
 
     @property
     def kv_tokens_read(self) -> int:
-        """Tokens whose key and value were read, counted for every (step, KV head) pair."""
+        """Tokens whose key and value were read, counted for every (step, KV head) pair; where a KV
+        head has missed with several query tokens, once for all of them."""
         return self._total("kv_tokens_read")
 
     @property

@@ -47,8 +47,9 @@ def test_reuse_in_the_layout_of_gpt_oss(dtype, device):
     )
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("anchors", [0, 5])
-def test_rings_do_not_depend_on_sinks(anchors, device):
+def test_rings_do_not_depend_on_sinks(anchors, tokens, device):
     """Bit for bit: entries, the log-sum-exps that samples are weighed by, and decisions."""
     states = []
     for sinks in (None, make_sinks(HEADS, device)):
@@ -58,10 +59,13 @@ def test_rings_do_not_depend_on_sinks(anchors, device):
         q_match = q
         for i in range(6):
             q_match = torch.randn_like(q) if i % 2 == 0 else q_match
+            queries = (q, q_match)
+            if tokens > 1:
+                queries = tuple(x[:, None].expand(-1, tokens, -1, -1) for x in queries)
             options = {} if sinks is None else {"sinks": sinks}
             mac_attn.decode(
-                q, kv, table, lens + i, reuse=reuse, slots=slots_on(device), q_match=q_match,
-                **options,
+                queries[0], kv, table, lens + i + tokens - 1, reuse=reuse, slots=slots_on(device),
+                q_match=queries[1], **options,
             )  # fmt: skip
         assert reuse.stats().hit_rate > 0
         states.append(snapshot(reuse))

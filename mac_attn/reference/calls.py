@@ -20,9 +20,7 @@ class Step:
 
     out: Tensor  # [B, Hq, D] or [B, T, Hq, D] float64
     lse: Tensor  # without D, float64, natural log
-    source: (
-        Tensor  # as lse, int64, the matched position; -1 is a miss, or a token that is not there
-    )
+    source: Tensor  # as lse, int64, the matched position; -1: a miss, or a token not there
     gain: Tensor  # as lse, by how much the sums of a hit raise errors of their terms
     heads: list[list[HeadStep]]  # [B][Hkv]; of a padding row none
 
@@ -74,7 +72,8 @@ def decode(
         k, v = gather_kv(kv_cache, block_table[b], n, kv_layout, (k_scale, v_scale))
         kv = list(zip(k.unbind(1), v.unbind(1), strict=True))
         tokens = q.shape[1] if query_lens is None else int(query_lens[b])
-        first, row = n - tokens, (b, slice(tokens))  # the position of the first of them
+        first = n - tokens  # the position of the first of them
+        row = (b, slice(tokens))
         active[row] = True
         groups = q[row].unflatten(1, (len(kv), -1)).unbind(1)  # [Hkv] of [T, G, D]
         if reuse is None or (slots is not None and slots[b] == -1):

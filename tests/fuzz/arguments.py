@@ -71,16 +71,22 @@ class Call:
         rows = (B, T, H * G) if self.tokens else (B, H * G)
         longest = self.max_pages * self.page_size if self.num_pages else 0
         lens = self.ints(B, low=0, high=longest + 1)
+        query_lens = self.ints(B, low=1, high=T + 1) if self.draw.ConsumeBool() else None
+        # What each request's first query token attends to.
+        ends = (lens + 1 - (T if query_lens is None else query_lens)).clamp(min=0)
         order = torch.randperm(N, generator=self.generator).int()
         slots = order[:B] if B <= N else self.ints(B, low=0, high=N)
         slots[torch.rand(B, generator=self.generator) < 0.2] = -1  # requests without a ring
-        rings = self.rings(lens, slots)
+        rings = self.rings(ends, slots)
         cache = (self.num_pages, self.page_size, H, D)
-        source = torch.full((B, H * G), -1, dtype=torch.int32)
+        source = torch.full((B, H, T, G), -1, dtype=torch.int32)
         stored = torch.where(slots >= 0, rings["ring_stored"][slots.clamp(min=0).long(), 0], -1)
         if self.draw.ConsumeBool():  # the newest entry of each that has one
-            old_enough = ((lens - 2 >= self.band) & (slots >= 0))[:, None]
-            source = torch.where(old_enough, (lens - 2)[:, None], source).contiguous()
+            old_enough = ((ends - 2 >= self.band) & (slots >= 0))[:, None]
+            there = torch.arange(T) < (lens - ends + 1)[:, None]
+            source = torch.where(old_enough & there, (ends - 2)[:, None], -1)
+            source = source[:, None, :, None].expand(B, H, T, G)
+        source = source.flatten(1).contiguous()
         place = torch.where(source >= 0, source % M, -1)
         return {
             "q": lambda: self.normal(*rows, D),
@@ -92,9 +98,7 @@ class Call:
             "hnd": lambda: False,
             "block_table": lambda: self.ints(B, self.max_pages, low=0, high=self.num_pages),
             "seq_lens": lambda: lens,
-            "query_lens": lambda: (
-                self.ints(B, low=1, high=self.tokens + 1) if self.draw.ConsumeBool() else None
-            ),
+            "query_lens": lambda: query_lens,
             "slots": lambda: slots,
             "request_ids": lambda: None,
             "source": lambda: source,
@@ -105,7 +109,7 @@ class Call:
             "log_ratio": lambda: self.normal(B, T * H * G, dtype=torch.float32),
             "anchor_positions": lambda: torch.full((B, H, S), -1, dtype=torch.int32),
             "anchor_weights": lambda: torch.zeros(B, H, S),
-            "sampled": lambda: self.ints(B, H, low=-1, high=4 * S + 2),
+            "sampled": lambda: self.ints(B, H * T, low=-1, high=4 * S + 2),
             "ring": lambda: rings["ring"],
             "num_kv_heads": lambda: H,
             "entries": lambda: M,
@@ -119,6 +123,7 @@ class Call:
             "band": lambda: self.band,
             "min_context": lambda: 0,
             "max_reuse_depth": lambda: 1 if S else 2**31 - 1,
+            "exact": lambda: self.draw.ConsumeBool(),
             "learn": lambda: self.draw.ConsumeBool(),
             "sm_scale": lambda: 0.25,
             "logits_soft_cap": lambda: self.draw.PickValueInList([0.0, 2.0]),
