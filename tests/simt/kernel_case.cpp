@@ -1,6 +1,7 @@
 #include "kernel_case.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 namespace mac_attn::simt {
@@ -52,12 +53,18 @@ double decode_fp8(uint8_t bits) {
 
 uint8_t encode_fp8(double value) {
   if (std::isnan(value)) return 0x7f;
-  uint8_t best = 0;
-  for (uint8_t bits = 1; bits < 127; ++bits) {  // the nearest, of two the even one; beyond the last, that
-    const double gain = std::abs(std::abs(value) - decode_fp8(best)) - std::abs(std::abs(value) - decode_fp8(bits));
-    if (gain > 0 || (gain == 0 && bits % 2 == 0)) best = bits;
+  static const auto magnitudes = [] {  // in the order of their bits
+    std::array<double, 127> all;
+    for (uint8_t bits = 0; bits < all.size(); ++bits) all[bits] = decode_fp8(bits);
+    return all;
+  }();
+  const double x = std::min(std::abs(value), magnitudes.back());  // beyond the last, that
+  auto bits = static_cast<uint8_t>(std::lower_bound(magnitudes.begin(), magnitudes.end(), x) - magnitudes.begin());
+  if (bits > 0) {  // the nearest, of two the even one
+    const double gain = (magnitudes[bits] - x) - (x - magnitudes[bits - 1]);
+    if (gain > 0 || (gain == 0 && bits % 2 == 1)) --bits;
   }
-  return best | (std::signbit(value) ? 0x80 : 0);
+  return bits | (std::signbit(value) ? 0x80 : 0);
 }
 
 HeadsTensor::HeadsTensor(DType dtype, int batch, int heads, int head_dim, double scale, Data& data)

@@ -101,7 +101,7 @@ void test_shapes(const AmendSpec& base) {
     spec.exact = i % 7 == 4;
     spec.ctas = 1 + i % 4;
     spec.seed = i++;
-    test(spec, one_run());
+    if (!kFewShapes || spec.seed % 3 == 1) test(spec, one_run());
   };
   for (const int head_dim : {64, 80, 96, 128, 256}) {
     for (const int group_size : {1, 3, 5, 8, 16, 32}) {

@@ -36,6 +36,7 @@ void test_shapes(DType dtype) {
       spec.request_ids = spec.seed % 5 != 0;
       spec.max_drift = spec.seed % 2 ? 3 : 0;
       ++spec.seed;
+      if (kFewShapes && (spec.seed + spec.seed / 6) % 3) continue;
       hits += test(spec, one_run());
       heads += 3 * spec.num_kv_heads * group_size;
     }
