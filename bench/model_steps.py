@@ -57,6 +57,7 @@ class Kind:
     tokens: int = 1
     reuse: bool = False
     learn: bool = True
+    exact: bool = False
 
 
 EXACT, REUSE, DRAFT = Kind(), Kind(reuse=True), Kind(reuse=True, learn=False)
@@ -89,8 +90,8 @@ class Layer:
             q, q_match = (x[:, None].expand(-1, step.tokens, -1, -1) for x in (q, q_match))
         options: dict[str, Any] = {}
         if step.reuse:
-            options = {"reuse": self.ring.reuse, "slots": work.slots, "learn": step.learn}
-            options["q_match"] = q_match
+            options = {"reuse": self.ring.reuse, "slots": work.slots, "q_match": q_match}
+            options |= {"learn": step.learn, "exact": step.exact}
         out = mac_attn.decode(q, work.kv, work.block_table, work.seq_lens, **options)
         assert isinstance(out, Tensor)
         return out
@@ -166,8 +167,8 @@ def steps_of(
                     Step(f"{part} {name} {rate}", graph, partial(put_back, layers, mask, 1))
                 )
         for k in drafts:
-            back = partial(put_back, layers, mask, k + 1)
-            steps.append(Step(f"{part} verify {k}", partial(call, Kind(k + 1, True)), back))
+            verify, back = Kind(k + 1, True, exact=True), partial(put_back, layers, mask, k + 1)
+            steps.append(Step(f"{part} verify {k}", partial(call, verify), back))
     return steps
 
 

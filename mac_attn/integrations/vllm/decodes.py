@@ -1,7 +1,7 @@
 """The calls of `mac_attn.decode` that a step's rows of decode become, prepared for all layers.
 
 A row computes one token or, where drafts are verified, a few. Where a batch has both they are two
-calls, so that a row of one token is not filled up to as many. How sums are cut hangs on the most
+calls, so that a row of one token is not filled up to as many. How sums are cut may hang on the most
 tokens that a row of the call has: where a row must get the same bits in any company, each number of
 tokens has a call of its own.
 """
