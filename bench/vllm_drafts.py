@@ -4,8 +4,10 @@
 
 Needs vLLM and mac_attn in one environment (docs/vllm.md). Prompts are parts of Python's
 documentation. Each row is a process of its own, in which vLLM runs without a server; the calls of
-the plugin are counted. "KV read" is keys read, over those that exact steps of one token would read
-for the same number of tokens. The model that drafts is the model itself.
+the plugin are counted. Of steps of one token and of those of more: hits of KV heads, and keys read,
+over those that an exact step reads, once for all of its tokens. "KV read" is all keys read, over
+those that exact steps of one token would read for as many tokens. The model that drafts is the
+model itself.
 """
 
 from __future__ import annotations
@@ -82,6 +84,7 @@ class Calls:
         found = self.counters[call.width > 1]
         found.update(dict(zip(COUNTERS, grown, strict=True)))
         found["rows"] += len(call.rows.seq_lens)
+        found["context"] += int(call.rows.seq_lens.sum()) * ring.num_kv_heads
 
     def row(self, new_tokens: int, exact: int) -> dict[str, Any]:
         """The figures; `exact` is keys that a KV head reads in exact steps of one token."""
@@ -96,6 +99,8 @@ class Calls:
             "accepted": new_tokens - steps,
             "hits_of_one": one["kv_head_hits"] / max(1, one["kv_head_steps"]),
             "hits_of_several": several["kv_head_hits"] / max(1, several["kv_head_steps"]),
+            "read_by_one": one["kv_tokens_read"] / max(1, one["context"]),
+            "read_by_several": several["kv_tokens_read"] / max(1, several["context"]),
             "kv_read": both["kv_tokens_read"] / (exact * heads),
         }
 
@@ -127,18 +132,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments += ["--" + name.replace("_", "-"), str(value)]
     print(
         f"{options.requests} prompts of {options.context} tokens, {options.batch} at once, "
-        f"{options.new_tokens} tokens each, {options.dtype}; hits: of KV heads\n"
+        f"{options.new_tokens} tokens each, {options.dtype}\n"
     )
-    print(f"{'':20}{'accepted':>14}{'steps':>7}{'of drafts':>11}{'hits: of one':>14}{'of more':>9}"
-          f"{'KV read':>9}")  # fmt: skip
+    print(
+        f"{'':20}{'accepted':>14}{'steps of one':>14}{'hits':>7}{'read':>7}"
+        f"{'of more':>10}{'hits':>7}{'read':>7}{'KV read':>10}"
+    )
     rows = {}
     for name in options.rows:
         row = run(__file__, ["--one", name, *arguments], ROWS[name][1], options.batch)
         rows[name] = row
         accepted = f"{row['accepted']} of {row['drafted']}"
         print(
-            f"{name:20}{accepted:>14}{row['steps']:7}{row['steps_of_drafts']:11}"
-            f"{row['hits_of_one']:14.1%}{row['hits_of_several']:9.1%}{row['kv_read']:9.1%}",
+            f"{name:20}{accepted:>14}{row['steps'] - row['steps_of_drafts']:14}"
+            f"{row['hits_of_one']:7.1%}{row['read_by_one']:7.1%}"
+            f"{row['steps_of_drafts']:10}{row['hits_of_several']:7.1%}{row['read_by_several']:7.1%}"
+            f"{row['kv_read']:10.1%}",
             flush=True,
         )
     if options.json:
