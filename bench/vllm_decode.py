@@ -118,8 +118,10 @@ def _plugin_engine() -> Any:
     return next((o for o in gc.get_objects() if type(o) is Engine), None)
 
 
-def run(name: str, config: dict[str, Any] | None, options: argparse.Namespace) -> dict[str, Any]:
-    """A row, from a process of its own."""
+def run(
+    script: str, arguments: Sequence[str], config: dict[str, Any] | None, slots: int
+) -> dict[str, Any]:
+    """What a script answers as JSON, from a process whose vLLM has the plugin with `config`."""
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -127,15 +129,13 @@ def run(name: str, config: dict[str, Any] | None, options: argparse.Namespace) -
         "HF_HUB_OFFLINE": "1",
         "MAC_ATTN_VLLM": "0" if config is None else "1",
         "MAC_ATTN_VLLM_CONFIG": json.dumps(config or {}),
-        "MAC_ATTN_VLLM_SLOTS": str(options.batch),
+        "MAC_ATTN_VLLM_SLOTS": str(slots),
     }
-    command = [sys.executable, __file__, "--one", "--batch", str(options.batch)]
-    command += ["--context", str(options.context), "--rounds", str(options.rounds)]
-    command += ["--model", str(options.model)] if options.model else []
+    command = [sys.executable, script, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"prefill_s"')]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        raise SystemExit(f"{name}: vLLM ended\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{command}: vLLM ended\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     row: dict[str, Any] = json.loads(lines[-1])
     return row
 
@@ -155,9 +155,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     print(f"{options.batch} requests of {options.context} tokens; milliseconds of a decode step\n")
     print(f"{'':26}{'ms':>7}{'prefill s':>11}{'hits':>8}{'KV read':>9}")
+    arguments = ["--one", "--batch", str(options.batch)]
+    arguments += ["--context", str(options.context), "--rounds", str(options.rounds)]
+    arguments += ["--model", str(options.model)] if options.model else []
     rows = {}
     for name in options.rows:
-        rows[name] = row = run(name, ROWS[name], options)
+        rows[name] = row = run(__file__, arguments, ROWS[name], options.batch)
         shares = "".join(
             f"{row[key]:{width}.1%}"
             for key, width in (("hit_rate", 8), ("kv_read_share", 9))

@@ -12,7 +12,15 @@ import torch
 
 pytest.importorskip("transformers")
 from cases import one_thread  # noqa: E402
-from tiny_models import ALWAYS, EOS, FAMILIES, left_padded, prompts, tiny_model  # noqa: E402
+from tiny_models import (  # noqa: E402
+    ALWAYS,
+    EOS,
+    FAMILIES,
+    ROUNDING,
+    left_padded,
+    prompts,
+    tiny_model,
+)
 from transformers import StoppingCriteria, StoppingCriteriaList  # noqa: E402
 
 from mac_attn.integrations.transformers import Lossless, MacCache  # noqa: E402
@@ -97,8 +105,29 @@ def test_drafts_leave_nothing_in_the_ring(device: torch.device) -> None:
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
     ids = model.generate(ids, past_key_values=cache, custom_generate=method, **options)
     reuse = cache.layers[0].reuse
-    positions = {p for p in reuse.ring_position[0, 0].tolist() if p >= 40}
+    places = reuse.ring_position[0, 0].tolist()
+    positions = {p for p in places if p >= 40}
+    assert len(positions) < len([p for p in places if p >= 0])
     assert positions == set(range(40, 40 + 5 * method.stats.verifications, 5))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_verifying_step_is_exact_and_learns(tokens: int, device: torch.device) -> None:
+    """Where all would hit; the slot's history goes on with it."""
+    model, ids = tiny_model(device), prompts(device, 2, 45)
+    caches = [MacCache(model, max_length=64, config=config) for config in (ALWAYS, None)]
+    for cache in caches:
+        model(ids[:, :40], past_key_values=cache)
+    mac, exact = caches
+    mac.mode = "verify"
+    steps = [model(ids[:, 40 : 40 + tokens], past_key_values=cache).logits for cache in caches]
+    torch.testing.assert_close(*steps, **ROUNDING)
+    assert mac.stats().hit_rate == 0
+    for layer in mac.layers:
+        assert (layer.reuse.ring_position == 40).any(-1).all()
+    mac.mode = "reuse"
+    model(ids[:, 44:], past_key_values=mac)
+    assert mac.stats().query_head_hits == 2 * 2 * 4  # of layers, requests, heads
 
 
 class Recorder:
@@ -220,7 +249,7 @@ def test_sampling_has_the_distribution_of_exact_sampling(
         attention_mask=torch.ones_like(batch), **OPTIONS,
     )  # fmt: skip
     run: _Run = captured["run"]
-    run.forward(batch[:, :-1], "reuse")
+    run.forward(batch[:, :-1], "verify")
     forward, noise = run.forward, 0.5 * torch.randn(model.config.vocab_size)
 
     def wrong_drafts(new: torch.Tensor, mode: Any) -> torch.Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from tiny_models import (  # noqa: E402
     tiny_model,
 )
 
+import mac_attn  # noqa: E402
 from mac_attn import ReuseCache, ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 
@@ -216,6 +219,32 @@ def test_prompt_lookup_decoding(device: torch.device, config: ReuseConfig | None
     lookup = generate(model, ids, cache, prompt_lookup_num_tokens=4)
     assert torch.equal(lookup.sequences, generate(model, ids).sequences)
     assert cache.get_seq_length() < lookup.sequences.shape[1]  # rejected drafts have been cropped
+
+
+def test_steps_of_prompt_lookup_reuse(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of several tokens as those of one: here all hit, of every token."""
+    steps: Counter[int] = Counter()
+    hits: Counter[int] = Counter()
+    decode = mac_attn.decode
+
+    def counted(q: Tensor, *args: Any, reuse: ReuseCache, **options: Any) -> Any:
+        before = reuse.stats()
+        out = decode(q, *args, reuse=reuse, **options)
+        tokens = 1 if q.dim() == 3 else q.shape[1]
+        steps[tokens] += reuse.stats().kv_head_steps - before.kv_head_steps
+        hits[tokens] += reuse.stats().kv_head_hits - before.kv_head_hits
+        return out
+
+    model, ids = tiny_model(device), prompts(device, 1, 5).repeat(1, 8)
+    cache = MacCache(model, max_length=80, config=ALWAYS)
+    monkeypatch.setattr(mac_attn, "decode", counted)
+    generate(model, ids, cache, prompt_lookup_num_tokens=4)
+    assert max(steps) > 1
+    assert hits == steps
+    # Each counts its tokens: of 2 layers the 2 KV heads.
+    assert all(count % (4 * tokens) == 0 for tokens, count in steps.items())
 
 
 def test_continues_a_conversation(device: torch.device) -> None:

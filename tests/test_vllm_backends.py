@@ -296,7 +296,7 @@ def test_the_flash_impl_serves_a_mixed_step(float8: bool, monkeypatch: pytest.Mo
     buffers = cuda_plan.Buffers(4, torch.device("cpu"))
     buffers.fill([Place(1, 5), None], lens)
     plan = cuda_plan.CudaPlan(
-        plan_decodes(buffers.rows(table), [0, 1, 2]),
+        plan_decodes(buffers.rows(table), [0, 1, 2], batch_invariant=False),
         cuda_plan.Prefill(slice(2, 5), "prefill"),
         [],
     )

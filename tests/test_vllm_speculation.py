@@ -113,7 +113,7 @@ def test_layers_that_draft_are_left_and_what_drafts_do_is_said(
     monkeypatch.setattr(Engine.logger, "info", said.append)
     engine._say_what_drafts_do(drafts)
     (text,) = said
-    assert "steps that verify drafts are exact" in text
+    assert "steps that verify drafts reuse where all of their tokens can" in text
     assert ("steps of more than 16 tokens are left to vLLM's attention" in text) == (drafts > 15)
 
 

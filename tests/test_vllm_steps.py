@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,6 +25,8 @@ SCALES = {"_k_scale": torch.tensor(0.5), "_v_scale": torch.tensor([0.25, 2.0])}
 
 class FakeEngine:
     """An engine whose requests and places are given."""
+
+    batch_invariant = False
 
     def __init__(
         self,
@@ -240,21 +243,22 @@ def test_which_rows_are_decode() -> None:
     assert count_decodes([0, 1, 2, 2, 2], 1) == 2  # the others are padding
 
 
-@given(st.lists(st.integers(1, 5), max_size=8))
-def test_every_token_of_decode_is_in_one_call(lengths: list[int]) -> None:
-    """Whatever the rows' lengths; those of one token have a call of their own, which can hit."""
+@given(st.lists(st.integers(1, 5), max_size=8), st.booleans())
+def test_every_token_of_decode_is_in_one_call(lengths: list[int], batch_invariant: bool) -> None:
+    """Whatever the rows' lengths; those of one, or of any number, have a call of their own."""
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     count = len(lengths)
     rows = attend.Rows(
         torch.arange(count, dtype=torch.int32)[:, None], torch.arange(count, dtype=torch.int32)
     )
     states, found = torch.randn(starts[-1] + 2, 3), torch.full((starts[-1] + 2, 3), torch.nan)
-    for call in plan_decodes(rows, starts):
+    for call in plan_decodes(rows, starts, batch_invariant):
         q = call.take(states)
         assert q.shape == (len(call.rows.seq_lens), *([call.width] * (call.width > 1)), 3)
         lens = [lengths[row] for row in call.rows.seq_lens.tolist()]
         assert max(lens) == call.width
         assert (min(lens) == 1) == (call.width == 1)
+        assert min(lens) == call.width or not batch_invariant
         if min(lens) < call.width:
             assert call.query_lens is not None and call.query_lens.tolist() == lens
         else:
@@ -271,6 +275,7 @@ class Drafting:
     """An engine whose steps verify drafts, with slots of its own."""
 
     query_tokens = 4
+    batch_invariant = False
 
     def __init__(self) -> None:
         self.slots = SlotTable(3, self.query_tokens - 1)
@@ -292,7 +297,8 @@ class Drafting:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("seed", range(3))
 def test_rejected_drafts_leave_nothing(device: str, seed: int) -> None:
-    """Steps of one token hit on queries from before and between drafts, and see none rejected.
+    """Steps of one token and of several hit on queries from before and between drafts, and see none
+    rejected.
 
     A request asks the same all the time, so that a hit is exact; keys and values of what was
     rejected are NaN until others take their places.
@@ -307,6 +313,7 @@ def test_rejected_drafts_leave_nothing(device: str, seed: int) -> None:
     kv_cache = torch.full((3 * blocks, KV_HEADS, BLOCK, 2 * DIM), torch.nan)
     buffers = cuda_plan.Buffers(4, torch.device("cpu"))
     begin, lens, numbers = [0, 0, 0], [13, 22, 30], set()
+    ring, hits = layer.impl.mac.ring, Counter[bool]()
 
     def write(row: int, positions: range, keys: Tensor) -> None:
         at = torch.arange(positions.start, positions.stop)
@@ -326,7 +333,9 @@ def test_rejected_drafts_leave_nothing(device: str, seed: int) -> None:
             query = queries.repeat_interleave(torch.tensor(lens), 0)
             output = torch.full_like(query, torch.nan)
             for call in plan.decodes:
+                before = ring.stats().kv_head_hits
                 attend.decode(layer, call, query, kv_cache, output)
+                hits[call.width > 1] += ring.stats().kv_head_hits - before
                 numbers |= set(call.rows.request_ids.tolist())
             # Each token by itself.
             of = torch.arange(3).repeat_interleave(torch.tensor(lens))
@@ -342,9 +351,8 @@ def test_rejected_drafts_leave_nothing(device: str, seed: int) -> None:
             write(row, range(begin[row], begin[row] + n - kept), torch.tensor(torch.nan))
         wide = step % 4 == 1  # now and then all rows have drafts
         lens = [number(2, 4) if wide or number(0, 3) == 0 else 1 for _ in range(3)]
-    ring = layer.impl.mac.ring
     assert len(numbers) == 3  # no request was taken for a new one
-    assert ring.stats().kv_head_hits > 10
+    assert hits[False] > 10 and hits[True] > 10
 
 
 @pytest.mark.parametrize("padding", [0, 2])

@@ -9,7 +9,7 @@
 
 Prefill is torch SDPA, followed by `mac_attn.seed` with the last queries of the prompt; a step with
 one new token is `mac_attn.decode`, which finds the pre-RoPE query by itself. So is one with a few
-(draft tokens), which is exact; more on a cache in use (chunked prefill) are SDPA and `seed` again.
+(draft tokens); more on a cache in use (chunked prefill) are SDPA and `seed` again.
 Without a MacCache, "mac" is SDPA. A model for which either would be wrong is refused;
 docs/transformers.md lists them.
 

@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from .float8 import FLOAT8
 from .layer import MacLayer
 from .rings import Rings
-from .shared import Mode
+from .shared import WITH_RINGS, Mode
 from .sinks import attention_with_sinks, check_sinks
 from .support import Refusal, check_config, check_keywords, check_module
 from .timer import measured
@@ -91,7 +91,7 @@ def mac_attention_forward(
         raise
 
     with measured(query.device):
-        decodes = rings is not None and mode in ("reuse", "draft", "exact") and rings.decodes(new)
+        decodes = rings is not None and mode in (*WITH_RINGS, "exact") and rings.decodes(new)
         if layer is not None and layer.is_float8 and not decodes:
             key, value = layer.wide()  # a copy, for this call
         if rings is not None and mode is not None and decodes:
@@ -116,7 +116,7 @@ def mac_attention_forward(
                 position_bias=position_bias,
                 **kwargs,
             )
-    if rings is not None and mode == "reuse" and not decodes:
+    if rings is not None and mode in ("reuse", "verify") and not decodes:
         rings.seed(query, scaling)
     return output, None
 

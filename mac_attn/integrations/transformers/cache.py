@@ -24,7 +24,7 @@ from .rotation import (
     find_rotations,
     probe_queries,
 )
-from .shared import Mode, Shared
+from .shared import WITH_RINGS, Mode, Shared
 from .support import Refusal, check_model
 
 _DEFAULT_CONFIG = mac_attn.ReuseConfig()
@@ -51,17 +51,18 @@ class MacCache(Cache):
             attention, at half the memory and reads of bfloat16; None, in the model's dtype. Each KV
             head has a scale for its keys and one for its values, set by the first tokens of a batch
             so that 16 times their largest number still fits; what exceeds that becomes the largest
-            number. Prefill, and several tokens at a time, attend to a copy in the model's dtype.
+            number. Prefill attends to a copy in the model's dtype.
         rotary: how queries are rotated, one for all layers or one for each, with None for a layer
             that does not rotate. None takes it from the model, and follows it if its frequencies
             change while the cache is empty (`model.to(dtype)` rounds them).
 
     Attributes:
         mode: what a decode step runs: "reuse", "draft" (which reuses, too, and leaves nothing to
-            reuse; `Lossless` has it), "exact" (`mac_attn.decode` without reuse), "sdpa"
-            (as transformers calls it) or "packed-sdpa" (SDPA with the query heads of a KV head as
-            rows of one matrix), all on the same cache. It may be switched at any time, to compare;
-            the reuse rings do not see steps taken in another mode and start anew after them.
+            reuse), "verify" (which reuses nothing and leaves something; `Lossless` has these two),
+            "exact" (`mac_attn.decode` without reuse), "sdpa" (as transformers calls it) or
+            "packed-sdpa" (SDPA with the query heads of a KV head as rows of one matrix), all on the
+            same cache. It may be switched at any time, to compare; the reuse rings do not see steps
+            taken in one of the last three modes and start anew after them.
 
     Raises:
         ValueError: an argument does not fit; transformers gives the model no SDPA; a layer keeps
@@ -150,7 +151,7 @@ class MacCache(Cache):
         modes = get_args(Mode)
         if mode not in modes:
             raise Refusal(f"mode is {mode!r}, must be one of {modes}")
-        if mode in ("reuse", "draft") and not self._reuses:
+        if mode in WITH_RINGS and not self._reuses:
             raise Refusal(f"mode {mode!r} needs a MacCache made with a `config`")
         self._shared.mode = mode
 

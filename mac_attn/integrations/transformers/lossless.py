@@ -220,15 +220,10 @@ class _Run:
             self.cache.mode = before
         return logits.float()
 
-    @staticmethod
-    def exact_mode(tokens: int) -> Mode:
-        """In which so many tokens are attended exactly: a single one would reuse."""
-        return "reuse" if tokens > 1 else "exact"
-
     def prefill(self) -> None:
         """Feed the prompt, or what of it the cache does not hold; append the first token."""
         rest = self.ids[:, self.cache.get_seq_length() :]
-        logits = self.forward(rest, self.exact_mode(rest.shape[1]))[:, -1]
+        logits = self.forward(rest, "verify")[:, -1]
         self.append([self.take(self.ids, logits)], [logits])
 
     def distribution(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -274,7 +269,7 @@ class _Run:
         drafting = clock.lap() if clock else 0.0
         if drafts > 0:
             self.cache.crop(-drafts)
-        logits = self.forward(ids[:, start - 1 :], self.exact_mode(drafts + 1)).unbind(1)
+        logits = self.forward(ids[:, start - 1 :], "verify").unbind(1)
         targets = [self.distribution(ids[:, : start + i], x) for i, x in enumerate(logits)]
         accepted, last = self.judge(ids[:, start:], proposals, targets)
         if clock and drafts > 0:

@@ -12,7 +12,7 @@ import mac_attn
 
 from .float8 import FLOAT8
 from .gradients import without_gradients
-from .shared import Mode
+from .shared import WITH_RINGS, Mode
 from .support import Refusal
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Rings:
         # Whatever attends a second time does so exactly: the rings are of the first one's queries.
         first, self.claimed = not self.claimed, True
         mode: Mode = shared.mode
-        if mode not in ("reuse", "draft"):
+        if mode not in WITH_RINGS:
             return mode
         if not first or self.config is None:
             return "exact"
@@ -123,7 +123,7 @@ class Rings:
         if mode != "exact":
             q_match = q if self.rotary is None else None
             options |= {"reuse": self.reuse, "slots": self.store.slots, "q_match": q_match}
-            options |= {"learn": mode == "reuse"}
+            options |= {"learn": mode != "draft", "exact": mode == "verify"}
         out = mac_attn.decode(q, *self.store.paging(), sm_scale=sm_scale, **options)
         assert isinstance(out, Tensor)  # a pair only with `return_lse`
         return without_gradients(out.unsqueeze(1) if out.dim() == 3 else out, query)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["reuse", "draft", "exact", "sdpa", "packed-sdpa"]
+Mode = Literal["reuse", "draft", "verify", "exact", "sdpa", "packed-sdpa"]
+WITH_RINGS: tuple[Mode, ...] = ("reuse", "draft", "verify")
 
 
 class Shared:

@@ -72,8 +72,9 @@ def plan_step(
     prefill = None
     if num_decodes < common.num_reqs:
         prefill = _prefill(common, num_decodes, starts, block_size, build)
+    decode = _decode_rows(common, places[:num_decodes])
     return CpuPlan(
-        plan_decodes(_decode_rows(common, places[:num_decodes]), starts[: num_decodes + 1]),
+        plan_decodes(decode, starts[: num_decodes + 1], engine.batch_invariant),
         prefill,
         plan_seeds(engine, common, rows, places, starts),
     )

@@ -65,7 +65,7 @@ def plan_step(
     if not any(places[:num_decodes]):
         decode = Rows(decode.block_table, decode.seq_lens)
     return CudaPlan(
-        plan_decodes(decode, starts[: num_decodes + 1]),
+        plan_decodes(decode, starts[: num_decodes + 1], engine.batch_invariant),
         _prefill(common, num_decodes, starts, build) if is_prefill else None,
         plan_seeds(engine, common, rows, places, starts),
     )
@@ -76,7 +76,8 @@ def plan_capture(common: Any, buffers: Buffers) -> CudaPlan:
     rows = common.num_reqs
     buffers.fill([None] * rows, common.seq_lens[:rows])
     starts = [row * common.max_query_len for row in range(rows + 1)]
-    return CudaPlan(plan_decodes(buffers.rows(common.block_table_tensor[:rows]), starts), None, [])
+    decode = buffers.rows(common.block_table_tensor[:rows])
+    return CudaPlan(plan_decodes(decode, starts, batch_invariant=False), None, [])  # one call
 
 
 def _prefill(common: Any, first: int, starts: list[int], build: Callable[[Any], Any]) -> Prefill:

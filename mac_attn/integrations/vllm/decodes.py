@@ -1,7 +1,9 @@
 """The calls of `mac_attn.decode` that a step's rows of decode become, prepared for all layers.
 
-A row computes one token or, where drafts are verified, a few. Those of one token can hit; those of
-several are exact. So they are two calls, where a batch has both.
+A row computes one token or, where drafts are verified, a few. Where a batch has both they are two
+calls, so that a row of one token is not filled up to as many. How sums are cut may hang on the most
+tokens that a row of the call has: where a row must get the same bits in any company, each number of
+tokens has a call of its own.
 """
 
 from __future__ import annotations
@@ -60,26 +62,26 @@ def count_decodes(starts: Sequence[int], most: int) -> int:
     return next((row for row, n in enumerate(lengths) if not 1 <= n <= most), len(lengths))
 
 
-def plan_decodes(rows: Rows, starts: Sequence[int]) -> list[Decode]:
+def plan_decodes(rows: Rows, starts: Sequence[int], batch_invariant: bool) -> list[Decode]:
     """The calls for some rows whose tokens are the first of the batch.
 
     Args:
         rows: which.
         starts: the first token of each, and the end of the last.
+        batch_invariant: see `Served`.
     """
     lengths = [last - first for first, last in pairwise(starts)]
     if not lengths:
         return []
     if min(lengths) == max(lengths):
         return [Decode(rows, lengths[0], slice(starts[-1]))]
-    calls = []
-    for some in (
-        [row for row, n in enumerate(lengths) if n == 1],
-        [row for row, n in enumerate(lengths) if n > 1],
-    ):
-        if some:
-            calls.append(_gathered(rows, some, starts, [lengths[row] for row in some]))
-    return calls
+    calls: dict[int, list[int]] = {}
+    for row, n in enumerate(lengths):
+        calls.setdefault(n if batch_invariant else min(n, 2), []).append(row)
+    return [
+        _gathered(rows, some, starts, [lengths[row] for row in some])
+        for _, some in sorted(calls.items())
+    ]
 
 
 def _gathered(

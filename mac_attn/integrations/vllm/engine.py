@@ -79,6 +79,11 @@ class Engine(BaseEngine):
         return self._rank[0] == 0
 
     @property
+    def batch_invariant(self) -> bool:
+        """See `Served`."""
+        return bool(envs.VLLM_BATCH_INVARIANT)
+
+    @property
     def _rank(self) -> tuple[int, int]:
         """Which of how many that split the heads of its layers."""
         parallel = self.runner.vllm_config.parallel_config
@@ -171,14 +176,14 @@ class Engine(BaseEngine):
         # Queries must come as they are; prefill's are rounded where vLLM's kernel is called.
         quant, layer.query_quant = getattr(layer, "query_quant", None), None
         float8 = layer.kv_cache_torch_dtype != ring.dtype
-        layer.impl.mac = Served(self, ring, float8, quant, envs.VLLM_BATCH_INVARIANT)
+        layer.impl.mac = Served(self, ring, float8, quant, self.batch_invariant)
 
     def _say_what_drafts_do(self, drafts: int) -> None:
         """Log what is verified by whom, if there is speculative decoding."""
         if not drafts or not self.speaks:
             return
-        text = "MAC-Attention, speculative decoding: steps that verify drafts are exact, those of"
-        text += " one token reuse"
+        text = "MAC-Attention, speculative decoding: steps that verify drafts reuse where all of"
+        text += " their tokens can"
         if 1 + drafts > self.query_tokens:
             text += f"; steps of more than {self.query_tokens} tokens are left to vLLM's attention"
         self.logger.info(text)
