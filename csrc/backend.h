@@ -28,6 +28,8 @@ void match(const MatchParams& params);
 void amend(const AmendParams& params, const AmendLimits& limits);
 void complete(const CompleteParams& params);
 void unrotate(const UnrotateParams& params);
+// Whether in a whole step amend hands on candidates and complete cuts the sample, as the CUDA kernels do it.
+bool hands_on_candidates();
 }  // namespace cpu_backend
 
 // Launch on the device's current stream; values are checked by the kernels.

@@ -81,6 +81,10 @@ void amend(const AmendParams& p, const AmendLimits& limits) {
   run_team(cpu::kernels(p.shape.head_dim).amend, p, work, work.tasks.size() <= 1);
 }
 
+bool hands_on_candidates() {
+  return false;
+}
+
 void complete(const CompleteParams& p) {
   for (int32_t h = 0; p.sinks && h < p.shape.num_qo_heads(); ++h) {
     TORCH_CHECK_VALUE(p.sinks[h] < INFINITY, "sinks[", h, "] is ", p.sinks[h], ", must be below infinity");

@@ -143,11 +143,12 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   Tensor partial = at::empty({states * (padded + 4)}, floats);
   w.partial_out = partial.data_ptr<float>();
   w.partial_sums = w.partial_out + states * padded;
+  w.candidate = static_cast<cuda::Candidate*>(p.candidates);
   Tensor candidates;
-  if (p.num_anchors > 0) {
+  if (p.num_anchors > 0 && !p.candidates) {
     const int64_t room = B * H * kCandidateRoom * p.num_anchors;
-    candidates = at::empty({room * static_cast<int64_t>(sizeof(cuda::Candidate) / sizeof(float))}, floats);
-    w.candidate = reinterpret_cast<cuda::Candidate*>(candidates.data_ptr<float>());
+    candidates = at::empty({room * kCandidateBytes}, on.options().dtype(at::kByte));
+    w.candidate = static_cast<cuda::Candidate*>(candidates.data_ptr());
   }
   check(cuda::launch_amend(p, w, ctas, c10::cuda::getCurrentCUDAStream()));
 }

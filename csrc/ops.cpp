@@ -149,9 +149,12 @@ struct HandedOn {
   int32_t* anchors;
   float* anchor_weights;
   int32_t* sampled;
+  void* candidates;
 
   HandedOn(const Shape& shape, bool reuse, int64_t num_anchors, const Tensor& on) {
-    const int64_t B = shape.batch, H = shape.num_kv_heads, Q = shape.num_queries(), S = num_anchors, r = reuse;
+    const bool hands_on = !on.is_cpu() || cpu_backend::hands_on_candidates();
+    const int64_t B = shape.batch, H = shape.num_kv_heads, Q = shape.num_queries(), r = reuse;
+    const int64_t S = hands_on ? 0 : num_anchors, S_drawn = num_anchors - S;
     const int64_t counts[] = {kNumSpans * B * Q * shape.head_dim,
                               kNumSpans * B * Q,
                               r * B * Q,
@@ -159,7 +162,8 @@ struct HandedOn {
                               r * B * H,
                               r * B * H * S,
                               r * B * H * S,
-                              r * B * H * shape.tokens};
+                              r * B * H * shape.tokens,
+                              r * B * H * kCandidateRoom * S_drawn * (kCandidateBytes / int64_t{sizeof(float)})};
     constexpr int64_t kAlign = 64 / sizeof(float);
     int64_t begin[std::size(counts)], total = 0;
     for (size_t i = 0; i < std::size(counts); ++i) {
@@ -171,15 +175,16 @@ struct HandedOn {
     const auto ints = [&](int i) { return reinterpret_cast<int32_t*>(first + begin[i]); };
     states = first, state_lse = first + begin[1], log_ratio = first + begin[2];
     place = ints(3), stored = ints(4), anchors = ints(5), anchor_weights = first + begin[6], sampled = ints(7);
+    candidates = S_drawn > 0 ? first + begin[8] : nullptr;
   }
 
   void receive(AmendParams& p) const {
     p.out = states, p.lse = state_lse, p.log_ratio = log_ratio;
-    p.anchors = anchors, p.anchor_weights = anchor_weights, p.sampled = sampled;
+    p.anchors = anchors, p.anchor_weights = anchor_weights, p.sampled = sampled, p.candidates = candidates;
   }
   void give(CompleteParams& p) const {
     p.states = states, p.state_lse = state_lse, p.log_ratio = log_ratio;
-    p.anchors = anchors, p.anchor_weights = anchor_weights, p.sampled = sampled;
+    p.anchors = anchors, p.anchor_weights = anchor_weights, p.sampled = sampled, p.candidates = candidates;
   }
 };
 
@@ -250,6 +255,7 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
   c.matched = matched;
   c.ring = rings;
   c.band = m.band;
+  c.layer = a.layer;
   c.max_reuse_depth = learn ? m.max_reuse_depth : 0;  // nothing is less deep
   run_match(m, persistent, q);
   run_amend(a, {cache.num_pages(), block_table.size(1)}, persistent, q);

@@ -152,8 +152,10 @@ struct AmendParams {
                           // those leave nothing of the entry; else 0
   int32_t* anchors;       // out: [B, H, S] of a new entry, ascending, then kNoAnchor
   float* anchor_weights;  // out: [B, H, S] a of each, then 0
-  int32_t* sampled;       // out: [B, H, T] on a hit the anchors read; on a miss the candidates there were, or
-                          // kNotSampled, at the first token, kNotSampled at the others
+  void* candidates;  // null; or out, [B, H, kCandidateRoom S] that complete is to make them of itself: then the
+                     // two before are not written. The CUDA kernels' alone
+  int32_t* sampled;  // out: [B, H, T] on a hit the anchors read; on a miss the candidates there were, or
+                     // kNotSampled, at the first token, kNotSampled at the others
 };
 
 // The two states that amend yields for every query. With p the position of the request's first query token and c
@@ -176,12 +178,14 @@ struct CompleteParams {
   const float* log_ratio;  // [B, Q] from amend, as are the next three
   const int32_t* anchors;  // [B, H, S]
   const float* anchor_weights;
+  const void* candidates;  // see AmendParams
   const int32_t* sampled;
   const float* sinks;  // [Hq] a logit that each head attends to besides, whose value is 0; or null
   HeadsView query;     // pre-RoPE, stored in the ring
   HeadsView rotated;   // post-RoPE, stored if S > 0
   Ring ring;
   int32_t band;
+  int32_t layer;  // looked at with candidates
   int32_t max_reuse_depth;
   void* out;  // out: [B, T, Hq, D] dtype
   int64_t out_batch_stride;

@@ -24,7 +24,8 @@ MAC_HOST_DEVICE constexpr int32_t sample_size(int32_t anchors, int32_t old_end) 
 
 // Candidates that there is room for, in multiples of S. An entry that had more is not stored.
 constexpr int32_t kCandidateRoom = 4;
-constexpr int32_t kNotSampled = -1;  // in `sampled`: there was no log-sum-exp or tau to go by
+constexpr int64_t kCandidateBytes = 8;  // of one that the CUDA kernels hand on
+constexpr int32_t kNotSampled = -1;     // in `sampled`: there was no log-sum-exp or tau to go by
 
 // A hash of 32 bits in which each bit of the argument moves each bit of the result (Wellons' lowbias32).
 MAC_HOST_DEVICE constexpr uint32_t mix(uint32_t x) {

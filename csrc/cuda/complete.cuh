@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "../state.h"
+#include "cut_sample.cuh"
 #include "head_dim.cuh"
 #include "ptx/barrier.h"
 #include "ptx/math.h"
@@ -21,12 +22,18 @@
 
 namespace mac_attn::cuda {
 
-// With the largest heads a thread of sixteen warps has too few registers.
-constexpr int max_complete_warps(int head_dim) {
-  return head_dim <= 128 ? 16 : 8;
+// With the largest heads, and those that are filled up, a thread of sixteen warps has too few registers.
+constexpr int max_complete_warps(int head_dim, bool exact) {
+  return head_dim <= 128 && exact ? 16 : 8;
 }
-constexpr int complete_threads(int queries, int head_dim) {
-  return 32 * std::min(std::max(queries, kWarps), max_complete_warps(head_dim));
+// With candidates there are always as many, and shared memory to cut them in.
+constexpr int complete_threads(const CompleteParams& p) {
+  const int D = p.shape.head_dim, queries = p.shape.group_queries();
+  const int most = max_complete_warps(D, padded_head_dim(D) == D);
+  return 32 * (p.candidates ? most : std::min(std::max(queries, kWarps), most));
+}
+constexpr int complete_shared_bytes(const CompleteParams& p) {
+  return p.candidates ? sizeof(SampleScratch) : 0;
 }
 
 // What a KV head does, the same for all of its threads.
@@ -284,7 +291,7 @@ MAC_DEVICE void write_out(const CompleteParams& p, const CompleteWorkspace& w, c
 
 // At batch 1 this is a chain of waits for memory, so everything is asked for as early as its address is known.
 template <typename T, int kHeadDim, bool kExact = true>
-__global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
+__global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim, kExact), 1)
     complete_kernel(const __grid_constant__ CompleteParams p, const __grid_constant__ CompleteWorkspace w) {
   const int G = p.shape.group_size, H = p.shape.num_kv_heads, lane = ptx::lane_id();
   const int queries = p.shape.group_queries(), warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -336,7 +343,14 @@ __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim), 1)
   }
   if (!work.reuses) return;
   if (warp == warps - 1) complete_history(p, work, match);
-  if (work.stores) store_anchors(p, work, group);
+  if (!work.stores) return;
+  if (!p.candidates) return store_anchors(p, work, group);
+  const int S = p.ring.layout.shape.anchors;
+  const Drawn drawn{static_cast<const Candidate*>(p.candidates) + group * kCandidateRoom * S, work.sampled,
+                    band_start(work.position(), p.band), sample_seed(work.position(), work.kv_head, p.layer)};
+  write_sample<32 * max_complete_warps(kHeadDim, kExact)>(
+      drawn, S, *static_cast<SampleScratch*>(dynamic_shared()), p.ring.anchors(work.slot, work.kv_head, work.place),
+      p.ring.anchor_weights(work.slot, work.kv_head, work.place));
 }
 
 }  // namespace mac_attn::cuda

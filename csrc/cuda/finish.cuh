@@ -5,6 +5,7 @@
 // states once, from the L2 cache that they have just been written to.
 #pragma once
 
+#include "cut_sample.cuh"
 #include "sample.cuh"
 #include "stage.cuh"
 
@@ -154,8 +155,11 @@ MAC_DEVICE void finish_unit(const AmendParams& p, const AmendWorkspace& w, const
     w.sampled[group] = 0;  // as the next call wants to find it; all have read it
     if (sampled >= 0) p.sampled[piece.token_row(p)] = sampled;
   }
+  if (p.candidates) return;
   const int64_t first = static_cast<int64_t>(group) * p.num_anchors;
-  write_sample<kHeadDim>(p, w, piece, sampled, *static_cast<SampleScratch*>(scratch), p.anchors + first,
+  const Drawn drawn{w.candidate + first * kCandidateRoom, sampled, piece.work.old_end,
+                    sample_seed(piece.work.position, piece.kv_head, p.layer)};
+  write_sample<kThreads>(drawn, p.num_anchors, *static_cast<SampleScratch*>(scratch), p.anchors + first,
                          p.anchor_weights + first);
 }
 

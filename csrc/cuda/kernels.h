@@ -65,6 +65,7 @@ struct alignas(8) Candidate {
   int32_t token;
   float lead;  // log2 of its weight by tau
 };
+static_assert(sizeof(Candidate) == kCandidateBytes, "as there is room for");
 
 // Device memory of one amend call. `done`, `sampled` and `drawn` are zero before the launch and after it.
 struct AmendWorkspace {

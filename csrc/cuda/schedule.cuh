@@ -128,7 +128,8 @@ MAC_DEVICE TileTokens tile_tokens(const AmendParams& p, const KvHeadWork& work, 
 }
 
 // Sum over the threads of the block before this one, and over all. The caller keeps `warp_sum` free.
-MAC_DEVICE int sum_before(int mine, int (&warp_sum)[kWarps], int& all) {
+template <int kBlockWarps>
+MAC_DEVICE int sum_before(int mine, int (&warp_sum)[kBlockWarps], int& all) {
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
   int upto = mine;
 #pragma unroll
@@ -139,7 +140,7 @@ MAC_DEVICE int sum_before(int mine, int (&warp_sum)[kWarps], int& all) {
   if (lane == 31) warp_sum[warp] = upto;
   ptx::sync_block();
   all = 0;
-  for (int i = 0; i < kWarps; ++i) {
+  for (int i = 0; i < kBlockWarps; ++i) {
     if (i < warp) upto += warp_sum[i];
     all += warp_sum[i];
   }

@@ -41,9 +41,9 @@ void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, int 
 template <typename T>
 void launch_complete_type(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run) {
   cuda::with_head_dim(p.shape.head_dim, [&](auto head_dim) {
-    const int ctas = p.shape.batch * p.shape.num_kv_heads,
-              threads = cuda::complete_threads(p.shape.group_queries(), p.shape.head_dim);
-    launch({static_cast<unsigned>(ctas), static_cast<unsigned>(threads), 0, run.engine, run.seed},
+    const int ctas = p.shape.batch * p.shape.num_kv_heads, threads = cuda::complete_threads(p);
+    launch({static_cast<unsigned>(ctas), static_cast<unsigned>(threads),
+            static_cast<size_t>(cuda::complete_shared_bytes(p)), run.engine, run.seed},
            cuda::complete_kernel<T, head_dim, head_dim.kExact>, p, w);
   });
 }

@@ -76,6 +76,9 @@ void match(const MatchParams& p) {
 void amend(const AmendParams& p, const AmendLimits& limits) {
   cuda_backend::amend(p, limits, persistent(p.matched.source), on_host());
 }
+bool hands_on_candidates() {
+  return true;
+}
 void complete(const CompleteParams& p) {
   cuda_backend::complete(p, persistent(p.matched.source), on_host());
 }
