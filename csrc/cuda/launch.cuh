@@ -12,7 +12,8 @@ cudaError_t launch_clusters(Kernel* kernel, int cluster, dim3 grid, int threads,
   int device = 0, major = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
-  if (shared_bytes > 48 * 1024) {
+  constexpr size_t kStatic = 8 * 1024;  // there may be as much besides
+  if (shared_bytes + kStatic > 48 * 1024) {
     const int size = static_cast<int>(shared_bytes);
     if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, size)) {
       return error;
