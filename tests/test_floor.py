@@ -216,7 +216,7 @@ def simt_traffic(tmp_path_factory):
     sources = [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("tests/simt/*.*")]
     newest = max(path.stat().st_mtime for path in sources)
     tools = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
-    for binary in (ROOT / "build").glob("simt-plain/**/traffic"):  # by `make simt`
+    for binary in (ROOT / "build").glob("kernels-plain/**/traffic"):  # by `make kernels`
         if binary.stat().st_mtime > newest:
             return binary
     cmake = shutil.which("cmake", path=tools)
