@@ -140,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     rows = {}
     for name in options.rows:
-        row = run(__file__, ["--one", name, *arguments], ROWS[name][1], options.batch)
+        told = ROWS[name][1] | ({"anchors": options.anchors} if options.anchors else {})
+        row = run(__file__, ["--one", name, *arguments], told, options.batch)
         rows[name] = row
         accepted = f"{row['accepted']} of {row['drafted']}"
         print(
@@ -164,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=2500)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--drafts", type=int, default=3)
+    parser.add_argument("--anchors", type=int, help="that hits read; the default has 1024")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--json", type=Path)

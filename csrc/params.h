@@ -199,10 +199,11 @@ constexpr int32_t band_start(int32_t p, int32_t band) {
   return p >= band ? p - band + 1 : 0;
 }
 
-// Oldest position whose entry the query of position `p` may reuse: within the window, with old tokens, and so young
-// that with anchors a hit reads no more than half of the tokens.
-constexpr int32_t oldest_candidate(int32_t p, int32_t window, int32_t band, int32_t anchors) {
-  const int32_t cheap = (p + 1) / 2 - band - sample_size(anchors, band_start(p, band));
+// Oldest position whose entry the query of position `p` may reuse, one of `tokens` of its request's step: within
+// the window, with old tokens, and so young that with anchors hits of them all read no more than half of the
+// tokens, which a miss reads once.
+constexpr int32_t oldest_candidate(int32_t p, int32_t window, int32_t band, int32_t anchors, int32_t tokens) {
+  const int32_t cheap = (p + 1) / 2 / (tokens > 1 ? tokens : 1) - band - sample_size(anchors, band_start(p, band));
   const int32_t most = anchors > 0 && cheap < window ? cheap : window, reach = most > 0 ? most : 0;
   return p - reach > band ? p - reach : band;
 }

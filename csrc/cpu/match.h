@@ -68,7 +68,8 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
   const int request = static_cast<int>(group / p.shape.num_kv_heads);
   const int kv_head = static_cast<int>(group % p.shape.num_kv_heads);
 
-  if (p.requests.seq_lens[request] == 0 || token >= query_len(p.shape, p.requests, request)) return;
+  const int tokens = query_len(p.shape, p.requests, request);
+  if (p.requests.seq_lens[request] == 0 || token >= tokens) return;
   const int first_token = first_position(p.shape, p.requests, request), position = first_token + token;
   if (position + 1 < p.min_context) return;
   const int stored = stored_entries(p, request, kv_head);
@@ -90,7 +91,7 @@ void match_task(const MatchParams& p, MatchWork& work, int64_t task, float* quer
   // The youngest entry has age 1; their positions fall with the age. E(c) > 0 needs c >= band.
   const int first_age = 1 + chunk * work.chunk;
   const int last_age = std::min({first_age + work.chunk - 1, M, stored});
-  const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors);
+  const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors, tokens);
   std::atomic<uint64_t>* best = &work.best[searcher * work.decisions_per_group];
 
   const auto place = [&](int age) { return place_of(stored, age, M); };

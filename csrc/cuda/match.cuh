@@ -215,7 +215,7 @@ struct RingSearch {
     const int lane = ptx::lane_id(), first = r.first_position(), position = first + r.token;
     if (shared.errors) stored = kNoHistory, places = 0;
     const bool searches = stored > 0 && position + 1 >= p.min_context && r.token < r.tokens;
-    const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors);
+    const int oldest = oldest_candidate(position, p.window, p.band, p.ring.layout.shape.anchors, r.tokens);
 #pragma unroll 1
     for (int at = first_place; searches && at < places; at += stride) {
       const Candidate c = next;

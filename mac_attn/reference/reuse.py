@@ -136,16 +136,18 @@ class ReferenceReuse:
             theta = theta.minimum(self.cfg.max_drift / (known if spread > 0 else unknown))
         return torch.where(theta.isfinite(), theta, torch.nan)  # NaN never hits
 
-    def scores(self, ring: Ring, query: Tensor, kv_head: int, n: int) -> tuple[list[Entry], Tensor]:
+    def scores(
+        self, ring: Ring, query: Tensor, kv_head: int, n: int, tokens: int
+    ) -> tuple[list[Entry], Tensor]:
         """Candidates of the query `[G, D]` of position n - 1, the youngest first, and their scores
-        `[G, C]`.
+        `[G, C]`. It is one of so many `tokens` of a step.
 
         Heads that decide together share a score. An entry too deep for a head scores inf there.
         """
         p = n - 1
         reach = self.cfg.window
-        if self.cfg.anchors:  # a hit must not read more than half of the tokens
-            reach = min(reach, n // 2 - self.cfg.band - self.sample_size(p))
+        if self.cfg.anchors:  # all that hit must not read more than half of what a miss reads once
+            reach = min(reach, n // 2 // tokens - self.cfg.band - self.sample_size(p))
         entries = [e for e in ring.youngest() if p - reach <= e.position < p]
         if not entries or n < self.cfg.min_context:
             return [], query.new_empty(query.shape[0], 0)
@@ -213,7 +215,10 @@ class ReferenceReuse:
         tokens, group = q.shape[:2]
         p = len(k) - tokens  # the first token's position
         old, ends = self.old_end(p), range(p + 1, len(k) + 1)
-        seen = [self.scores(ring, query[t], where[1], 0 if miss else n) for t, n in enumerate(ends)]
+        seen = [
+            self.scores(ring, query[t], where[1], 0 if miss else n, tokens)
+            for t, n in enumerate(ends)
+        ]
         matched = self.match_all(seen)
         result = HeadStep(
             out=torch.empty_like(q),

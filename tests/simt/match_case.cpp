@@ -121,8 +121,9 @@ int MatchCase::oldest(int request, int token) const {
   const int size = reference::sample_size(spec_.anchors, reference::old_end(n - 1, spec_.band));
   int position = std::max(0, n - 1 - spec_.window);
   while (reference::old_end(position, spec_.band) == 0) ++position;
-  // A hit reads the band, what came since, and the sample.
-  while (spec_.anchors > 0 && position < n && spec_.band + n - 1 - position + size > n / 2) ++position;
+  // A hit reads the band, what came since, and the sample; with all query tokens half of the context at most.
+  const int share = n / 2 / query_len(request);
+  while (spec_.anchors > 0 && position < n && spec_.band + n - 1 - position + size > share) ++position;
   return position;
 }
 
