@@ -71,6 +71,10 @@ help:
 demo: $(venv)/built-demo
 	$(bin)/python -m mac_attn.demo $(DEMO_ARGS)
 
+# Two tests run at a time, each on all cores: a thread that waited awake would keep the other test from its core, and
+# both would take twice as long.
+in_pairs := GOMP_SPINCOUNT=0
+
 # The last lines are those of pytest.
 test: $(venv)/built-test
 	$(step) lint "formatting and types" $(MAKE) lint
@@ -83,7 +87,7 @@ test: $(venv)/built-test
 	$(step) fuzz "fuzzing for a minute" $(MAKE) fuzz FUZZ_SECONDS=60 FUZZ_ARGS="-seed=1 -runs=50000"
 	$(step) soak "traffic" $(MAKE) soak SOAK_SECONDS=20
 	$(step) vllm "vLLM serves with the plugin" $(MAKE) vllm
-	$(bin)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(TEST_ARGS)
+	$(in_pairs) $(bin)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(TEST_ARGS)
 
 lint: $(venv)/built-test
 	$(bin)/mypy
@@ -144,7 +148,7 @@ vllm sglang:
 	else echo "make $@: skipped, $($@_wheel) cannot be installed here (see above)"; fi
 
 vllm-test sglang-test: %-test: .venv-%/built
-	.venv-$*/bin/pytest -p no:cacheprovider -rP tests/test_$*_*.py $($*_args)
+	$(in_pairs) .venv-$*/bin/pytest -p no:cacheprovider -rP tests/test_$*_*.py $($*_args)
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources. AddressSanitizer
 # must be loaded first and libstdc++ with it, so that it finds what throws; torch leaks on purpose.
