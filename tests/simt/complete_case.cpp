@@ -9,6 +9,8 @@ namespace {
 
 constexpr uint16_t kGap = 0x1234;  // between the rows of `out`
 
+constexpr int kLayer = 5;
+
 bool close(double got, double want) {
   return got == want || std::abs(got - want) <= 3e-5;
 }
@@ -19,8 +21,8 @@ std::string CompleteSpec::name() const {
   return std::string("complete ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") +
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
          " D=" + std::to_string(head_dim) + " S=" + std::to_string(anchors) + (exact ? " exact" : "") +
-         " T=" + std::to_string(tokens) + (per_head ? " per head" : "") + (sinks ? " sinks" : "") +
-         " depth=" + std::to_string(max_reuse_depth) + " seed=" + std::to_string(seed);
+         " T=" + std::to_string(tokens) + (candidates ? " candidates" : "") + (per_head ? " per head" : "") +
+         (sinks ? " sinks" : "") + " depth=" + std::to_string(max_reuse_depth) + " seed=" + std::to_string(seed);
 }
 
 CompleteCase::CompleteCase(const CompleteSpec& spec)
@@ -80,6 +82,46 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
     anchors_.push_back(data_.below(4) ? data_.below(1000) : kNoAnchor);
     anchor_weights_.push_back(static_cast<float>(data_.normal()));
   }
+  candidates_.assign(spec.candidates ? batch * H * kCandidateRoom * S : 0, {kGarbage, NAN});
+  for (int i = 0; spec.candidates && i < batch * H; ++i) draw(i / H, i % H);
+}
+
+// Candidates of a miss, whose keys are far enough apart for fp32 to order them.
+void CompleteCase::draw(int request, int kv_head) {
+  const int number = group(request, kv_head), room = kCandidateRoom * spec_.anchors;
+  int32_t& sampled = sampled_[number * spec_.tokens];
+  if (source_[row(request, 0, kv_head * spec_.group_size)] != kMiss || sampled < 0) return;
+  std::vector<int> tokens;
+  for (int i = 0; i < reference::old_end(position(request), spec_.band); ++i) tokens.push_back(i);
+  data_.shuffle(tokens);
+  sampled = std::min(sampled, static_cast<int32_t>(tokens.size()));
+  std::vector<int> rank(sampled);
+  for (int i = 0; i < sampled; ++i) rank[i] = i;
+  data_.shuffle(rank);
+  for (int i = 0; i < std::min(sampled, room); ++i) {
+    const double u = reference::uniform(position(request), kv_head, kLayer, tokens[i]);
+    candidates_[number * room + i] = {tokens[i], static_cast<float>(0.02 + 0.01 * rank[i] + std::log2(u))};
+  }
+}
+
+reference::Sample CompleteCase::kept(int request, int kv_head) const {
+  const int number = group(request, kv_head), room = kCandidateRoom * spec_.anchors;
+  const int count = sampled_[number * spec_.tokens];
+  const int size = reference::sample_size(spec_.anchors, reference::old_end(position(request), spec_.band));
+  const cuda::Candidate* first = &candidates_[number * room];
+  const auto key = [&](const cuda::Candidate& c) {
+    return c.lead - std::log2(reference::uniform(position(request), kv_head, kLayer, c.token));
+  };
+  std::vector<cuda::Candidate> all(first, first + count);
+  std::sort(all.begin(), all.end(), [&](const auto& a, const auto& b) { return key(a) > key(b); });
+  const double cut = count > size ? key(all[size]) : 0;
+  all.resize(std::min(count, size));
+  std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.token < b.token; });
+  reference::Sample sample{count, {}, {}};
+  for (const cuda::Candidate& c : all) {
+    sample.tokens.push_back(c.token), sample.a.push_back(std::max(0.0, std::exp2(cut - c.lead) - 1));
+  }
+  return sample;
 }
 
 // What match has answered: a head hits with all of its tokens. And amend, for hits with anchors: what is read again
@@ -124,7 +166,7 @@ void CompleteCase::run(const Run& run) {
   unchanged_.note(state_lse), unchanged_.note(source_), unchanged_.note(place_), unchanged_.note(stored_);
   unchanged_.note(anchors_), unchanged_.note(anchor_weights_), unchanged_.note(sampled_);
   unchanged_.note(log_ratio_), unchanged_.note(seq_lens), unchanged_.note(slots), unchanged_.note(request_ids_);
-  unchanged_.note(status), unchanged_.note(sinks_), unchanged_.note(query_lens);
+  unchanged_.note(status), unchanged_.note(sinks_), unchanged_.note(query_lens), unchanged_.note(candidates_);
   CompleteParams p{};
   p.shape = ring.shape, p.dtype = spec_.dtype;
   p.requests = {seq_lens.data(), spec_.exact ? nullptr : slots.data(),
@@ -134,7 +176,8 @@ void CompleteCase::run(const Run& run) {
   if (!spec_.exact) {
     p.matched = {source_.data(), place_.data(), stored_.data()};
     p.log_ratio = log_ratio_.data(), p.anchors = anchors_.data(), p.anchor_weights = anchor_weights_.data();
-    p.sampled = sampled_.data();
+    p.sampled = sampled_.data(), p.layer = kLayer;
+    if (spec_.candidates) p.candidates = candidates_.data(), p.anchors = nullptr, p.anchor_weights = nullptr;
     p.query = query_.view(heads()), p.ring = ring.view();
     if (spec_.anchors > 0) p.rotated = rotated_.view(heads());
     p.max_reuse_depth = spec_.anchors > 0 ? 1 : spec_.max_reuse_depth;
@@ -232,9 +275,21 @@ void CompleteCase::expect_entry(int request, int kv_head, const std::vector<Carr
       if (S > 0) to.rotated<uint16_t>(slot, kv_head, place)[g * D + d] = encode(spec_.dtype, rotated[d]);
     }
   }
-  std::copy_n(anchors_.data() + int64_t{group(request, kv_head)} * S, S, to.anchors(slot, kv_head, place));
-  std::copy_n(anchor_weights_.data() + int64_t{group(request, kv_head)} * S, S,
-              to.anchor_weights(slot, kv_head, place));
+  int32_t* anchors = to.anchors(slot, kv_head, place);
+  float* weights = to.anchor_weights(slot, kv_head, place);
+  if (spec_.candidates) {
+    const reference::Sample sample = kept(request, kv_head);
+    for (int i = 0; i < S; ++i) {
+      const bool used = i < static_cast<int>(sample.tokens.size());
+      anchors[i] = used ? sample.tokens[i] : kNoAnchor;
+      const float a = got.anchor_weights(slot, kv_head, place)[i];
+      CHECK(used ? std::abs(a - sample.a[i]) <= 1e-4 * (1 + sample.a[i]) : a == 0);
+      weights[i] = a;
+    }
+    return;
+  }
+  std::copy_n(anchors_.data() + int64_t{group(request, kv_head)} * S, S, anchors);
+  std::copy_n(anchor_weights_.data() + int64_t{group(request, kv_head)} * S, S, weights);
 }
 
 // Once for all query tokens, but by each of them where all heads hit. Without anchors.

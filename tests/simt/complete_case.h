@@ -15,6 +15,7 @@ struct CompleteSpec {
   int entries = 4, band = 24, anchors = 4;
   int max_reuse_depth = 4;         // without anchors; with them it is 1
   std::vector<int> ages = {0, 5};  // as in AmendSpec
+  bool candidates = false;         // are handed on in place of anchors, for complete to cut
   bool per_head = false;
   bool request_ids = true;
   bool sinks = false;
@@ -57,6 +58,8 @@ class CompleteCase {
     return (int64_t{group(request, head / G)} * spec_.tokens + token) * G + head % G;
   }
   void match(int request, bool has_ring);
+  void draw(int request, int kv_head);
+  reference::Sample kept(int request, int kv_head) const;  // of the candidates
   int64_t tokens_read(int request, int kv_head) const;
   reference::State state(Span span, int request, int token, int head) const;
   Carried carried(int request, int token, int head) const;  // from the ring before the run
@@ -71,6 +74,7 @@ class CompleteCase {
   std::vector<int32_t> source_, place_, stored_, anchors_, sampled_;
   size_t next_age_ = 0;
   std::vector<float> log_ratio_, anchor_weights_, sinks_;
+  std::vector<cuda::Candidate> candidates_;  // [B, H, room]
   std::vector<int64_t> request_ids_;
   std::vector<uint16_t> out_;
   std::vector<float> lse_;

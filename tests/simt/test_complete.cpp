@@ -35,6 +35,7 @@ void test_all(DType dtype) {
         spec.sinks = spec.seed % 4 == 2;
         ++spec.seed;
         spec.per_head = spec.seed / 4 % 2, spec.anchors = !spec.per_head && spec.seed % 2 ? 4 : 0;
+        spec.candidates = spec.anchors > 0 && spec.seed / 2 % 2;
         test(spec, one_run());
       }
     }
@@ -44,6 +45,15 @@ void test_all(DType dtype) {
   spec.dtype = dtype, spec.num_kv_heads = 40, spec.group_size = 2, spec.anchors = 16, test(spec, one_run());
   spec.num_kv_heads = 1, spec.anchors = 200, test(spec, one_run());
   spec.group_size = cuda::kMaxGroup, spec.anchors = 0, spec.per_head = true, test(spec, one_run());
+  // Samples that are cut: more candidates than the block has threads, and few; under every schedule.
+  for (const int head_dim : {64, 256, 40}) {
+    spec = {};
+    spec.dtype = dtype, spec.candidates = true, spec.ages = {0}, spec.head_dim = head_dim, spec.seed = head_dim;
+    spec.anchors = 300, spec.seq_lens = {2500, 1300, 200};
+    CHECK(test(spec, one_run()) > 0);
+    spec.anchors = 8, spec.seq_lens = {150, 60}, spec.tokens = 2;
+    CHECK(test(spec, all_runs()) > 0);
+  }
   // A hit with anchors stores nothing, nor does an entry without old tokens.
   spec = {};
   spec.dtype = dtype, spec.ages = {5}, spec.seq_lens = {150, 60};
