@@ -223,8 +223,7 @@ class PlantedRing:
         case, device = work.case, work.device
         if not 1 <= age <= cfg.entries:
             raise ValueError(f"age is {age}, must be from 1 to the entries, {cfg.entries}")
-        most = cfg.entries + cfg.band + mac_attn.MAX_QUERY_TOKENS
-        if case.context < max(most, cfg.min_context):
+        if case.context < max(cfg.entries + cfg.band, cfg.min_context):
             raise ValueError(f"context is {case.context}, must be longer for a full ring of hits")
         self.case = case
         self.age = age
@@ -245,8 +244,8 @@ class PlantedRing:
         reuse.ring_out.normal_()
         reuse.ring_lse.fill_(lse)
         if cfg.anchors:
-            # E(c) of the oldest entry.
-            oldest = case.seq_len - mac_attn.MAX_QUERY_TOKENS - entries + 1 - cfg.band
+            # E(c) of the oldest entry, of a step of many tokens.
+            oldest = max(1, case.seq_len - mac_attn.MAX_QUERY_TOKENS - entries + 1 - cfg.band)
             positions = torch.randint(0, oldest, reuse.ring_anchors.shape, device=device)
             reuse.ring_anchors.copy_(positions.sort(-1).values)
             reuse.ring_anchor_weights.fill_(case.context / cfg.anchors)

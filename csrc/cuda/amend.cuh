@@ -30,14 +30,36 @@ constexpr int amend_shared_bytes() {
          2 * 2 * kQueryElements<kHeadDim, kHeadBlocks>;
 }
 
-// Calls `use` with the blocks of eight query heads that a pass over `queries` of a KV head has, as a type with that
-// `value`.
+// Blocks of eight query heads that a pass over `queries` of a KV head has.
+constexpr int head_blocks(int head_dim, int queries) {
+  return queries > 16 && most_tile_heads(head_dim) > 16 ? 4 : queries > 8 ? 2 : 1;
+}
+// Of those, as many as a hit with anchors can be served with: with more than two, or two of the largest heads,
+// there are no registers left for what it needs besides, see Replaced.
+constexpr int hit_blocks(int head_dim, int blocks) {
+  const int most = kMostReplacedHeads / 8 * head_dim <= kMostReplaced ? kMostReplacedHeads / 8 : 1;
+  return blocks < most ? blocks : most;
+}
+// Calls `use` with head_blocks as a type with that `value`.
 template <int kHeadDim, typename Use>
 auto with_head_blocks(int queries, const Use& use) {
+  const int blocks = head_blocks(kHeadDim, queries);
   if constexpr (most_tile_heads(kHeadDim) > 16) {
-    if (queries > 16) return use(std::integral_constant<int, 4>());
+    if (blocks == 4) return use(std::integral_constant<int, 4>());
   }
-  return queries > 8 ? use(std::integral_constant<int, 2>()) : use(std::integral_constant<int, 1>());
+  return blocks == 2 ? use(std::integral_constant<int, 2>()) : use(std::integral_constant<int, 1>());
+}
+
+// Calls `launch` with how many queries of a KV head a kernel is to serve and which units it does: one kernel does
+// all, but with anchors where the kernel of several tokens serves no hits; those are one token's. Answers the first
+// error.
+template <typename Launch>
+auto each_amend_launch(const AmendParams& p, const Launch& launch) {
+  const int D = padded_head_dim(p.shape.head_dim), queries = p.shape.group_queries();
+  const int blocks = head_blocks(D, queries);
+  if (p.num_anchors == 0 || hit_blocks(D, blocks) == blocks) return launch(queries, Serves::kAll);
+  if (const auto error = launch(queries, Serves::kMisses)) return error;
+  return launch(p.shape.group_size, Serves::kHits);
 }
 
 // Areas of shared memory, each of a stage's size.
@@ -112,13 +134,6 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
   state.clear();
 }
 
-// Blocks of heads that a hit with anchors is served with by a kernel of `blocks`: with more than two, or two of the
-// largest heads, there are no registers left for what follows.
-constexpr int hit_blocks(int head_dim, int blocks) {
-  const int most = kMostReplacedHeads / 8 * head_dim <= kMostReplaced ? kMostReplacedHeads / 8 : 1;
-  return blocks < most ? blocks : most;
-}
-
 // What the anchors' tiles need beside the state that all tiles go into: the matched entry's query attends to them
 // as well.
 template <typename T, int kHeadDim, int kHeadBlocks>
@@ -165,8 +180,7 @@ struct Replaced {
 template <int kHeadDim, int kHeadBlocks>
 constexpr bool kShortOfRegisters = kHeadDim * kHeadBlocks >= kMostReplaced;
 
-// kOnlyHits: of hits with anchors, which draw no sample.
-template <typename Q, typename T, int kHeadDim, bool kExact, int kHeadBlocks, bool kOnlyHits>
+template <typename Q, typename T, int kHeadDim, bool kExact, int kHeadBlocks>
 MAC_DEVICE void amend_piece(
     const AmendParams& p, const AmendWorkspace& w,
     std::conditional_t<kShortOfRegisters<kHeadDim, kHeadBlocks>, const Piece&, const Piece> piece) {
@@ -205,7 +219,7 @@ MAC_DEVICE void amend_piece(
                                       stages + (ahead - 1 - piece.begin) % Stage::kCount * Stage::kElements);
     }
     ptx::cp_async_commit();
-    if (ahead < piece.end) row = find_row(p, w, piece, ahead, warp);
+    if (ahead < piece.end) row = find_row<kReplaces>(p, w, piece, ahead, warp);
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
     if (ahead == piece.begin) {
       load_bounds<kHeadBlocks>(p, w, piece, starts, lasts);
@@ -217,7 +231,7 @@ MAC_DEVICE void amend_piece(
         return rows + token * p.query.token_stride + (i - token * G) * p.query.head_stride;
       };
       state.load_query(row_of, piece.num_queries(w), elements, scale(), query);
-      const TileTokens begin = tile_tokens(p, piece.work, ahead);
+      const TileTokens begin = tile_tokens<kReplaces>(p, piece.work, ahead);
       if (kReplaces && kAhead && begin.anchors) {
         next_weights = replaced.load_weights(p, piece, begin.begin + warp * kWarpTokens);
       }
@@ -225,10 +239,10 @@ MAC_DEVICE void amend_piece(
     }
     const int tile = ahead - Stage::kCount;
     if (tile < piece.begin) continue;
-    const TileTokens tokens = tile_tokens(p, piece.work, tile);
+    const TileTokens tokens = tile_tokens<kReplaces>(p, piece.work, tile);
     const int first = tokens.begin + warp * kWarpTokens;
     if (tile == piece.begin) {  // while the first tiles are on their way
-      if constexpr (!kOnlyHits) sampler.begin(p, piece, sampler_shared[warp]);
+      sampler.begin(p, piece, sampler_shared[warp]);
       if (kReplaces && tokens.anchors) replaced.template load_query<Q>(p, piece, elements, scale(), replaced_query);
     }
     float2 weights = next_weights;
@@ -246,13 +260,15 @@ MAC_DEVICE void amend_piece(
     if (first < tokens.end) {
       float x[kHeadBlocks][4];
       const auto there = static_cast<uint32_t>(valid >> (kWarpTokens * Stage::kCount));
-      const int first_token = tokens.anchors ? piece.work.start : first;  // where all heads attend to all of them
+      const int first_token =
+          kReplaces && tokens.anchors ? piece.work.start : first;  // where all heads attend to all of them
       warp_logits(p, state, starts, stage, query, first_token, there, x);
       Counted counted;
       if (kReplaces && tokens.anchors) counted = replaced.count(weights, density), lift(x, counted);
-      if (first + kWarpTokens > piece.work.position + 1 && !tokens.anchors) mask_later(lasts, first, x);
+      if (first + kWarpTokens > piece.work.position + 1 && !(kReplaces && tokens.anchors))
+        mask_later(lasts, first, x);
       raise_max(state, x);
-      const bool draws = !kOnlyHits && sampler.draws && piece.span(tile) == kOld;
+      const bool draws = sampler.draws && piece.span(tile) == kOld;
       float lead = 0.f, bound = 0.f;
       if (draws) {
         lead = sampler.lead(x);
@@ -275,11 +291,11 @@ MAC_DEVICE void amend_piece(
     const int64_t partial = int64_t{piece.number} * kNumSpans;
     const int last_old = piece.work.tiles_of_old() - 1;
     if (tile == last_old || (at_end && tile < last_old)) {
-      if (!kOnlyHits && sampler.draws) sampler.hand_over(p, w, piece.kv_group(p));
+      if (sampler.draws) sampler.hand_over(p, w, piece.kv_group(p));
       if constexpr (kReplaces) {
         if (tokens.anchors) write_partial<kExact>(w, replaced.state, scratch, partial + kOld, value_scale());
       }
-      if (!tokens.anchors) write_partial<kExact>(w, state, scratch, partial + kOld, value_scale());
+      if (!kReplaces || !tokens.anchors) write_partial<kExact>(w, state, scratch, partial + kOld, value_scale());
     }
     if (at_end) {
       if (piece.span(tile) == kFresh) write_partial<kExact>(w, state, scratch, partial + kFresh, value_scale());
@@ -354,12 +370,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
       drawn = ptx::atomic_add(w.drawn, 1);
       if (kShort) next = drawn;
     }
-    constexpr int kHitBlocks = hit_blocks(kHeadDim, kHeadBlocks);
-    if (kHitBlocks < kHeadBlocks && piece.work.anchor_tiles > 0) {
-      amend_piece<Q, T, kHeadDim, kExact, kHitBlocks, true>(p, w, piece);
-    } else {
-      amend_piece<Q, T, kHeadDim, kExact, kHeadBlocks, false>(p, w, piece);
-    }
+    amend_piece<Q, T, kHeadDim, kExact, kHeadBlocks>(p, w, piece);
     // Read once more, so that no register holds it meanwhile.
     leave_unit<kHeadDim, kExact>(p, w, Piece(piece), dynamic_shared());
     if (share.all_pieces <= ctas) break;

@@ -34,8 +34,12 @@ cudaError_t with_amend_kernel(int head_dim, int queries, const Use& use) {
 
 template <typename Q, typename T>
 cudaError_t launch_amend_type(const AmendParams& p, const AmendWorkspace& w, int32_t ctas, cudaStream_t stream) {
-  return with_amend_kernel<Q, T>(p.shape.head_dim, p.shape.group_queries(), [&](auto* kernel, int shared) {
-    return launch(kernel, dim3(ctas), kThreads, shared, stream, p, w);
+  return each_amend_launch(p, [&](int queries, Serves serves) {
+    AmendWorkspace served = w;
+    served.serves = serves;
+    return with_amend_kernel<Q, T>(p.shape.head_dim, queries, [&](auto* kernel, int shared) {
+      return launch(kernel, dim3(ctas), kThreads, shared, stream, p, served);
+    });
   });
 }
 

@@ -67,6 +67,9 @@ struct alignas(8) Candidate {
 };
 static_assert(sizeof(Candidate) == kCandidateBytes, "as there is room for");
 
+// Which units of a call a launch of amend does, see KvHeadWork.
+enum class Serves : int32_t { kAll, kMisses, kHits };
+
 // Device memory of one amend call. `done`, `sampled` and `drawn` are zero before the launch and after it.
 struct AmendWorkspace {
   int32_t* done;        // [B, H, unit_tokens] pieces whose partial states are there
@@ -82,7 +85,8 @@ struct AmendWorkspace {
   uint32_t v_page_units, v_token_units;
   Divisor page_size;
   Divisor num_kv_heads, ctas, group_size, unit_tokens;
-  int64_t max_tokens;    // max_pages * page_size
+  int64_t max_tokens;  // max_pages * page_size
+  Serves serves;
   int32_t num_units;     // B H unit_tokens: with reuse each query token may have work of its own, see KvHeadWork
   int32_t tile_heads;    // queries of a pass, at most: min(T G, most_tile_heads)
   int32_t head_tiles;    // passes over all queries of a KV head: ceil(T G / tile_heads)

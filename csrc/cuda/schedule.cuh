@@ -76,8 +76,8 @@ MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w
   }
   const bool hit = first >= 0 && start > 0;
   const int queries = hit ? G : p.shape.group_queries(), passes = hit ? w.token_passes : w.head_tiles;
-  // What another token's unit does.
-  if (token > 0 && !hit) return {};
+  // What another token's unit does, or another launch.
+  if ((token > 0 && !hit) || (hit ? w.serves == Serves::kMisses : w.serves == Serves::kHits)) return {};
   // Padding, a token that is not there, a length that cannot be: one tile without tokens, so that its state is
   // written.
   if (first < 0 || !there) return {0, 0, 0, kMiss, 0, token, queries, passes, 0, 0, 1};
@@ -119,11 +119,15 @@ struct TileTokens {
   bool anchors;
 };
 
+// kAnchors: there may be some.
+template <bool kAnchors>
 MAC_DEVICE TileTokens tile_tokens(const AmendParams& p, const KvHeadWork& work, int tile) {
   if (tile < work.old_tiles) return {work.start + tile * kTileTokens, work.old_end, false};
   tile -= work.old_tiles;
-  if (tile < work.anchor_tiles) return {tile * kTileTokens, p.num_anchors, true};
-  tile -= work.anchor_tiles;
+  if constexpr (kAnchors) {
+    if (tile < work.anchor_tiles) return {tile * kTileTokens, p.num_anchors, true};
+    tile -= work.anchor_tiles;
+  }
   return {work.old_end + tile * kTileTokens, work.seq_len, false};
 }
 

@@ -45,12 +45,13 @@ struct Row {
   bool valid;
 };
 
+template <bool kAnchors>
 MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, int tile, int warp) {
-  const TileTokens tokens = tile_tokens(p, piece.work, tile);
+  const TileTokens tokens = tile_tokens<kAnchors>(p, piece.work, tile);
   const int place = tokens.begin + warp * kWarpTokens + ptx::lane_id() % kWarpTokens;
   Row row{0, 0, place < tokens.end};
   int token = place;
-  if (tokens.anchors) {
+  if (kAnchors && tokens.anchors) {
     const int32_t* list = p.ring.anchors(p.requests.slots[piece.request], piece.kv_head, piece.work.place);
     if (row.valid) token = list[place];
     // Neither a place without an anchor nor a token that the entry does not stand for.

@@ -29,12 +29,17 @@ void launch_match_type(const MatchParams& p, const cuda::MatchWorkspace& w, cons
 
 template <typename Q, typename T>
 void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, int ctas, const Run& run) {
-  cuda::with_head_dim(p.shape.head_dim, [&](auto head_dim) {
-    cuda::with_head_blocks<head_dim>(p.shape.group_queries(), [&](auto blocks) {
-      const size_t shared = cuda::amend_shared_bytes<head_dim, blocks, T>();
-      launch({static_cast<unsigned>(ctas), cuda::kThreads, shared, run.engine, run.seed},
-             cuda::amend_kernel<Q, head_dim, blocks, T, head_dim.kExact>, p, w);
+  cuda::each_amend_launch(p, [&](int queries, cuda::Serves serves) {
+    cuda::AmendWorkspace served = w;
+    served.serves = serves;
+    cuda::with_head_dim(p.shape.head_dim, [&](auto head_dim) {
+      cuda::with_head_blocks<head_dim>(queries, [&](auto blocks) {
+        const size_t shared = cuda::amend_shared_bytes<head_dim, blocks, T>();
+        launch({static_cast<unsigned>(ctas), cuda::kThreads, shared, run.engine, run.seed},
+               cuda::amend_kernel<Q, head_dim, blocks, T, head_dim.kExact>, p, served);
+      });
     });
+    return 0;
   });
 }
 
