@@ -292,20 +292,22 @@ def test_the_benchmark_of_decode_steps(
 def test_the_benchmark_of_steps_that_verify_drafts(
     smollm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the default options and a model that drafts, so that nearly all have several tokens."""
+    """With a model that drafts, so that nearly all have two tokens; few anchors, so that in this
+    short a context two hits read less than a miss."""
     import vllm_drafts
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     path = tmp_path / "rows.json"
     arguments = ["--model", str(smollm), "--context", "2300", "--new-tokens", "96"]
-    arguments += ["--requests", "2", "--batch", "2", "--rows", "draft model", "--json", str(path)]
+    arguments += ["--requests", "2", "--batch", "2", "--drafts", "1", "--anchors", "64"]
+    arguments += ["--rows", "draft model", "--json", str(path)]
     vllm_drafts.main(arguments)
     row = json.loads(path.read_text())["draft model"]
     assert row["steps"] - row["steps_of_drafts"] <= 2
     assert row["steps"] + row["accepted"] == 2 * 95
     assert 0 < row["accepted"] <= row["drafted"]
     assert row["hits_of_several"] > 0.1
-    assert row["kv_read"] < 0.5
+    assert row["read_by_several"] < 0.95
 
 
 @OF_SMOLLM
