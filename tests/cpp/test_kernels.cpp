@@ -224,7 +224,7 @@ int main() {
   failed += check("a hit on float8 is exact", error < kTolerance && expected(), error, hits);
   error = decode(kFirst, kTokens, 0.f, 1, hits, false, 3);
   failed += check("four query tokens at threshold 0 are exact", error < kTolerance && hits == 0, error, hits);
-  error = decode(kFirst, kTokens, 1e-6f, 8, hits, false, 3);
+  error = decode(4 * kFirst, kTokens, 1e-6f, 8, hits, false, 3);  // in so long a context four may hit
   const bool each = hits % 4 == 0;
   hits /= 4;
   failed += check("a hit of four query tokens is exact", error < kTolerance && each && expected(), error, hits);
