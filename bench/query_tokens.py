@@ -37,11 +37,16 @@ def decode(work: Workload, q: Tensor, reuse: mac_attn.ReuseCache | None = None) 
 
 
 def measure(
-    case: Case, tokens: Sequence[int], hits: Sequence[float], device: torch.device, timer: Timer
+    case: Case,
+    tokens: Sequence[int],
+    hits: Sequence[float],
+    anchors: int,
+    device: torch.device,
+    timer: Timer,
 ) -> dict[str, Any]:
     """The times of each number of tokens, by name: "4", and "4 0.9" where 90% hit."""
     work = Workload(case, device)
-    ring = PlantedRing(work, mac_attn.ReuseConfig(), max(tokens))
+    ring = PlantedRing(work, mac_attn.ReuseConfig(anchors=anchors), max(tokens))
     steps = []
     for count in tokens:
         shape = (case.batch, count, case.num_qo_heads, case.head_dim)
@@ -77,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 7, 16])
     parser.add_argument("--hits", type=float, nargs="+", default=[0.0, 0.9, 1.0])
+    parser.add_argument("--anchors", type=int, default=1024, help="short contexts need fewer")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="write the figures here too")
@@ -91,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for context in options.contexts:
             for batch in options.batches:
                 case = Case.of(layout, context, batch, options.head_dim)
-                row = measure(case, options.tokens, options.hits, device, timer)
+                row = measure(case, options.tokens, options.hits, options.anchors, device, timer)
                 rows.append(row)
                 first = row["us"][f"{options.tokens[0]}"]["us"]
                 for count in options.tokens:

@@ -199,8 +199,8 @@ def test_query_tokens(tmp_path):
     import query_tokens
 
     path = tmp_path / "tokens.json"
-    options = ["--batches", "2", "--tokens", "1", "3", "--hits", "1", "0.5", "--rounds", "1"]
-    query_tokens.main([*TINY, *options, "--json", str(path)])
+    options = ["--batches", "2", "--tokens", "1", "3", "--hits", "1", "0.5", "--anchors", "16"]
+    query_tokens.main([*TINY, *options, "--rounds", "1", "--json", str(path)])
     (row,) = json.loads(path.read_text())
     assert row["us"].keys() == {"1", "1 1.0", "1 0.5", "3", "3 1.0", "3 0.5"}
     assert all(step["us"] > 0 for step in row["us"].values())
