@@ -107,7 +107,7 @@ def test_a_token_goes_by_its_own_position(device):
 
 def test_hits_of_all_tokens_read_at_most_half_of_what_a_miss_reads(device):
     """Band, age and sample: of three tokens each a sixth of the context, of two a fourth."""
-    for query_len, age, hits in ((3, 18, True), (3, 19, False), (2, 19, True), (2, 31, True)):
+    for query_len, age, hits in ((3, 18, True), (3, 20, False), (2, 20, True), (2, 31, True)):
         case = Case(device, 3, anchors=6)
         before = case.twins.cache.stats().kv_tokens_read
         step = case.step(case.of(240 - age, 235, 235), query_len=query_len)
