@@ -16,7 +16,7 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT_DTYPES = (torch.int32, torch.int64)
 INT32_MAX = 2**31 - 1
-MAX_QUERY_TOKENS = 16  # of a request in one step; csrc/checks.h has it too
+MAX_QUERY_TOKENS = 16  # of a request in one step; csrc/params.h has it too
 
 
 def check_tensor(

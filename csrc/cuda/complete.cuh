@@ -5,8 +5,9 @@
 //   entry p = (q_match, q, carried, anchors, depth)
 //   a sink joins `out` and its log-sum-exp, and nothing else
 //
-// Grid: one CTA for each (request, KV head), whose warps take the queries. Traffic: two states, one record of
-// the ring read and perhaps one entry written, all small.
+// Grid: one CTA for each (request, KV head), whose warps take the queries; then all of it cuts the sample of a miss
+// (cut_sample.cuh). Traffic: two states, one record of the ring read and perhaps one entry written, the candidates
+// of its sample, all small.
 #pragma once
 
 #include <algorithm>

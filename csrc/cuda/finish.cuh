@@ -1,5 +1,5 @@
 // The end of amend for one unit (KvHeadWork): the last CTA that leaves it merges the partial states of all its
-// pieces and, on a miss, brings the sample into its form (sample.cuh).
+// pieces and counts a miss's candidates; it cuts them to a sample only where no complete does (cut_sample.cuh).
 //
 // A thread merges four elements of a head at a time, with several partial states in flight. Traffic: the partial
 // states once, from the L2 cache that they have just been written to.
@@ -82,8 +82,8 @@ MAC_DEVICE Merged merge_partials(const AmendWorkspace& w, int head, int column,
   return merged;
 }
 
-// Merges the partial states of a unit and writes the KV head's sample. The states of a request that cannot be
-// served are NaN.
+// Merges the partial states of a unit; of the first token's, writes the KV head's sample or leaves its candidates.
+// The states of a request that cannot be served are NaN.
 template <int kHeadDim, bool kExact>
 MAC_DEVICE void finish_unit(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, void* scratch,
                             PieceRange (&pieces)[kNumSpans]) {
