@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from vllm_decode import run
 
 NGRAM = {"method": "ngram", "prompt_lookup_min": 3, "prompt_lookup_max": 4}
 # How drafts are made, and what the plugin is told besides.
@@ -121,6 +122,26 @@ def count_calls() -> Calls:
     return calls
 
 
+def run(arguments: Sequence[str], config: dict[str, Any], slots: int) -> dict[str, Any]:
+    """A row, from a process whose vLLM has the plugin with `config`."""
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "MAC_ATTN_VLLM": "1",
+        "MAC_ATTN_VLLM_CONFIG": json.dumps(config),
+        "MAC_ATTN_VLLM_SLOTS": str(slots),
+    }
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise SystemExit(f"{command}: vLLM ended\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    row: dict[str, Any] = json.loads(lines[-1])
+    return row
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     if options.one:
@@ -141,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {}
     for name in options.rows:
         told = ROWS[name][1] | ({"anchors": options.anchors} if options.anchors else {})
-        row = run(__file__, ["--one", name, *arguments], told, options.batch)
+        row = run(["--one", name, *arguments], told, options.batch)
         rows[name] = row
         accepted = f"{row['accepted']} of {row['drafted']}"
         print(

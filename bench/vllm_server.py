@@ -26,16 +26,20 @@ class Request:
     """One call of /v1/completions, greedy, without a stop at the end-of-text token.
 
     Attributes:
-        prompt: the text.
+        prompt: the text, or its tokens.
         max_tokens: to generate.
         cancel_after: close the connection after as many tokens, or None.
         delay: seconds to wait before it is sent.
+        logprobs: of how many of the likeliest tokens, None for none.
+        sampling: further parameters of the call, instead of greedy ones.
     """
 
-    prompt: str
+    prompt: str | list[int]
     max_tokens: int
     cancel_after: int | None = None
     delay: float = 0.0
+    logprobs: int | None = 2
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -183,10 +187,12 @@ class Server:
             "max_tokens": request.max_tokens,
             "temperature": 0,
             "ignore_eos": True,
-            "logprobs": 2,
+            "logprobs": request.logprobs,
+            "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **request.sampling,
         }
         answer = Answer()
         start = time.perf_counter()
@@ -203,10 +209,13 @@ class Server:
                 answer.last = time.perf_counter() - start
                 answer.first = answer.first or answer.last
                 answer.times.append(answer.last)
-                answer.tokens += map(_token_id, choice["logprobs"]["tokens"])
+                answer.tokens += choice["token_ids"]
                 answer.top += [
-                    {_token_id(token): logprob for token, logprob in top.items()}
-                    for top in choice["logprobs"]["top_logprobs"]
+                    {
+                        int(token.removeprefix("token_id:")): logprob
+                        for token, logprob in top.items()
+                    }
+                    for top in (choice["logprobs"] or {"top_logprobs": []})["top_logprobs"]
                 ]
             if request.cancel_after is not None and len(answer.tokens) >= request.cancel_after:
                 break
@@ -223,7 +232,3 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             return
         if text.startswith("data: "):
             yield json.loads(text.removeprefix("data: "))
-
-
-def _token_id(token: str) -> int:
-    return int(token.removeprefix("token_id:"))

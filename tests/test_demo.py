@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ pytest.importorskip("matplotlib")
 
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
+from mac_attn.demo import model  # noqa: E402
 from mac_attn.demo.__main__ import main  # noqa: E402
 
 WORDS = [f"word{i}" for i in range(60)]
@@ -140,6 +142,28 @@ def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--new-tokens", "0"])
     assert "0 is not positive" in capsys.readouterr().err
+
+
+def test_two_processes_that_convert_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one takes what the first has made, and leaves nothing else behind."""
+    (tmp_path / "small.gguf").touch()
+    found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(model.importlib.metadata, "version", lambda name: "7")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    target = tmp_path / "cache" / "mac_attn" / "small-7"
+
+    def convert(gguf: Path, folder: Path) -> None:
+        (folder / "of").write_text("the second")
+        target.mkdir()
+        (target / "of").write_text("the first")
+
+    monkeypatch.setattr(model, "_convert", convert)
+    assert model.folder(None) == target
+    assert (target / "of").read_text() == "the first"
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.slow

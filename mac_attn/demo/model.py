@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -76,7 +77,12 @@ def _smollm2() -> Path:
             )
         _convert(gguf, aside)
         if aside != target:
-            aside.rename(target)
+            try:
+                aside.rename(target)
+            except OSError:
+                if not target.exists():
+                    raise
+                shutil.rmtree(aside)  # another process was first
     return target
 
 
