@@ -35,10 +35,17 @@ from mac_attn.integrations.vllm.engine import Engine  # noqa: E402
 from mac_attn.integrations.vllm.options import Options  # noqa: E402
 
 
+def leave_workers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put into vLLM's class is taken out again after the test."""
+    for name in ("get_kv_cache_spec", "compile_or_warm_up_model"):
+        monkeypatch.setattr(WorkerWrapperBase, name, None, raising=False)
+        monkeypatch.delattr(WorkerWrapperBase, name)
+
+
 def test_registering_takes_the_place_of_two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     added = (AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.FLASH_ATTN)
     monkeypatch.setattr(plugin, "_registered", False)
-    monkeypatch.setattr(WorkerWrapperBase, "get_kv_cache_spec", None, raising=False)
+    leave_workers_alone(monkeypatch)
     monkeypatch.setattr("mac_attn.integrations.vllm.metrics.register_collector", lambda: None)
     monkeypatch.setenv("MAC_ATTN_VLLM", "1")
     try:
@@ -60,7 +67,7 @@ def test_registering_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.attention.selector import get_attn_spec_kind
 
     monkeypatch.setattr(plugin, "_registered", False)
-    monkeypatch.setattr(WorkerWrapperBase, "get_kv_cache_spec", None, raising=False)
+    leave_workers_alone(monkeypatch)
     monkeypatch.setattr("mac_attn.integrations.vllm.metrics.register_collector", lambda: None)
     monkeypatch.setenv("MAC_ATTN_VLLM", "custom")
     custom = AttentionBackendEnum.CUSTOM
@@ -114,18 +121,32 @@ def test_a_gpu_of_capability_10_serves_what_the_command_chooses(
 
 def test_a_worker_makes_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
-    monkeypatch.setattr(WorkerWrapperBase, "get_kv_cache_spec", None, raising=False)
-    monkeypatch.delattr(WorkerWrapperBase, "get_kv_cache_spec")
+    leave_workers_alone(monkeypatch)
     worker.watch_workers(Options())
+    engine = SimpleNamespace(warms_up=False)
     monkeypatch.setattr(
-        "mac_attn.integrations.vllm.engine.Engine", lambda *args: made.append(args) or "engine"
+        "mac_attn.integrations.vllm.engine.Engine", lambda *args: made.append(args) or engine
     )
     wrapper = WorkerWrapperBase()
     runner = SimpleNamespace()
-    wrapper.worker = SimpleNamespace(model_runner=runner, get_kv_cache_spec=lambda: "spec")
+    wrapper.worker = SimpleNamespace(
+        model_runner=runner,
+        get_kv_cache_spec=lambda: "spec",
+        compile_or_warm_up_model=lambda: ("seconds", engine.warms_up),
+    )
     assert [wrapper.get_kv_cache_spec() for _ in range(2)] == ["spec", "spec"]
     assert made == [(runner, Options())]
-    assert runner.mac_engine == "engine"
+    assert runner.mac_engine is engine
+    assert wrapper.compile_or_warm_up_model() == ("seconds", True)
+    assert not engine.warms_up
+
+    def fails() -> None:
+        raise RuntimeError("of the compiler")
+
+    wrapper.worker.compile_or_warm_up_model = fails
+    with pytest.raises(RuntimeError, match="of the compiler"):
+        wrapper.compile_or_warm_up_model()
+    assert not engine.warms_up
 
 
 @pytest.mark.parametrize(

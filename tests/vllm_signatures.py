@@ -51,7 +51,9 @@ READ = {
     ],
     "vllm/v1/worker/gpu/model_runner.py:GPUModelRunner": ["req_states", "get_model"],
     "vllm/v1/worker/worker_base.py:WorkerWrapperBase": ["__getattr__"],
-    "vllm/v1/worker/worker_base.py:WorkerBase": ["get_kv_cache_spec"],
+    "vllm/v1/worker/worker_base.py:WorkerBase": [
+        *("get_kv_cache_spec", "compile_or_warm_up_model"),
+    ],
     f"{_FLASH}:FlashAttentionImpl": [
         *("scale", "head_size", "logits_soft_cap", "sliding_window", "alibi_slopes", "sinks"),
     ],

@@ -45,10 +45,12 @@ class Engine(BaseEngine):
     Attributes:
         rings: by name, of the layers that are served.
         query_tokens: up to how many tokens of a request a step is one of decode.
+        warms_up: whether vLLM takes steps of its own, of requests that nobody has sent.
     """
 
     options: Options  # with what only vLLM's have
     engine = "vLLM"
+    warms_up = False
     logger = logging.getLogger("vllm.mac_attn")
 
     def __init__(self, runner: Any, options: Options) -> None:
@@ -111,6 +113,8 @@ class Engine(BaseEngine):
 
         Called once a step for every group of layers; `leads` is true for one of them, the first.
         """
+        if self.warms_up:
+            return [None] * len(rows)
         known = [row for row in rows if row is not None]
         wants = [
             row.end > self.shortest and (row.tokens <= self.query_tokens or self.seeded(row) > 0)
