@@ -55,7 +55,7 @@ def test_reuse(head_dim, form, device):
 @pytest.mark.parametrize("config", [{}, {"anchors": 30}, {"granularity": "head"}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_reuse_of_the_largest(dtype, config, form, device):
-    """Eight query heads for each KV head, as Gemma 4 has them: all that a GPU attends to at once."""
+    """Eight query heads for each KV head, as Gemma 4 has: all that a GPU attends to at once."""
     chain(
         small_config(**config),
         device=device,

@@ -165,7 +165,7 @@ def test_drafts_over_dtypes(name, dtype, form, device):
 @pytest.mark.parametrize("tokens", [4, 5])
 @pytest.mark.parametrize("name", ["anchors", "head"])
 def test_drafts_of_the_largest_heads(name, tokens, device):
-    """A GPU reads the tokens of a miss for eight queries at a time: once for 4 tokens, twice for 5."""
+    """A GPU reads a miss's tokens for eight queries at a time: once for 4 tokens, twice for 5."""
     cfg = small_config(threshold=0.3, **CONFIGS[name])
     follow_drafts(Draft(device, cfg, tokens, head_dim=512, **NEAR))
 

@@ -184,7 +184,7 @@ struct Replaced {
 
 // Whether registers are short: what can is then kept in shared memory.
 template <int kHeadDim, int kHeadBlocks>
-constexpr bool kShortOfRegisters = kHeadDim * kHeadBlocks >= 256;
+constexpr bool kShortOfRegisters = kHeadDim * kHeadBlocks >= 256;  // sums of 64 or more registers
 
 template <typename Q, typename T, int kHeadDim, bool kExact, int kHeadBlocks>
 MAC_DEVICE void amend_piece(
@@ -268,8 +268,8 @@ MAC_DEVICE void amend_piece(
       const auto there = static_cast<uint32_t>(valid >> (kWarpTokens * Stage::kCount));
       const int first_token =
           kReplaces && tokens.anchors ? piece.work.start : first;  // where all heads attend to all of them
-      const bool entrys = kTwice && tokens.anchors && piece.span(tile) == kOld;  // the entry's query attends
-      warp_logits(p, state, starts, stage, entrys ? replaced_query : query, first_token, there, x);
+      const bool of_entry = kTwice && tokens.anchors && piece.span(tile) == kOld;  // the entry's query attends
+      warp_logits(p, state, starts, stage, of_entry ? replaced_query : query, first_token, there, x);
       Counted counted;
       if (kReplaces && tokens.anchors) counted = replaced.count(weights, density), lift(x, counted);
       if (first + kWarpTokens > piece.work.position + 1 && !(kReplaces && tokens.anchors))
@@ -287,7 +287,7 @@ MAC_DEVICE void amend_piece(
         if (tokens.anchors) {
           add_light(state, x, counted);
           if constexpr (kTwice) {
-            if (entrys) state.anchors += ptx::count_bits(there & 0xffffu);
+            if (of_entry) state.anchors += ptx::count_bits(there & 0xffffu);
           } else {
             replaced.attend(p, starts, stage, replaced_query, first_token, there, counted);
           }
