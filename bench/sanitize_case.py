@@ -29,6 +29,8 @@ CASES = [
     (64, 6, 2, torch.float16, "head", True, 0),
     (80, 20, 1, torch.bfloat16, "group", True, 0),
     (256, 4, 2, torch.bfloat16, "group", True, 8),
+    (512, 16, 2, torch.bfloat16, "group", False, 8),
+    (512, 8, 2, torch.float16, "head", True, 0),
 ]
 LENGTHS = [401, 0, 150, 333]  # before the first step; 0 stays a padding row
 PAGE_SIZE, STEPS = 16, 5

@@ -23,7 +23,7 @@ KERNEL = re.compile(
     r"(?:Li(?P<dim>\d+)E)?(?:Li(?P<blocks>\d)E)?(?P<cache>\w*?fp8E)?(?:\w*?Lb(?P<exact>[01])E)?"
 )
 # Head sizes, and whether they are those of rows that are filled up; csrc/cuda/head_dim.cuh.
-SIZES = [(size, False) for size in (64, 80, 96, 128, 256)] + [(128, True), (256, True)]
+SIZES = [(size, False) for size in (64, 80, 96, 128, 256, 512)] + [(128, True), (256, True)]
 WARPS = 4  # of an amend CTA; kWarps in csrc/cuda/schedule.cuh
 WARP_TOKENS = 16  # kWarpTokens in csrc/cuda/kernels.h
 
@@ -60,10 +60,10 @@ class Kernel:
     def dynamic_shared(self) -> int:
         """Of amend: its stages and two queries; of match, for 8 query heads (*_shared_bytes)."""
         if self.stage == "amend":
-            stages = 3 if self.head_dim < 128 else 2
-            itemsize = 2
+            short, long = self.head_dim < 128, self.head_dim > 256
+            stages, itemsize = 3 if short else 1 if long else 2, 2
             if self.fp8:
-                stages, itemsize = (6 if self.head_dim < 128 else 3), 1
+                stages, itemsize = 6 if short else 2 if long else 3, 1
             rows = WARPS * stages * 2 * WARP_TOKENS * -(-self.head_dim // 64) * 64
             return rows * itemsize + 16 * (self.head_blocks or 1) * (self.head_dim + 8) * 2
         return 1552 + 8 * self.head_dim * 4 if self.stage == "match" else 0
@@ -114,7 +114,7 @@ def missing(kernels: list[Kernel]) -> list[str]:
         for stage, blocks, fp8 in kinds
         for dtype in ("bf16", "fp16")
         for head_dim, padded in SIZES
-        if blocks != 4 or head_dim <= 128
+        if blocks in (None, 1) or head_dim <= (128 if blocks == 4 else 256)
     ] + [("unrotate", dtype, 0, None, False, False) for dtype in ("bf16", "fp16")]
     there = {
         (k.arch, k.stage, k.dtype, k.head_dim, k.head_blocks, k.fp8, k.padded) for k in kernels

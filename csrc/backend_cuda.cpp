@@ -38,12 +38,10 @@ void check_dtype(DType dtype) {
 }
 
 void check_supported(const Shape& shape, DType dtype) {
-  const int D = shape.head_dim;
   check_dtype(dtype);
-  TORCH_CHECK_VALUE(D <= cuda::kMaxHeadDim, "q has head_dim ", D, ", must be a multiple of 8 up to ",
-                    cuda::kMaxHeadDim, " on CUDA");
-  TORCH_CHECK_VALUE(shape.group_size <= cuda::kMaxGroup, "num_qo_heads / num_kv_heads is ", shape.group_size,
-                    ", must be at most ", cuda::kMaxGroup, " on CUDA");
+  const int32_t most = cuda::max_group(shape.head_dim);
+  TORCH_CHECK_VALUE(shape.group_size <= most, "num_qo_heads / num_kv_heads is ", shape.group_size,
+                    ", must be at most ", most, " with head_dim ", shape.head_dim, " on CUDA");
 }
 
 // cp.async moves 16 bytes at a time, so every row must begin at a multiple of them.
@@ -111,7 +109,7 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
   TORCH_CHECK_VALUE(p.num_anchors <= cuda::kMaxAnchors, "anchors is ", p.num_anchors, ", must be at most ",
                     cuda::kMaxAnchors, " on CUDA");
-  const int64_t most_heads = std::min<int64_t>(cuda::kMostReplacedHeads, cuda::kMostReplaced / D * 8);
+  const int32_t most_heads = cuda::most_replaced_heads(p.shape.head_dim);
   TORCH_CHECK_VALUE(p.num_anchors == 0 || G <= most_heads, "num_qo_heads / num_kv_heads is ", G,
                     ", must be at most ", most_heads, " with anchors and head_dim ", D, " on CUDA");
   TORCH_CHECK_VALUE(!p.kv.float8 || D % 16 == 0, "q has head_dim ", D,

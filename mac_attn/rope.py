@@ -193,7 +193,7 @@ def _one_pass(q: Tensor, positions: Tensor) -> bool:
         and positions.dtype == torch.int32
         and positions.is_contiguous()
         and q.shape[-1] % 16 == 0
-        and q.shape[-1] <= 256
+        and (q.shape[-1] <= 256 or q.shape[-1] == 512)
         and q.stride(-1) == 1
         and not q.requires_grad
     )

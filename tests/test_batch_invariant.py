@@ -23,6 +23,7 @@ CASES = {
     "depth": (6, 2, 96, {"max_reuse_depth": 3}),
     "anchors": (5, 4, 64, {"anchors": 96, "min_context": 24}),
     "anchors, 256": (4, 2, 256, {"anchors": 64}),
+    "anchors, 512": (4, 2, 512, {"anchors": 64}),
     "3 tokens, anchors": (5, 4, 64, {"anchors": 96, "threshold": 0.5}),
     "3 tokens, by heads": (5, 3, 64, {"granularity": "head", "threshold": 0.5}),
 }

@@ -302,22 +302,20 @@ def test_reuse_over_shapes(at, form, device):
     )
 
 
+@pytest.mark.parametrize("head_dim, length, anchors", [(64, 12_000, 20), (512, 3_000, 300)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_anchors_of_a_long_context(dtype, device):
+def test_anchors_of_a_long_context(dtype, head_dim, length, anchors, device):
     """Two misses, of which the first has nothing to weigh tokens by, and a hit."""
-    length, heads = 12_000, (12, 2)
-    options = {"num_kv_heads": heads[1], "head_dim": 64, "dtype": dtype, "device": device}
-    kv = make_kv(60, batch=1, length=length + 3, **options)
-    q = make_q(61, 3, 1, heads[0], 64, dtype=dtype, device=device)
-    q_match = make_q(62, 2, 1, heads[0], 64, dtype=dtype, device=device)
-    twins = Twins(
-        small_config(anchors=20), num_slots=1, heads=heads, head_dim=64, dtype=dtype, device=device
-    )
+    heads, kind = (12, 2), {"head_dim": head_dim, "dtype": dtype, "device": device}
+    kv = make_kv(60, batch=1, length=length + 3, num_kv_heads=heads[1], **kind)
+    q = make_q(61, 3, 1, heads[0], head_dim, dtype=dtype, device=device)
+    q_match = make_q(62, 2, 1, heads[0], head_dim, dtype=dtype, device=device)
+    twins = Twins(small_config(anchors=anchors), num_slots=1, heads=heads, **kind)
     kv.write([0], [length])
     for i, matching in enumerate((q_match[0], q_match[1], q_match[1])):
         kv.write([length + i], [length + i + 1])
         step = twins.decode(kv, [length + i + 1], q[i], matching, slots=[0])
-        assert [head.anchors for head in step.heads[0]] == [20 * (i == 2)] * 2
+        assert [head.anchors for head in step.heads[0]] == [anchors * (i == 2)] * 2
         assert [head.stored for head in step.heads[0]] == [i == 1] * 2
 
 

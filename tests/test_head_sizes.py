@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import make_kv, make_q, small_config
@@ -49,6 +51,46 @@ def test_reuse(head_dim, form, device):
     )
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("config", [{}, {"anchors": 30}, {"granularity": "head"}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_reuse_of_the_largest(dtype, config, form, device):
+    """Eight query heads for each KV head, as Gemma 4 has: all that a GPU attends to at once."""
+    chain(
+        small_config(**config),
+        device=device,
+        heads=(16, 2),
+        head_dim=512,
+        dtype=dtype,
+        seed=800,
+        **form_options(form, 1, 16, device),
+    )
+
+
+def check_most_heads(device: torch.device) -> None:
+    """What the kernels of a GPU have no room for with heads of 512."""
+    options = dict(head_dim=512, dtype=torch.bfloat16, device=device)
+    for group, config, reason in (
+        (65, None, "must be at most 64 with head_dim 512 on CUDA"),
+        (9, small_config(anchors=4), "must be at most 8 with anchors and head_dim 512 on CUDA"),
+    ):
+        kv = make_kv(1, batch=1, length=4, num_kv_heads=1, **options)
+        q = make_q(2, 1, group, 512, dtype=torch.bfloat16, device=device)
+        lengths = torch.tensor([4], dtype=torch.int32, device=device)
+        reuse: dict[str, Any] = {}
+        if config is not None:
+            cache = mac_attn.ReuseCache(
+                config, num_slots=1, num_qo_heads=group, num_kv_heads=1, **options
+            )
+            reuse = {"reuse": cache, "slots": torch.zeros_like(lengths), "q_match": q}
+        with pytest.raises(ValueError, match=f"num_qo_heads / num_kv_heads is {group}, {reason}"):
+            mac_attn.decode(q, kv.cache, kv.table([4]), lengths, **reuse)
+
+
+def test_most_heads(cuda):
+    check_most_heads(cuda)
+
+
 @pytest.mark.parametrize("head_dim", [4, 12, 250, 264, 504, 520])
 def test_refused(head_dim, device):
     options = dict(dtype=torch.bfloat16, device=device)
@@ -66,8 +108,9 @@ def test_what_engines_are_told():
     assert heads_reason(72, single, "cuda") == "dtype torch.float32"
     assert heads_reason(72, half, "cuda", float8=True) == "heads of 72"
     assert heads_reason(72, half, "cpu", float8=True) is None
-    assert heads_reason(512, half, "cpu") is None
-    assert heads_reason(512, half, "cuda") == "heads of 512"
-    for head_dim in (12, 264):
+    for device in ("cpu", "cuda"):
+        assert heads_reason(512, half, device) is None
+        assert heads_reason(512, half, device, float8=True) is None
+    for head_dim in (12, 264, 504, 520):
         for device in ("cpu", "cuda"):
             assert heads_reason(head_dim, half, device) == f"heads of {head_dim}"

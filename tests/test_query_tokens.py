@@ -32,7 +32,7 @@ def ints(values: list[int], device: Any) -> torch.Tensor:
         (7, 4, 128, 64),
         (16, 5, 64, 16),
     ]
-    + [(4, 2, 256, 16), (3, 20, 96, 16)],
+    + [(4, 2, 256, 16), (3, 20, 96, 16), (4, 3, 512, 16)],
 )
 def test_exact(tokens, group, head_dim, page_size, options, device):
     """Ragged, with padding rows, with and without sinks; each query attends up to itself."""
@@ -88,12 +88,13 @@ class Draft:
         dtype: torch.dtype | None = None,
         float8: str = "",
         softmax: dict[str, Any] | None = None,
+        head_dim: int = 64,
         **walk: Any,
     ) -> None:
         self.steps, self.tokens, self.device = 150 + 54 * tokens, tokens, device
         plain = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.dtype, self.softmax = dtype or plain, softmax or {}
-        self.heads, self.dim, self.batch = (4, 2), 64, 3
+        self.heads, self.dim, self.batch = (4, 2), head_dim, 3
         kind = {"dtype": self.dtype, "device": device}
         self.kv = make_kv(
             3, batch=self.batch, length=self.steps, num_kv_heads=2, head_dim=self.dim,
@@ -159,6 +160,14 @@ def test_drafts_over_dtypes(name, dtype, form, device):
         pytest.skip("a float8 cache is of 16-bit queries on a GPU")
     cfg = small_config(threshold=0.3, **CONFIGS[name])
     follow_drafts(Draft(device, cfg, 4, dtype=dtype, **form_options(form, 0, 4, device), **NEAR))
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+@pytest.mark.parametrize("name", ["anchors", "head"])
+def test_drafts_of_the_largest_heads(name, tokens, device):
+    """A GPU reads a miss's tokens for eight queries at a time: once for 4 tokens, twice for 5."""
+    cfg = small_config(threshold=0.3, **CONFIGS[name])
+    follow_drafts(Draft(device, cfg, tokens, head_dim=512, **NEAR))
 
 
 # Of the walk: all of a step's tokens may hit, each on another entry.

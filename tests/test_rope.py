@@ -60,9 +60,10 @@ def test_unrotate_is_the_inverse(dtype, interleaved, scale, device):
 # rounding.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_one_pass_and_torch_agree(dtype, interleaved, device):
+@pytest.mark.parametrize("head_dim", [64, 512])
+def test_one_pass_and_torch_agree(head_dim, dtype, interleaved, device):
     rotary = RotaryEmbedding(inv_freq(48), interleaved, 1.3).to(device)
-    q, positions = torch.randn(7, 4, 64).to(dtype), torch.randint(0, 131072, (7,)).int()
+    q, positions = torch.randn(7, 4, head_dim).to(dtype), torch.randint(0, 131072, (7,)).int()
     q, positions = q.to(device), positions.to(device)
     expected = unrotate(q[:, None], positions[:, None], rotary)[:, 0]
     atol = 4 * torch.finfo(torch.float32).eps + 2 * torch.finfo(dtype).eps

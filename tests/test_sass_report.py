@@ -86,7 +86,7 @@ def test_no_kernel_goes_unseen():
     with pytest.raises(ValueError, match="other_kernel.* is no kernel that"):
         parse(USAGE.replace("match_kernel", "other_kernel"), SASS)
     absent = missing(parse(USAGE, SASS))
-    assert len(absent) == 106 - 2
+    assert len(absent) == 114 - 2
     assert "match bf16 64 (sm_80) is missing" in absent
     assert "match bf16 128 (sm_80) is missing" not in absent
     assert "unrotate fp16 (sm_80) is missing" in absent

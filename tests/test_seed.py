@@ -28,27 +28,28 @@ class Case:
         *,
         dtype: torch.dtype | None = None,
         page_size: int = 16,
+        head_dim: int = HEAD_DIM,
         rotary: RotaryEmbedding | None = None,
         kv: dict[str, Any] | None = None,
         **config: Any,
     ) -> None:
-        self.lens, self.length, self.device = lens, length, device
+        self.lens, self.length, self.device, self.head_dim = lens, length, device, head_dim
         options = dict(entries=32, window=60, band=16, anchors=4, min_context=1)
         self.cfg = ReuseConfig(**options | config)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         made = dict(dtype=dtype, device=device)
         batch = len(lens)
         self.kv = make_kv(
-            3, batch=batch, length=max(lens), num_kv_heads=HEADS[1], head_dim=HEAD_DIM,
+            3, batch=batch, length=max(lens), num_kv_heads=HEADS[1], head_dim=head_dim,
             page_size=page_size, **made, **kv or {},
         )  # fmt: skip
         self.kv.write([0] * batch, lens)
-        self.q = make_q(4, batch, length, HEADS[0], HEAD_DIM, **made)
+        self.q = make_q(4, batch, length, HEADS[0], head_dim, **made)
         # Twice as large, so that some tokens stand out; its own values, to tell apart.
         self.q = self.q * 2
-        self.q_match = make_q(5, batch, length, HEADS[0], HEAD_DIM, **made)
+        self.q_match = make_q(5, batch, length, HEADS[0], head_dim, **made)
         self.twins = Twins(
-            self.cfg, num_slots=batch + 1, heads=HEADS, head_dim=HEAD_DIM, rotary=rotary, layer=5,
+            self.cfg, num_slots=batch + 1, heads=HEADS, head_dim=head_dim, rotary=rotary, layer=5,
             **made,
         )  # fmt: skip
         self.cache = self.twins.cache
@@ -83,8 +84,9 @@ class Case:
     def slot(self, b: int) -> int:
         return len(self.lens) - b
 
-    def check(self, sm_scale: float = HEAD_DIM**-0.5, cap: float = 0.0) -> None:
+    def check(self, sm_scale: float | None = None, cap: float = 0.0) -> None:
         """The states of every request's entries, written out; which positions have one."""
+        sm_scale = sm_scale or self.head_dim**-0.5
         every = -(-self.length // self.cfg.entries)
         for b, n in enumerate(self.lens):
             slot = self.slot(b)
@@ -125,6 +127,7 @@ CASES: dict[str, dict[str, Any]] = {
     "combined": dict(lens=[50, 40], length=12, kv=dict(combined=True)),
     "bfloat16": dict(lens=[50, 40], length=12, dtype=torch.bfloat16),
     "float16": dict(lens=[50, 40], length=12, dtype=torch.float16),
+    "heads of 512": dict(lens=[90, 61], length=12, head_dim=512),
     "a long context": dict(lens=[2600], length=3, page_size=128, anchors=64),
 }
 

@@ -3,11 +3,12 @@
 //   a miss:              old = state([0, E(p)), sampled meanwhile    fresh = state([E(p), n))
 //   a hit:               old = state([E(c), E(p)))                   fresh = state([E(p), n))
 //   a hit with anchors:  old = state of the entry's query(anchors)   fresh = state(anchors and [E(c), n))
+//                        both from the same rows in shared memory; of the largest heads one after the other
 //
 // Grid: persistent, see schedule.cuh. Four warps a CTA; of each tile of 64 tokens every warp takes 16, with
 // a cp.async pipeline of its own straight from the pages (stage.cuh) and without a barrier of the block.
-// Traffic: the K and V rows of [s, n) and of the anchors, once per pass (most_tile_heads); the partial states; the
-// candidates.
+// Traffic: the K and V rows of [s, n) and of the anchors, once per pass (most_tile_heads), of the largest heads the
+// anchors' twice (anchors_twice); the partial states; the candidates.
 //
 // Q is the queries' type, T what the cache holds: the same, or fp8.
 #pragma once
@@ -32,12 +33,13 @@ constexpr int amend_shared_bytes() {
 
 // Blocks of eight query heads that a pass over `queries` of a KV head has.
 constexpr int head_blocks(int head_dim, int queries) {
-  return queries > 16 && most_tile_heads(head_dim) > 16 ? 4 : queries > 8 ? 2 : 1;
+  const int most = most_tile_heads(head_dim), heads = queries < most ? queries : most;
+  return heads > 16 ? 4 : heads > 8 ? 2 : 1;
 }
-// Of those, as many as a hit with anchors can be served with: with more than two, or two of the largest heads,
-// there are no registers left for what it needs besides, see Replaced.
+// Of those, as many as a hit with anchors can be served with: with more than two, or two of large heads, there are
+// no registers left for what it needs besides, see Replaced.
 constexpr int hit_blocks(int head_dim, int blocks) {
-  const int most = kMostReplacedHeads / 8 * head_dim <= kMostReplaced ? kMostReplacedHeads / 8 : 1;
+  const int most = most_replaced_heads(head_dim) / 8;
   return blocks < most ? blocks : most;
 }
 // Calls `use` with head_blocks as a type with that `value`.
@@ -47,7 +49,10 @@ auto with_head_blocks(int queries, const Use& use) {
   if constexpr (most_tile_heads(kHeadDim) > 16) {
     if (blocks == 4) return use(std::integral_constant<int, 4>());
   }
-  return blocks == 2 ? use(std::integral_constant<int, 2>()) : use(std::integral_constant<int, 1>());
+  if constexpr (most_tile_heads(kHeadDim) > 8) {
+    if (blocks == 2) return use(std::integral_constant<int, 2>());
+  }
+  return use(std::integral_constant<int, 1>());
 }
 
 // Calls `launch` with how many queries of a KV head a kernel is to serve and which units it does: one kernel does
@@ -93,6 +98,7 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
     if (block > 0) ptx::sync_block();  // all have read the last one's
 #pragma unroll
     for (int b = block; b < block + kAtOnce; ++b) {
+#pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int head = b * 8 + lane % 4 * 2 + i;
         for (int distance = 4; distance < 32; distance *= 2) {
@@ -135,7 +141,7 @@ MAC_DEVICE void write_partial(const AmendWorkspace& w, WarpState<T, kHeadDim, kH
 }
 
 // What the anchors' tiles need beside the state that all tiles go into: the matched entry's query attends to them
-// as well.
+// as well. Where they come twice, its state is the one of all tiles the first time, and `state` is not used.
 template <typename T, int kHeadDim, int kHeadBlocks>
 struct Replaced {
   static constexpr bool kFits = kHeadBlocks == hit_blocks(kHeadDim, kHeadBlocks);
@@ -178,7 +184,7 @@ struct Replaced {
 
 // Whether registers are short: what can is then kept in shared memory.
 template <int kHeadDim, int kHeadBlocks>
-constexpr bool kShortOfRegisters = kHeadDim * kHeadBlocks >= kMostReplaced;
+constexpr bool kShortOfRegisters = kHeadDim * kHeadBlocks >= 256;  // sums of 64 or more registers
 
 template <typename Q, typename T, int kHeadDim, bool kExact, int kHeadBlocks>
 MAC_DEVICE void amend_piece(
@@ -186,7 +192,7 @@ MAC_DEVICE void amend_piece(
     std::conditional_t<kShortOfRegisters<kHeadDim, kHeadBlocks>, const Piece&, const Piece> piece) {
   using Stage = Stage<kHeadDim, T>;
   static_assert(sizeof(SampleScratch) <= kWarps * Stage::kCount * Stage::kBytes, "it fits where the stages were");
-  constexpr bool kReplaces = Replaced<T, kHeadDim, kHeadBlocks>::kFits;
+  constexpr bool kReplaces = Replaced<T, kHeadDim, kHeadBlocks>::kFits, kTwice = anchors_twice(kHeadDim);
   constexpr bool kAhead = !kShortOfRegisters<kHeadDim, kHeadBlocks>;
   __shared__ int starts[8 * kHeadBlocks], lasts[8 * kHeadBlocks];
   __shared__ typename Sampler<kHeadBlocks>::Shared sampler_shared[kWarps];
@@ -219,7 +225,7 @@ MAC_DEVICE void amend_piece(
                                       stages + (ahead - 1 - piece.begin) % Stage::kCount * Stage::kElements);
     }
     ptx::cp_async_commit();
-    if (ahead < piece.end) row = find_row<kReplaces>(p, w, piece, ahead, warp);
+    if (ahead < piece.end) row = find_row<kReplaces, kTwice>(p, w, piece, ahead, warp);
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
     if (ahead == piece.begin) {
       load_bounds<kHeadBlocks>(p, w, piece, starts, lasts);
@@ -231,7 +237,7 @@ MAC_DEVICE void amend_piece(
         return rows + token * p.query.token_stride + (i - token * G) * p.query.head_stride;
       };
       state.load_query(row_of, piece.num_queries(w), elements, scale(), query);
-      const TileTokens begin = tile_tokens<kReplaces>(p, piece.work, ahead);
+      const TileTokens begin = tile_tokens<kReplaces, kTwice>(p, piece.work, ahead);
       if (kReplaces && kAhead && begin.anchors) {
         next_weights = replaced.load_weights(p, piece, begin.begin + warp * kWarpTokens);
       }
@@ -239,7 +245,7 @@ MAC_DEVICE void amend_piece(
     }
     const int tile = ahead - Stage::kCount;
     if (tile < piece.begin) continue;
-    const TileTokens tokens = tile_tokens<kReplaces>(p, piece.work, tile);
+    const TileTokens tokens = tile_tokens<kReplaces, kTwice>(p, piece.work, tile);
     const int first = tokens.begin + warp * kWarpTokens;
     if (tile == piece.begin) {  // while the first tiles are on their way
       sampler.begin(p, piece, sampler_shared[warp]);
@@ -262,7 +268,8 @@ MAC_DEVICE void amend_piece(
       const auto there = static_cast<uint32_t>(valid >> (kWarpTokens * Stage::kCount));
       const int first_token =
           kReplaces && tokens.anchors ? piece.work.start : first;  // where all heads attend to all of them
-      warp_logits(p, state, starts, stage, query, first_token, there, x);
+      const bool of_entry = kTwice && tokens.anchors && piece.span(tile) == kOld;  // the entry's query attends
+      warp_logits(p, state, starts, stage, of_entry ? replaced_query : query, first_token, there, x);
       Counted counted;
       if (kReplaces && tokens.anchors) counted = replaced.count(weights, density), lift(x, counted);
       if (first + kWarpTokens > piece.work.position + 1 && !(kReplaces && tokens.anchors))
@@ -279,7 +286,11 @@ MAC_DEVICE void amend_piece(
       if constexpr (kReplaces) {
         if (tokens.anchors) {
           add_light(state, x, counted);
-          replaced.attend(p, starts, stage, replaced_query, first_token, there, counted);
+          if constexpr (kTwice) {
+            if (of_entry) state.anchors += ptx::count_bits(there & 0xffffu);
+          } else {
+            replaced.attend(p, starts, stage, replaced_query, first_token, there, counted);
+          }
         }
       }
     }
@@ -289,13 +300,15 @@ MAC_DEVICE void amend_piece(
     const Scratch scratch{reinterpret_cast<unsigned char*>(shared + slot * Stage::kElements),
                           Stage::kCount * Stage::kBytes};
     const int64_t partial = int64_t{piece.number} * kNumSpans;
-    const int last_old = piece.work.tiles_of_old() - 1;
+    const int last_old = piece.work.template tiles_of_old<kTwice>() - 1;
     if (tile == last_old || (at_end && tile < last_old)) {
       if (sampler.draws) sampler.hand_over(p, w, piece.kv_group(p));
-      if constexpr (kReplaces) {
+      if constexpr (kReplaces && !kTwice) {
         if (tokens.anchors) write_partial<kExact>(w, replaced.state, scratch, partial + kOld, value_scale());
       }
-      if (!kReplaces || !tokens.anchors) write_partial<kExact>(w, state, scratch, partial + kOld, value_scale());
+      if (!kReplaces || kTwice || !tokens.anchors) {
+        write_partial<kExact>(w, state, scratch, partial + kOld, value_scale());
+      }
     }
     if (at_end) {
       if (piece.span(tile) == kFresh) write_partial<kExact>(w, state, scratch, partial + kFresh, value_scale());
@@ -352,9 +365,9 @@ __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
     amend_kernel(const __grid_constant__ AmendParams p, const __grid_constant__ AmendWorkspace w) {
   if (p.matched.source) prefetch_bands<Q, T, kHeadDim, kExact>(p, w);
   ptx::grid_dependency_wait();  // match's answer
-  constexpr bool kShort = kShortOfRegisters<kHeadDim, kHeadBlocks>;
+  constexpr bool kShort = kShortOfRegisters<kHeadDim, kHeadBlocks>, kTwice = anchors_twice(kHeadDim);
   __shared__ Share shares[kShort ? kThreads : 1];
-  const Share own = share_out(p, w);
+  const Share own = share_out<kTwice>(p, w);
   if (kShort) shares[threadIdx.x] = own;
   const Share& share = kShort ? shares[threadIdx.x] : own;
   ptx::grid_dependency_launch();
@@ -364,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_processor(kHeadDim))
   int number = blockIdx.x;
 #pragma unroll 1
   while (number < share.all_pieces) {
-    find_piece(p, w, share, number, piece);
+    find_piece<kTwice>(p, w, share, number, piece);
     int drawn = 0;
     if (threadIdx.x == 0 && share.all_pieces > ctas) {
       drawn = ptx::atomic_add(w.drawn, 1);

@@ -16,10 +16,11 @@ struct PieceRange {
 };
 
 // Which pieces have a partial state of which span, of the pass over one head tile. Some piece may have both.
+template <bool kTwice>
 MAC_DEVICE void find_pieces(const Piece& piece, int head_tile, PieceRange (&pieces)[kNumSpans]) {
   const int first = piece.first + head_tile, only_old = piece.work.old_tiles / piece.most;
   const int passes = piece.work.passes;
-  pieces[kOld] = {first, divide_up(piece.work.tiles_of_old(), piece.most), passes};
+  pieces[kOld] = {first, divide_up(piece.work.tiles_of_old<kTwice>(), piece.most), passes};
   pieces[kFresh] = {first + only_old * passes, piece.splits - only_old, passes};
 }
 
@@ -98,7 +99,7 @@ MAC_DEVICE void finish_unit(const AmendParams& p, const AmendWorkspace& w, const
   for (int tile = 0; tile < piece.work.passes; ++tile) {
     if (tile > 0) {
       ptx::sync_block();  // all have read the last pass's
-      if (threadIdx.x == 0) find_pieces(piece, tile, pieces);
+      if (threadIdx.x == 0) find_pieces<anchors_twice(kHeadDim)>(piece, tile, pieces);
       ptx::sync_block();
     }
     const int first = tile * w.tile_heads, heads = queries - first < w.tile_heads ? queries - first : w.tile_heads;
@@ -178,7 +179,7 @@ MAC_DEVICE void leave_unit(const AmendParams& p, const AmendWorkspace& w, const 
     if (is_last) *done = 0;  // as the next call wants to find it
   }
   // Another warp, meanwhile.
-  if (threadIdx.x == 32) find_pieces(piece, 0, pieces);
+  if (threadIdx.x == 32) find_pieces<anchors_twice(kHeadDim)>(piece, 0, pieces);
   ptx::sync_block();
   if (!is_last) return;
   finish_unit<kHeadDim, kExact>(p, w, piece, scratch, pieces);

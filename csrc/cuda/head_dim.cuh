@@ -22,7 +22,7 @@ constexpr int row_elements(const Shape& shape) {
   return kExact ? kHeadDim : shape.head_dim;
 }
 
-// Calls `use` with the head size of the kernels that serve one up to kMaxHeadDim.
+// Calls `use` with the head size of the kernels that serve one.
 template <typename Use>
 auto with_head_dim(int head_dim, const Use& use) {
   switch (head_dim) {
@@ -31,6 +31,7 @@ auto with_head_dim(int head_dim, const Use& use) {
     case 96: return use(HeadDim<96>());
     case 128: return use(HeadDim<128>());
     case 256: return use(HeadDim<256>());
+    case 512: return use(HeadDim<512>());
     default: return head_dim < 128 ? use(HeadDim<128, false>()) : use(HeadDim<256, false>());
   }
 }

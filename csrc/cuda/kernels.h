@@ -9,25 +9,34 @@
 
 namespace mac_attn::cuda {
 
-constexpr int32_t kMaxHeadDim = 256;
-
-// Elements of a row in shared memory, in registers and in partial states. The kernels are compiled for five sizes;
-// any other multiple of 8 is filled up with zeros to one of the greatest two, see head_dim.cuh.
+// Elements of a row in shared memory, in registers and in partial states. The kernels are compiled for six sizes;
+// any other multiple of 8 is filled up with zeros to 128 or 256, see head_dim.cuh.
 constexpr int32_t padded_head_dim(int32_t head_dim) {
   const bool compiled = head_dim == 64 || head_dim == 80 || head_dim == 96;
-  return compiled ? head_dim : head_dim <= 128 ? 128 : kMaxHeadDim;
+  return compiled ? head_dim : head_dim <= 128 ? 128 : head_dim <= 256 ? 256 : 512;
 }
 
 // Queries of a KV head that one pass over the tokens serves: as many as there are registers for their sums.
 constexpr int32_t most_tile_heads(int32_t head_dim) {
-  return head_dim <= 128 ? 32 : 16;
+  return head_dim <= 128 ? 32 : head_dim <= 256 ? 16 : 8;
 }
-constexpr int32_t kMostReplacedHeads = 16;  // of one token, that anchors are possible with
-constexpr int32_t kMostReplaced = 256;      // head_dim times blocks of eight heads that anchors are possible with
-constexpr int32_t kMaxWaves = 8;            // pieces for each CTA
-constexpr int32_t kWarpTokens = 16;         // tokens that a warp attends to at a time: a strip
+// Query heads of a KV head that anchors are possible with.
+constexpr int32_t most_replaced_heads(int32_t head_dim) {
+  return head_dim <= 128 ? 16 : 8;
+}
+// The largest heads leave no registers for a second state, of the matched entry's query. The anchors' tiles then
+// come twice: as old ones for that query, and again for the new one.
+constexpr bool anchors_twice(int32_t head_dim) {
+  return head_dim > 256;
+}
+constexpr int32_t kMaxWaves = 8;     // pieces for each CTA
+constexpr int32_t kWarpTokens = 16;  // tokens that a warp attends to at a time: a strip
 constexpr int32_t kMaxAnchors = 2048;
 constexpr int32_t kMaxGroup = 128;
+// Query heads of a KV head, at most: match has all of their queries as floats in shared memory.
+constexpr int32_t max_group(int32_t head_dim) {
+  return head_dim <= 256 ? kMaxGroup : kMaxGroup / 2;
+}
 constexpr int32_t kMaxUnrotateHeads = 32768;  // its CTAs for a request are the grid's y, at most 65,535
 constexpr int32_t kMaxCluster = 8;  // CTAs; more are not portable (CUDA Programming Guide, thread block clusters)
 

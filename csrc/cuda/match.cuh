@@ -6,9 +6,9 @@
 // Grid: `splits` CTAs of eight warps for each query token of each (request, KV head), which share the candidates
 // out. Where they are a cluster (sm_90) they meet in the first one's shared memory, elsewhere, as those of several
 // tokens, in global memory: the first or last one to finish writes the answer. A few lanes read a ring row, so that
-// a warp looks at eight candidates at a time. Partial sums only grow, so most candidates are ruled out by their
-// first head; only the others' heads are read on, a few at a time: each read is a wait for memory, and at batch 1
-// there is nothing else to do meanwhile. Traffic: between 1/G and all of the ring's queries of the KV head.
+// a warp looks at up to eight candidates at a time. Partial sums only grow, so most candidates are ruled out by
+// their first head; only the others' heads are read on, a few at a time: each read is a wait for memory, and at
+// batch 1 there is nothing else to do meanwhile. Traffic: between 1/G and all of the ring's queries of the KV head.
 #pragma once
 
 #include "head_dim.cuh"
@@ -27,8 +27,8 @@ constexpr int kMatchWarps = kMatchThreads / 32;
 
 template <int kHeadDim>
 struct MatchLayout {
-  static constexpr int kLanes = kHeadDim <= 128 ? 4 : 8;  // of a warp, for one row
-  static constexpr int kPieces = kHeadDim / 8;            // of 16 bytes in a row
+  static constexpr int kLanes = kHeadDim <= 128 ? 4 : kHeadDim <= 256 ? 8 : 16;  // of a warp, for one row
+  static constexpr int kPieces = kHeadDim / 8;                                   // of 16 bytes in a row
   static constexpr int kLoads = (kPieces + kLanes - 1) / kLanes;
   static constexpr int kPerWarp = 32 / kLanes;
   static constexpr int kPerBlock = kMatchWarps * kPerWarp;

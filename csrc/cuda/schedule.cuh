@@ -40,7 +40,8 @@ MAC_DEVICE int position_of(const AmendParams& p, const AmendWorkspace& w, int re
 
 // What one KV head of one request has to attend to: on a miss with all of its query tokens at once, which are the
 // first one's unit then; on a hit each token is a unit of its own, with its own entry. A hit with anchors has no
-// old tiles: those and the rest are one span, and of the entry's state only the anchors are kOld.
+// old tiles: those and the rest are one span, and of the entry's state only the anchors are kOld. Where the anchors
+// come twice (kTwice, see anchors_twice), the first time they are the old tiles.
 struct KvHeadWork {
   int seq_len, start, old_end, place;  // place: of the matched entry, looked at where there are anchors
   int position;                        // of the unit's first query token
@@ -50,13 +51,17 @@ struct KvHeadWork {
 
   MAC_DEVICE bool hit() const { return start > 0; }
   // The tiles that leave a partial state of kOld.
-  MAC_DEVICE int tiles_of_old() const { return old_tiles + anchor_tiles; }
+  template <bool kTwice>
+  MAC_DEVICE int tiles_of_old() const {
+    return kTwice ? old_tiles : old_tiles + anchor_tiles;
+  }
 };
 
 MAC_DEVICE int tiles_for(int tokens) {
   return (tokens + kTileTokens - 1) / kTileTokens;
 }
 
+template <bool kTwice>
 MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w, int unit) {
   const int group = w.unit_tokens.divide(unit), request = w.num_kv_heads.divide(group), G = p.shape.group_size;
   const int n = p.requests.seq_lens[request], first = position_of(p, w, request);
@@ -84,7 +89,7 @@ MAC_DEVICE KvHeadWork kv_head_work(const AmendParams& p, const AmendWorkspace& w
   const int end = hit ? first + token + 1 : n;
   const int anchor_tiles = hit ? tiles_for(sample_size(p.num_anchors, start)) : 0;
   const int old_end = !reuses ? 0 : anchor_tiles > 0 ? start : band_start(first, p.band);
-  const int old_tiles = tiles_for(old_end - start);
+  const int old_tiles = kTwice && anchor_tiles > 0 ? anchor_tiles : tiles_for(old_end - start);
   const int tiles = old_tiles + anchor_tiles + tiles_for(end - old_end);
   return {end, start, old_end, place, first + token, token, queries, passes, old_tiles, anchor_tiles, tiles};
 }
@@ -120,8 +125,9 @@ struct TileTokens {
 };
 
 // kAnchors: there may be some.
-template <bool kAnchors>
+template <bool kAnchors, bool kTwice>
 MAC_DEVICE TileTokens tile_tokens(const AmendParams& p, const KvHeadWork& work, int tile) {
+  if (kTwice && work.anchor_tiles > 0 && tile < work.old_tiles) tile += work.old_tiles;  // the same both times
   if (tile < work.old_tiles) return {work.start + tile * kTileTokens, work.old_end, false};
   tile -= work.old_tiles;
   if constexpr (kAnchors) {
@@ -192,6 +198,7 @@ struct Share {
 
 // Counts the pieces, every CTA for itself: a sum and a prefix sum over the units. Everything waits for this at the
 // start of a step, so it is written to be short.
+template <bool kTwice>
 MAC_DEVICE Share share_out(const AmendParams& p, const AmendWorkspace& w) {
   __shared__ int warp_tiles[kWarps], warp_longest[kWarps], warp_pieces[kWarps];
   const int lane = ptx::lane_id(), warp = threadIdx.x / 32;
@@ -202,7 +209,7 @@ MAC_DEVICE Share share_out(const AmendParams& p, const AmendWorkspace& w) {
   int last = 0, last_passes = 0;  // tiles of the last of them, which in most calls is the only one
 #pragma unroll 1
   for (int unit = share.begin; unit < share.end; ++unit) {
-    const KvHeadWork work = kv_head_work(p, w, unit);
+    const KvHeadWork work = kv_head_work<kTwice>(p, w, unit);
     last = work.tiles, last_passes = work.passes;
     tiles += last * last_passes;
     longest = static_cast<uint32_t>(last) > longest ? last : longest;
@@ -220,7 +227,7 @@ MAC_DEVICE Share share_out(const AmendParams& p, const AmendWorkspace& w) {
 #pragma unroll 1
   for (int unit = share.begin; unit < share.end; ++unit) {
     if (unit + 1 < share.end) {
-      const KvHeadWork work = kv_head_work(p, w, unit);
+      const KvHeadWork work = kv_head_work<kTwice>(p, w, unit);
       share.pieces += divide_up(work.tiles, most_tiles(w, work.tiles, share.most)) * work.passes;
     } else {
       share.pieces += divide_up(last, most_tiles(w, last, share.most)) * last_passes;
@@ -231,6 +238,7 @@ MAC_DEVICE Share share_out(const AmendParams& p, const AmendWorkspace& w) {
 }
 
 // The piece of a number below `all_pieces`, in shared memory. The whole block takes part.
+template <bool kTwice>
 MAC_DEVICE void find_piece(const AmendParams& p, const AmendWorkspace& w, const Share& share, int number,
                            Piece& found) {
   ptx::sync_block();  // the last one is no longer needed
@@ -238,7 +246,7 @@ MAC_DEVICE void find_piece(const AmendParams& p, const AmendWorkspace& w, const 
     int first = share.first;
 #pragma unroll 1
     for (int unit = share.begin;; ++unit) {
-      const KvHeadWork work = kv_head_work(p, w, unit);
+      const KvHeadWork work = kv_head_work<kTwice>(p, w, unit);
       const int most_of_pass = most_tiles(w, work.tiles, share.most);
       const int splits = divide_up(work.tiles, most_of_pass);
       const int in_unit = number - first;

@@ -19,12 +19,17 @@ namespace mac_attn::cuda {
 // Padding would do the same, but an asynchronous copy of 128 bytes that straddles a line of shared memory is two
 // requests, some sectors in both: half as much again came out of the L2 cache.
 // Two stages of 8 KB for each of the 8 warps of a processor keep enough in flight; more only queue up, at a loss.
-// Those of fp8 are half as long, so there are so many that as much is in flight while one is computed.
+// Those of fp8 are half as long, so there are so many that as much is in flight while one is computed. Of the
+// largest heads one stage is as much, and takes longer to fill than to compute: while a warp computes, the others'
+// are filled.
 template <int kHeadDim, typename T = bf16>
 struct Stage {
   static constexpr bool kHalf = sizeof(T) == 1;
-  static constexpr int kCount = kHeadDim < 128 ? (kHalf ? 6 : 3) : kHalf ? 3 : 2;  // in the pipeline
-  static constexpr int kRow = (kHeadDim + 63) / 64 * 64;                           // elements: whole lines, or half
+  static constexpr int kCount =  // in the pipeline
+      kHeadDim < 128    ? (kHalf ? 6 : 3)
+      : kHeadDim <= 256 ? (kHalf ? 3 : 2)
+                        : (kHalf ? 2 : 1);
+  static constexpr int kRow = (kHeadDim + 63) / 64 * 64;  // elements: whole lines, or half
   static constexpr int kElements = 2 * kWarpTokens * kRow;
   static constexpr int kBytes = kElements * static_cast<int>(sizeof(T));
   static constexpr int kUnit = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
@@ -45,9 +50,9 @@ struct Row {
   bool valid;
 };
 
-template <bool kAnchors>
+template <bool kAnchors, bool kTwice>
 MAC_DEVICE Row find_row(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, int tile, int warp) {
-  const TileTokens tokens = tile_tokens<kAnchors>(p, piece.work, tile);
+  const TileTokens tokens = tile_tokens<kAnchors, kTwice>(p, piece.work, tile);
   const int place = tokens.begin + warp * kWarpTokens + ptx::lane_id() % kWarpTokens;
   Row row{0, 0, place < tokens.end};
   int token = place;

@@ -30,10 +30,10 @@ constexpr bool kIsFp8 = std::is_same_v<T, fp8>;
 template <typename T>
 using Factor = std::conditional_t<kIsFp8<T>, fp16, T>;
 
-// Brings a query row's 8 numbers of this lane to fp16's range; `scale` is multiplied by what undoes that. The whole
+// Brings a query row's numbers of this lane to fp16's range; `scale` is multiplied by what undoes that. The whole
 // warp takes part.
-template <typename Q>
-MAC_DEVICE void to_fp16(uint32_t (&pairs)[4], float& scale) {
+template <typename Q, int kPairs>
+MAC_DEVICE void to_fp16(uint32_t (&pairs)[kPairs], float& scale) {
   if constexpr (std::is_same_v<Q, bf16>) {
     uint32_t high = 0;
     for (const uint32_t pair : pairs) {
@@ -74,6 +74,7 @@ struct WarpState {
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
       for (int i = 0; i < 2; ++i) max[b][i] = -INFINITY, sum[b][i] = 0.f, light[b][i] = 0.f;
+#pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         for (int i = 0; i < 4; ++i) out[b][s][i] = 0.f;
       }
@@ -97,18 +98,27 @@ struct WarpState {
     constexpr int kPieces = kHeadDim / 8;
     const int lane = ptx::lane_id();
     if constexpr (kIsFp8<T>) {
-      static_assert(kPieces <= 32, "a row is a warp's");
+      constexpr int kLanePieces = (kPieces + 31) / 32;  // a row is a warp's
 #pragma unroll 1
       for (int g = threadIdx.x / 32; g < 8 * kHeadBlocks; g += kWarps) {
-        const int d = lane * 8;
-        const bool mine = lane < kPieces;
-        const uint4 data = g < heads && d < elements ? ptx::load_16(row_of(g) + d) : uint4{0, 0, 0, 0};
-        uint32_t pairs[4] = {data.x, data.y, data.z, data.w};
+        uint32_t pairs[4 * kLanePieces];
+#pragma unroll
+        for (int i = 0; i < kLanePieces; ++i) {
+          const int d = (lane + 32 * i) * 8;
+          const uint4 data = g < heads && d < elements ? ptx::load_16(row_of(g) + d) : uint4{0, 0, 0, 0};
+          pairs[4 * i] = data.x, pairs[4 * i + 1] = data.y, pairs[4 * i + 2] = data.z, pairs[4 * i + 3] = data.w;
+        }
         float logit_scale = scale;
         to_fp16<Q>(pairs, logit_scale);
-        // Dimensions 4 c + 2 i + {0, 1} of 16 go to 8 i + 2 c + {0, 1}.
-        Factor<T>* to = shared + g * kQueryRow + d / 16 * 16 + d % 16 / 2;
-        if (mine) ptx::store_8(to, {pairs[0], pairs[2]}), ptx::store_8(to + 8, {pairs[1], pairs[3]});
+#pragma unroll
+        for (int i = 0; i < kLanePieces; ++i) {
+          const int piece = lane + 32 * i, d = piece * 8;
+          // Dimensions 4 c + 2 b + {0, 1} of 16 go to 8 b + 2 c + {0, 1}.
+          Factor<T>* to = shared + g * kQueryRow + d / 16 * 16 + d % 16 / 2;
+          if (piece >= kPieces) continue;
+          ptx::store_8(to, {pairs[4 * i], pairs[4 * i + 2]});
+          ptx::store_8(to + 8, {pairs[4 * i + 1], pairs[4 * i + 3]});
+        }
         if (lane == 0) *column_scale(shared, g) = logit_scale;
       }
     } else {
@@ -250,6 +260,7 @@ MAC_DEVICE void raise_max(WarpState<T, kHeadDim, kHeadBlocks, kReplaced>& state,
   if (!ptx::ballot(passed)) return;
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       for (int distance = 4; distance < 32; distance *= 2) {
         high[b][i] = fmaxf(high[b][i], ptx::shfl_xor(high[b][i], distance));

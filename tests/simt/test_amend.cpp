@@ -61,6 +61,7 @@ void test_stage() {
 template <typename T>
 void test_stages() {
   test_stage<64, T>(), test_stage<80, T>(), test_stage<96, T>(), test_stage<128, T>(), test_stage<256, T>();
+  test_stage<512, T>();
 }
 
 // The division that rounds up, around multiples of the divisor, against integers.
@@ -84,11 +85,8 @@ std::vector<Run> one_run() {
 void test_shapes(const AmendSpec& base) {
   base.fp8 ? test_stages<fp8>() : test_stages<bf16>();
   test_divide_up();
-  const int pages[] = {1, 7, 16, 64}, head_dims[] = {64, 128, 96, 256};
+  const int pages[] = {1, 7, 16, 64}, head_dims[] = {64, 128, 96, 256, 512};
   int i = 0;
-  const auto most_group = [](int head_dim) {  // with anchors
-    return std::min(cuda::kMostReplacedHeads, cuda::kMostReplaced / head_dim * 8);
-  };
   const auto test_shape = [&](int head_dim, int group_size, int page_size) {
     AmendSpec spec = base;
     spec.head_dim = head_dim, spec.group_size = group_size;
@@ -96,14 +94,14 @@ void test_shapes(const AmendSpec& base) {
     spec.num_kv_heads = 1 + i / 3 % 2;
     spec.seq_lens = {70 + i % 40, 0, 1 + i % 3};
     spec.ages = {i % 3 == 0 ? 5 : 0, 12};
-    spec.anchors = group_size <= most_group(head_dim) ? 4 : 0;
+    spec.anchors = group_size <= cuda::most_replaced_heads(head_dim) ? 4 : 0;
     spec.candidates = 0.5 + i % 5;
     spec.exact = i % 7 == 4;
     spec.ctas = 1 + i % 4;
     spec.seed = i++;
     if (!kFewShapes || spec.seed % 3 == 1) test(spec, one_run());
   };
-  for (const int head_dim : {64, 80, 96, 128, 256}) {
+  for (const int head_dim : {64, 80, 96, 128, 256, 512}) {
     for (const int group_size : {1, 3, 5, 8, 16, 32}) {
       for (const int page_size : pages) test_shape(head_dim, group_size, page_size);
     }
@@ -130,11 +128,12 @@ void test_shapes(const AmendSpec& base) {
     for (const int group_size : {1, 3, 4, 20}) {
       AmendSpec spec = base;
       spec.tokens = tokens, spec.group_size = group_size, spec.page_size = pages[i % 4], spec.hnd = i % 2;
-      spec.head_dim = head_dims[(i + i / 3) % 4], spec.num_kv_heads = 1 + i % 2, spec.ctas = 1 + i % 5;
+      spec.head_dim = head_dims[(i + i / 4) % 5], spec.num_kv_heads = 1 + i % 2, spec.ctas = 1 + i % 5;
       spec.seq_lens = {130, tokens, 0, 24 + tokens, 63 + tokens, 90};
       spec.ages = {5, 20, 0, 1}, spec.per_head = (i + i / 4) % 4 == 2, spec.batch_invariant = i % 5 == 2;
       if (i % 4) spec.query_lens = {tokens, 1, kGarbage, tokens, (tokens + 1) / 2, 1};
-      spec.anchors = spec.per_head || group_size > most_group(spec.head_dim) ? 0 : 6, spec.exact = i % 5 == 0;
+      const bool replaces = !spec.per_head && group_size <= cuda::most_replaced_heads(spec.head_dim);
+      spec.anchors = replaces ? 6 : 0, spec.exact = i % 5 == 0;
       if (i % 3 == 1) spec.without_ring = {0, 3};
       spec.soft_cap = i % 6 == 2 ? 9 : 0;
       spec.seed = i++;
@@ -160,6 +159,17 @@ void test_mixes(const AmendSpec& base) {
       }
     }
   }
+  // Anchors that come twice: several tiles of them, in pieces that begin and end anywhere among both times.
+  spec.head_dim = 512, spec.heavy_tokens = 5, spec.seq_lens = {1000, 0, 500}, spec.num_kv_heads = 1;
+  for (const std::vector<int>& ages : {std::vector<int>{70}, {20, 0, 1}}) {
+    for (const int ctas : {1, 2, 3, 5, 40}) {
+      spec.ages = ages, spec.ctas = ctas, spec.anchors = ctas == 3 ? 10 : 150, spec.soft_cap = ctas == 2 ? 9 : 0;
+      spec.full_lists = ctas == 5, spec.tokens = ctas == 40 ? 3 : 1;
+      ++spec.seed, test(spec, one_run());
+    }
+  }
+  spec = base;
+  spec.page_size = 7, spec.seq_lens = {210, 90, 0, 150}, spec.heavy_tokens = 5;
   // Two blocks of heads and two passes, each query head with a source of its own.
   spec.anchors = 0, spec.per_head = true;
   for (const int group_size : {3, 12, 24}) {
@@ -397,6 +407,8 @@ void test_schedules(const AmendSpec& base) {
   spec.exact = true, spec.group_size = 1;
   test(spec, all_runs());
   spec.exact = spec.per_head = false, spec.head_dim = 112, spec.group_size = 4, spec.anchors = 8;
+  test(spec, all_runs());
+  spec.head_dim = 512, spec.ages = {6, 0};
   test(spec, all_runs());
 }
 

@@ -25,7 +25,7 @@ void test_all(DType dtype) {
   CompleteSpec spec;
   spec.dtype = dtype;
   const std::vector<int> all_ages[] = {{0}, {1}, {30}, {0, 3, 30}};
-  for (const int head_dim : {64, 80, 96, 128, 256, 8, 24, 40, 72, 104, 120, 136, 200, 248}) {
+  for (const int head_dim : {64, 80, 96, 128, 256, 512, 8, 24, 40, 72, 104, 120, 136, 200, 248}) {
     for (const int group_size : {1, 3, 5, 8, 16, 32}) {
       for (const std::vector<int>& ages : all_ages) {
         spec.head_dim = head_dim, spec.group_size = group_size, spec.ages = ages;
@@ -46,7 +46,7 @@ void test_all(DType dtype) {
   spec.num_kv_heads = 1, spec.anchors = 200, test(spec, one_run());
   spec.group_size = cuda::kMaxGroup, spec.anchors = 0, spec.per_head = true, test(spec, one_run());
   // Samples that are cut: more candidates than the block has threads, and few; under every schedule.
-  for (const int head_dim : {64, 256, 40}) {
+  for (const int head_dim : {64, 256, 512, 40}) {
     spec = {};
     spec.dtype = dtype, spec.candidates = true, spec.ages = {0}, spec.head_dim = head_dim, spec.seed = head_dim;
     spec.anchors = 300, spec.seq_lens = {2500, 1300, 200};

@@ -27,7 +27,8 @@ void test_shapes(DType dtype) {
   MatchSpec spec;
   spec.dtype = dtype;
   int hits = 0, heads = 0;
-  for (const int head_dim : {64, 80, 96, 128, 256, 8, 24, 40, 72, 88, 104, 112, 120, 136, 160, 192, 200, 248}) {
+  for (const int head_dim :
+       {64, 80, 96, 128, 256, 512, 8, 24, 40, 72, 88, 104, 112, 120, 136, 160, 192, 200, 248}) {
     for (const int group_size : {1, 3, 5, 8, 16, 32}) {
       spec.head_dim = head_dim, spec.group_size = group_size;
       spec.num_kv_heads = 1 + static_cast<int>(spec.seed % 2);
@@ -114,6 +115,7 @@ void test_mixes(DType dtype) {
   // The largest group; no distance at all.
   spec.rho = 0.2, spec.group_size = cuda::kMaxGroup, spec.num_kv_heads = 1, spec.seq_lens = {60};
   for (const bool per_head : {false, true}) spec.per_head = per_head, test(spec, one_run());
+  spec.head_dim = 512, spec.group_size = cuda::max_group(512), spec.per_head = false, test(spec, one_run());
 }
 
 // What a single head or entry does to a decision.

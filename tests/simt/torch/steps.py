@@ -1,5 +1,6 @@
-"""float8 caches and sinks as tests/test_float8.py and tests/test_sinks.py have them, on the CUDA
-kernels' host execution: the ops, the CUDA backend's checks and launches, and the kernels.
+"""float8 caches, sinks and the largest heads as tests/test_float8.py, tests/test_sinks.py and
+tests/test_head_sizes.py have them, on the CUDA kernels' host execution: the ops, the CUDA backend's
+checks and launches, and the kernels.
 
 A process of its own: the extension is exchanged before mac_attn is imported.
 """
@@ -23,6 +24,7 @@ def main() -> int:
     import compare
     import test_decode_reference as tests
     from cases import small_config
+    from test_head_sizes import check_most_heads
     from test_sinks import make_sinks
 
     import mac_attn
@@ -41,7 +43,7 @@ def main() -> int:
         shapes = [
             (group, head_dim)
             for group in (1, 5, 12)
-            for head_dim in (64, 80, 128, 256, 48, 112, 160)
+            for head_dim in (64, 80, 128, 256, 512, 48, 112, 160)
         ]
         for i, (group, head_dim) in enumerate(shapes):
             tests.check_exact(
@@ -75,6 +77,23 @@ def main() -> int:
                 seed=23,
             )
             steps += 20
+        for float8, config in (
+            ("", dict(anchors=6)),
+            ("1-d", dict(anchors=6)),
+            ("", dict(granularity="head")),
+        ):
+            tests.chain(
+                small_config(**config),
+                device=cpu,
+                steps=20,
+                heads=(8, 1),
+                head_dim=512,
+                dtype=DTYPE,
+                float8=float8,
+                seed=29,
+            )
+            steps += 20
+        check_most_heads(cpu)
     print(f"{steps} steps equal the reference's")
     return 0
 
