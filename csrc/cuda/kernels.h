@@ -31,6 +31,9 @@ constexpr bool anchors_twice(int32_t head_dim) {
 }
 constexpr int32_t kMaxWaves = 8;     // pieces for each CTA
 constexpr int32_t kWarpTokens = 16;  // tokens that a warp attends to at a time: a strip
+// What a block of amend takes of shared memory with heads of more than 128, at least; GPUs of compute
+// capability 8.6, 8.9 and 12.x have 99 KiB, the others as much as the largest heads take.
+constexpr int32_t kSharedOfLargeHeads = 112 * 1024;
 constexpr int32_t kMaxAnchors = 2048;
 constexpr int32_t kMaxGroup = 128;
 // Query heads of a KV head, at most: match has all of their queries as floats in shared memory.
