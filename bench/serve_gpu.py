@@ -21,7 +21,6 @@ import math
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,18 +68,14 @@ def measure(
         prefill = server.complete_all(requests(case, 1, 0.5, vocabulary))
         for rate in rates:
             turns = Turns()
-            take_turn(turns, server, requests(case, options.new_tokens, rate, vocabulary), settle)
+            take_turn(
+                turns, server, requests(case, options.new_tokens, rate, vocabulary), settle=True
+            )
             row = {"requests": case[0], "context": case[1], "repeated": rate, **turns.row(turns)}
             row["prefill_s"] = max(answer.last for answer in prefill)
             rows.append(row)
             print(_line(row), flush=True)
     return rows
-
-
-def settle(server: Server) -> None:
-    """Have the plugin publish its counters, which it does once a second, as steps begin."""
-    time.sleep(1.1)
-    server.complete(Request([1, 2, 3], 2, logprobs=None))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,12 +141,13 @@ def take_turn(
     turns: Turns,
     server: Server,
     requests: list[Request],
-    settle: Callable[[Server], None] = lambda server: None,
+    settle: bool = False,
 ) -> None:
-    """Send the requests to a server and add what came of it; `settle` brings metrics up to date."""
+    """Send the requests to a server and add what came of it; `settle`: see `Server.settle`."""
     before = server.metrics()
     turns.answers.append(server.complete_all(requests))
-    settle(server)
+    if settle:
+        server.settle()
     after = server.metrics()
 
     def grown(name: str) -> float:

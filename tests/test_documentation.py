@@ -1,5 +1,6 @@
 """Every example in the README and in docs/ runs, every command and file that they name exists."""
 
+import json
 import re
 import subprocess
 import sys
@@ -100,3 +101,20 @@ def test_the_picture_of_the_gain_is_what_its_table_says(tmp_path):
     missing = [sys.executable, script, table, picture, "--batch", "3"]
     result = subprocess.run(missing, capture_output=True, text=True, check=False)
     assert "has no 32/8, batch 3, 126976 tokens" in result.stderr
+
+
+def test_the_figures_of_servers_on_a_gpu_are_those_measured(tmp_path):
+    """docs/vllm.md has every row of the file, in its order, and the picture can be made again."""
+    table = ROOT / "bench" / "results" / "serve_h200.json"
+    rows = json.loads(table.read_text())["rows"]
+    text = PAGES["docs/vllm.md"]
+    for own in rows["plugin"]:
+        (vllm,) = (row for row in rows["vLLM"] if row["context"] == own["context"])
+        speed = vllm["ms_per_token"] / own["ms_per_token"]
+        line = f"| {own['ms_per_token']:.1f} | {speed:.2f} | {own['hit_rate']:.1%} | "
+        assert line + f"{own['kv_read_share']:.0%} |" in text, line
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "serve.png"
+    script = ROOT / "bench" / "serve_plot.py"
+    subprocess.run([sys.executable, script, table, picture], check=True, capture_output=True)
+    assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -150,6 +150,13 @@ def ties(expected: Sequence[Answer], answers: Sequence[Answer], requests: Sequen
     return count
 
 
+def metrics_of(server: Server) -> dict[str, float]:
+    """Its metrics after all that was asked."""
+    if CUDA:
+        server.settle()
+    return server.metrics()
+
+
 def common(some: Sequence[int], others: Sequence[int]) -> int:
     """Tokens that two outputs begin with alike."""
     pairs = zip(some, others, strict=True)
@@ -171,7 +178,7 @@ def test_exact_reuse_answers_what_vllm_answers(
         # Requests with which vLLM warms up have no slots.
         assert server.metrics()["mac_attn:requests_turned_away_total"] == 0
         answers = server.complete_all(traffic())
-        metrics = server.metrics()
+        metrics = metrics_of(server)
     assert metrics["vllm:num_preemptions_total"] > 0
     assert metrics["vllm:prefix_cache_hits_total"] > 0
     assert metrics["mac_attn:query_heads_total"] > 0
@@ -204,7 +211,7 @@ def test_reuse_keeps_to_the_request(smollm: Path, logs: Path, without_plugin: li
     with Server(smollm, arguments, environment, logs / "reuse") as server:
         first = [server.complete(replace(requests[i], delay=0)) for i in alone]
         answers = server.complete_all(requests)
-        metrics = server.metrics()
+        metrics = metrics_of(server)
     log = (logs / "reuse").read_text()
     assert "MAC-Attention serves 30 of 30 layers: 32 slots of" in log
     assert metrics["mac_attn:hit_rate"] > 0.2
@@ -228,7 +235,7 @@ def test_tensor_parallel_smollm2(smollm: Path, logs: Path, without_plugin: list[
     requests = traffic(12)
     with Server(smollm, arguments, environment, logs / "tp3") as server:
         answers = server.complete_all(requests)
-        metrics = server.metrics()
+        metrics = metrics_of(server)
     # 3 ranks of 3 query heads: a multiple of all 9 heads of 30 layers.
     assert metrics["mac_attn:query_heads_total"] > 0
     assert metrics["mac_attn:query_heads_total"] % (9 * 30) == 0
@@ -244,7 +251,7 @@ def test_tensor_parallel_llama(llama: Path, logs: Path, llama_without_plugin: li
     environment = {**SPACE, **TP, **plugin(EXACT)}
     with Server(llama, arguments, environment, logs / "tp2") as server:
         answers = server.complete_all(requests)
-        assert server.metrics()["mac_attn:query_heads_total"] > 0
+        assert metrics_of(server)["mac_attn:query_heads_total"] > 0
     ties(llama_without_plugin, answers, requests)
 
 
@@ -278,7 +285,7 @@ def test_models_whose_layers_differ(
         log = logs / f"{name}-{kind}"
         with Server(model, COMMON, {**SPACE, **environment}, log) as server:
             answers.append(server.complete_all(requests))
-            metrics = server.metrics()
+            metrics = metrics_of(server)
     assert "MAC-Attention serves 2 of 4 layers" in log.read_text()
     assert metrics["mac_attn:query_heads_total"] > 0
     assert metrics["mac_attn:kv_read_share"] == 1
@@ -336,7 +343,7 @@ def test_a_float8_cache(smollm: Path, logs: Path, without_plugin: list[Answer]) 
     environment, requests = {**SPACE, **plugin(REUSING)}, traffic(12)
     with Server(smollm, arguments, environment, logs / "float8") as server:
         answers = server.complete_all(requests)
-        metrics = server.metrics()
+        metrics = metrics_of(server)
     assert "MAC-Attention serves 30 of 30 layers" in (logs / "float8").read_text()
     assert metrics["mac_attn:hit_rate"] > 0.1
     finished = [i for i, request in enumerate(requests) if request.cancel_after is None]
@@ -372,7 +379,7 @@ def test_ngram_speculation(smollm: Path, logs: Path, without_plugin: list[Answer
         blocks = FEW_BLOCKS if kind != "reuse" else ()
         with Server(smollm, [*NGRAM, *blocks], {**SPACE, **environment}, log) as server:
             answers[kind] = server.complete_all(requests)
-            found[kind] = server.metrics()
+            found[kind] = metrics_of(server)
     for kind in servers:
         some, drafts = accepted(found[kind])
         assert 0 < some < drafts
@@ -400,7 +407,7 @@ def test_drafts_of_a_model(llama: Path, logs: Path, llama_without_plugin: list[A
     environment = {**SPACE, **plugin(EXACT)}
     with Server(llama, arguments, environment, log) as server:
         answers = server.complete_all(requests)
-        metrics = server.metrics()
+        metrics = metrics_of(server)
     some, drafts = accepted(metrics)
     assert some > 0.5 * drafts
     text = log.read_text()
