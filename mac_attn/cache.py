@@ -133,8 +133,8 @@ class ReuseCache:
         if head_dim % 8 or 256 < head_dim < 512:
             raise ValueError(f"head_dim is {head_dim}, must be a multiple of 8 up to 256, or 512")
         if head_dim > 256 and torch.device(device).type == "cuda":
-            # On an H200 steps that reuse were wrong at times, for a reason that is not found yet
-            # (tests/test_head_sizes.py); on the host execution they are right, as is exact decode.
+            # On an H200 some steps reused another entry than the nearest. What is the likely cause
+            # (keys that clusters of match lost) is mended, but has not run there yet.
             raise ValueError(f"head_dim is {head_dim}, must be at most 256 for reuse on CUDA")
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype is {dtype}, must be {' or '.join(map(str, FLOAT_DTYPES))}")

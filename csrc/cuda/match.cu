@@ -15,7 +15,7 @@ cudaError_t launch_type(const MatchParams& p, const MatchWorkspace& w, cudaStrea
   return with_head_dim(p.shape.head_dim, [&](auto dim) {
     constexpr int kHeadDim = decltype(dim)::value;
     return launch_clusters(match_kernel<T, kHeadDim, decltype(dim)::kExact>, w.cluster, grid, kMatchThreads,
-                           match_shared_bytes<kHeadDim>(p.shape.group_size), stream, p, w);
+                           match_shared_bytes<kHeadDim>(p.shape.group_size, w.cluster), stream, p, w);
   });
 }
 

@@ -4,11 +4,12 @@
 //   (granularity "head": every head alone);  a hit is a score below 1, a tie goes to the youngest.
 //
 // Grid: `splits` CTAs of eight warps for each query token of each (request, KV head), which share the candidates
-// out. Where they are a cluster (sm_90) they meet in the first one's shared memory, elsewhere, as those of several
-// tokens, in global memory: the first or last one to finish writes the answer. A few lanes read a ring row, so that
-// a warp looks at up to eight candidates at a time. Partial sums only grow, so most candidates are ruled out by
-// their first head; only the others' heads are read on, a few at a time: each read is a wait for memory, and at
-// batch 1 there is nothing else to do meanwhile. Traffic: between 1/G and all of the ring's queries of the KV head.
+// out. Where they are a cluster (sm_90) they leave what they have found in the first one's shared memory,
+// elsewhere, as those of several tokens, in global memory: the first or last one to finish writes the answer. A few
+// lanes read a ring row, so that a warp looks at up to eight candidates at a time. Partial sums only grow, so most
+// candidates are ruled out by their first head; only the others' heads are read on, a few at a time: each read is a
+// wait for memory, and at batch 1 there is nothing else to do meanwhile. Traffic: between 1/G and all of the ring's
+// queries of the KV head.
 #pragma once
 
 #include "head_dim.cuh"
@@ -96,20 +97,22 @@ struct RowPieces {
   }
 };
 
-// What the threads of a CTA share while they search; the query as floats, [G, kHeadDim], lies behind it.
-// Dynamic: others of the cluster write to it.
+// What the threads of a CTA share while they search; behind it lie the query as floats, [G, kHeadDim], and of a
+// cluster what the other CTAs have found, a key for each of their decisions, 0 for none. Dynamic: they write to it.
 struct alignas(16) MatchShared {
   unsigned long long best[kMaxGroup];
   float scale[kMaxGroup];  // 1 / theta
   int errors, is_last;
 
-  // Before any thread that searches.
-  MAC_DEVICE void clear(const MatchParams& p) {
+  // Before any thread that searches. `found`: the keys of other CTAs, so many.
+  MAC_DEVICE void clear(const MatchParams& p, unsigned long long* found, int keys) {
     const int G = p.shape.group_size;
 #pragma unroll 1
     for (int g = threadIdx.x; g < G; g += kMatchThreads) {
       best[g] = match_key(p.per_head ? 1.f : static_cast<float>(G), 0);
     }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < keys; i += kMatchThreads) found[i] = 0;
     if (threadIdx.x == 0) errors = 0;
   }
 };
@@ -259,15 +262,19 @@ struct RingSearch {
   }
 };
 
-// What the CTAs of a KV head have found, brought together in the first one's shared memory: they are a cluster.
-// Returns whether this is the first.
-MAC_DEVICE bool meet_in_cluster(int decisions, MatchShared& shared) {
+// What the CTAs of a KV head have found, brought together in the first one, whose `found` the others write to: they
+// are a cluster. Returns whether this is the first. Each has a place of its own there: with atomics on the first
+// one's best keys, which its threads may still be raising, some were lost (64-bit atomics on the shared memory of
+// another CTA).
+MAC_DEVICE bool meet_in_cluster(int decisions, MatchShared& shared, unsigned long long* found) {
+  const int rank = ptx::cluster_rank();
   bool tells = false;
-  if (ptx::cluster_rank() != 0) {
+  if (rank != 0) {
+    unsigned long long* mine = ptx::shared_of(found, 0) + (rank - 1) * decisions;
 #pragma unroll 1
     for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
       if (match_age(shared.best[g]) == 0) continue;
-      ptx::atomic_max(ptx::shared_of(&shared.best[g], 0), shared.best[g]);
+      mine[g] = shared.best[g];
       tells = true;
     }
   }
@@ -277,7 +284,16 @@ MAC_DEVICE bool meet_in_cluster(int decisions, MatchShared& shared) {
     ptx::cluster_arrive_relaxed();
   }
   ptx::cluster_wait();
-  return ptx::cluster_rank() == 0;
+  if (rank != 0) return false;
+  const int others = ptx::cluster_size() - 1;
+#pragma unroll 1
+  for (int g = threadIdx.x; g < decisions; g += kMatchThreads) {
+    unsigned long long best = shared.best[g];
+    for (int i = 0; i < others; ++i) best = found[i * decisions + g] > best ? found[i * decisions + g] : best;
+    shared.best[g] = best;
+  }
+  ptx::sync_block();
+  return true;
 }
 
 // The same in global memory, where the last to come finds it all and brings it to `keys`, of all query tokens.
@@ -311,8 +327,8 @@ MAC_DEVICE bool meet_in_memory(const MatchParams& p, const MatchWorkspace& w, in
 }
 
 template <int kHeadDim>
-constexpr size_t match_shared_bytes(int group_size) {
-  return sizeof(MatchShared) + sizeof(float) * kHeadDim * group_size;
+constexpr size_t match_shared_bytes(int group_size, int cluster) {
+  return sizeof(MatchShared) + (sizeof(float) * kHeadDim + sizeof(unsigned long long) * (cluster - 1)) * group_size;
 }
 
 // CTAs of a processor. With half of its registers the instance of 96 keeps two of them in local memory.
@@ -326,13 +342,14 @@ __global__ void __launch_bounds__(kMatchThreads, match_ctas(kHeadDim))
   const int G = p.shape.group_size, T_ = p.shape.tokens, warp = threadIdx.x / 32;
   const int row = blockIdx.x / w.splits, split = blockIdx.x % w.splits;
   const int group = T_ == 1 ? row : row / T_;
-  const bool in_cluster = ptx::cluster_size() > 1;
+  const int others = ptx::cluster_size() - 1, decisions = p.per_head ? G : 1;
   MatchShared& shared = *static_cast<MatchShared*>(dynamic_shared());
-  float* query = reinterpret_cast<float*>(&shared + 1);  // [G, kHeadDim]
+  float* query = reinterpret_cast<float*>(&shared + 1);                       // [G, kHeadDim]
+  auto* found = reinterpret_cast<unsigned long long*>(query + G * kHeadDim);  // [others, decisions]
 
-  shared.clear(p);
+  shared.clear(p, found, others * decisions);
   ptx::sync_block();
-  if (in_cluster) ptx::cluster_arrive();  // `clear` comes before what others may write
+  if (others > 0) ptx::cluster_arrive();  // `clear` comes before what others may write
   ptx::grid_dependency_wait();            // the last step's ring
   ptx::grid_dependency_launch();
   const MatchRequest r = match_request(p, group, row - group * T_);
@@ -349,11 +366,11 @@ __global__ void __launch_bounds__(kMatchThreads, match_ctas(kHeadDim))
   search.look(query, shared);
   ptx::sync_block();
 
-  const int decisions = p.per_head ? G : 1, M = p.ring.layout.shape.entries;
+  const int M = p.ring.layout.shape.entries;
   const unsigned long long* keys = shared.best;  // [T, decisions]
-  if (in_cluster) {
+  if (others > 0) {
     ptx::cluster_wait();
-    if (!meet_in_cluster(decisions, shared)) return;
+    if (!meet_in_cluster(decisions, shared, found)) return;
   } else if (w.splits * T_ > 1) {
     // Nobody needs the query any more, and a decision's keys take less than its floats.
     auto* all_keys = reinterpret_cast<unsigned long long*>(query);

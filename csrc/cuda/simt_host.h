@@ -97,6 +97,7 @@ Counters& thread_counters();
 
 // Faults that the hardware would report.
 void check_shared(const char* name, const void* p, size_t bytes);  // 16-byte aligned, in shared memory
+void check_not_anothers(const char* name, const void* p);          // not in another block's shared memory
 inline void check_aligned(const char* name, const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail(name);
 }

@@ -20,10 +20,10 @@ template <typename T>
 void launch_match_type(const MatchParams& p, const cuda::MatchWorkspace& w, const Run& run) {
   cuda::with_head_dim(p.shape.head_dim, [&](auto head_dim) {
     const int ctas = p.shape.batch * p.shape.num_kv_heads * p.shape.tokens * w.splits;
-    launch(
-        {static_cast<unsigned>(ctas), cuda::kMatchThreads, cuda::match_shared_bytes<head_dim>(p.shape.group_size),
-         run.engine, run.seed, static_cast<unsigned>(w.cluster)},
-        cuda::match_kernel<T, head_dim, head_dim.kExact>, p, w);
+    launch({static_cast<unsigned>(ctas), cuda::kMatchThreads,
+            cuda::match_shared_bytes<head_dim>(p.shape.group_size, w.cluster), run.engine, run.seed,
+            static_cast<unsigned>(w.cluster)},
+           cuda::match_kernel<T, head_dim, head_dim.kExact>, p, w);
   });
 }
 

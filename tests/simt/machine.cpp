@@ -229,6 +229,12 @@ void cluster_wait() {
   thread.in_cluster_barrier = false;
   order_acquire(&barrier.order[thread.cluster_phase % 2]);
 }
+void check_not_anothers(const char* name, const void* p) {
+  const Thread& thread = self();
+  for (int rank = 0; rank < thread.cluster_size; ++rank) {
+    if (rank != thread.cluster_rank && cluster->blocks[rank]->shared.contains(p, 1)) fail(name);
+  }
+}
 uintptr_t shared_of(uintptr_t mine, int rank) {
   const Thread& thread = self();
   const SharedMemory& own = thread.home->shared;

@@ -117,6 +117,7 @@ enum class ClusterMistake {
   kNegativeRank,
   kNotShared,
   kOfAnother,
+  kLongAtomic,
   kCopyToAnother,
   kStaticShared,
   kCopyToStatic,
@@ -175,6 +176,9 @@ __global__ void make_cluster_mistake(ClusterMistake mistake, char* global) {
     case ClusterMistake::kNegativeRank: ptx::shared_of(shared, -1); break;
     case ClusterMistake::kNotShared: ptx::shared_of(global, 1); break;
     case ClusterMistake::kOfAnother: ptx::shared_of(ptx::shared_of(shared, 1), 1 - rank); break;
+    case ClusterMistake::kLongAtomic:
+      ptx::atomic_max(reinterpret_cast<unsigned long long*>(ptx::shared_of(shared, 1 - rank)), 1ull);
+      break;
     case ClusterMistake::kCopyToAnother: ptx::cp_async_16(ptx::shared_of(shared, 1 - rank), global, true); break;
     case ClusterMistake::kStaticShared:
       if (rank == 0 && t == 0) fixed[0] = 1;
@@ -302,6 +306,7 @@ void test_failures(const Run& run) {
       {Mistake::kNegativeRank, {"shared_of: no such block in the cluster", nullptr}},
       {Mistake::kNotShared, {"shared_of: address is not in the block's shared memory", nullptr}},
       {Mistake::kOfAnother, {"shared_of: address is not in the block's shared memory", nullptr}},
+      {Mistake::kLongAtomic, {"atomic_max: 64 bits of another block's shared memory", nullptr}},
       {Mistake::kCopyToAnother, {"cp_async_16: address is not in the block's shared memory", nullptr}},
       {Mistake::kStaticShared, {"written to a static __shared__ variable", nullptr}},
       {Mistake::kCopyToStatic, {"cp_async_16: address is not in the block's shared memory", nullptr}},

@@ -77,7 +77,8 @@ MAC_DEVICE int load_volatile(const int* p) {
   return *static_cast<const volatile int*>(p);
 }
 
-// These order nothing; the old value comes back.
+// These order nothing; the old value comes back. Those of 64 bits are not for the shared memory of another block of
+// the cluster: shared memory has no such instruction, and what nvcc 13.0 makes of it there is a load and a store.
 MAC_DEVICE int atomic_or(int* p, int bits) {
   return atomicOr(p, bits);
 }
@@ -176,6 +177,7 @@ inline int atomic_add(int* p, int value) {
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
 inline unsigned long long atomic_max(unsigned long long* p, unsigned long long value) {
+  simt::check_not_anothers("atomic_max: 64 bits of another block's shared memory, which its threads may change", p);
   simt::switch_point();
   ++simt::thread_counters().atomics;
   unsigned long long old = __atomic_load_n(p, __ATOMIC_RELAXED);
