@@ -140,6 +140,10 @@ def test_a_worker_makes_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrapper.compile_or_warm_up_model() == ("seconds", True)
     assert not engine.warms_up
 
+    del runner.mac_engine
+    assert wrapper.compile_or_warm_up_model() == ("seconds", False)
+    runner.mac_engine = engine
+
     def fails() -> None:
         raise RuntimeError("of the compiler")
 

@@ -35,7 +35,9 @@ def watch_workers(options: Options) -> None:
         return call(self, "get_kv_cache_spec")
 
     def compile_or_warm_up_model(self: Any) -> Any:
-        engine = self.worker.model_runner.mac_engine
+        engine = getattr(self.worker.model_runner, "mac_engine", None)
+        if engine is None:  # nobody has asked for KV caches
+            return call(self, "compile_or_warm_up_model")
         engine.warms_up = True
         try:
             return call(self, "compile_or_warm_up_model")
