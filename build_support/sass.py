@@ -92,7 +92,12 @@ class Kernel:
         return min(loops, key=len, default=[])
 
     def complaints(self) -> Iterator[str]:
-        """What must not be: register spills, and hot loops without the instructions they need."""
+        """What must not be: register spills, atomics that are none, and hot loops without the
+        instructions they need."""
+        if self.count("QSPC"):
+            # Asks whether an address is in the block's shared memory, where shared memory has no
+            # such atomic; if not, and not in global memory, what follows is a load and a store.
+            yield f"{self.name} ({self.arch}): an atomic on any kind of memory"
         if self.spilled or self.count("LDL|STL"):
             yield f"{self.name} ({self.arch}): {self.spilled} bytes in local memory"
         if self.stage == "match" and not self.count(r"LDG\..*128"):

@@ -69,6 +69,7 @@ def test_what_is_read():
     [
         ("REG:78 STACK:0", "REG:78 STACK:16", "match bf16 128 (sm_80): 16 bytes in local memory"),
         ("LDSM.16.M88.4 R4, [R8]", "LDL R4, [R1]", "amend fp16 256, 16 heads (sm_80): 0 bytes in"),
+        ("LDSM.16.M88.4 R4, [R8]", "QSPC.E.S P0, RZ, [R8]", "an atomic on any kind of memory"),
         ("LDG.E.128.NA", "LDG.E.64.NA", "match bf16 128 (sm_80): no 16-byte loads"),
         ("LDGSTS.E.BYPASS.128", "LDGSTS.E.64", "no 16-byte asynchronous copies in the main loop"),
         ("HMMA.16816.F32 R4", "FFMA R4", "no tensor-core instructions in the main loop"),
