@@ -37,14 +37,8 @@ void check_dtype(DType dtype) {
   TORCH_CHECK_TYPE(dtype != DType::kFloat32, "q is float32, must be bfloat16 or float16 on CUDA");
 }
 
-void check_supported(const Shape& shape, DType dtype, const Tensor& on) {
+void check_supported(const Shape& shape, DType dtype) {
   check_dtype(dtype);
-  if (shape.head_dim > 128) {
-    int shared = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, on.device().index()));
-    TORCH_CHECK_VALUE(shared >= cuda::kSharedOfLargeHeads, "q has head_dim ", shape.head_dim,
-                      ", must be at most 128 on a GPU with ", shared / 1024, " KiB of shared memory for a block");
-  }
   const int32_t most = cuda::max_group(shape.head_dim);
   TORCH_CHECK_VALUE(shape.group_size <= most, "num_qo_heads / num_kv_heads is ", shape.group_size,
                     ", must be at most ", most, " with head_dim ", shape.head_dim, " on CUDA");
@@ -99,7 +93,7 @@ int32_t* error_flag_of(const Persistent& persistent, const Tensor& on) {
 }  // namespace
 
 void match(const MatchParams& p, const Persistent& persistent, const Tensor& on) {
-  check_supported(p.shape, p.dtype, on);
+  check_supported(p.shape, p.dtype);
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
   const Workspace workspace(p.shape, p.shape.tokens, persistent, on);
@@ -111,8 +105,14 @@ void match(const MatchParams& p, const Persistent& persistent, const Tensor& on)
 }
 
 void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& persistent, const Tensor& on) {
-  check_supported(p.shape, p.dtype, on);
+  check_supported(p.shape, p.dtype);
   const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
+  if (D > 128) {
+    int shared = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, on.device().index()));
+    TORCH_CHECK_VALUE(shared >= cuda::kSharedOfLargeHeads, "q has head_dim ", D,
+                      ", must be at most 128 on a GPU with ", shared / 1024, " KiB of shared memory for a block");
+  }
   TORCH_CHECK_VALUE(p.num_anchors <= cuda::kMaxAnchors, "anchors is ", p.num_anchors, ", must be at most ",
                     cuda::kMaxAnchors, " on CUDA");
   const int32_t most_heads = cuda::most_replaced_heads(p.shape.head_dim);
@@ -158,7 +158,7 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
 }
 
 void complete(const CompleteParams& p, const Persistent& persistent, const Tensor& on) {
-  check_supported(p.shape, p.dtype, on);
+  check_supported(p.shape, p.dtype);
   if (p.shape.batch == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
   const int32_t* status = nullptr;

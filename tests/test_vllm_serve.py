@@ -172,7 +172,8 @@ def test_exact_reuse_answers_what_vllm_answers(
     Of the memory that is given for the KV cache, 1 GiB, 14% hold five slots of 27 MiB; in float16
     10% five of 19.
     """
-    share = {"MAC_ATTN_VLLM_SHARE": "0.1" if CUDA else "0.14"}
+    percent, slot = (10, 19) if CUDA else (14, 27)
+    share = {"MAC_ATTN_VLLM_SHARE": str(percent / 100)}
     environment = {**SPACE, **plugin(EXACT, **share)}
     with Server(smollm, [*COMMON, *FEW_BLOCKS], environment, logs / "exact") as server:
         # Requests with which vLLM warms up have no slots.
@@ -186,8 +187,8 @@ def test_exact_reuse_answers_what_vllm_answers(
     assert metrics["mac_attn:kv_read_share"] == 1
     assert metrics["mac_attn:requests_turned_away_total"] > 0
     log = (logs / "exact").read_text()
-    assert "MAC-Attention serves 30 of 30 layers: 5 slots of " in log
-    assert "% of the KV cache's" in log
+    assert f"MAC-Attention serves 30 of 30 layers: 5 slots of {slot}." in log
+    assert f"{percent}% of the KV cache's" in log
     different = ties(without_plugin, answers, traffic())
     print(f"\n{different} of 32 outputs part from vLLM's at a tie, the others are the same")
 
