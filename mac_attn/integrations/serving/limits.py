@@ -22,7 +22,7 @@ def heads_reason(
     """What keeps heads of this size and dtype from being served there, with a cache of float8."""
     cuda = device_type != "cpu"
     step = 16 if cuda and float8 else 8
-    if head_dim % step or (head_dim > 256 and (cuda or head_dim != 512)):
+    if head_dim % step or (head_dim > 256 and head_dim != 512):
         return f"heads of {head_dim}"
     if cuda and dtype == torch.float32:
         return f"dtype {dtype}"
