@@ -7,7 +7,7 @@ with what the ops do not have as options, and so is where defaults are looked fo
 only distances of queries, so they are replayed for all (layer, KV head) pairs at once; the errors
 of a hit are computed afterwards, densely, for every few of the last steps, with intervals (95%) by
 bootstrap over blocks of steps. Samples are priority samples by the exact log-sum-exp: the ops go by
-that of the step before. The keys' spread is that of the prompt, as `seed` measures it.
+that of the step before. The keys' spread is that of the prompt, as it is when decoding starts.
 
 CAPTURE is a file of `sampled_capture.py`: q and qm (before the rotation) `[L, R, Hq, D]` of the
 last R positions, k and v `[L, n, Hkv, D]`, and scale, the factor of the logits.
@@ -25,8 +25,6 @@ import numpy as np
 import torch
 from intervals import mean_interval
 from torch import Tensor
-
-from mac_attn.spread import key_spread
 
 BLOCK = 16  # steps whose errors are drawn together for an interval
 
@@ -86,10 +84,8 @@ class Replay:
         if (least := max_window + count) > self.R:
             raise ValueError(f"{path} has {self.R} rows of queries, must have at least {least}")
         prompt = self.first + max_window
-        one = torch.zeros(1, 1, dtype=torch.int32)
-        self.spread = self.scale**2 * torch.stack(
-            [key_spread(k[None, :, None], one, one[0] + prompt)[0, 0] for k in self.k]
-        )
+        keys = self.k[:, torch.arange(512) * prompt // 512]
+        self.spread = self.scale**2 * keys.var(1, correction=0).mean(-1)
         half = self.D // 2  # a pair of dimensions rotates together
         pairs = self.k[:, :prompt].var(1, correction=0).unflatten(1, (2, half)).mean(1)
         pairs = pairs / pairs.mean(1, keepdim=True)

@@ -9,12 +9,6 @@
 
 namespace mac_attn {
 
-// What amend must know beyond its parameters to stay inside its tensors.
-struct AmendLimits {
-  int64_t num_pages;
-  int64_t max_pages;
-};
-
 // Device memory that outlives a call. `workspace` [max_batch_size * (16 * (2 Hq + H) + 2 H + 1) + 1] int32 is the
 // CUDA kernels' own, zero at first; 16 is the most tokens. `error_flag` [1] int32 is sticky.
 struct Persistent {
@@ -25,7 +19,7 @@ struct Persistent {
 // Check the values too, before anything is written: they lie on the host.
 namespace cpu_backend {
 void match(const MatchParams& params);
-void amend(const AmendParams& params, const AmendLimits& limits);
+void amend(const AmendParams& params);
 void complete(const CompleteParams& params);
 void unrotate(const UnrotateParams& params);
 // Whether in a whole step amend hands on candidates and complete cuts the sample, as the CUDA kernels do it.
@@ -35,8 +29,7 @@ bool hands_on_candidates();
 // Launch on the device's current stream; values are checked by the kernels.
 namespace cuda_backend {
 void match(const MatchParams& params, const Persistent& persistent, const at::Tensor& on);
-void amend(const AmendParams& params, const AmendLimits& limits, const Persistent& persistent,
-           const at::Tensor& on);
+void amend(const AmendParams& params, const Persistent& persistent, const at::Tensor& on);
 void complete(const CompleteParams& params, const Persistent& persistent, const at::Tensor& on);
 void unrotate(const UnrotateParams& params, const at::Tensor& on);
 }  // namespace cuda_backend

@@ -15,7 +15,7 @@ namespace {
 void match(const MatchParams&, const Persistent&, const at::Tensor&) {
   not_built();
 }
-void amend(const AmendParams&, const AmendLimits&, const Persistent&, const at::Tensor&) {
+void amend(const AmendParams&, const Persistent&, const at::Tensor&) {
   not_built();
 }
 void complete(const CompleteParams&, const Persistent&, const at::Tensor&) {

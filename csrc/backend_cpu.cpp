@@ -23,7 +23,7 @@ void run_team(Kernel kernel, const Params& params, Work& work, bool alone) {
 }
 
 // The anchors of a matched entry are old tokens of it, on pages of the cache.
-void check_anchors(const AmendParams& p, int64_t num_pages, int32_t request, int32_t kv_head, int32_t place) {
+void check_anchors(const AmendParams& p, int32_t request, int32_t kv_head, int32_t place) {
   const int64_t slot = p.requests.slots[request];
   const int32_t* anchors = p.ring.anchors(slot, kv_head, place);
   const int32_t source = *p.ring.position(slot, kv_head, place), end = band_start(source, p.band);
@@ -31,19 +31,19 @@ void check_anchors(const AmendParams& p, int64_t num_pages, int32_t request, int
   // All at once; which one is wrong, if one is, is found out afterwards.
   bool fits = count > 0;
   for (int32_t i = 0; i < count; ++i) fits &= is_below(anchors[i], end);
-  if (fits && has_pages(p.kv, num_pages, request, 0, anchors[count - 1])) return;
+  if (fits && has_pages(p.kv, request, 0, anchors[count - 1])) return;
   for (int32_t i = 0; i < count; ++i) {
     TORCH_CHECK_VALUE(anchors[i] >= 0 && anchors[i] < end, "ring_anchors of slot ", slot, ", position ", source,
                       " hold ", anchors[i], ", must be from 0 to ", end - 1);
-    check_pages(p.kv, num_pages, request, anchors[i], anchors[i]);
+    check_pages(p.kv, request, anchors[i], anchors[i]);
   }
 }
 
 // What amend is going to read: the tokens of every request, the anchors of every matched entry.
-void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_pages) {
+void check_amend_reads(const AmendParams& p) {
   check_scale(p.kv.k_scale, "k_scale", p.shape.num_kv_heads);
   check_scale(p.kv.v_scale, "v_scale", p.shape.num_kv_heads);
-  check_seq_lens(p.shape, p.requests, std::min(max_pages * p.kv.page_size, kMaxTokens));
+  check_seq_lens(p.shape, p.requests, std::min(max_tokens(p.kv), kMaxTokens));
   if (p.matched.source) {
     check_slots(p.shape, p.requests, p.ring.num_slots);
     check_matched(p.shape, p.requests, p.matched, p.ring, p.band);
@@ -57,10 +57,10 @@ void check_amend_reads(const AmendParams& p, int64_t num_pages, int64_t max_page
     for (int32_t i = 0; i < p.shape.num_queries(); ++i) {
       if (i % T_G < there) first = std::min(first, cpu::amend_start(p, b, i));
     }
-    check_pages(p.kv, num_pages, b, first, n - 1);
+    check_pages(p.kv, b, first, n - 1);
     for (int32_t i = 0; p.num_anchors > 0 && i < p.shape.num_queries(); i += G) {
       const int64_t row = static_cast<int64_t>(b) * p.shape.num_queries() + i;
-      if (p.matched.source[row] != kMiss) check_anchors(p, num_pages, b, i / T_G, p.matched.place[row]);
+      if (p.matched.source[row] != kMiss) check_anchors(p, b, i / T_G, p.matched.place[row]);
     }
   }
 }
@@ -75,8 +75,8 @@ void match(const MatchParams& p) {
   work.write_matched(p);
 }
 
-void amend(const AmendParams& p, const AmendLimits& limits) {
-  check_amend_reads(p, limits.num_pages, limits.max_pages);
+void amend(const AmendParams& p) {
+  check_amend_reads(p);
   cpu::AmendWork work(p, at::get_num_threads());
   run_team(cpu::kernels(p.shape.head_dim).amend, p, work, work.tasks.size() <= 1);
 }
@@ -89,7 +89,7 @@ void complete(const CompleteParams& p) {
   for (int32_t h = 0; p.sinks && h < p.shape.num_qo_heads(); ++h) {
     TORCH_CHECK_VALUE(p.sinks[h] < INFINITY, "sinks[", h, "] is ", p.sinks[h], ", must be below infinity");
   }
-  check_seq_lens(p.shape, p.requests, INT32_MAX);
+  check_seq_lens(p.shape, p.requests, p.kv.k ? max_tokens(p.kv) : INT32_MAX);
   if (p.matched.source) {
     check_slots(p.shape, p.requests, p.ring.num_slots);
     check_matched(p.shape, p.requests, p.matched, p.ring, p.band);

@@ -104,7 +104,7 @@ void match(const MatchParams& p, const Persistent& persistent, const Tensor& on)
   check(cuda::launch_match(p, w, c10::cuda::getCurrentCUDAStream()));
 }
 
-void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& persistent, const Tensor& on) {
+void amend(const AmendParams& p, const Persistent& persistent, const Tensor& on) {
   check_supported(p.shape, p.dtype);
   const int64_t B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
   if (D > 128) {
@@ -136,10 +136,10 @@ void amend(const AmendParams& p, const AmendLimits& limits, const Persistent& pe
   w.sampled = workspace.sampled;
   w.drawn = workspace.drawn;
   w.error_flag = error_flag_of(persistent, on);
-  TORCH_CHECK_VALUE(cuda::describe(p, static_cast<int32_t>(limits.num_pages), limits.max_pages, ctas, w),
+  TORCH_CHECK_VALUE(cuda::describe(p, ctas, w),
                     "k_cache or v_cache spans more than 64 GiB, must be at most that on CUDA");
   const int64_t tiles = cuda::max_passes(p, w) * ((w.max_tokens + p.num_anchors) / (4 * cuda::kWarpTokens) + 3);
-  TORCH_CHECK_VALUE(tiles < INT32_MAX, "block_table has ", B, " rows of ", limits.max_pages, " pages of ",
+  TORCH_CHECK_VALUE(tiles < INT32_MAX, "block_table has ", B, " rows of ", p.kv.max_pages, " pages of ",
                     p.kv.page_size, " tokens, must have fewer than 2^31 tiles of 64 in all KV heads");
   const auto floats = on.options().dtype(at::kFloat);
   const int64_t states = cuda::max_pieces(p, w, ctas) * kNumSpans * w.tile_heads;

@@ -182,24 +182,27 @@ inline bool is_below(int32_t value, int64_t end) {
   return static_cast<uint32_t>(value) < static_cast<uint32_t>(end);
 }
 
+// As many as the block table has room for.
+inline int64_t max_tokens(const KVPages& kv) {
+  return int64_t{kv.max_pages} * kv.page_size;
+}
+
 // Whether the pages of the tokens from `first_token` to `last_token` lie inside the cache.
-inline bool has_pages(const KVPages& kv, int64_t num_pages, int32_t request, int32_t first_token,
-                      int32_t last_token) {
+inline bool has_pages(const KVPages& kv, int32_t request, int32_t first_token, int32_t last_token) {
   const int32_t* pages = kv.block_table + request * kv.block_table_stride;
   const int32_t last = last_token / kv.page_size;
   bool fits = true;  // looked at in the end, so that it takes vectors
-  for (int32_t i = first_token / kv.page_size; i <= last; ++i) fits &= is_below(pages[i], num_pages);
+  for (int32_t i = first_token / kv.page_size; i <= last; ++i) fits &= is_below(pages[i], kv.num_pages);
   return fits;
 }
 
 // The pages that are read, and only those, lie inside the cache.
-inline void check_pages(const KVPages& kv, int64_t num_pages, int32_t request, int32_t first_token,
-                        int32_t last_token) {
-  if (has_pages(kv, num_pages, request, first_token, last_token)) return;
+inline void check_pages(const KVPages& kv, int32_t request, int32_t first_token, int32_t last_token) {
+  if (has_pages(kv, request, first_token, last_token)) return;
   const int32_t* pages = kv.block_table + request * kv.block_table_stride;
   for (int32_t i = first_token / kv.page_size; i <= last_token / kv.page_size; ++i) {
-    TORCH_CHECK_VALUE(pages[i] >= 0 && pages[i] < num_pages, "block_table[", request, ", ", i, "] is ", pages[i],
-                      ", must be from 0 to ", num_pages - 1);
+    TORCH_CHECK_VALUE(pages[i] >= 0 && pages[i] < kv.num_pages, "block_table[", request, ", ", i, "] is ", pages[i],
+                      ", must be from 0 to ", kv.num_pages - 1);
   }
 }
 

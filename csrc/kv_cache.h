@@ -24,7 +24,6 @@ struct KVCache {
                       hnd ? "num_kv_heads, page_size" : "page_size, num_kv_heads", ", head_dim]");
     return k.size(head_dim());
   }
-  int64_t num_pages() const { return k.size(0); }
 
   KVPages check(const Shape& shape, const at::Tensor& q, const at::Tensor& block_table) const {
     at::DimVector sizes(dims(), kAny);
@@ -38,10 +37,10 @@ struct KVCache {
     check_tensor(k, name(), sizes, type, q.device());
     if (v) check_tensor(*v, "v_cache", k.sizes(), type, q.device());
     check_tensor(block_table, "block_table", {shape.batch, kAny}, at::kInt, q.device());
-    check_int32(num_pages(), "num_pages", 0);
-    check_int32(block_table.size(1), "max_pages", 0);
     const at::Tensor& values = v ? *v : k;
     KVPages kv{};
+    kv.num_pages = check_int32(k.size(0), "num_pages", 0);
+    kv.max_pages = check_int32(block_table.size(1), "max_pages", 0);
     kv.page_size = check_int32(k.size(token_dim()), "page_size", 1);
     kv.k = k.const_data_ptr();
     kv.v = values.const_data_ptr();

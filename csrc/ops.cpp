@@ -27,8 +27,8 @@ void run_match(const MatchParams& p, const Persistent& persistent, const Tensor&
   on.is_cpu() ? cpu_backend::match(p) : cuda_backend::match(p, persistent, on);
 }
 
-void run_amend(const AmendParams& p, const AmendLimits& limits, const Persistent& persistent, const Tensor& on) {
-  on.is_cpu() ? cpu_backend::amend(p, limits) : cuda_backend::amend(p, limits, persistent, on);
+void run_amend(const AmendParams& p, const Persistent& persistent, const Tensor& on) {
+  on.is_cpu() ? cpu_backend::amend(p) : cuda_backend::amend(p, persistent, on);
 }
 
 void run_complete(const CompleteParams& p, const Persistent& persistent, const Tensor& on) {
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> amend(
   p.anchors = anchors.data_ptr<int32_t>();
   p.anchor_weights = anchor_weights.data_ptr<float>();
   p.sampled = sampled.data_ptr<int32_t>();
-  run_amend(p, {cache.num_pages(), block_table.size(1)}, {workspace, error_flag}, q);
+  run_amend(p, {workspace, error_flag}, q);
   return {states, state_lse, log_ratio, anchors, anchor_weights, sampled};
 }
 
@@ -112,12 +112,21 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_r
               const Tensor& stored, const Tensor& q, const Tensor& q_match, const Tensor& seq_lens,
               const OptionalTensor& query_lens, const Tensor& slots, const OptionalTensor& request_ids,
               Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t band, int64_t max_reuse_depth,
-              const OptionalTensor& sinks, const OptionalTensor& workspace, Tensor& out, Tensor& lse) {
+              const OptionalTensor& k_cache, const OptionalTensor& k_scale, const OptionalTensor& block_table,
+              double sm_scale, const OptionalTensor& sinks, const OptionalTensor& workspace, Tensor& out,
+              Tensor& lse) {
+  TORCH_CHECK_VALUE(k_cache.has_value() == block_table.has_value(), "block_table is ",
+                    block_table ? "given" : "None", ", must be ", k_cache ? "given" : "None", ", as k_cache is");
   check_query(out, "out");
   const at::Device device = out.device();
   const Shape shape = make_shape(out, num_kv_heads);
   const Requests requests = check_requests(shape, {seq_lens, query_lens}, slots, request_ids, device);
   CompleteParams p = check_complete(shape, requests, sinks, out, lse);
+  if (k_cache) {
+    const KVCache keys{*k_cache, k_cache, false, k_scale, k_scale};
+    p.kv = keys.check(shape, out, *block_table);
+    p.sm_scale = static_cast<float>(sm_scale);
+  }
   check_states(states, state_lse, device, p);
   const int64_t B = shape.batch, H = shape.num_kv_heads, Q = shape.num_queries();
   check_query(q_match, "q_match");
@@ -205,7 +214,7 @@ Tensor decode_exact_into(Tensor& out, const Tensor& q, const Tensor& k_cache, co
   const HandedOn handed(shape, false, 0, q);
   handed.receive(a);
   handed.give(c);
-  run_amend(a, {cache.num_pages(), block_table.size(1)}, {}, q);
+  run_amend(a, {}, q);
   run_complete(c, {}, q);
   return lse;
 }
@@ -257,8 +266,10 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
   c.band = m.band;
   c.layer = a.layer;
   c.max_reuse_depth = learn ? m.max_reuse_depth : 0;  // nothing is less deep
+  c.kv = a.kv;
+  c.sm_scale = a.sm_scale;
   run_match(m, persistent, q);
-  run_amend(a, {cache.num_pages(), block_table.size(1)}, persistent, q);
+  run_amend(a, persistent, q);
   run_complete(c, persistent, q);
   return {source, lse};
 }
@@ -312,7 +323,8 @@ void define(torch::Library& m) {
       "Tensor sampled, Tensor source, Tensor place, Tensor stored, Tensor q, Tensor q_match, Tensor seq_lens, "
       "Tensor? query_lens, Tensor slots, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int "
       "band, "
-      "int max_reuse_depth, Tensor? sinks, Tensor? workspace, Tensor(b!) out, Tensor(c!) lse) -> ()");
+      "int max_reuse_depth, Tensor? k_cache, Tensor? k_scale, Tensor? block_table, float sm_scale, Tensor? sinks, "
+      "Tensor? workspace, Tensor(b!) out, Tensor(c!) lse) -> ()");
   // Each as a function, and `into` a tensor that the caller has, q's shape. For the cache see KVCache.
   const std::string exact =
       "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "

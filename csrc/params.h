@@ -86,7 +86,7 @@ struct KVPages {
   int64_t v_page_stride, v_token_stride, v_head_stride;
   const int32_t* block_table;  // [B, max_pages]
   int64_t block_table_stride;
-  int32_t page_size;
+  int32_t page_size, num_pages, max_pages;
   bool float8;  // k and v are float8_e4m3fn, else of the queries' type
   Scale k_scale, v_scale;
 };
@@ -187,6 +187,8 @@ struct CompleteParams {
   int32_t band;
   int32_t layer;  // looked at with candidates
   int32_t max_reuse_depth;
+  KVPages kv;  // its keys tell how far they spread; k is null: nobody does
+  float sm_scale;
   void* out;  // out: [B, T, Hq, D] dtype
   int64_t out_batch_stride;
   int64_t out_head_stride;
@@ -214,6 +216,16 @@ constexpr int32_t oldest_candidate(int32_t p, int32_t window, int32_t band, int3
 constexpr float kUnknownVariance = 16.f;
 constexpr float drift_bound(float max_drift, float spread, float norm) {
   return spread > 0.f ? max_drift / spread : max_drift / kUnknownVariance * norm;
+}
+
+// When that spread is measured: as a slot starts and whenever its request has grown to a power of two, from so many
+// keys, evenly over the request. Fewer tell too little.
+constexpr int32_t kSpreadKeys = 512;
+constexpr bool measures_spread(int32_t seq_len, int32_t tokens, bool starts) {
+  return starts || (seq_len ^ (seq_len - tokens)) > seq_len - tokens;
+}
+constexpr int32_t spread_key(int32_t i, int32_t seq_len) {
+  return static_cast<int32_t>(int64_t{i} * seq_len / kSpreadKeys);
 }
 
 // What the query tokens of a step attend to, one after another, the last of them to `seq_len`.

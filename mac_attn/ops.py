@@ -187,12 +187,18 @@ def complete(
     q_match: Tensor | None = None,
     slots: Tensor | None = None,
     request_ids: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    block_table: Tensor | None = None,
+    sm_scale: float | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merge the parts by log-sum-exp and store the new ring entries (paper §3.3, "complete").
 
-    Without `reuse` it only merges the two states of `amended`.
+    Without `reuse` it only merges the two states of `amended`. When a slot starts, and whenever its
+    request has grown to a power of two of at least 512 tokens, it measures how far 512 keys spread,
+    evenly over the request (`ReuseConfig.max_drift`).
 
     Args:
         amended: from `amend`, or from another kernel in the same form.
@@ -201,6 +207,9 @@ def complete(
         dtype: of the output, when neither `reuse` nor `out` says it.
         reuse, q_match, slots, request_ids: as for `match`, whose answer `matched` is.
         q: post-RoPE queries, as given to `amend`.
+        k_cache: [num_pages, page_size, num_kv_heads, head_dim], the keys, or None: how far they
+            spread is then not known, and the threshold is a cautious one.
+        k_scale, block_table, sm_scale: with `k_cache`, as for `mac_attn.decode`; k_scale a tensor.
         sinks: [num_qo_heads] float32, as for `mac_attn.decode`.
         out: as `q`, written in place, or None for a new tensor. With several query tokens either
             `q` or `out` has to say how many.
@@ -226,6 +235,8 @@ def complete(
     check_query("q_match", q_match, reuse)
     check_tensor("slots", slots, dtype=torch.int32)
     ring, num_kv_heads, entries, _ = reuse.ring_arguments
+    if sm_scale is None:
+        sm_scale = 1.0 / math.sqrt(reuse.head_dim)
     torch.ops.mac_attn.complete(
         *amended,
         *matched,
@@ -240,6 +251,10 @@ def complete(
         entries,
         reuse.cfg.band,
         reuse.match_options[-1],
+        k_cache,
+        k_scale,
+        block_table,
+        sm_scale,
         sinks,
         reuse.workspace,
         out,

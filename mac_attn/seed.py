@@ -16,7 +16,6 @@ from .cache import ReuseCache
 from .ops import Matched
 from .paging import KVCache, Scale, kv_scales, kv_views
 from .rope import pre_rope_query
-from .spread import key_spread
 
 
 @torch.no_grad()
@@ -41,8 +40,7 @@ def seed(
     The prompt's keys and values are in the cache already. If T exceeds the entries of a ring, every
     k-th token has one, k = ceil(T / entries), the last one among them. If a slot ended where the T
     tokens begin, in the same request, its older entries stay; else it starts anew. Each entry costs
-    one exact decode step. Statistics do not count them. How far the keys spread is measured too
-    (`ReuseConfig.max_drift`).
+    one exact decode step. Statistics do not count them.
 
     Args:
         reuse: the layer's cache.
@@ -120,30 +118,27 @@ def seed(
             q_match=matching,
             slots=slots,
             request_ids=request_ids,
+            k_cache=k,
+            k_scale=scales[0],
+            block_table=block_table,
+            sm_scale=sm_scale,
         )
 
     every = -(-length // reuse.cfg.entries)
     chosen = range((length - 1) % every, length, every)
     rows = slots.long().clamp(0, reuse.num_slots - 1)
     counted = reuse.counters.clone()
-    # Whether the slot ended where these tokens begin; -1, that it did not, is no number of entries.
+    # Whether the slot ended where these tokens begin; -1: it did not.
     stored = ops.match(reuse, q_match[:, 0], length_at(0), slots, request_ids).stored
-    stored = stored.clamp(min=0)
     # A sample is drawn by the log-sum-exp of the step before. That of the first is found first, in
     # a pass that stores nothing: one without history.
     if reuse.cfg.anchors:
         miss(chosen[0], torch.full_like(stored, -1))
+        stored = stored.clamp(min=0)
     for t in chosen:
         miss(t, stored)
         stored = reuse.ring_stored.index_select(0, rows)
     reuse.counters.copy_(counted)
-    # The first pass has forgotten what another request may have left.
-    spread = key_spread(k, block_table, seq_lens) * sm_scale**2
-    if scales[0] is not None:  # the keys of a float8 cache are numbers
-        spread = spread * scales[0] ** 2
-    rows = torch.where(active & (slots >= 0) & (slots < reuse.num_slots), slots, reuse.num_slots)
-    padded = torch.cat([reuse.ring_spread, spread.new_zeros(1, reuse.num_kv_heads)])
-    reuse.ring_spread.copy_(padded.index_copy(0, rows.long(), spread)[:-1])
 
 
 def _check_values(

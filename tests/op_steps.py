@@ -86,7 +86,8 @@ def op_arguments(reuse, device, tokens=None):
     amended = torch.ops.mac_attn.amend(*amend)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     complete = (*amended, *matched, q, q_match, seq_lens, query_lens, slots, None, ring, KV_HEADS)
-    complete += (entries, BAND, reuse.match_options[-1], None, reuse.workspace, out, lse)
+    complete += (entries, BAND, reuse.match_options[-1], amend[1], None, table, scale)
+    complete += (None, reuse.workspace, out, lse)
     attention = (*amend[:3], False, *amend[3:8])  # to query_lens
     decode = (
         *attention,

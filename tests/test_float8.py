@@ -31,10 +31,6 @@ def test_seed_equals_the_reference(dtype, device):
     twins.seed(q, kv.cache, kv.table([90, 50]), lens, slots=slots, q_match=q, **kv.scales)
     for slot in (0, 2):
         check_ring(twins.cache, twins.reference, slot, twins.state)
-        # How far keys spread, which are numbers times a scale.
-        spread = [ring.spread for ring in twins.reference.slots[slot].rings]
-        got = twins.cache.ring_spread[slot].cpu().tolist()
-        assert got == pytest.approx(spread, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -143,6 +143,37 @@ void store_entry(const CompleteParams& p, int request, int kv_head, int place, c
             p.ring.anchor_weights(slot, kv_head, place));
 }
 
+// How far the keys of a KV head spread, see `drift_bound`; 0: not known. `parts`: [2, D] for sums.
+template <typename T>
+float key_spread(const CompleteParams& p, int request, int kv_head, float* parts) {
+  const int D = p.shape.head_dim, n = p.requests.seq_lens[request];
+  if (!p.kv.k || n < kSpreadKeys) return 0.f;
+  const int32_t* pages = p.kv.block_table + request * p.kv.block_table_stride;
+  const T* keys = static_cast<const T*>(p.kv.k) + kv_head * p.kv.k_head_stride;
+  const auto row = [&](int i) {
+    const int token = spread_key(i, n);
+    // A step that hits has not looked at every page.
+    const int page = std::min(std::max(pages[token / p.kv.page_size], 0), p.kv.num_pages - 1);
+    return keys + page * p.kv.k_page_stride + token % p.kv.page_size * p.kv.k_token_stride;
+  };
+  float *sum = parts, *squares = parts + D;
+  std::fill(parts, parts + 2 * D, 0.f);
+  for (int i = 1; i < kSpreadKeys; ++i) {
+    for (int d = 0; d < D; d += kLanes) {  // from the first key, as means may be far from 0
+      const vf x = load(row(i) + d) - load(row(0) + d);
+      store(sum + d, load(sum + d) + x);
+      store(squares + d, load(squares + d) + x * x);
+    }
+  }
+  vf variance{};
+  for (int d = 0; d < D; d += kLanes) {
+    const vf mean = load(sum + d) * (1.f / kSpreadKeys);
+    variance += load(squares + d) * (1.f / kSpreadKeys) - mean * mean;
+  }
+  const float unit = p.sm_scale * p.kv.k_scale.of(kv_head) * kUnit<T>;
+  return hsum(variance) / static_cast<float>(D) * unit * unit;
+}
+
 template <typename T>
 void complete_group(const CompleteParams& p, int request, int kv_head, const Carried& carried) {
   const int G = p.shape.group_size, H = p.shape.num_kv_heads, T_ = p.shape.tokens;
@@ -180,7 +211,11 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
   const bool stores = old_end > 0 && least_depth < p.max_reuse_depth && drawn;
   if (stores) store_entry<T>(p, request, kv_head, stored % M, carried);
   *p.ring.stored(slot, kv_head) = stores ? next_stored(stored, M) : stored;
-  if (p.matched.stored[group] == kNoHistory) *p.ring.spread(slot, kv_head) = 0.f;  // another request's
+  if (measures_spread(n, tokens, p.matched.stored[group] == kNoHistory)) {
+    float* parts = thread_scratch().array<float>(3, 2 * int64_t{p.shape.head_dim});
+    *p.ring.spread(slot, kv_head) =
+        p.kv.float8 ? key_spread<float8>(p, request, kv_head, parts) : key_spread<T>(p, request, kv_head, parts);
+  }
   if (S > 0) {
     float& tau = *p.ring.tau(slot, kv_head);
     if (p.matched.stored[group] == kNoHistory || !usable_tau(tau)) tau = first_tau(size);

@@ -345,7 +345,7 @@ MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
     if (token < 0 || n > w.max_tokens) continue;
     const int index = w.page_size.divide(token), offset = token - index * p.kv.page_size;
     const int64_t page = p.kv.block_table[request * p.kv.block_table_stride + index];
-    if (page < 0 || page >= w.num_pages) continue;
+    if (page < 0 || page >= p.kv.num_pages) continue;
     const T* k = static_cast<const T*>(p.kv.k) + page * p.kv.k_page_stride + offset * p.kv.k_token_stride;
     const T* v = static_cast<const T*>(p.kv.v) + page * p.kv.v_page_stride + offset * p.kv.v_token_stride;
     for (int i = 0; i < lines; ++i) {

@@ -20,6 +20,7 @@
 #include "ptx/memory.h"
 #include "ptx/warp.h"
 #include "schedule.cuh"
+#include "spread.cuh"
 
 namespace mac_attn::cuda {
 
@@ -170,7 +171,6 @@ MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& wo
   const int stored = work.stored < 0 ? 0 : work.stored;
   *p.ring.stored(slot, work.kv_head) = work.stores ? next_stored(stored, p.ring.layout.shape.entries) : stored;
   if (work.stores) *p.ring.position(slot, work.kv_head, work.place) = work.position();
-  if (work.stored == kNoHistory) *p.ring.spread(slot, work.kv_head) = 0.f;  // another request's
   if (S > 0) {
     const int size = sample_size(S, band_start(work.position(), p.band));
     float* tau = p.ring.tau(slot, work.kv_head);
@@ -344,14 +344,19 @@ __global__ void __launch_bounds__(32 * max_complete_warps(kHeadDim, kExact), 1)
   }
   if (!work.reuses) return;
   if (warp == warps - 1) complete_history(p, work, match);
+  constexpr int kMostThreads = 32 * max_complete_warps(kHeadDim, kExact);
+  if (measures_spread(work.seq_len, work.tokens, work.stored == kNoHistory)) {
+    measure_spread<T, kMostThreads>(p, work.request, work.kv_head, work.seq_len,
+                                    p.ring.spread(work.slot, work.kv_head));
+  }
   if (!work.stores) return;
   if (!p.candidates) return store_anchors(p, work, group);
   const int S = p.ring.layout.shape.anchors;
   const Drawn drawn{static_cast<const Candidate*>(p.candidates) + group * kCandidateRoom * S, work.sampled,
                     band_start(work.position(), p.band), sample_seed(work.position(), work.kv_head, p.layer)};
-  write_sample<32 * max_complete_warps(kHeadDim, kExact)>(
-      drawn, S, *static_cast<SampleScratch*>(dynamic_shared()), p.ring.anchors(work.slot, work.kv_head, work.place),
-      p.ring.anchor_weights(work.slot, work.kv_head, work.place));
+  write_sample<kMostThreads>(drawn, S, *static_cast<SampleScratch*>(dynamic_shared()),
+                             p.ring.anchors(work.slot, work.kv_head, work.place),
+                             p.ring.anchor_weights(work.slot, work.kv_head, work.place));
 }
 
 }  // namespace mac_attn::cuda

@@ -92,7 +92,6 @@ struct AmendWorkspace {
   float* partial_out;   // [max_pieces, kNumSpans, tile_heads, padded D] sum of weight * value
   float* partial_sums;  // [.., kNumSpans, tile_heads, 4] max (log2), sums of weight and of a * weight, anchors read
   Candidate* candidate;  // [B, H, kCandidateRoom * S] in no order; null if S = 0
-  int32_t num_pages;
   uint32_t k_page_units, k_token_units;  // strides in 16 bytes
   uint32_t v_page_units, v_token_units;
   Divisor page_size;
@@ -118,14 +117,12 @@ cudaError_t match_splits(const MatchParams& params, MatchWorkspace& workspace);
 constexpr int32_t kMaxSplits = 96;
 
 // Fills in what follows from the parameters: how the pages and the heads are cut up. False: a cache is too large.
-inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_pages, int32_t ctas,
-                     AmendWorkspace& w) {
+inline bool describe(const AmendParams& params, int32_t ctas, AmendWorkspace& w) {
   const KVPages& kv = params.kv;
   const int64_t unit = kv.float8 ? 16 : 8;  // elements of 16 bytes
   const auto fits = [&](int64_t page_stride, int64_t token_stride) {
-    return num_pages * (page_stride / unit) + kv.page_size * (token_stride / unit) <= int64_t{UINT32_MAX};
+    return kv.num_pages * (page_stride / unit) + kv.page_size * (token_stride / unit) <= int64_t{UINT32_MAX};
   };
-  w.num_pages = num_pages;
   w.k_page_units = static_cast<uint32_t>(kv.k_page_stride / unit);
   w.v_page_units = static_cast<uint32_t>(kv.v_page_stride / unit);
   w.k_token_units = static_cast<uint32_t>(kv.k_token_stride / unit);
@@ -133,7 +130,7 @@ inline bool describe(const AmendParams& params, int32_t num_pages, int64_t max_p
   w.page_size = Divisor(kv.page_size);
   w.num_kv_heads = Divisor(params.shape.num_kv_heads);
   w.ctas = Divisor(ctas);
-  w.max_tokens = max_pages * kv.page_size;
+  w.max_tokens = int64_t{kv.max_pages} * kv.page_size;
   const int32_t queries = params.shape.group_queries(), most = most_tile_heads(params.shape.head_dim);
   w.tile_heads = queries < most ? queries : most;
   w.head_tiles = (queries + most - 1) / most;

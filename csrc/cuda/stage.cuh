@@ -78,7 +78,7 @@ MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const 
   constexpr int kLanes = Stage::kHalfLines ? 4 : 8, kRowsAtOnce = 32 / kLanes;
   const int lane = ptx::lane_id(), row_chunks = row_elements<kHeadDim, kExact>(p.shape) / Stage::kUnit;
   // A page id outside the cache is not followed: the request is marked and answers NaN.
-  if (row.valid && row.page >= static_cast<uint32_t>(w.num_pages)) {
+  if (row.valid && row.page >= static_cast<uint32_t>(p.kv.num_pages)) {
     row.valid = false, row.page = 0;
     ptx::atomic_or(w.status + piece.request, kBadPage);
     if (w.error_flag) ptx::atomic_or(w.error_flag, kBadPage);

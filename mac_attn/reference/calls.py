@@ -11,8 +11,6 @@ from .reuse import HeadStep, ReferenceReuse
 from .sample import Choose, draw_sample, first_tau
 from .states import KVCache, Scale, attention_state, gather_kv
 
-SAMPLED_KEYS = 512  # by which `seed` measures their spread: evenly over the tokens
-
 
 @dataclass
 class Step:
@@ -89,7 +87,7 @@ def decode(
             raise ValueError("slots and q_match are needed with reuse")
         queries = q_match.cpu().double().reshape(q.shape)[row].unflatten(1, (len(kv), -1)).unbind(1)
         slot = reuse.slots[int(slots[b])]
-        reuse.resume(slot, first, -1 if request_ids is None else int(request_ids[b]))
+        starts = not reuse.resume(slot, first, -1 if request_ids is None else int(request_ids[b]))
         result.heads[b] = [
             reuse.step(
                 slot.rings[h],
@@ -101,6 +99,7 @@ def decode(
                 choose,
                 miss=exact,
                 learn=learn,
+                starts=starts,
             )
             for h in range(len(kv))
         ]
@@ -141,7 +140,7 @@ def seed(
     v_scale: Scale = None,
     choose: Choose = draw_sample,
 ) -> None:
-    """Write entries of the last T prompt queries, as `mac_attn.seed`, and how far the keys spread.
+    """Write entries of the last T prompt queries, as `mac_attn.seed`.
 
     q and q_match `[B, T, Hq, D]` of positions `n - T .. n - 1`; `choose` as in `decode`. Every k-th
     query, k = ceil(T / entries), is a miss in turn, the last one among them. The first is weighed
@@ -154,15 +153,14 @@ def seed(
         if n == 0:
             continue
         slot = reuse.slots[int(slots[b])]
-        reuse.resume(slot, n - length, -1 if request_ids is None else int(request_ids[b]))
+        ids = -1 if request_ids is None else int(request_ids[b])
+        starts = not reuse.resume(slot, n - length, ids)
         slot.end = slot.reach = n
         k, v = gather_kv(kv_cache, block_table[b], n, kv_layout, (k_scale, v_scale))
         rotated, queries = (
             x[b].cpu().double().unflatten(1, (reuse.num_kv_heads, -1)) for x in (q, q_match)
         )
-        even = torch.arange(SAMPLED_KEYS) * n // SAMPLED_KEYS
         for h, ring in enumerate(slot.rings):
-            ring.spread = float(softmax[0] ** 2 * k[even, h].var(0, correction=0).mean())
             chosen = range((length - 1) % every, length, every)
             first = n - length + chosen[0]
             ring.tau, ring.last_lse = first_tau(max(1, reuse.sample_size(first))), None
@@ -171,4 +169,5 @@ def seed(
                 if ring.last_lse is None:
                     _, ring.last_lse = attention_state(rotated[i, h], *pair, *softmax)
                 query = rotated[i : i + 1, h], queries[i : i + 1, h]
-                reuse.step(ring, *query, *pair, softmax, (b, h), choose, miss=True)
+                begins = i == chosen[0] and (starts or reuse.cfg.anchors > 0)
+                reuse.step(ring, *query, *pair, softmax, (b, h), choose, miss=True, starts=begins)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .rings import Entry, Ring, Slot, hit_state
+from .rings import Entry, Ring, Slot, hit_state, key_spread
 from .sample import (
     CANDIDATE_ROOM,
     MOST_TAU,
@@ -112,11 +112,15 @@ class ReferenceReuse:
             for ring in slot.rings:
                 ring.places = [e if e and e.position < int(n) else None for e in ring.places]
 
-    def resume(self, slot: Slot, position: int, request: int) -> None:
-        """History rule: what a slot holds counts only if the new tokens start where it ended."""
-        if not slot.end <= position <= slot.reach or slot.request != request:
+    def resume(self, slot: Slot, position: int, request: int) -> bool:
+        """History rule: what a slot holds counts only if the new tokens start where it ended.
+
+        Returns whether it does."""
+        goes_on = slot.end <= position <= slot.reach and slot.request == request
+        if not goes_on:
             slot.rings = self.empty_slot().rings
         slot.request = request
+        return goes_on
 
     def thresholds(self, query: Tensor, kv_head: int, spread: float) -> Tensor:
         """Threshold θ `[G]` on the squared distance, for a pre-RoPE query `[G, D]`.
@@ -205,12 +209,14 @@ class ReferenceReuse:
         choose: Choose,
         miss: bool = False,
         learn: bool = True,
+        starts: bool = False,
     ) -> HeadStep:
         """Match, amend and complete the newest T tokens of one request, for one KV head.
 
         q and the pre-RoPE query `[T, G, D]`, k and v `[n, D]`, softmax `(sm_scale,
         logits_soft_cap)`, `where` the row of the batch and the KV head; with `miss` nothing is
-        matched, without `learn` nothing stored. Of the first token an entry is.
+        matched, without `learn` nothing stored. Of the first token an entry is. How far the keys
+        spread is measured after a slot `starts` and at each power of two of n.
         """
         tokens, group = q.shape[:2]
         p = len(k) - tokens  # the first token's position
@@ -257,6 +263,8 @@ class ReferenceReuse:
         if result.stored:
             ring.store(entry)
         ring.last_lse = result.lse[0]
+        if starts or p.bit_length() < len(k).bit_length():
+            ring.spread = softmax[0] ** 2 * key_spread(k)
         return result
 
     def match_all(self, seen: list[tuple[list[Entry], Tensor]]) -> list[list[Entry | None]]:

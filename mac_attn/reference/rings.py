@@ -15,6 +15,8 @@ LEAST_REST = 1 / 1024
 # or if it would leave less than this of the sum of what is attended anew.
 LEAST_OF_FRESH = 1 / 4
 
+SPREAD_KEYS = 512  # by which their spread is measured, evenly over the tokens
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -69,6 +71,15 @@ class Slot:
         """A slot that goes on independently."""
         rings = [replace(ring, places=list(ring.places)) for ring in self.rings]
         return replace(self, rings=rings)
+
+
+def key_spread(k: Tensor) -> float:
+    """Variance of the keys `[n, D]` of a KV head, mean over their dimensions; 0, which is not
+    known, if there are too few."""
+    n = len(k)
+    if n < SPREAD_KEYS:
+        return 0.0
+    return float(k[torch.arange(SPREAD_KEYS) * n // SPREAD_KEYS].var(0, correction=0).mean())
 
 
 def hit_state(

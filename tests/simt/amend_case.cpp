@@ -271,7 +271,7 @@ AmendParams AmendCase::params() {
 
 cuda::AmendWorkspace AmendCase::workspace() {
   cuda::AmendWorkspace w{};
-  CHECK(cuda::describe(params(), pages_.num_pages(), pages_.max_pages(), spec_.ctas, w));
+  CHECK(cuda::describe(params(), spec_.ctas, w));
   const size_t groups = seq_lens.size() * spec_.num_kv_heads;
   const size_t states = cuda::max_pieces(params(), w, spec_.ctas) * kNumSpans * w.tile_heads;
   done_.assign(w.num_units, 0), counts_.assign(groups, 0);

@@ -10,6 +10,7 @@ namespace {
 constexpr uint16_t kGap = 0x1234;  // between the rows of `out`
 
 constexpr int kLayer = 5;
+constexpr float kScale = 0.3f;  // of the logits
 
 bool close(double got, double want) {
   return got == want || std::abs(got - want) <= 3e-5;
@@ -22,7 +23,8 @@ std::string CompleteSpec::name() const {
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
          " D=" + std::to_string(head_dim) + " S=" + std::to_string(anchors) + (exact ? " exact" : "") +
          " T=" + std::to_string(tokens) + (candidates ? " candidates" : "") + (per_head ? " per head" : "") +
-         (sinks ? " sinks" : "") + " depth=" + std::to_string(max_reuse_depth) + " seed=" + std::to_string(seed);
+         (sinks ? " sinks" : "") + (keys ? fp8 ? " fp8 keys" : " keys" : "") +
+         " depth=" + std::to_string(max_reuse_depth) + " seed=" + std::to_string(seed);
 }
 
 CompleteCase::CompleteCase(const CompleteSpec& spec)
@@ -34,6 +36,11 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
         const Shape shape{static_cast<int32_t>(spec.seq_lens.size()), spec.num_kv_heads, spec.group_size,
                           spec.head_dim, spec.tokens};
         return RingTensors(spec.dtype, shape, shape.batch + 2, spec.entries, spec.anchors, data);
+      }()),
+      pages([&] {
+        Data data(spec.seed + 2000);
+        return Pages(spec.dtype, spec.fp8, spec.seq_lens, spec.num_kv_heads, spec.head_dim, 16, spec.seed % 2,
+                     data);
       }()),
       spec_(spec),
       data_(spec.seed),
@@ -84,6 +91,34 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
   }
   candidates_.assign(spec.candidates ? batch * H * kCandidateRoom * S : 0, {kGarbage, NAN});
   for (int i = 0; spec.candidates && i < batch * H; ++i) draw(i / H, i % H);
+  for (int i = 0; spec.keys && i < batch * H; ++i) fill_keys(i / H, i % H);
+}
+
+// Those that are looked at; all others are NaN.
+void CompleteCase::fill_keys(int request, int kv_head) {
+  const int n = seq_lens[request], D = spec_.head_dim;
+  reference::Vector sum(D), squares(D);
+  for (int i = 0; i < 512 && n >= 512; ++i) {
+    reference::Vector k, v(D);
+    for (int d = 0; d < D; ++d) k.push_back((1 + kv_head) * data_.normal() + 5);  // a mean does not count
+    pages.round(kv_head, k, v);
+    pages.set(request, static_cast<int>(int64_t{i} * n / 512), kv_head, k, v);
+    for (int d = 0; d < D; ++d) sum[d] += k[d] / 512, squares[d] += k[d] * k[d] / 512;
+  }
+  double variance = 0;
+  for (int d = 0; d < D; ++d) variance += (squares[d] - sum[d] * sum[d]) / D;
+  spreads_.push_back(n >= 512 ? kScale * kScale * variance : 0);
+}
+
+// What the kernel must have left; fp32 sums of 512 numbers of a variance of at least a 25th of their square.
+float CompleteCase::spread(int request, int kv_head, float before) const {
+  const int number = group(request, kv_head);
+  const bool grown = std::log2(seq_lens[request]) >= std::floor(std::log2(std::max(position(request), 1))) + 1;
+  if (stored_[number] != kNoHistory && !grown) return before;
+  const float got = *ring.view().spread(slots[request], kv_head);
+  const double want = spec_.keys ? spreads_[number] : 0;
+  CHECK(std::abs(got - want) <= 1e-4 * want);
+  return got;
 }
 
 // Candidates of a miss, whose keys are far enough apart for fp32 to order them.
@@ -187,6 +222,7 @@ void CompleteCase::run(const Run& run) {
   p.out_token_stride = heads() * head_stride_;
   p.lse = lse_.data();
   p.sinks = spec_.sinks ? sinks_.data() : nullptr;
+  if (spec_.keys) p.kv = pages.view(), p.sm_scale = kScale;
   const cuda::CompleteWorkspace w{spec_.exact ? nullptr : status.data(), cuda::Divisor(spec_.group_size)};
   (spec_.dtype == DType::kBFloat16 ? launch_complete_bf16 : launch_complete_fp16)(p, w, run);
 }
@@ -328,7 +364,7 @@ void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carr
   if (stores) expect_entry(request, kv_head, carried, want);
   const int stored = std::max(stored_[number], 0), next = stored + stores;
   *to.stored(slot, kv_head) = next < 2 * spec_.entries ? next : next - spec_.entries;
-  if (stored_[number] == kNoHistory) *to.spread(slot, kv_head) = 0;
+  *to.spread(slot, kv_head) = spread(request, kv_head, *to.spread(slot, kv_head));
   if (S > 0) {
     const float tau = *to.tau(slot, kv_head), now = *got.tau(slot, kv_head);
     double expected = stored_[number] != kNoHistory && tau > 0 && tau <= 64 ? tau : 1. / size;

@@ -19,6 +19,7 @@ struct CompleteSpec {
   bool per_head = false;
   bool request_ids = true;
   bool sinks = false;
+  bool keys = false, fp8 = false;      // whether there is a KV cache to tell how far keys spread, and its type
   std::vector<int> without_ring = {};  // requests that have no slot
   uint64_t seed = 1;
 
@@ -36,6 +37,7 @@ class CompleteCase {
   // For tests that break something, before run(). A request with a status answers NaN and leaves the ring alone.
   std::vector<int32_t> seq_lens, query_lens, slots, status;
   RingTensors ring;
+  Pages pages;
   std::vector<float> states, state_lse;  // [2, B, Q, D], [2, B, Q]
 
  private:
@@ -60,6 +62,8 @@ class CompleteCase {
   void match(int request, bool has_ring);
   void draw(int request, int kv_head);
   reference::Sample kept(int request, int kv_head) const;  // of the candidates
+  void fill_keys(int request, int kv_head);
+  float spread(int request, int kv_head, float before) const;
   int64_t tokens_read(int request, int kv_head) const;
   reference::State state(Span span, int request, int token, int head) const;
   Carried carried(int request, int token, int head) const;  // from the ring before the run
@@ -75,6 +79,7 @@ class CompleteCase {
   size_t next_age_ = 0;
   std::vector<float> log_ratio_, anchor_weights_, sinks_;
   std::vector<cuda::Candidate> candidates_;  // [B, H, room]
+  std::vector<double> spreads_;              // [B, H] 0 for too few keys
   std::vector<int64_t> request_ids_;
   std::vector<uint16_t> out_;
   std::vector<float> lse_;

@@ -146,6 +146,8 @@ KVPages Pages::view() const {
           block_table_.data(),
           table_stride_,
           page_size_,
+          num_pages_,
+          max_pages_,
           fp8_,
           {k_scale_.empty() ? nullptr : k_scale_.data(), k_scale_.size() > 1 ? 1 : 0},
           {v_scale_.empty() ? nullptr : v_scale_.data(), v_scale_.size() > 1 ? 1 : 0}};

@@ -72,7 +72,6 @@ class Pages {
   void round(int kv_head, reference::Vector& k, reference::Vector& v) const;
   void set(int request, int token, int kv_head, const reference::Vector& k, const reference::Vector& v);
   int num_pages() const { return num_pages_; }
-  int max_pages() const { return max_pages_; }
   int32_t& page_id(int request, int page) { return block_table_[request * table_stride_ + page]; }
   const std::vector<int32_t>& table() const { return block_table_; }
   const std::vector<char>& k_bytes() const { return k_; }

@@ -54,6 +54,18 @@ void test_all(DType dtype) {
     spec.anchors = 8, spec.seq_lens = {150, 60}, spec.tokens = 2;
     CHECK(test(spec, all_runs()) > 0);
   }
+  // How far keys spread: of slots that start, of requests that have grown to a power of two, of too few keys.
+  for (const int head_dim : {64, 80, 128, 256, 512, 40, 200}) {
+    for (const bool fp8 : {false, true}) {
+      if (fp8 && head_dim % 16 != 0) continue;
+      spec = {};
+      spec.dtype = dtype, spec.keys = true, spec.fp8 = fp8, spec.head_dim = head_dim, spec.ages = {0, 300};
+      spec.seed = head_dim + fp8, spec.seq_lens = {512, 600, 513, 511, 1024, 1030, 0, 2048}, test(spec, one_run());
+      spec.anchors = 0, spec.num_kv_heads = 1, spec.seed += 2, test(spec, one_run());
+      spec.tokens = 4, spec.seq_lens = {1026, 600}, spec.seed += 2;
+      test(spec, head_dim == 80 ? all_runs() : one_run());
+    }
+  }
   // A hit with anchors stores nothing, nor does an entry without old tokens.
   spec = {};
   spec.dtype = dtype, spec.ages = {5}, spec.seq_lens = {150, 60};

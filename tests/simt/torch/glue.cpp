@@ -73,8 +73,8 @@ const at::Tensor& on_host() {
 void match(const MatchParams& p) {
   cuda_backend::match(p, persistent(true), on_host());
 }
-void amend(const AmendParams& p, const AmendLimits& limits) {
-  cuda_backend::amend(p, limits, persistent(p.matched.source), on_host());
+void amend(const AmendParams& p) {
+  cuda_backend::amend(p, persistent(p.matched.source), on_host());
 }
 bool hands_on_candidates() {
   return true;
