@@ -72,7 +72,7 @@ class ReuseCache:
             remainder matters, and the number stays below 2 M. The next entry's place is this % M.
         ring_tau: [N, H] float32, what the key of a token has to exceed to be sampled.
         ring_spread: [N, H] float32, the variance of a logit for a query of unit length, over the
-            keys that `seed` found (see `ReuseConfig.max_drift`); 0 where it is not known.
+            keys (see `ReuseConfig.max_drift`); 0 where it is not known.
         ring_last_lse: [N, H, G] float32, log-sum-exp of the slot's last step, of several tokens
             the first's.
         ring_position: [N, H, M] int32, tag: the position c whose entry lies here, -1 for none.

@@ -47,10 +47,11 @@ class ReuseConfig:
             "absolute" (the paper): below `2 * head_dim * (1 - threshold)²`, the threshold being
             the paper's τ in `[0, 1]`.
         max_drift: by how much a hit may move logits: the expected square of the change, in nats²,
-            is the squared distance of the queries times the keys' spread, which `mac_attn.seed`
-            measures (before that it is taken as that of the sharpest heads). It lowers the
-            threshold of heads whose queries and keys are large, where a token that no sample holds
-            may suddenly become the heaviest. Not in the paper: None is no bound.
+            is the squared distance of the queries times the keys' spread, which is measured when a
+            slot starts and as its request grows (of fewer than 512 tokens it is taken as that of
+            the sharpest heads). It lowers the threshold of heads whose queries and keys are large,
+            where a token that no sample holds may suddenly become the heaviest. Not in the paper:
+            None is no bound.
         granularity: "group": the query heads that share a KV head decide together, by the mean of
             their scores, so that a KV head is read in full for all of them or for none. "head" (the
             paper): each for itself; needs `anchors=0`.
