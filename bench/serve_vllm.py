@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--seed", type=int, default=1, help="MAC_ATTN_VLLM_SEED")
+    parser.add_argument("--seed", type=int, default=0, help="MAC_ATTN_VLLM_SEED")
     parser.add_argument("--kv-gib", type=int, default=1, help="KV cache of each server")
     parser.add_argument("--servers", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--json", type=Path, help="write the figures there")

@@ -21,7 +21,7 @@ class Options(options.Options):
             of vLLM's own.
     """
 
-    seed: int = 1
+    seed: int = 0
     by_name: bool = False
 
     @classmethod
