@@ -2,11 +2,11 @@
 
     python bench/stages.py [--quick] [--json FILE]
 
-Every case is timed once with all heads missing and once with all hitting, beside the whole step,
-the same without `q_match` (it is turned back from `q` first), exact decode, and of both a chain of
-steps in one CUDA graph, each on a KV cache and rings of its own, as the layers of a model follow
-one another. A stage alone starts with cold caches, which within a step it does not, and it cannot
-overlap the one before: the sum of the stages exceeds the step. Columns: bench/README.md.
+Every case is timed with all heads missing, missing for long, and all hitting, beside the whole
+step, the same without `q_match` (it is turned back from `q` first), exact decode, and of both a
+chain of steps in one CUDA graph, each on a KV cache and rings of its own, as the layers of a model
+follow one another. A stage alone starts with cold caches, which within a step it does not, and it
+cannot overlap the one before: the sum of the stages exceeds the step. Columns: bench/README.md.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ COLUMNS = (
     "chain",
     "its exact",
 )
+LONG = 33  # steps in a row without a hit, of a KV head that draws no sample in the next one
 CHAIN_BYTES = 40 * 2**30  # of KV caches that a chain may take
 # layout, context, batch
 CASES = {
@@ -64,7 +65,9 @@ def measure(
     bandwidth: Bandwidth,
     chain: int,
 ) -> list[dict[str, Any]]:
-    """A row for all heads missing and one for all hitting. A chain of less than 2 is none."""
+    """Rows for all heads missing, all that have missed for long, which draw a sample in every
+    eighth step only (this is one of the others), and all hitting. A chain of less than 2 is none.
+    """
     work = Workload(case, device)
     if chain * work.kv.nbytes > CHAIN_BYTES:
         chain = 0
@@ -86,7 +89,10 @@ def measure(
 
     step = partial(work.mac, reuse)
     rows = []
-    for name, rate in (("miss", 0.0), ("hit", 1.0)):
+    cases = [("miss", 0.0, 0), ("long", 0.0, LONG), ("hit", 1.0, 0)]
+    for name, rate, missed in cases if anchors else cases[::2]:
+        for r in rings:
+            r.missed = missed
         mask = hit_mask(case, granularity, rate, "run")
         put_back = partial(ring.put_back, ring.on_device(mask))
         put_back()

@@ -252,6 +252,7 @@ class PlantedRing:
             reuse.ring_rotated.normal_()
             reuse.ring_last_lse.fill_(lse)
             reuse.ring_tau.fill_(1 / cfg.anchors)
+        self.missed = 0  # steps in a row without a hit, before the one that is timed
         self._position = -1  # where the slots have ended
         self._planted = entries - age
         self._queries = work.q_match[:, None]
@@ -288,6 +289,7 @@ class PlantedRing:
             reuse.ring_position.copy_(every)
             self._position = position
         reuse.ring_stored.fill_(entries)
+        reuse.ring_missed.fill_(self.missed)
         for bound in (reuse.slot_end, reuse.slot_reach):
             bound.fill_(position)
 

@@ -26,6 +26,7 @@ pybind11::tuple describe_ring(int32_t num_kv_heads, int32_t group_size, int32_t 
   add("ring_stored", "int32", l.stored, {H}, {4});
   add("ring_tau", "float32", l.tau, {H}, {4});
   add("ring_spread", "float32", l.spread, {H}, {4});
+  add("ring_missed", "int32", l.missed, {H}, {4});
   add("ring_last_lse", "float32", l.last_lse, {H, G}, {G * 4, 4});
   add("ring_position", "int32", l.position, {H, M}, {M * 4, 4});
   add("ring_depth", "int32", l.depth, {H, M, G}, {M * G * 4, G * 4, 4});

@@ -44,6 +44,7 @@ struct RingLayout {
   int64_t stored;          // int32 [H] entries stored since the history began, see `next_stored`
   int64_t tau;             // float [H] what a token's key has to exceed, see sample.h
   int64_t spread;          // float [H] see `drift_bound`; 0: not known
+  int64_t missed;          // int32 [H] steps in a row without a hit, see `draws_sample`
   int64_t last_lse;        // float [H, G] log-sum-exp of the last step
   int64_t position;        // int32 [H, M] whose entry this is, -1: nobody's any more
   int64_t depth;           // int32 [H, M, G] hits in a row that made the entry
@@ -81,6 +82,7 @@ constexpr RingLayout ring_layout(const RingShape& s) {
   l.stored = place(at, heads * 4);
   l.tau = place(at, heads * 4);
   l.spread = place(at, heads * 4);
+  l.missed = place(at, heads * 4);
   l.last_lse = place(at, heads * s.group_size * 4);
   l.position = place(at, entries * 4);
   l.depth = place(at, entries * s.group_size * 4);
@@ -113,6 +115,9 @@ struct Ring {
   MAC_HOST_DEVICE float* tau(int64_t slot, int kv_head) const { return at<float>(slot, layout.tau) + kv_head; }
   MAC_HOST_DEVICE float* spread(int64_t slot, int kv_head) const {
     return at<float>(slot, layout.spread) + kv_head;
+  }
+  MAC_HOST_DEVICE int32_t* missed(int64_t slot, int kv_head) const {
+    return at<int32_t>(slot, layout.missed) + kv_head;
   }
   MAC_HOST_DEVICE float* last_lse(int64_t slot, int kv_head) const {
     return at<float>(slot, layout.last_lse) + int64_t{kv_head} * layout.shape.group_size;
@@ -153,6 +158,17 @@ struct Ring {
 // min(stored, M) count. Beyond M only the remainder matters, so the number stays below 2 M.
 MAC_HOST_DEVICE constexpr int32_t next_stored(int32_t stored, int32_t entries) {
   return stored + 1 >= 2 * entries ? stored + 1 - entries : stored + 1;
+}
+
+// A KV head that has missed so many steps in a row draws a sample in every eighth step only, until it hits: a miss
+// then costs little more than exact attention does, and entries that are further apart are no worse to it
+// (docs/fidelity.md).
+constexpr int32_t kDrawsAlways = 32, kDrawsNot = 7;
+MAC_HOST_DEVICE constexpr bool draws_sample(int32_t missed) {
+  return missed <= kDrawsAlways;
+}
+MAC_HOST_DEVICE constexpr int32_t next_missed(int32_t missed) {
+  return missed < kDrawsAlways + kDrawsNot ? missed + 1 : kDrawsAlways;
 }
 
 }  // namespace mac_attn

@@ -73,6 +73,8 @@ class ReuseCache:
         ring_tau: [N, H] float32, what the key of a token has to exceed to be sampled.
         ring_spread: [N, H] float32, the variance of a logit for a query of unit length, over the
             keys (see `ReuseConfig.max_drift`); 0 where it is not known.
+        ring_missed: [N, H] int32, with anchors the steps in a row without a hit; above 32 the KV
+            head draws a sample, for a new entry, in every eighth step only.
         ring_last_lse: [N, H, G] float32, log-sum-exp of the slot's last step, of several tokens
             the first's.
         ring_position: [N, H, M] int32, tag: the position c whose entry lies here, -1 for none.
@@ -95,6 +97,7 @@ class ReuseCache:
     ring_stored: Tensor
     ring_tau: Tensor
     ring_spread: Tensor
+    ring_missed: Tensor
     ring_last_lse: Tensor
     ring_position: Tensor
     ring_depth: Tensor
@@ -385,6 +388,7 @@ class ReuseCache:
         """Empty the slots of a mask `[N]`: nothing that their rings hold counts any more."""
         self.ring_stored.masked_fill_(which[:, None], 0)
         self.ring_tau.masked_fill_(which[:, None], 0)
+        self.ring_missed.masked_fill_(which[:, None], 0)
         self.slot_end.masked_fill_(which, 0)
         self.slot_reach.masked_fill_(which, 0)
         self.slot_request.masked_fill_(which, NO_REQUEST)

@@ -30,6 +30,7 @@ SLOT_PARTS = (
     "ring_stored",
     "ring_tau",
     "ring_spread",
+    "ring_missed",
     "ring_last_lse",
 )
 

@@ -83,7 +83,7 @@ def test_stages(tmp_path):
     arguments += ["--chain", "2"]
     stages.main(arguments)
     rows = json.loads(path.read_text())["rows"]
-    assert [row["heads"] for row in rows] == ["miss", "hit"]
+    assert [row["heads"] for row in rows] == ["miss", "long", "hit"]
     for row in rows:
         assert set(row["us"]) == set(row["floor_us"]) == {*stages.COLUMNS}
         assert all(timing["us"] > 0 for timing in row["us"].values())

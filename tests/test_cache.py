@@ -25,6 +25,7 @@ PARTS: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
     "ring_stored": ((2,), torch.int32),
     "ring_tau": ((2,), torch.float32),
     "ring_spread": ((2,), torch.float32),
+    "ring_missed": ((2,), torch.int32),
     "ring_last_lse": ((2, 3), torch.float32),
     "ring_position": ((2, ENTRIES), torch.int32),
     "ring_depth": ((2, ENTRIES, 3), torch.int32),
@@ -63,6 +64,7 @@ def is_empty(cache: ReuseCache, slot: int) -> bool:
         and cache.slot_request[slot] == -1
         and not cache.ring_stored[slot].any()
         and not cache.ring_tau[slot].any()
+        and not cache.ring_missed[slot].any()
         and not cache.counters[slot].any()
     )
 

@@ -73,6 +73,26 @@ def test_a_tau_that_cannot_be_gone_by(tau, device):
     assert (case.cache.ring_tau[1] == 1 / 6).all()
 
 
+def test_a_head_that_misses_for_long_draws_in_every_eighth_step(device):
+    """Until it hits; whatever it draws then, the next misses draw too."""
+    case = Case(device, length=200)
+    drawn = []
+    for missed in range(58):
+        before = case.cache.ring_tau[1].clone()
+        case.decode(100 + missed)
+        assert (case.cache.ring_missed[1] == min(missed + 1, 32 + (missed - 31) % 8)).all()
+        if not torch.equal(before, case.cache.ring_tau[1]):  # a sample that was drawn moves it
+            drawn.append(missed)
+    assert drawn == [*range(33), 40, 48, 56]  # the first step gives it a value
+    case.decode(158, like=155)
+    assert (case.cache.ring_missed[1] == 0).all()
+    before = case.cache.ring_tau[1].clone()
+    case.decode(159)
+    assert (before != case.cache.ring_tau[1]).all()
+    case.cache.reset(torch.tensor([1], dtype=torch.int32, device=device))
+    assert (case.cache.ring_missed == 0).all()
+
+
 @pytest.mark.parametrize("lse", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", [(0, 1), (1, 0)])
 def test_a_slot_without_a_last_log_sum_exp(lse, which, device):

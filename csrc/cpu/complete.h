@@ -217,6 +217,8 @@ void complete_group(const CompleteParams& p, int request, int kv_head, const Car
         p.kv.float8 ? key_spread<float8>(p, request, kv_head, parts) : key_spread<T>(p, request, kv_head, parts);
   }
   if (S > 0) {
+    int32_t& missed = *p.ring.missed(slot, kv_head);
+    missed = hits > 0 ? 0 : next_missed(p.matched.stored[group] == kNoHistory ? 0 : missed);
     float& tau = *p.ring.tau(slot, kv_head);
     if (p.matched.stored[group] == kNoHistory || !usable_tau(tau)) tau = first_tau(size);
     if (hits == 0 && *sampled >= 0) tau = next_tau(tau, *sampled, size);

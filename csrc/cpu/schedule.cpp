@@ -117,7 +117,7 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
       const float tau = *p.ring.tau(slot, h);
       const bool known = std::all_of(last_lse, last_lse + G, [](float lse) { return std::isfinite(lse); });
       if (p.matched.stored[b * H + h] == kNoHistory || band_start(position, p.band) == 0 || !known ||
-          !usable_tau(tau)) {
+          !usable_tau(tau) || !draws_sample(*p.ring.missed(slot, h))) {
         continue;
       }
       group.candidates = num_drawing++ * room;

@@ -174,6 +174,8 @@ MAC_DEVICE void complete_history(const CompleteParams& p, const CompleteWork& wo
   if (S > 0) {
     const int size = sample_size(S, band_start(work.position(), p.band));
     float* tau = p.ring.tau(slot, work.kv_head);
+    int32_t* missed = p.ring.missed(slot, work.kv_head);
+    *missed = work.hits > 0 ? 0 : next_missed(work.stored == kNoHistory ? 0 : *missed);
     const float base = work.stored != kNoHistory && usable_tau(*tau) ? *tau : first_tau(size);
     *tau = work.hits == 0 && work.sampled >= 0 ? next_tau(base, work.sampled, size) : base;
   }

@@ -19,7 +19,7 @@ MAC_DEVICE float sample_tau(const AmendParams& p, const Piece& piece) {
   if (p.matched.stored[piece.kv_group(p)] == kNoHistory) return 0.f;
   const int64_t slot = p.requests.slots[piece.request];
   const float tau = *p.ring.tau(slot, piece.kv_head), *last_lse = p.ring.last_lse(slot, piece.kv_head);
-  bool known = usable_tau(tau);
+  bool known = usable_tau(tau) & draws_sample(*p.ring.missed(slot, piece.kv_head));
   // No `&&`: each load would wait for the one before.
 #pragma unroll 4
   for (int g = 0; g < G; ++g) known &= fabsf(last_lse[g]) < INFINITY;

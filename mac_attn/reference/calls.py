@@ -164,6 +164,7 @@ def seed(
             chosen = range((length - 1) % every, length, every)
             first = n - length + chosen[0]
             ring.tau, ring.last_lse = first_tau(max(1, reuse.sample_size(first))), None
+            ring.missed = 0
             for i in chosen:
                 pair = k[: n - length + i + 1, h], v[: n - length + i + 1, h]
                 if ring.last_lse is None:
@@ -171,3 +172,4 @@ def seed(
                 query = rotated[i : i + 1, h], queries[i : i + 1, h]
                 begins = i == chosen[0] and (starts or reuse.cfg.anchors > 0)
                 reuse.step(ring, *query, *pair, softmax, (b, h), choose, miss=True, starts=begins)
+                ring.missed = 0  # all are to draw

@@ -247,7 +247,7 @@ class ReferenceReuse:
         if self.cfg.anchors:
             if (result.source < 0).all():
                 logits = attention_logits(q[0], k[:old], *softmax)
-                sample = self.sample(ring, logits, p, where, choose)
+                sample = self.sample(ring, logits, p, where, choose) if ring.draws() else None
                 if sample is None or sample.count > CANDIDATE_ROOM * self.sample_size(p):
                     result.stored = False
                 else:
@@ -263,6 +263,7 @@ class ReferenceReuse:
         if result.stored:
             ring.store(entry)
         ring.last_lse = result.lse[0]
+        ring.missed = 0 if (result.source >= 0).any() else ring.missed + 1
         if starts or p.bit_length() < len(k).bit_length():
             ring.spread = softmax[0] ** 2 * key_spread(k)
         return result

@@ -42,6 +42,11 @@ class Ring:
     tau: float = 0.0  # 0: none yet
     last_lse: Tensor | None = None  # [G] float64, of the last step
     spread: float = 0.0  # variance of a logit for a query of unit length; 0: not known
+    missed: int = 0  # steps in a row without a hit, see `draws`
+
+    def draws(self) -> bool:
+        """Whether a miss draws a sample: up to 32 steps without a hit, then in every eighth."""
+        return self.missed <= 32 or self.missed % 8 == 0
 
     def youngest(self) -> list[Entry]:
         """Entries of this history that are still there, the youngest first."""

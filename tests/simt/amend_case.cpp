@@ -225,7 +225,7 @@ reference::Sample AmendCase::sample(int request, int kv_head) const {
 
 double AmendCase::tau(int request, int kv_head) const {
   if (spec_.anchors == 0 || old_end(request) == 0 || hits(request, kv_head)) return 0;
-  if (stored[group(request, kv_head)] == kNoHistory) return 0;
+  if (stored[group(request, kv_head)] == kNoHistory || *ring.view().missed(slots_[request], kv_head) > 32) return 0;
   const float tau = *ring.view().tau(slots_[request], kv_head);
   const float* last_lse = ring.view().last_lse(slots_[request], kv_head);
   const bool known = std::all_of(last_lse, last_lse + spec_.group_size, [](float x) { return std::isfinite(x); });

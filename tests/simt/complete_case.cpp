@@ -77,6 +77,7 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
         const bool reads = S > 0 && hits && token < query_len(b), draws = S > 0 && !hits && token == 0;
         sampled_.push_back(reads ? data_.below(S + 1) : draws ? sampled[data_.below(6)] : kNotSampled);
       }
+      *ring.view().missed(slots[b], h) = data_.below(40);
       if (data_.below(5) == 0) *ring.view().tau(slots[b], h) = data_.below(2) ? NAN : 0.f;
     }
     if (seq_lens[b] == 0) slots[b] = kGarbage;
@@ -366,6 +367,8 @@ void CompleteCase::expect_group(int request, int kv_head, const std::vector<Carr
   *to.stored(slot, kv_head) = next < 2 * spec_.entries ? next : next - spec_.entries;
   *to.spread(slot, kv_head) = spread(request, kv_head, *to.spread(slot, kv_head));
   if (S > 0) {
+    const int missed = stored_[number] == kNoHistory ? 0 : *to.missed(slot, kv_head);
+    *to.missed(slot, kv_head) = hits > 0 ? 0 : missed == 39 ? 32 : missed + 1;
     const float tau = *to.tau(slot, kv_head), now = *got.tau(slot, kv_head);
     double expected = stored_[number] != kNoHistory && tau > 0 && tau <= 64 ? tau : 1. / size;
     if (hits == 0 && sampled >= 0) {

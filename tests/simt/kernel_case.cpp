@@ -202,6 +202,7 @@ RingTensors::RingTensors(DType dtype, const Shape& shape, int num_slots, int ent
       *ring.stored(slot, h) = data.below(2 * entries);
       *ring.tau(slot, h) = 0.01f + std::abs(normal(0.1f));
       *ring.spread(slot, h) = static_cast<float>(data.below(4) ? 5 + data.below(30) : 0) / shape.head_dim;
+      *ring.missed(slot, h) = data.below(33);
       for (int g = 0; g < G; ++g) ring.last_lse(slot, h)[g] = normal(3);
       for (int place = 0; place < entries; ++place) {
         *ring.position(slot, h, place) = data.below(1000);

@@ -281,6 +281,10 @@ void test_refusals(const AmendSpec& base) {
   changed("nothing", true, [](AmendCase&, float&, float*) {});
   changed("no history", false, [](AmendCase& a, float&, float*) { a.stored[1] = kNoHistory; });
   changed("no entry yet", true, [](AmendCase& a, float&, float*) { a.stored[1] = 0; });
+  for (const int missed : {31, 32, 33, 39}) {
+    changed("steps in a row without a hit", missed <= 32,
+            [&](AmendCase& a, float&, float*) { *a.ring.view().missed(a.slot(0), 1) = missed; });
+  }
   for (const float tau : {NAN, 0.f, -1.f, 64.5f, INFINITY}) {
     changed("tau that cannot be gone by", false, [&](AmendCase&, float& to, float*) { to = tau; });
   }
