@@ -199,6 +199,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         "--anchors", type=int, default=512, help="of `ReuseConfig.drafts`; the default has 1024"
     )
     parser.add_argument("--age", type=int, default=100, help="of the entries that are found")
+    parser.add_argument(
+        "--missed", type=int, default=0, help="steps in a row without a hit before; 33: none draws"
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(argv)
@@ -210,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     print(machine(torch.device("cuda")))
     print(f"command: python {' '.join(sys.argv)}")
     layers = [Layer(shape, case, cfg, options.age) for _ in range(shape.layers)]
+    for layer in layers:
+        layer.ring.missed = options.missed
     steps = steps_of(shape, case, layers, options.drafts, options.hits)
     timings = CudaTimer(options.rounds, warmup=3).measure(steps)
     for layer in layers:
