@@ -3,7 +3,6 @@
 #include <Python.h>
 
 #include <ATen/ops/empty.h>
-#include <dlfcn.h>
 #include <torch/library.h>
 
 #include <string>
@@ -347,22 +346,24 @@ void implement(torch::Library& m) {
   m.impl("unrotate", unrotate_op);
 }
 
-// The path of the file that holds this function.
-std::string own_path() {
-  Dl_info info{};
-  dladdr(reinterpret_cast<const void*>(&own_path), &info);
-  return info.dli_fname ? info.dli_fname : "mac_attn._C";
+std::string file_of(PyObject* module) {
+  PyObject* file = PyModule_GetFilenameObject(module);
+  const char* text = file ? PyUnicode_AsUTF8AndSize(file, nullptr) : nullptr;
+  const std::string answer = text ? text : "mac_attn._C";
+  Py_XDECREF(file);
+  PyErr_Clear();
+  return answer;
 }
 
 // Once, when Python makes the module. TORCH_LIBRARY registers as the file is opened, where an error ends the
 // process: with a second copy of the extension that was one. False, and Python's error, with such a one.
-bool register_ops() {
-  static const std::string path = own_path();
+bool register_ops(PyObject* module) {
+  static const std::string path = file_of(module);
   static std::vector<torch::Library> libraries;
   if (!libraries.empty()) return true;
   if (const auto other = c10::Dispatcher::singleton().findSchema({"mac_attn::decode_exact", ""})) {
-    const std::string message = "another copy of mac_attn is loaded in this process (" + other->debug() + "): " +
-                                path + " cannot be, too; keep one of them on sys.path";
+    const std::string message = "another copy of mac_attn is loaded in this process (" + other->debug() +
+                                "): " + path + " cannot be, too; keep one of them on sys.path";
     PyErr_SetString(PyExc_ImportError, message.c_str());
     return false;
   }
@@ -377,7 +378,7 @@ bool register_ops() {
 
 int fill(PyObject* module) {
   const auto add_functions = [&]() -> PyObject* {
-    if (!register_ops()) return nullptr;
+    if (!register_ops(module)) return nullptr;
     static PyMethodDef functions[] = {
         PlainFunction<decode_exact>::of("decode_exact", "mac_attn::decode_exact", ""),
         PlainFunction<decode_exact_into>::of("decode_exact_into", "mac_attn::decode_exact", "into"),

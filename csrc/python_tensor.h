@@ -15,7 +15,8 @@ const at::Tensor* tensor_of(PyObject* object);
 // A new reference, or nullptr with Python's error set.
 PyObject* to_python(at::Tensor&& tensor);
 
-// What `body` returns; or, if it throws, nullptr and Python's error set, of the kind that torch's own functions raise.
+// What `body` returns; or, if it throws, nullptr and Python's error set, of the kind that torch's own functions
+// raise.
 PyObject* with_python_errors(c10::function_ref<PyObject*()> body);
 
 }  // namespace mac_attn
