@@ -82,7 +82,7 @@ if cuda:
 else:
     sources = [path for path in sources if path.name != "backend_cuda.cpp"]
 
-# One build for every Python from 3.10 on, but for those without a GIL, which have no such ABI before 3.15.
+# One build for every Python from 3.10 on. Those without a GIL have no such ABI before 3.15.
 limited_api = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 setuptools.setup(
@@ -96,7 +96,7 @@ setuptools.setup(
             depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*h"))],
             define_macros=macros,
             library_dirs=library_dirs,
-            # Left out with py_limited_api, as nothing holds its users to that (csrc/python_tensor.cpp).
+            # Left out with py_limited_api; csrc/python_tensor.cpp is what needs it.
             libraries=["torch_python"],
             py_limited_api=limited_api,
             extra_compile_args=arguments,

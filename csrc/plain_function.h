@@ -31,10 +31,11 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-inline std::string type_name(PyObject* object) {
+inline std::string kind_of(PyObject* object) {
+  if (object == Py_None) return "None";
   PyObject* name = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__name__");
   const char* text = name ? PyUnicode_AsUTF8AndSize(name, nullptr) : nullptr;
-  std::string answer = text ? text : "unknown";
+  const std::string answer = std::string("of type ") + (text ? text : "unknown");
   Py_XDECREF(name);
   PyErr_Clear();
   return answer;
@@ -151,7 +152,7 @@ class PlainFunction<kKernel> {
   static void read(Argument<T>& argument, PyObject* object, size_t i) {
     if (argument.read(object)) return;
     PyErr_Clear();
-    TORCH_CHECK_TYPE(false, op_->schema().arguments()[i].name(), " is a ", type_name(object), ", must be ",
+    TORCH_CHECK_TYPE(false, op_->schema().arguments()[i].name(), " is ", kind_of(object), ", must be ",
                      Argument<T>::kMust);
   }
 
