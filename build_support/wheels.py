@@ -94,7 +94,7 @@ def make_portable(wheel: Path, folder: Path) -> Path:
     run(*tool, *excluded, "-w", folder, wheel, PATH=path)
     (repaired,) = set(folder.glob("*.whl")) - before
     packed = [n for n in zipfile.ZipFile(repaired).namelist() if not n.startswith(FOLDERS)]
-    if packed or "-manylinux_" not in repaired.name:
+    if packed or "manylinux_" not in repaired.name:
         raise SystemExit(f"{repaired.name} is not portable; packed: {packed}")
     if "-abi3-" in repaired.name:
         run(sys.executable, "-m", "abi3audit", "--strict", "--verbose", repaired)

@@ -155,7 +155,7 @@ class TestWheel:
         pytest.importorskip("auditwheel"), pytest.importorskip("abi3audit")
         wheel = wheel_of(tmp_path, f"void *{name}(long);", f'puts("ours") + ({name}(1) == 0)')
         if name == "PyList_New":
-            assert "-cp310-abi3-manylinux_" in make_portable(wheel, tmp_path / "out").name
+            assert "-cp310-abi3-manylinux" in make_portable(wheel, tmp_path / "out").name
             return
         with pytest.raises(SystemExit, match="(?s)has non-ABI3 symbols.*_PyType_Lookup"):
             make_portable(wheel, tmp_path / "out")
