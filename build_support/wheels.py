@@ -1,9 +1,10 @@
-"""A binary wheel that installs without a compiler, for the Python and the torch that run this.
+"""A binary wheel that installs without a compiler, for every Python and the torch that runs this.
 
     python build_support/wheels.py FOLDER
 
 Builds from a copy of what git has, or else from the files here, checks the wheel with auditwheel
-and gives it the name of what it is for: `mac_attn-0.1.0+torch2.13.0.cpu-cp311-...`. libtorch,
+and abi3audit and gives it the name of what it is for: `mac_attn-0.1.0+torch2.13.0.cpu-cp310-abi3-`
+and so on, Python 3.10 and later. (A Python without a GIL makes one for itself alone.) libtorch,
 libgomp and the CUDA runtime are torch's own and are not packed; which torch that must be is in the
 metadata (a requirement of just that version) and in the library, which says so before it is opened
 (mac_attn/_extension.py).
@@ -82,7 +83,8 @@ def write_label(source: Path) -> None:
 def make_portable(wheel: Path, folder: Path) -> Path:
     """The wheel with the manylinux tag that its symbols allow, and nothing packed into it.
 
-    Raises SystemExit where auditwheel finds none, or would have to pack a library.
+    Raises SystemExit where auditwheel finds none, or would have to pack a library, and where the
+    library calls more of Python than the stable ABI that its name promises.
     """
     before = set(folder.glob("*.whl"))
     excluded = [argument for name in OF_TORCH for argument in ("--exclude", name)]
@@ -92,8 +94,10 @@ def make_portable(wheel: Path, folder: Path) -> Path:
     run(*tool, *excluded, "-w", folder, wheel, PATH=path)
     (repaired,) = set(folder.glob("*.whl")) - before
     packed = [n for n in zipfile.ZipFile(repaired).namelist() if not n.startswith(FOLDERS)]
-    if packed or "-manylinux_" not in repaired.name:
+    if packed or "manylinux_" not in repaired.name:
         raise SystemExit(f"{repaired.name} is not portable; packed: {packed}")
+    if "-abi3-" in repaired.name:
+        run(sys.executable, "-m", "abi3audit", "--strict", "--verbose", repaired)
     return repaired
 
 

@@ -1,23 +1,55 @@
 #include "describe.h"
 
 #include <ATen/Parallel.h>
-#include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "ring.h"
 
 namespace mac_attn {
 
-pybind11::tuple describe_ring(int32_t num_kv_heads, int32_t group_size, int32_t head_dim, int32_t entries,
-                              int32_t anchors, int32_t itemsize) {
-  using Sizes = std::vector<int64_t>;
-  const RingLayout l = ring_layout({num_kv_heads, group_size, head_dim, entries, anchors, itemsize});
-  const int64_t H = num_kv_heads, G = group_size, D = head_dim, M = entries, S = anchors, R = l.record_bytes;
-  pybind11::dict parts;
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+PyObject* to_python(int64_t number) {
+  return PyLong_FromLongLong(number);
+}
+
+PyObject* to_python(const std::string& text) {
+  return PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size()));
+}
+
+template <typename T>
+PyObject* to_python(const std::vector<T>& values) {
+  PyObject* list = PyList_New(0);
+  for (const T& value : values) {
+    PyObject* object = list ? to_python(value) : nullptr;
+    if (!object || PyList_Append(list, object)) Py_CLEAR(list);
+    Py_XDECREF(object);
+  }
+  return list;
+}
+
+}  // namespace
+
+PyObject* ring_layout_of(PyObject*, PyObject* arguments) {
+  RingShape shape{};
+  if (!PyArg_ParseTuple(arguments, "iiiiii:ring_layout", &shape.num_kv_heads, &shape.group_size, &shape.head_dim,
+                        &shape.entries, &shape.anchors, &shape.itemsize)) {
+    return nullptr;
+  }
+  const RingLayout l = ring_layout(shape);
+  const int64_t H = shape.num_kv_heads, G = shape.group_size, D = shape.head_dim, M = shape.entries;
+  const int64_t S = shape.anchors, R = l.record_bytes, itemsize = shape.itemsize;
+  PyObject* parts = PyDict_New();
   const auto add = [&](const char* name, const char* type, int64_t at, const Sizes& sizes, const Sizes& strides) {
-    parts[name] = pybind11::make_tuple(at, type, sizes, strides);
+    PyObject* part = Py_BuildValue("LsNN", static_cast<long long>(at), type, to_python(sizes), to_python(strides));
+    if (parts && (!part || PyDict_SetItemString(parts, name, part))) Py_CLEAR(parts);
+    Py_XDECREF(part);
   };
   add("slot_end", "int32", l.end, {}, {});
   add("slot_reach", "int32", l.reach, {}, {});
@@ -37,15 +69,10 @@ pybind11::tuple describe_ring(int32_t num_kv_heads, int32_t group_size, int32_t 
   add("ring_rotated", "T", l.record + l.rotated, {H, M, S > 0 ? G : 0, D}, {M * R, R, row, itemsize});
   add("ring_anchors", "int32", l.record + l.anchors, {H, M, S}, {M * R, R, 4});
   add("ring_anchor_weights", "float32", l.record + l.anchor_weights, {H, M, S}, {M * R, R, 4});
-  return pybind11::make_tuple(parts, l.slot_bytes);
+  return Py_BuildValue("NL", parts, static_cast<long long>(l.slot_bytes));
 }
 
-// mac_attn/_extension.py looks for this in the file before it is opened.
-[[gnu::used]] const char kBuiltFor[] = "mac_attn built for torch " MAC_ATTN_TORCH "\n";
-
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["version"] = MAC_ATTN_VERSION;
+PyObject* build_info(PyObject*, PyObject*) {
   std::vector<std::string> arches;
 #ifdef MAC_ATTN_CUDA_ARCHES
   std::string arch;
@@ -58,15 +85,24 @@ pybind11::dict build_info() {
     }
   }
 #endif
-  info["cuda_arches"] = arches;
-  info["simd"] = cpu::best_kernels().name;
-  info["threads"] = at::get_num_threads();
 #ifdef __clang__
-  info["compiler"] = __VERSION__;
+  const char* compiler = __VERSION__;
 #else
-  info["compiler"] = "GCC " __VERSION__;
+  const char* compiler = "GCC " __VERSION__;
 #endif
-  return info;
+  const char* simd = nullptr;
+  try {
+    simd = cpu::best_kernels().name;
+  } catch (const std::invalid_argument& error) {  // MAC_ATTN_SIMD names no level
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+  return Py_BuildValue("{s:s, s:N, s:s, s:i, s:s}", "version", MAC_ATTN_VERSION, "cuda_arches", to_python(arches),
+                       "simd", simd, "threads", at::get_num_threads(), "compiler", compiler);
 }
 
 }  // namespace mac_attn
+
+// mac_attn/_extension.py looks for this in the file before it is opened. Exported, as else it is in nobody's way.
+extern "C" [[gnu::visibility("default")]] const char mac_attn_built_for[] =
+    "mac_attn is built for torch " MAC_ATTN_TORCH "\n";

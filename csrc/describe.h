@@ -1,18 +1,16 @@
 // What Python asks about the extension itself.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
+#include <Python.h>
 
 namespace mac_attn {
 
 // Where the parts of a slot lie, for the views that Python has of them: name -> (bytes from the slot's beginning,
-// type, sizes, strides in bytes), and the bytes of a slot. Type "T" is the queries'.
-pybind11::tuple describe_ring(int32_t num_kv_heads, int32_t group_size, int32_t head_dim, int32_t entries,
-                              int32_t anchors, int32_t itemsize);
+// type, sizes, strides in bytes), and the bytes of a slot. Type "T" is the queries'. Arguments: num_kv_heads,
+// group_size, head_dim, entries, anchors, itemsize.
+PyObject* ring_layout_of(PyObject*, PyObject* arguments);
 
 // Version, CUDA architectures, SIMD level, threads, compiler.
-pybind11::dict build_info();
+PyObject* build_info(PyObject*, PyObject*);
 
 }  // namespace mac_attn

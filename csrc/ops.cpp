@@ -1,11 +1,8 @@
 // The ops as torch sees them: schemas, argument checks, dispatch. Everything that computes lies behind
 // params.h and knows no torch.
+#include <Python.h>
+
 #include <ATen/ops/empty.h>
-#include <dlfcn.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <string>
@@ -15,6 +12,7 @@
 #include "arguments.h"
 #include "backend.h"
 #include "describe.h"
+#include "plain_function.h"
 
 namespace mac_attn {
 
@@ -360,22 +358,26 @@ void implement(torch::Library& m) {
   m.impl("unrotate", unrotate_op);
 }
 
-// The path of the file that holds this function.
-std::string own_path() {
-  Dl_info info{};
-  dladdr(reinterpret_cast<const void*>(&own_path), &info);
-  return info.dli_fname ? info.dli_fname : "mac_attn._C";
+std::string file_of(PyObject* module) {
+  PyObject* file = PyModule_GetFilenameObject(module);
+  const char* text = file ? PyUnicode_AsUTF8AndSize(file, nullptr) : nullptr;
+  const std::string answer = text ? text : "mac_attn._C";
+  Py_XDECREF(file);
+  PyErr_Clear();
+  return answer;
 }
 
 // Once, when Python makes the module. TORCH_LIBRARY registers as the file is opened, where an error ends the
-// process: with a second copy of the extension that was one.
-void register_ops() {
-  static const std::string path = own_path();
+// process: with a second copy of the extension that was one. False, and Python's error, with such a one.
+bool register_ops(PyObject* module) {
+  static const std::string path = file_of(module);
   static std::vector<torch::Library> libraries;
-  if (!libraries.empty()) return;
+  if (!libraries.empty()) return true;
   if (const auto other = c10::Dispatcher::singleton().findSchema({"mac_attn::decode_exact", ""})) {
-    throw pybind11::import_error("another copy of mac_attn is loaded in this process (" + other->debug() +
-                                 "), so " + path + " cannot be: keep one of them on sys.path");
+    const std::string message = "another copy of mac_attn is loaded in this process (" + other->debug() +
+                                "): " + path + " cannot be, too; keep one of them on sys.path";
+    PyErr_SetString(PyExc_ImportError, message.c_str());
+    return false;
   }
   const auto add = [](torch::Library::Kind kind, std::optional<c10::DispatchKey> key) -> torch::Library& {
     return libraries.emplace_back(kind, "mac_attn", key, path.c_str(), 0);
@@ -383,30 +385,51 @@ void register_ops() {
   define(add(torch::Library::DEF, std::nullopt));
   implement(add(torch::Library::IMPL, c10::DispatchKey::CPU));
   implement(add(torch::Library::IMPL, c10::DispatchKey::CUDA));
+  return true;
 }
+
+int fill(PyObject* module) {
+  const auto add_functions = [&]() -> PyObject* {
+    if (!register_ops(module)) return nullptr;
+    static PyMethodDef functions[] = {
+        PlainFunction<decode_exact>::of("decode_exact", "mac_attn::decode_exact", ""),
+        PlainFunction<decode_exact_into>::of("decode_exact_into", "mac_attn::decode_exact", "into"),
+        PlainFunction<decode_reuse>::of("decode_reuse", "mac_attn::decode_reuse", ""),
+        PlainFunction<decode_reuse_into>::of("decode_reuse_into", "mac_attn::decode_reuse", "into"),
+        {"ring_layout", ring_layout_of, METH_VARARGS, "Parts of a slot of a ring, see mac_attn.cache; its bytes."},
+        {"build_info", build_info, METH_NOARGS, "Version, CUDA architectures, SIMD level, threads, compiler."},
+        {nullptr, nullptr, 0, nullptr},
+    };
+    return PyModule_AddFunctions(module, functions) == 0 ? module : nullptr;
+  };
+  return with_python_errors(add_functions) ? 0 : -1;
+}
+
+PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, reinterpret_cast<void*>(fill)},
+#ifdef Py_GIL_DISABLED
+    // What the module keeps is made while it is imported, or per thread; its ops run without the GIL anyway.
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "Registers the mac_attn ops; build_info() tells how they were built.",
+    0,
+    nullptr,
+    slots,
+    nullptr,
+    nullptr,
+    nullptr,
+};
 
 }  // namespace
 
 }  // namespace mac_attn
 
-// An op as a plain Python function. It calls through the dispatcher, as torch.ops does, but need not match what it
-// is given with a schema and box it first: a third of what a call of thirty arguments costs (bench/README.md).
-template <typename Result, typename... Args>
-auto plain_function(const char* name, const char* overload, Result (*)(Args...)) {
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Result(Args...)>();
-  return torch::wrap_pybind_function_no_gil([op](Args... args) -> Result { return op.call(args...); });
-}
-
-// What it keeps is made while it is imported, or per thread: no GIL is needed, and its ops run without one.
-PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
-  using namespace mac_attn;
-  register_ops();
-  m.attr("library") = own_path();
-  m.doc() = "Registers the mac_attn ops; build_info() tells how they were built.";
-  m.def("decode_exact", plain_function("mac_attn::decode_exact", "", decode_exact));
-  m.def("decode_exact_into", plain_function("mac_attn::decode_exact", "into", decode_exact_into));
-  m.def("decode_reuse", plain_function("mac_attn::decode_reuse", "", decode_reuse));
-  m.def("decode_reuse_into", plain_function("mac_attn::decode_reuse", "into", decode_reuse_into));
-  m.def("ring_layout", &mac_attn::describe_ring, "Parts of a slot of a ring, see mac_attn.cache; and its bytes.");
-  m.def("build_info", &mac_attn::build_info, "Version, CUDA architectures, SIMD level, threads, compiler.");
+PyMODINIT_FUNC PyInit__C() {
+  return PyModuleDef_Init(&mac_attn::definition);
 }

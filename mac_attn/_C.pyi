@@ -2,9 +2,6 @@ from typing import Any
 
 from torch import Tensor
 
-# The path of the file that this module's code is from.
-library: str
-
 # The ops without the boxing of torch.ops, their arguments in the order of the schemas.
 def decode_exact(*args: Any) -> tuple[Tensor, Tensor]: ...
 def decode_exact_into(*args: Any) -> Tensor: ...

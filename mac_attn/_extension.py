@@ -1,6 +1,6 @@
 """A look at the compiled extension before it is opened: with another torch it may not load, or err.
 
-The file says which torch it was built for, in `kBuiltFor` of csrc/describe.cpp.
+The file says which torch it was built for, in `mac_attn_built_for` of csrc/describe.cpp.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from ._version import __version__
 
-MARK = b"mac_attn built for torch "
+MARK = b"mac_attn is built for torch "
 HOW = "`pip install --no-build-isolation .` in the folder of its sources builds it"
 
 
@@ -25,7 +25,8 @@ def check(library: Path | None) -> None:
     _, found, rest = library.read_bytes().partition(MARK)
     if not found:
         raise ImportError(
-            f"{library} does not fit this mac_attn, it is from another version: {HOW}"
+            f"{library} does not fit this mac_attn, it is from another version: delete it, then"
+            f" {HOW}"
         )
     built_for = rest[: rest.index(b"\n")].decode()
     if built_for != torch.__version__:
@@ -51,12 +52,6 @@ def _open() -> None:
     check(library)
     from . import _C
 
-    # A second copy is handed the module of the first one, by its name.
-    if library is not None and not library.samefile(_C.library):
-        raise ImportError(
-            f"another copy of mac_attn is loaded in this process ({_C.library}), so {library}"
-            " cannot be: keep one of them on sys.path"
-        )
     # A MAC_ATTN_SIMD that names no level is a ValueError now, not in a decode step.
     check_version(_C.build_info()["version"])
 

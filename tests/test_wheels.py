@@ -101,6 +101,31 @@ class TestPlatform:
                 check_torch(version)
 
 
+COMPILE = ("cc", "-shared", "-fPIC", "-o")
+
+
+def wheel_of(folder: Path, declarations: str, result: str, *link: str) -> Path:
+    """A wheel for abi3 with one module, which answers `result`."""
+    source, module = folder / "ours.c", folder / "_C.abi3.so"
+    body = f"{declarations}\nint puts(const char*); int PyInit__C(void) {{ return {result}; }}\n"
+    source.write_text(body)
+    subprocess.run([*COMPILE, module, source, *link], check=True)
+    kind, info = f"cp310-abi3-linux_{os.uname().machine}", "mac_attn-0.dist-info"
+    wheel = folder / f"mac_attn-0-{kind}.whl"
+    texts = {
+        "METADATA": "Metadata-Version: 2.1\nName: mac-attn\nVersion: 0\n",
+        "WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {kind}\n",
+        "RECORD": "mac_attn/_C.abi3.so,,\n"
+        + "".join(f"{info}/{name},,\n" for name in ("METADATA", "WHEEL", "RECORD")),
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(module, "mac_attn/_C.abi3.so")
+        for name, text in texts.items():
+            archive.writestr(f"{info}/{name}", text)
+    (folder / "out").mkdir()
+    return wheel
+
+
 class TestWheel:
     def test_its_name_says_what_it_is_for(self, tmp_path: Path) -> None:
         assert label("2.13.0+cpu", None) == "torch2.13.0.cpu"
@@ -115,27 +140,22 @@ class TestWheel:
         """One that links a library of somebody's, which auditwheel would pack into it."""
         pytest.importorskip("auditwheel")
         (tmp_path / "theirs.c").write_text("int theirs(void) { return 1; }\n")
-        ours = "int theirs(void), puts(const char*); int PyInit__C(void) { return %s; }\n"
-        (tmp_path / "ours.c").write_text(ours % 'theirs() + puts("ours")')
-        library, module = tmp_path / "libtheirs.so", tmp_path / "_C.so"
-        compile_ = ["cc", "-shared", "-fPIC", "-o"]
-        subprocess.run([*compile_, library, tmp_path / "theirs.c"], check=True)
-        link = [*compile_, module, tmp_path / "ours.c", f"-L{tmp_path}", "-ltheirs"]
-        subprocess.run([*link, f"-Wl,-rpath,{tmp_path}"], check=True)
-        tag = f"cp3{sys.version_info.minor}"
-        wheel = tmp_path / f"mac_attn-0-{tag}-{tag}-linux_{os.uname().machine}.whl"
-        info = "mac_attn-0.dist-info"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.write(module, "mac_attn/_C.so")
-            archive.writestr(
-                f"{info}/METADATA", "Metadata-Version: 2.1\nName: mac-attn\nVersion: 0\n"
-            )
-            kind = f"{tag}-{tag}-linux_{os.uname().machine}"
-            archive.writestr(
-                f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {kind}\n"
-            )
-            names = ("mac_attn/_C.so", *(f"{info}/{n}" for n in ("METADATA", "WHEEL", "RECORD")))
-            archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in names))
-        (tmp_path / "out").mkdir()
+        library = tmp_path / "libtheirs.so"
+        subprocess.run([*COMPILE, library, tmp_path / "theirs.c"], check=True)
+        links = (f"-L{tmp_path}", "-ltheirs", f"-Wl,-rpath,{tmp_path}")
+        wheel = wheel_of(tmp_path, "int theirs(void);", 'theirs() + puts("ours")', *links)
         with pytest.raises(SystemExit, match="is not portable; packed: .*libtheirs"):
+            make_portable(wheel, tmp_path / "out")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")
+    @pytest.mark.parametrize("name", ["PyList_New", "_PyType_Lookup"])
+    def test_a_wheel_that_calls_more_of_python_than_abi3_is_refused(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        pytest.importorskip("auditwheel"), pytest.importorskip("abi3audit")
+        wheel = wheel_of(tmp_path, f"void *{name}(long);", f'puts("ours") + ({name}(1) == 0)')
+        if name == "PyList_New":
+            assert "-cp310-abi3-manylinux" in make_portable(wheel, tmp_path / "out").name
+            return
+        with pytest.raises(SystemExit, match="(?s)has non-ABI3 symbols.*_PyType_Lookup"):
             make_portable(wheel, tmp_path / "out")

@@ -25,6 +25,7 @@ def load_as_c() -> ModuleType:
             for path in (
                 ROOT / "csrc" / "ops.cpp",
                 ROOT / "csrc" / "describe.cpp",
+                ROOT / "csrc" / "python_tensor.cpp",
                 ROOT / "csrc" / "unrotate.cpp",
                 ROOT / "csrc" / "backend_cuda.cpp",
                 SIMT / "torch" / "glue.cpp",
