@@ -11,9 +11,9 @@
 namespace mac_attn {
 
 pybind11::tuple describe_ring(int32_t num_kv_heads, int32_t group_size, int32_t head_dim, int32_t entries,
-                              int32_t anchors, int32_t itemsize) {
+                              int32_t anchors, int32_t itemsize, int32_t head_dim_v) {
   using Sizes = std::vector<int64_t>;
-  const RingLayout l = ring_layout({num_kv_heads, group_size, head_dim, entries, anchors, itemsize});
+  const RingLayout l = ring_layout({num_kv_heads, group_size, head_dim, entries, anchors, itemsize, head_dim_v});
   const int64_t H = num_kv_heads, G = group_size, D = head_dim, M = entries, S = anchors, R = l.record_bytes;
   pybind11::dict parts;
   const auto add = [&](const char* name, const char* type, int64_t at, const Sizes& sizes, const Sizes& strides) {
@@ -31,7 +31,7 @@ pybind11::tuple describe_ring(int32_t num_kv_heads, int32_t group_size, int32_t 
   add("ring_depth", "int32", l.depth, {H, M, G}, {M * G * 4, G * 4, 4});
   const int64_t row = D * itemsize;
   add("ring_query", "T", l.query, {H, M, G, D}, {M * G * row, G * row, row, itemsize});
-  add("ring_out", "float32", l.record + l.out, {H, M, G, D}, {M * R, R, D * 4, 4});
+  add("ring_out", "float32", l.record + l.out, {H, M, G, head_dim_v}, {M * R, R, head_dim_v * 4, 4});
   add("ring_lse", "float32", l.record + l.lse, {H, M, G}, {M * R, R, 4});
   add("ring_rotated", "T", l.record + l.rotated, {H, M, S > 0 ? G : 0, D}, {M * R, R, row, itemsize});
   add("ring_anchors", "int32", l.record + l.anchors, {H, M, S}, {M * R, R, 4});
