@@ -155,7 +155,15 @@ def _rows(options: argparse.Namespace, length: int, copies: int = 1) -> int:
     size = getattr(torch, options.dtype).itemsize
     kv = length * layers * 2 * config.num_key_value_heads * head_dim * size
     kv_heads, default = config.num_key_value_heads, ReuseConfig()
-    sizes = (kv_heads, heads // kv_heads, head_dim, default.entries, default.anchors, size)
+    sizes = (
+        kv_heads,
+        heads // kv_heads,
+        head_dim,
+        default.entries,
+        default.anchors,
+        size,
+        head_dim,
+    )
     ring = layers * _C.ring_layout(*sizes)[1]
     prefill = length * (6 * config.hidden_size + 3 * config.intermediate_size) * size
     return max(1, int(options.gib * 2**30 / (copies * kv + max(prefill, 2 * ring))))

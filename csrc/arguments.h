@@ -43,8 +43,9 @@ inline Ring check_ring(const at::Tensor& ring, const Shape& shape, const at::Ten
   TORCH_CHECK_VALUE(entries >= 1 && entries <= kMost, "entries is ", entries, ", must be from 1 to ", kMost);
   TORCH_CHECK_VALUE(anchors >= 0 && anchors <= kMost, "anchors is ", anchors, ", must be from 0 to ", kMost);
   Ring r{};
-  r.layout = ring_layout({shape.num_kv_heads, shape.group_size, shape.head_dim, static_cast<int32_t>(entries),
-                          static_cast<int32_t>(anchors), static_cast<int32_t>(query.element_size())});
+  r.layout =
+      ring_layout({shape.num_kv_heads, shape.group_size, shape.head_dim, static_cast<int32_t>(entries),
+                   static_cast<int32_t>(anchors), static_cast<int32_t>(query.element_size()), shape.head_dim_v});
   check_array(ring, "ring", {kAny, r.layout.slot_bytes}, at::kByte, query.device());
   r.num_slots = check_int32(ring.size(0), "num_slots", 1);
   r.data = static_cast<char*>(ring.data_ptr());
@@ -146,7 +147,7 @@ inline CompleteParams check_complete(const Shape& shape, const Requests& request
 inline void check_states(const at::Tensor& states, const at::Tensor& state_lse, at::Device device,
                          CompleteParams& p) {
   const int64_t batch = p.shape.batch, queries = p.shape.num_queries();
-  check_array(states, "states", {kNumSpans, batch, queries, p.shape.head_dim}, at::kFloat, device);
+  check_array(states, "states", {kNumSpans, batch, queries, p.shape.head_dim_v}, at::kFloat, device);
   check_array(state_lse, "state_lse", {kNumSpans, batch, queries}, at::kFloat, device);
   p.states = states.const_data_ptr<float>();
   p.state_lse = state_lse.const_data_ptr<float>();

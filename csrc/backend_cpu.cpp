@@ -71,14 +71,14 @@ void match(const MatchParams& p) {
   check_seq_lens(p.shape, p.requests, INT32_MAX);
   check_slots(p.shape, p.requests, p.ring.num_slots);
   cpu::MatchWork work(p, at::get_num_threads());
-  run_team(cpu::kernels(p.shape.head_dim).match, p, work, work.num_tasks == 0);
+  run_team(cpu::kernels(p.shape).match, p, work, work.num_tasks == 0);
   work.write_matched(p);
 }
 
 void amend(const AmendParams& p) {
   check_amend_reads(p);
   cpu::AmendWork work(p, at::get_num_threads());
-  run_team(cpu::kernels(p.shape.head_dim).amend, p, work, work.tasks.size() <= 1);
+  run_team(cpu::kernels(p.shape).amend, p, work, work.tasks.size() <= 1);
 }
 
 bool hands_on_candidates() {
@@ -96,8 +96,8 @@ void complete(const CompleteParams& p) {
   }
   cpu::CompleteWork work(p);
   constexpr int64_t kFewElements = 8192;
-  const int64_t elements = int64_t{p.shape.batch} * p.shape.num_queries() * p.shape.head_dim;
-  run_team(cpu::kernels(p.shape.head_dim).complete, p, work, elements <= kFewElements);
+  const int64_t elements = int64_t{p.shape.batch} * p.shape.num_queries() * p.shape.head_dim_v;
+  run_team(cpu::kernels(p.shape).complete, p, work, elements <= kFewElements);
 }
 
 // On one thread: the queries are few.

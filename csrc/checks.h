@@ -55,6 +55,25 @@ inline void check_rows_apart(const at::Tensor& t, const char* name) {
   }
 }
 
+// Sizes with another last one.
+inline at::DimVector with_last(at::IntArrayRef sizes, int64_t last) {
+  at::DimVector changed(sizes);
+  if (!changed.empty()) changed.back() = last;
+  return changed;
+}
+
+// Elements of a row of queries and keys, or of values, that there are kernels for.
+constexpr bool is_head_dim(int64_t size) {
+  return size > 0 && size % kHeadDimStep == 0 && (size <= kMaxHeadDim || size == kWideHeadDim);
+}
+
+// Rows of values, and so those of outputs: `name` has them.
+inline void check_head_dim_v(int64_t head_dim_v, int64_t head_dim, const char* name) {
+  TORCH_CHECK_VALUE(is_head_dim(head_dim_v) && head_dim_v <= head_dim, name, " has head_dim_v ", head_dim_v,
+                    ", must be a multiple of ", kHeadDimStep, " up to ", kMaxHeadDim, ", or ", kWideHeadDim,
+                    ", and no more than head_dim, ", head_dim);
+}
+
 // A tensor that defines the call's dtype and head_dim: [B, Hq, D] or, of several tokens, [B, T, Hq, D].
 inline void check_query(const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 3 || t.dim() == 4, name, " has shape ", t.sizes(),
@@ -65,8 +84,7 @@ inline void check_query(const at::Tensor& t, const char* name) {
       t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf, name,
       " is ", t.scalar_type(), ", must be float32, bfloat16 or float16");
   const int64_t head_dim = t.size(-1);
-  const bool has = head_dim > 0 && head_dim % kHeadDimStep == 0 && head_dim <= kMaxHeadDim;
-  TORCH_CHECK_VALUE(has || head_dim == kWideHeadDim, name, " has head_dim ", head_dim, ", must be a multiple of ",
+  TORCH_CHECK_VALUE(is_head_dim(head_dim), name, " has head_dim ", head_dim, ", must be a multiple of ",
                     kHeadDimStep, " up to ", kMaxHeadDim, ", or ", kWideHeadDim);
   check_tensor(t, name, t.sizes(), t.scalar_type(), t.device());
 }

@@ -38,13 +38,13 @@ PyObject* to_python(const std::vector<T>& values) {
 
 PyObject* ring_layout_of(PyObject*, PyObject* arguments) {
   RingShape shape{};
-  if (!PyArg_ParseTuple(arguments, "iiiiii:ring_layout", &shape.num_kv_heads, &shape.group_size, &shape.head_dim,
-                        &shape.entries, &shape.anchors, &shape.itemsize)) {
+  if (!PyArg_ParseTuple(arguments, "iiiiiii:ring_layout", &shape.num_kv_heads, &shape.group_size, &shape.head_dim,
+                        &shape.entries, &shape.anchors, &shape.itemsize, &shape.head_dim_v)) {
     return nullptr;
   }
   const RingLayout l = ring_layout(shape);
   const int64_t H = shape.num_kv_heads, G = shape.group_size, D = shape.head_dim, M = shape.entries;
-  const int64_t S = shape.anchors, R = l.record_bytes, itemsize = shape.itemsize;
+  const int64_t S = shape.anchors, R = l.record_bytes, itemsize = shape.itemsize, V = shape.head_dim_v;
   PyObject* parts = PyDict_New();
   const auto add = [&](const char* name, const char* type, int64_t at, const Sizes& sizes, const Sizes& strides) {
     PyObject* part = Py_BuildValue("LsNN", static_cast<long long>(at), type, to_python(sizes), to_python(strides));
@@ -64,7 +64,7 @@ PyObject* ring_layout_of(PyObject*, PyObject* arguments) {
   add("ring_depth", "int32", l.depth, {H, M, G}, {M * G * 4, G * 4, 4});
   const int64_t row = D * itemsize;
   add("ring_query", "T", l.query, {H, M, G, D}, {M * G * row, G * row, row, itemsize});
-  add("ring_out", "float32", l.record + l.out, {H, M, G, D}, {M * R, R, D * 4, 4});
+  add("ring_out", "float32", l.record + l.out, {H, M, G, V}, {M * R, R, V * 4, 4});
   add("ring_lse", "float32", l.record + l.lse, {H, M, G}, {M * R, R, 4});
   add("ring_rotated", "T", l.record + l.rotated, {H, M, S > 0 ? G : 0, D}, {M * R, R, row, itemsize});
   add("ring_anchors", "int32", l.record + l.anchors, {H, M, S}, {M * R, R, 4});

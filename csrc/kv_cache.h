@@ -8,6 +8,11 @@
 
 namespace mac_attn {
 
+// Elements of a row of values, and so of the output: of a pair of caches they may be fewer than of keys.
+inline int64_t head_dim_v(const at::Tensor& q, const std::optional<at::Tensor>& v) {
+  return v && v->dim() > 0 ? v->size(-1) : q.dim() > 0 ? q.size(-1) : 0;
+}
+
 struct KVCache {
   const at::Tensor& k;  // without `v` both: the pair in dimension 1
   const std::optional<at::Tensor>& v;
@@ -24,6 +29,12 @@ struct KVCache {
                       hnd ? "num_kv_heads, page_size" : "page_size, num_kv_heads", ", head_dim]");
     return k.size(head_dim());
   }
+  // Queries of the call, where the rows of values are as long as `v` has them; `check` looks at that.
+  Shape shape(const at::Tensor& q) const {
+    Shape shape = make_shape(q, num_kv_heads());
+    shape.head_dim_v = static_cast<int32_t>(head_dim_v(q, v));
+    return shape;
+  }
 
   KVPages check(const Shape& shape, const at::Tensor& q, const at::Tensor& block_table) const {
     at::DimVector sizes(dims(), kAny);
@@ -35,7 +46,10 @@ struct KVCache {
     TORCH_CHECK_TYPE(float8 || type == q.scalar_type(), name(), " is ", type, ", must be ", q.scalar_type(), " or ",
                      at::kFloat8_e4m3fn);
     check_tensor(k, name(), sizes, type, q.device());
-    if (v) check_tensor(*v, "v_cache", k.sizes(), type, q.device());
+    if (v) {
+      check_tensor(*v, "v_cache", with_last(k.sizes(), head_dim_v(q, v)), type, q.device());
+      check_head_dim_v(v->size(-1), shape.head_dim, "v_cache");
+    }
     check_tensor(block_table, "block_table", {shape.batch, kAny}, at::kInt, q.device());
     const at::Tensor& values = v ? *v : k;
     KVPages kv{};

@@ -36,12 +36,14 @@ void run_complete(const CompleteParams& p, const Persistent& persistent, const T
 std::tuple<Tensor, Tensor, Tensor> match(const Tensor& q_match, const Tensor& seq_lens,
                                          const OptionalTensor& query_lens, const Tensor& slots,
                                          const OptionalTensor& request_ids, const Tensor& ring,
-                                         int64_t num_kv_heads, int64_t entries, int64_t anchors,
+                                         int64_t num_kv_heads, int64_t head_dim_v, int64_t entries, int64_t anchors,
                                          const Tensor& threshold, bool relative, double max_drift, bool per_head,
                                          int64_t window, int64_t band, int64_t min_context, int64_t max_reuse_depth,
                                          const OptionalTensor& workspace, const OptionalTensor& error_flag) {
   check_query(q_match, "q_match");
-  const Shape shape = make_shape(q_match, num_kv_heads);
+  check_head_dim_v(head_dim_v, q_match.size(-1), "ring");
+  Shape shape = make_shape(q_match, num_kv_heads);
+  shape.head_dim_v = static_cast<int32_t>(head_dim_v);
   const Requests requests = check_requests(shape, {seq_lens, query_lens}, slots, request_ids, q_match.device());
   MatchParams p =
       check_match(q_match, shape, requests, check_ring(ring, shape, q_match, entries, anchors),
@@ -66,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> amend(
   TORCH_CHECK_VALUE(!source || (place && stored && slots && ring),
                     "source is given, so place, stored, slots and ring must be given too");
   check_query(q, "q");
-  const Shape shape = make_shape(q, cache.num_kv_heads());
+  const Shape shape = cache.shape(q);
   const Requests requests =
       check_requests(shape, {seq_lens, query_lens}, source ? slots : std::nullopt, std::nullopt, q.device());
   Reuse reuse{{}, {}, 1, 0};
@@ -78,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> amend(
       check_amend(q, cache, block_table, shape, requests, reuse, sm_scale, logits_soft_cap, batch_invariant);
   const int64_t B = shape.batch, H = shape.num_kv_heads, Q = shape.num_queries(), S = p.num_anchors;
   const auto floats = q.options().dtype(at::kFloat), ints = seq_lens.options();
-  Tensor states = at::empty({kNumSpans, B, Q, shape.head_dim}, floats);
+  Tensor states = at::empty({kNumSpans, B, Q, shape.head_dim_v}, floats);
   Tensor state_lse = at::empty({kNumSpans, B, Q}, floats);
   Tensor log_ratio = at::empty({B, source ? Q : 0}, floats);
   Tensor anchors = at::empty({B, H, S}, ints);
@@ -116,8 +118,11 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_r
   TORCH_CHECK_VALUE(k_cache.has_value() == block_table.has_value(), "block_table is ",
                     block_table ? "given" : "None", ", must be ", k_cache ? "given" : "None", ", as k_cache is");
   check_query(out, "out");
+  check_query(q_match, "q_match");
+  check_head_dim_v(out.size(-1), q_match.size(-1), "out");
   const at::Device device = out.device();
-  const Shape shape = make_shape(out, num_kv_heads);
+  Shape shape = make_shape(out, num_kv_heads);
+  shape.head_dim = static_cast<int32_t>(q_match.size(-1));
   const Requests requests = check_requests(shape, {seq_lens, query_lens}, slots, request_ids, device);
   CompleteParams p = check_complete(shape, requests, sinks, out, lse);
   if (k_cache) {
@@ -127,9 +132,9 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_r
   }
   check_states(states, state_lse, device, p);
   const int64_t B = shape.batch, H = shape.num_kv_heads, Q = shape.num_queries();
-  check_query(q_match, "q_match");
-  check_tensor(q_match, "q_match", out.sizes(), out.scalar_type(), device);
-  check_tensor(q, "q", out.sizes(), out.scalar_type(), device);
+  const at::DimVector sizes = with_last(out.sizes(), shape.head_dim);
+  check_tensor(q_match, "q_match", sizes, out.scalar_type(), device);
+  check_tensor(q, "q", sizes, out.scalar_type(), device);
   p.query = heads_view(q_match);
   p.rotated = heads_view(q);
   p.matched = check_matched(shape, source, place, stored, device);
@@ -162,7 +167,7 @@ struct HandedOn {
     const bool hands_on = !on.is_cpu() || cpu_backend::hands_on_candidates();
     const int64_t B = shape.batch, H = shape.num_kv_heads, Q = shape.num_queries(), r = reuse;
     const int64_t S = hands_on ? 0 : num_anchors, S_drawn = num_anchors - S;
-    const int64_t counts[] = {kNumSpans * B * Q * shape.head_dim,
+    const int64_t counts[] = {kNumSpans * B * Q * shape.head_dim_v,
                               kNumSpans * B * Q,
                               r * B * Q,
                               r * B * Q,
@@ -201,9 +206,9 @@ Tensor decode_exact_into(Tensor& out, const Tensor& q, const Tensor& k_cache, co
                          double sm_scale, double logits_soft_cap, bool batch_invariant,
                          const OptionalTensor& sinks) {
   check_query(q, "q");
-  check_tensor(out, "out", q.sizes(), q.scalar_type(), q.device());
+  check_tensor(out, "out", with_last(q.sizes(), head_dim_v(q, v_cache)), q.scalar_type(), q.device());
   const KVCache cache{k_cache, v_cache, hnd, k_scale, v_scale};
-  const Shape shape = make_shape(q, cache.num_kv_heads());
+  const Shape shape = cache.shape(q);
   const Requests requests = check_requests(shape, {seq_lens, query_lens}, std::nullopt, std::nullopt, q.device());
   AmendParams a = check_amend(q, cache, block_table, shape, requests, {{}, {}, 1, 0}, sm_scale, logits_soft_cap,
                               batch_invariant);
@@ -221,11 +226,12 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
     Tensor& out, const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache, bool hnd,
     const OptionalTensor& k_scale, const OptionalTensor& v_scale, const Tensor& block_table, const Tensor& seq_lens,
     const OptionalTensor& query_lens, const Tensor& slots, const OptionalTensor& given_q_match,
-    const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads, int64_t entries, int64_t num_anchors,
-    const Tensor& threshold, bool relative, double max_drift, bool per_head, int64_t window, int64_t band,
-    int64_t min_context, int64_t max_reuse_depth, bool exact, bool learn, int64_t layer, double sm_scale,
-    double logits_soft_cap, bool batch_invariant, const OptionalTensor& sinks, const OptionalTensor& workspace,
-    const OptionalTensor& error_flag, const OptionalTensor& inv_freq, bool interleaved, double rotary_scale) {
+    const OptionalTensor& request_ids, Tensor& ring, int64_t num_kv_heads, int64_t ring_head_dim_v, int64_t entries,
+    int64_t num_anchors, const Tensor& threshold, bool relative, double max_drift, bool per_head, int64_t window,
+    int64_t band, int64_t min_context, int64_t max_reuse_depth, bool exact, bool learn, int64_t layer,
+    double sm_scale, double logits_soft_cap, bool batch_invariant, const OptionalTensor& sinks,
+    const OptionalTensor& workspace, const OptionalTensor& error_flag, const OptionalTensor& inv_freq,
+    bool interleaved, double rotary_scale) {
   TORCH_CHECK_VALUE(given_q_match.has_value() != inv_freq.has_value(),
                     "q_match and inv_freq: ", inv_freq ? "both are" : "neither is", " given, must be one of them");
   check_query(q, "q");
@@ -234,11 +240,13 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
       given_q_match ? *given_q_match : unrotate_step(q, seq_lens, query_lens, *inv_freq, interleaved, rotary_scale);
   if (given_q_match) check_query(q_match, "q_match");
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
-  check_tensor(out, "out", q.sizes(), q.scalar_type(), device);
+  check_tensor(out, "out", with_last(q.sizes(), head_dim_v(q, v_cache)), q.scalar_type(), device);
   const KVCache cache{k_cache, v_cache, hnd, k_scale, v_scale};
   TORCH_CHECK_VALUE(cache.num_kv_heads() == num_kv_heads, cache.name(), " has ", cache.num_kv_heads(),
                     " KV heads, must have those of the ring, ", num_kv_heads);
-  const Shape shape = make_shape(q, num_kv_heads);
+  TORCH_CHECK_VALUE(head_dim_v(q, v_cache) == ring_head_dim_v, v_cache ? "v_cache" : "kv_cache", " has head_dim_v ",
+                    head_dim_v(q, v_cache), ", must have that of the ring, ", ring_head_dim_v);
+  const Shape shape = cache.shape(q);
   const Requests requests = check_requests(shape, {seq_lens, query_lens}, slots, request_ids, device);
   const Ring rings = check_ring(ring, shape, q, entries, num_anchors);
   const Persistent persistent{workspace, error_flag};
@@ -283,14 +291,18 @@ struct WithOut<std::tuple<Results...>> {
 };
 template <auto kInto>
 struct MakingOut;
-template <typename Result, typename... Rest, Result (*kInto)(Tensor&, const Tensor&, Rest...)>
+template <typename Result, typename... Rest,
+          Result (*kInto)(Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, Rest...)>
 struct MakingOut<kInto> {
-  static typename WithOut<Result>::type call(const Tensor& q, Rest... rest) {
-    Tensor out = at::empty(q.sizes(), q.options());
+  static typename WithOut<Result>::type call(const Tensor& q, const Tensor& k_cache, const OptionalTensor& v_cache,
+                                             Rest... rest) {
+    // No more than what a call that is not refused can have.
+    const int64_t last = q.dim() > 0 ? std::min(head_dim_v(q, v_cache), q.size(-1)) : 0;
+    Tensor out = at::empty(with_last(q.sizes(), last), q.options());
     if constexpr (std::is_same_v<Result, Tensor>) {
-      return {out, kInto(out, q, rest...)};
+      return {out, kInto(out, q, k_cache, v_cache, rest...)};
     } else {
-      return std::tuple_cat(std::make_tuple(out), kInto(out, q, rest...));
+      return std::tuple_cat(std::make_tuple(out), kInto(out, q, k_cache, v_cache, rest...));
     }
   }
 };
@@ -300,7 +312,7 @@ constexpr auto decode_reuse = MakingOut<decode_reuse_into>::call;
 void define(torch::Library& m) {
   m.def(
       "match(Tensor q_match, Tensor seq_lens, Tensor? query_lens, Tensor slots, Tensor? request_ids, Tensor ring, "
-      "int num_kv_heads, "
+      "int num_kv_heads, int head_dim_v, "
       "int entries, int anchors, Tensor threshold, bool relative, float max_drift, bool per_head, int window, int "
       "band, "
       "int min_context, int max_reuse_depth, Tensor(a!)? workspace, Tensor(b!)? error_flag) "
@@ -323,7 +335,8 @@ void define(torch::Library& m) {
       "band, "
       "int max_reuse_depth, Tensor? k_cache, Tensor? k_scale, Tensor? block_table, float sm_scale, Tensor? sinks, "
       "Tensor? workspace, Tensor(b!) out, Tensor(c!) lse) -> ()");
-  // Each as a function, and `into` a tensor that the caller has, q's shape. For the cache see KVCache.
+  // Each as a function, and `into` a tensor that the caller has, q's shape but for head_dim_v. For the cache see
+  // KVCache.
   const std::string exact =
       "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
       "Tensor seq_lens, Tensor? query_lens, float sm_scale, float logits_soft_cap, bool batch_invariant, Tensor? "
@@ -333,7 +346,8 @@ void define(torch::Library& m) {
   const std::string reuse =
       "Tensor q, Tensor k_cache, Tensor? v_cache, bool hnd, Tensor? k_scale, Tensor? v_scale, Tensor block_table, "
       "Tensor seq_lens, Tensor? query_lens, Tensor slots, "
-      "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int entries, int anchors, "
+      "Tensor? q_match, Tensor? request_ids, Tensor(a!) ring, int num_kv_heads, int head_dim_v, "
+      "int entries, int anchors, "
       "Tensor threshold, bool relative, float max_drift, bool per_head, int window, int band, int min_context, "
       "int max_reuse_depth, bool exact, bool learn, int layer, float sm_scale, float logits_soft_cap, bool "
       "batch_invariant, "

@@ -2,8 +2,8 @@
 // kernels build and run on their own (CMakeLists.txt).
 //
 // Letters in the shape comments: B requests, T query tokens of each, Hq query heads, H KV heads, G = Hq / H query
-// heads per KV head, Q = T Hq queries, [H, T, G], D head_dim, M entries of a ring, S anchors. Strides count
-// elements, the last one is 1.
+// heads per KV head, Q = T Hq queries, [H, T, G], D head_dim, V head_dim_v, M entries of a ring, S anchors. Strides
+// count elements, the last one is 1.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,8 @@ struct Shape {
   int32_t num_kv_heads;
   int32_t group_size;
   int32_t head_dim;
-  int32_t tokens = 1;  // T
+  int32_t tokens = 1;             // T
+  int32_t head_dim_v = head_dim;  // of values, and so of outputs and states: no more than of keys and queries
   constexpr int32_t num_qo_heads() const { return num_kv_heads * group_size; }
   // Queries of a KV head: those of a token's heads, [T, G], one token after another.
   constexpr int32_t group_queries() const { return tokens * group_size; }
@@ -81,7 +82,7 @@ struct Scale {
 
 struct KVPages {
   const void* k;  // [num_pages, page_size, H, D], any strides but the last
-  const void* v;
+  const void* v;  // the same of V
   int64_t k_page_stride, k_token_stride, k_head_stride;
   int64_t v_page_stride, v_token_stride, v_head_stride;
   const int32_t* block_table;  // [B, max_pages]
@@ -146,7 +147,7 @@ struct AmendParams {
   float sm_scale;
   float logits_soft_cap;  // 0: off
   bool batch_invariant;   // a request's tokens are cut up the same way in whatever company
-  float* out;             // out: [2, B, Q, D], see `Span`
+  float* out;             // out: [2, B, Q, V], see `Span`
   float* lse;             // out: [2, B, Q]
   float* log_ratio;       // out: [B, Q] on a hit ln of sum a exp(s_p) / sum a exp(s_c) over the anchors, or -inf if
                           // those leave nothing of the entry; else 0
@@ -172,7 +173,7 @@ struct CompleteParams {
   Shape shape;
   DType dtype;
   Requests requests;
-  const float* states;     // [2, B, Q, D] from amend
+  const float* states;     // [2, B, Q, V] from amend
   const float* state_lse;  // [2, B, Q]
   Matched matched;         // source is null without reuse; then what follows is not looked at
   const float* log_ratio;  // [B, Q] from amend, as are the next three
@@ -189,7 +190,7 @@ struct CompleteParams {
   int32_t max_reuse_depth;
   KVPages kv;  // its keys tell how far they spread; k is null: nobody does
   float sm_scale;
-  void* out;  // out: [B, T, Hq, D] dtype
+  void* out;  // out: [B, T, Hq, V] dtype
   int64_t out_batch_stride;
   int64_t out_head_stride;
   int64_t out_token_stride;

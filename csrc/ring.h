@@ -4,7 +4,8 @@
 // A slot holds one request: its history, the numbers that sampling is steered by, and for each KV head M entries.
 // What match looks through lies together; what a hit reads of one entry lies together, on few pages of memory.
 //
-// Letters: H KV heads, G query heads per KV head, D head_dim, M entries, S anchors. T is the queries' type.
+// Letters: H KV heads, G query heads per KV head, D head_dim, V head_dim_v, M entries, S anchors. T is the queries'
+// type.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +33,8 @@ struct RingShape {
   int32_t head_dim;
   int32_t entries;
   int32_t anchors;
-  int32_t itemsize;  // of T
+  int32_t itemsize;               // of T
+  int32_t head_dim_v = head_dim;  // see Shape
 };
 
 // Where the parts of a slot lie: bytes from its beginning, each at a multiple of 64.
@@ -50,7 +52,7 @@ struct RingLayout {
   int64_t depth;           // int32 [H, M, G] hits in a row that made the entry
   int64_t query;           // T [H, M, G, D] pre-RoPE
   int64_t record;          // [H, M] of `record_bytes`, in each:
-  int64_t out, lse;        //   float [G, D], float [G]: the state over [0, E(c))
+  int64_t out, lse;        //   float [G, V], float [G]: the state over [0, E(c))
   int64_t rotated;         //   T [G, D] post-RoPE, nothing if S = 0
   int64_t anchors;         //   int32 [S] positions, ascending, then -1
   int64_t anchor_weights;  //   float [S] how many tokens besides itself each stands for
@@ -68,7 +70,7 @@ constexpr RingLayout ring_layout(const RingShape& s) {
   RingLayout l{};
   l.shape = s;
   int64_t at = 0;
-  l.out = place(at, row * 4);
+  l.out = place(at, int64_t{s.group_size} * s.head_dim_v * 4);
   l.lse = place(at, s.group_size * 4);
   l.rotated = place(at, s.anchors > 0 ? row * s.itemsize : 0);
   l.anchors = place(at, int64_t{s.anchors} * 4);

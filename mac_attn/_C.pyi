@@ -14,6 +14,7 @@ def ring_layout(
     entries: int,
     anchors: int,
     itemsize: int,
+    head_dim_v: int,
 ) -> tuple[dict[str, tuple[int, str, list[int], list[int]]], int]:
     """Parts of a slot of a ring: (byte offset, type, sizes, byte strides); and its bytes."""
 

@@ -42,7 +42,7 @@ def _amend_fake(
     anchors: int,
     *args: object,
 ) -> tuple[Tensor, ...]:
-    batch, head_dim = q.size(0), q.size(-1)
+    batch, head_dim_v = q.size(0), v_cache.size(-1)
     tokens = q.size(1) if q.dim() == 4 else 1
     queries = tokens * q.size(-2)
     num_kv_heads, reuses = k_cache.size(2), source is not None
@@ -52,7 +52,7 @@ def _amend_fake(
 
     num_anchors = anchors if reuses else 0
     return (
-        floats(2, batch, queries, head_dim),
+        floats(2, batch, queries, head_dim_v),
         floats(2, batch, queries),
         floats(batch, queries if reuses else 0),
         seq_lens.new_empty((batch, num_kv_heads, num_anchors)),
@@ -72,8 +72,10 @@ def _complete_fake(*args: object) -> None:
 
 
 @torch.library.register_fake("mac_attn::decode_exact")
-def _decode_exact_fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), _decode_exact_into_fake(q, *args)
+def _decode_exact_fake(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *args: object
+) -> tuple[Tensor, Tensor]:
+    return _out(q, v_cache), _decode_exact_into_fake(q, k_cache, v_cache, *args)
 
 
 @torch.library.register_fake("mac_attn::decode_exact.into")
@@ -83,14 +85,22 @@ def _decode_exact_into_fake(out: Tensor, *args: object) -> Tensor:
 
 
 @torch.library.register_fake("mac_attn::decode_reuse")
-def _decode_reuse_fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), *_decode_reuse_into_fake(q, *args)
+def _decode_reuse_fake(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, *args: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _out(q, v_cache), *_decode_reuse_into_fake(q, k_cache, v_cache, *args)
 
 
 @torch.library.register_fake("mac_attn::decode_reuse.into")
 def _decode_reuse_into_fake(out: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     _check_one_device((out, *args))
     return _per_query(out), out.new_empty(out.shape[:-1], dtype=torch.float32)
+
+
+def _out(q: Tensor, v_cache: Tensor | None) -> Tensor:
+    """As the queries, with rows of the values' size."""
+    values = q if v_cache is None else v_cache
+    return q.new_empty((*q.shape[:-1], values.size(-1)))
 
 
 def _per_query(q: Tensor) -> Tensor:

@@ -47,19 +47,21 @@ class ReuseCache:
         cfg: the options of reuse.
         num_slots: requests that are served at a time, >= 1; each keeps to one slot.
         num_qo_heads, num_kv_heads: query heads divide evenly among the KV heads.
-        head_dim: a multiple of 8 up to 256, or 512.
+        head_dim: of queries and keys: a multiple of 8 up to 256, or 512.
         dtype: of the queries and the KV cache: float32, bfloat16 or float16.
         device: where everything lives.
         rotary: the model's rotary embedding; with it `decode` and `seed` need no `q_match`.
         max_batch_size: rows of a call on a GPU, at least `num_slots`, which is the default. Only
             padding and rows that have no slot can make them more.
         layer: number of the model's layer, >= 0, so that layers draw their samples independently.
+        head_dim_v: of values and outputs, no more than head_dim and of the same sizes; None is
+            head_dim.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
         MemoryError: the device has not enough memory; the message says how much it takes.
 
-    N slots, H KV heads, G query heads per KV head, M entries, S anchors, D head_dim:
+    N slots, H KV heads, G query heads per KV head, M entries, S anchors, D head_dim, V head_dim_v:
 
     Attributes:
         ring: [N, slot bytes] uint8, all that makes up the slots; csrc/ring.h has its layout. The
@@ -80,7 +82,7 @@ class ReuseCache:
         ring_position: [N, H, M] int32, tag: the position c whose entry lies here, -1 for none.
         ring_depth: [N, H, M, G] int32, hits in a row that made the entry; 0 for a miss.
         ring_query: [N, H, M, G, D] dtype, pre-RoPE queries.
-        ring_out, ring_lse: [N, H, M, G, D] and [N, H, M, G] float32, the attention states over the
+        ring_out, ring_lse: [N, H, M, G, V] and [N, H, M, G] float32, the attention states over the
             tokens [0, E(c)), E(c) = max(0, c + 1 - band): softmax-weighted means of values, natural
             log of the sum of exp(logit).
         ring_rotated: [N, H, M, G, D] dtype, post-RoPE queries; [N, H, M, 0, D] without anchors.
@@ -121,6 +123,7 @@ class ReuseCache:
         rotary: RotaryEmbedding | None = None,
         max_batch_size: int | None = None,
         layer: int = 0,
+        head_dim_v: int | None = None,
     ) -> None:
         check_type("cfg", cfg, ReuseConfig)
         self.cfg = cfg
@@ -132,9 +135,14 @@ class ReuseCache:
         self.num_qo_heads = check_int("num_qo_heads", num_qo_heads, low=1)
         self.num_kv_heads = check_int("num_kv_heads", num_kv_heads, low=1)
         self.group_size = check_heads(num_qo_heads, num_kv_heads)
-        self.head_dim = check_int("head_dim", head_dim, low=8, high=512)
-        if head_dim % 8 or 256 < head_dim < 512:
-            raise ValueError(f"head_dim is {head_dim}, must be a multiple of 8 up to 256, or 512")
+        self.head_dim = _check_head_dim("head_dim", head_dim)
+        self.head_dim_v = head_dim
+        if head_dim_v is not None:
+            self.head_dim_v = _check_head_dim("head_dim_v", head_dim_v)
+            if head_dim_v > head_dim:
+                raise ValueError(
+                    f"head_dim_v is {head_dim_v}, must be at most head_dim, {head_dim}"
+                )
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype is {dtype}, must be {' or '.join(map(str, FLOAT_DTYPES))}")
         self.dtype = dtype
@@ -171,6 +179,7 @@ class ReuseCache:
             self.cfg.entries,
             self.cfg.anchors,
             self.dtype.itemsize,
+            self.head_dim_v,
         )
 
     def _allocate(self) -> None:
@@ -205,7 +214,8 @@ class ReuseCache:
             )
             setattr(self, name, view)
         # As the ops take it.
-        self.ring_arguments = (self.ring, self.num_kv_heads, self.cfg.entries, self.cfg.anchors)
+        entries, anchors = self.cfg.entries, self.cfg.anchors
+        self.ring_arguments = (self.ring, self.num_kv_heads, self.head_dim_v, entries, anchors)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes views of its own ring
         views = {*self._layout()[0], "ring_arguments"}
@@ -225,7 +235,8 @@ class ReuseCache:
         return (
             f"ReuseCache({self.cfg}, num_slots={self.num_slots}, "
             f"num_qo_heads={self.num_qo_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, dtype={self.dtype}, device='{self.device}'): "
+            f"head_dim={self.head_dim}, head_dim_v={self.head_dim_v}, dtype={self.dtype}, "
+            f"device='{self.device}'): "
             f"{self.nbytes / 2**20:.1f} MiB"
         )
 
@@ -446,6 +457,14 @@ class ReuseCache:
         if values.device.type != "cpu":
             check_tensor(name, values, device=self.device)
         return values.reshape(-1).to(torch.int64)
+
+
+def _check_head_dim(name: str, value: Any) -> int:
+    """A size of heads that there are kernels for; returns it."""
+    size = check_int(name, value, low=8, high=512)
+    if size % 8 or 256 < size < 512:
+        raise ValueError(f"{name} is {size}, must be a multiple of 8 up to 256, or 512")
+    return size
 
 
 def _valid_slots(given: Tensor, num_slots: int, *, distinct: bool) -> tuple[Tensor, Tensor]:

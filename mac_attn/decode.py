@@ -55,7 +55,8 @@ def decode(
             kv_layout "NHD" or [num_pages, num_kv_heads, page_size, head_dim] for "HND", or one
             tensor with the pair in dimension 1. In q's dtype or float8_e4m3fn; read in place.
             num_kv_heads divides num_qo_heads: query head h reads KV head
-            h // (num_qo_heads / num_kv_heads).
+            h // (num_qo_heads / num_kv_heads). Of a pair v_cache may have rows of fewer elements,
+            head_dim_v, of the same sizes; on CUDA not with a head_dim of 512.
         block_table: [B, max_pages] int32, the pages of each request in order. Entries past the
             pages in use are never read.
         seq_lens: [B] int32, tokens per request, the new ones included. 0 marks a padding row, whose
@@ -87,12 +88,12 @@ def decode(
         batch_invariant: cut a request's tokens up in the same way whatever else is in the batch, so
             that its output, decisions and entries are bit for bit what they are alone (on the same
             device, with the same strides). Costs time on short contexts (docs/speed.md).
-        out: as q, written in place.
+        out: as q with rows of head_dim_v, written in place.
         return_lse: also return the log-sum-exp of the logits, a sink among them: natural log,
             float32, q's shape without the last dimension.
 
     Returns:
-        As q, or (out, lse).
+        As q with rows of head_dim_v, or (out, lse).
 
     Raises:
         ValueError: a shape, layout, device or value (length, page id, slot) does not fit. On the
@@ -192,7 +193,7 @@ def _check(
     rows = q.shape[:-1].numel()
     if rows > INT32_MAX:
         raise ValueError(f"{' * '.join(shape[:-1])} is {rows}, must be below 2^31")
-    k_cache, _ = kv_views(kv_cache, kv_layout)
+    k_cache, v_cache = kv_views(kv_cache, kv_layout)
     heads: int | str = "num_kv_heads"
     if reuse is not None:
         check_type("reuse", reuse, ReuseCache)
@@ -200,6 +201,8 @@ def _check(
         heads = reuse.num_kv_heads
     dtypes = (q.dtype, torch.float8_e4m3fn)
     check_tensor("k_cache", k_cache, ("pages", "page", heads, q.size(-1)), dtypes, device)
+    if reuse is not None:
+        ops.check_caches(k_cache, v_cache, reuse)
     check_tensor("block_table", block_table, (batch, "max_pages"), torch.int32, device)
     check_tensor("seq_lens", seq_lens, (batch,), torch.int32, device)
     if query_lens is not None:
@@ -207,7 +210,7 @@ def _check(
     if sinks is not None:
         check_tensor("sinks", sinks, (q.size(-2),), torch.float32, device)
     if out is not None:
-        check_tensor("out", out, tuple(q.shape), q.dtype, device, rows=True)
+        check_tensor("out", out, (*q.shape[:-1], v_cache.size(-1)), q.dtype, device, rows=True)
     if reuse is None:
         return
     positions = (seq_lens - 1).reshape(-1, *(1 for _ in tokens)).expand(q.shape[:-2])

@@ -33,9 +33,9 @@ class Floor:
             anchors the entry's query after its rotation, too.
         state_write_bytes: the new entries, and the history and counters of the slots.
         query_bytes: q, q_match, out and its log-sum-exp.
-        flops: logits and weighted values, 4 * head_dim for every query head and token, and the
-            squared distances of match, 3 * head_dim for every stored query it looks at. A hit's
-            anchors are attended by the entry's query, too.
+        flops: logits and weighted values, 2 * (head_dim + head_dim_v) for every query head and
+            token, and the squared distances of match, 3 * head_dim for every stored query it looks
+            at. A hit's anchors are attended by the entry's query, too.
     """
 
     kv_bytes: int
@@ -76,6 +76,7 @@ def step_floor(
     itemsize: int,
     page_size: int,
     kv_itemsize: int | None = None,
+    head_dim_v: int | None = None,
     cfg: ReuseConfig | None = None,
     sources: Sequence[Sequence[int]] | None = None,
 ) -> Floor:
@@ -87,6 +88,7 @@ def step_floor(
         itemsize: bytes of an element of the queries.
         page_size: tokens per page.
         kv_itemsize: bytes of an element of the KV cache; None is `itemsize`.
+        head_dim_v: elements of a value; None is `head_dim`.
         cfg: the options of reuse; None is exact decode.
         sources: `[B][num_qo_heads]`, with `cfg`: the position of the entry that a query head
             reuses, or -1 for a miss, as `mac_attn.match` answers. Rings count as full, of entries
@@ -104,9 +106,11 @@ def step_floor(
     if len(sources) != len(seq_lens):
         raise ValueError(f"sources has {len(sources)} rows, must have {len(seq_lens)} as seq_lens")
 
-    row = head_dim * itemsize  # bytes of one query of a head
-    kv_row = row if kv_itemsize is None else head_dim * kv_itemsize  # of one key or value
-    state = head_dim * _FLOAT32 + _FLOAT32 + _INT32  # mean of values, log-sum-exp, depth
+    values = head_dim if head_dim_v is None else head_dim_v
+    row, out_row = head_dim * itemsize, values * itemsize  # bytes of one query and output of a head
+    pair = head_dim + values  # elements of a key and its value
+    kv_pair = pair * (itemsize if kv_itemsize is None else kv_itemsize)
+    state = values * _FLOAT32 + _FLOAT32 + _INT32  # mean of values, log-sum-exp, depth
     kv = anchors = table = ring = ring_max = states_read = states_write = queries = flops = 0
     for n, source in zip(seq_lens, sources, strict=True):
         if len(source) != num_qo_heads:
@@ -116,17 +120,17 @@ def step_floor(
         band = cfg.band if cfg is not None else 0
         starts = [0 if c == _MISS else max(0, c + 1 - band) for c in source]
         groups = [starts[h : h + group_size] for h in range(0, num_qo_heads, group_size)]
-        kv += sum(n - min(group) for group in groups) * 2 * kv_row
+        kv += sum(n - min(group) for group in groups) * kv_pair
         table += ((n - 1) // page_size - min(starts) // page_size + 1) * _INT32
-        queries += num_qo_heads * (2 * row + _FLOAT32)
-        flops += sum(n - start for start in starts) * 4 * head_dim
+        queries += num_qo_heads * (row + out_row + _FLOAT32)
+        flops += sum(n - start for start in starts) * 2 * pair
         if cfg is None:
             continue
         # Anchors belong to a KV head, of which all heads hit or none: its first one tells.
         hits = [c for c in source[::group_size] if c != _MISS] if cfg.anchors else []
         listed = sum(sample_size(c, cfg) for c in hits)
-        anchors += listed * (2 * kv_row + _INT32 + _FLOAT32)
-        flops += listed * 2 * group_size * 4 * head_dim
+        anchors += listed * (kv_pair + _INT32 + _FLOAT32)
+        flops += listed * 2 * group_size * 2 * pair
         states_read += len(hits) * group_size * row
         stored = num_candidates(n, cfg)
         first = num_qo_heads if cfg.granularity == "head" else num_kv_heads

@@ -54,7 +54,7 @@ class Amended(NamedTuple):
     """What `amend` yields: two attention states per query head and a new entry's anchors.
 
     Attributes:
-        states: [2, B, num_qo_heads, head_dim] float32, softmax-weighted means. On a miss row 0 is
+        states: [2, B, num_qo_heads, head_dim_v] float32, softmax-weighted means. On a miss row 0 is
             over the old tokens [0, E(p)) and row 1 over the band [E(p), n). On a hit on the entry
             of position c without anchors they are over [E(c), E(p)) and the band; with anchors
             row 1 is over those and [E(c), n), and row 0 over the anchors by the entry's query.
@@ -151,10 +151,8 @@ def amend(
     rings: tuple[object, ...] = (None, None, None, None, None, 1, 0, 1, 0)
     if matched is not None and reuse is not None:
         check_query("q", q, reuse)
-        check_tensor(
-            "k_cache", k_cache, shape=("pages", "page", reuse.num_kv_heads, reuse.head_dim)
-        )
-        ring, _, entries, anchors = reuse.ring_arguments
+        check_caches(k_cache, v_cache, reuse)
+        ring, *_, entries, anchors = reuse.ring_arguments
         rings = (*matched, slots, ring, entries, anchors, reuse.cfg.band, reuse.layer)
     return Amended(
         *torch.ops.mac_attn.amend(
@@ -211,16 +209,17 @@ def complete(
             spread is then not known, and the threshold is a cautious one.
         k_scale, block_table, sm_scale: with `k_cache`, as for `mac_attn.decode`; k_scale a tensor.
         sinks: [num_qo_heads] float32, as for `mac_attn.decode`.
-        out: as `q`, written in place, or None for a new tensor. With several query tokens either
-            `q` or `out` has to say how many.
+        out: as `q` with rows of head_dim_v, written in place, or None for a new tensor. With
+            several query tokens either `q` or `out` has to say how many.
 
     Returns:
-        (out, lse): as `q`, and float32 without its last dimension (natural log).
+        (out, lse): as `q` with rows of head_dim_v, and float32 without them (natural log).
     """
     states, state_lse = amended[:2]
     if out is None:
         dtype = reuse.dtype if reuse is not None else dtype
-        out = states.new_empty(states[0].shape if q is None else q.shape, dtype=dtype)
+        shape = states[0].shape if q is None else (*q.shape[:-1], states.size(-1))
+        out = states.new_empty(shape, dtype=dtype)
     lse = state_lse.new_empty(out.shape[:-1])
     if reuse is None:
         # What order the queries of several tokens are in depends on their KV heads.
@@ -234,7 +233,7 @@ def complete(
     check_query("q", q, reuse)
     check_query("q_match", q_match, reuse)
     check_tensor("slots", slots, dtype=torch.int32)
-    ring, num_kv_heads, entries, _ = reuse.ring_arguments
+    ring, num_kv_heads, _, entries, _ = reuse.ring_arguments
     if sm_scale is None:
         sm_scale = 1.0 / math.sqrt(reuse.head_dim)
     torch.ops.mac_attn.complete(
@@ -363,6 +362,13 @@ def check_query(name: str, query: Tensor | None, reuse: ReuseCache) -> None:
     rows = ("batch", "tokens") if several else ("batch",)
     shape = (*rows, reuse.num_qo_heads, reuse.head_dim)
     check_tensor(name, query, shape=shape, dtype=reuse.dtype, device=reuse.device)
+
+
+def check_caches(k_cache: Tensor, v_cache: Tensor, reuse: ReuseCache) -> None:
+    """Keys and values, as `kv_views` has them, of the model that the cache was made for."""
+    shape = ("pages", "page", reuse.num_kv_heads)
+    check_tensor("k_cache", k_cache, shape=(*shape, reuse.head_dim))
+    check_tensor("v_cache", v_cache, shape=(*shape, reuse.head_dim_v))
 
 
 def merge_states(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,13 @@ def kv_views(kv_cache: KVCache, kv_layout: str = "NHD") -> tuple[Tensor, Tensor]
     Args:
         kv_cache: a pair (k_cache, v_cache), each [num_pages, page_size, num_kv_heads, head_dim] for
             kv_layout "NHD" or [num_pages, num_kv_heads, page_size, head_dim] for "HND", or one
-            tensor with the pair in dimension 1. The last dimension must be contiguous.
+            tensor with the pair in dimension 1. The last dimension must be contiguous. Of a pair
+            that of v_cache may be less than head_dim.
         kv_layout: "NHD" or "HND".
 
     Returns:
-        (k, v), both [num_pages, page_size, num_kv_heads, head_dim] with strides of any kind but
-        in the last dimension.
+        (k, v), both [num_pages, page_size, num_kv_heads, head_dim], or v with fewer in the last
+        dimension, with strides of any kind but in that.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or stride does not fit.
@@ -44,10 +45,20 @@ def kv_views(kv_cache: KVCache, kv_layout: str = "NHD") -> tuple[Tensor, Tensor]
             f"kv_cache is a {type(kv_cache).__name__}{size}, must be a tensor or a pair of tensors"
         )
     check_tensor("k_cache", k, shape=shape, rows=True)
-    check_tensor("v_cache", v, shape=k.shape, dtype=k.dtype, device=k.device, rows=True)
+    check_values("v_cache", v, "k_cache", k)
     if kv_layout == "HND":
         return k.transpose(1, 2), v.transpose(1, 2)
     return k, v
+
+
+def check_values(name: str, v: Tensor, name_of_k: str, k: Tensor) -> None:
+    """Values of the shape of keys, but for rows that may be shorter."""
+    shape = (*k.shape[:-1], "head_dim_v")
+    check_tensor(name, v, shape=shape, dtype=k.dtype, device=k.device, rows=True)
+    if v.size(-1) > k.size(-1):
+        raise ValueError(
+            f"{name} has rows of {v.size(-1)}, must have at most those of {name_of_k}, {k.size(-1)}"
+        )
 
 
 def kv_arguments(kv_cache: KVCache, kv_layout: str) -> tuple[Tensor, Tensor | None, bool]:
@@ -171,8 +182,8 @@ def dense_as_pages(k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]
     """See a dense KV cache as a paged one with a page per request. Copies nothing.
 
     Args:
-        k, v: [B, L, num_kv_heads, head_dim] with any strides but 1 in the last dimension. A cache
-            [B, num_kv_heads, L, head_dim] is `k.transpose(1, 2)`.
+        k, v: [B, L, num_kv_heads, head_dim] with any strides but 1 in the last dimension, of which
+            v may have less. A cache [B, num_kv_heads, L, head_dim] is `k.transpose(1, 2)`.
 
     Returns:
         ((k, v), block_table [B, 1] int32), for kv_layout "NHD": the page size is L.
@@ -181,7 +192,7 @@ def dense_as_pages(k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]
         ValueError, TypeError: a shape, dtype, device or stride does not fit.
     """
     check_tensor("k", k, shape=("batch", "length", "num_kv_heads", "head_dim"), rows=True)
-    check_tensor("v", v, shape=k.shape, dtype=k.dtype, device=k.device, rows=True)
+    check_values("v", v, "k", k)
     return (k, v), torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[:, None]
 
 

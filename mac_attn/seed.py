@@ -67,8 +67,8 @@ def seed(
     if not 1 <= length <= reuse.cfg.window:
         raise ValueError(f"q has length {length}, must be from 1 to the window, {reuse.cfg.window}")
     k, v = kv_views(kv_cache, kv_layout)
-    kv_shape = ("num_pages", "page_size", reuse.num_kv_heads, reuse.head_dim)
-    check_tensor("k_cache", k, kv_shape, (q.dtype, torch.float8_e4m3fn), device)
+    ops.check_caches(k, v, reuse)
+    check_tensor("k_cache", k, None, (q.dtype, torch.float8_e4m3fn), device)
     scales = kv_scales(k_scale, v_scale, q)
     check_tensor("block_table", block_table, (batch, "max_pages"), torch.int32, device)
     check_tensor("seq_lens", seq_lens, (batch,), torch.int32, device)

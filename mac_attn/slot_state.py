@@ -23,6 +23,7 @@ class Form:
     num_qo_heads: int
     num_kv_heads: int
     head_dim: int
+    head_dim_v: int
     dtype: torch.dtype
 
     @classmethod
@@ -36,6 +37,7 @@ class Form:
             num_qo_heads=cache.num_qo_heads,
             num_kv_heads=cache.num_kv_heads,
             head_dim=cache.head_dim,
+            head_dim_v=cache.head_dim_v,
             dtype=cache.dtype,
         )
 

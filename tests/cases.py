@@ -25,7 +25,7 @@ class PagedKV:
     """KV of several requests in shuffled pages; every place that holds no token yet is NaN."""
 
     k: Tensor  # [B, L, Hkv, D] what the pages receive, in order
-    v: Tensor  # [B, L, Hkv, D]
+    v: Tensor  # [B, L, Hkv, Dv]
     scales: dict[str, Tensor]  # k_scale and v_scale of a float8 cache
     cache: Tensor | tuple[Tensor, Tensor]  # as mac_attn.decode takes it
     pages: Tensor  # [B, P] int64, the page ids of a request of length L
@@ -73,12 +73,14 @@ def make_kv(
     combined: bool = False,
     strided: bool = False,
     float8: str = "",
+    head_dim_v: int | None = None,
 ) -> PagedKV:
     """KV for `batch` requests of up to `length` tokens, none of them written yet.
 
     `combined` is one tensor with K and V in dimension 1 instead of a pair. `strided` leaves gaps
     between pages, tokens and heads, as caches cut from a larger allocation have them. `float8` is
-    a cache of float8_e4m3fn with scales that are "0-d", "1-d" or one "per head".
+    a cache of float8_e4m3fn with scales that are "0-d", "1-d" or one "per head". Values have rows
+    of `head_dim_v`, or None of `head_dim`.
     """
     generator = torch.Generator().manual_seed(seed)
     pages_each = -(-length // page_size)
@@ -86,18 +88,19 @@ def make_kv(
     order = torch.randperm(num_pages, generator=generator)[: batch * pages_each]
     shape = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
 
-    def allocate(*lead: int) -> Tensor:
-        full = (*lead, *shape, head_dim)
+    def allocate(size: int, *lead: int) -> Tensor:
+        full = (*lead, *shape, size)
         if not strided:
             return torch.full(full, torch.nan, dtype=dtype, device=device)
         # Rows stay aligned to 16 bytes by the padding in the last dimension.
         gap = 16 // dtype.itemsize
-        padded = (2 * lead[0], *lead[1:], shape[0] + 1, shape[1] + 2, head_dim + gap)
+        padded = (2 * lead[0], *lead[1:], shape[0] + 1, shape[1] + 2, size + gap)
         buffer = torch.full(padded, torch.nan, dtype=dtype, device=device)
-        return buffer[::2, ..., : shape[0], : shape[1], :head_dim]
+        return buffer[::2, ..., : shape[0], : shape[1], :size]
 
-    size = (batch, length, num_kv_heads, head_dim)
-    k, v = (torch.randn(size, generator=generator) for _ in range(2))
+    sizes = (head_dim, head_dim if head_dim_v is None else head_dim_v)
+    rows = (batch, length, num_kv_heads)
+    k, v = (torch.randn(*rows, size, generator=generator) for size in sizes)
     scales = {}
     if float8:
         dtype = torch.float8_e4m3fn
@@ -108,7 +111,8 @@ def make_kv(
         k, v = (x / s.reshape(-1, 1) for x, s in zip((k, v), scales.values(), strict=True))
         scales = {name: scale.to(device) for name, scale in scales.items()}
     k, v = (x.to(device, dtype) for x in (k, v))
-    cache = allocate(num_pages, 2) if combined else (allocate(num_pages), allocate(num_pages))
+    pair = () if combined else tuple(allocate(size, num_pages) for size in sizes)
+    cache = allocate(head_dim, num_pages, 2) if combined else pair
     pages = order.view(batch, pages_each).to(device)
     return PagedKV(k, v, scales, cache, pages, page_size, layout)
 

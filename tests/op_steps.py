@@ -20,7 +20,7 @@ def make_step(device, dtype=torch.float32, n=100):
     return q, kv, table, seq_lens
 
 
-def make_reuse(device, dtype=torch.float32, rotary=None, **options):
+def make_reuse(device, dtype=torch.float32, rotary=None, head_dim_v=HEAD_DIM, **options):
     base = {"entries": ENTRIES, "window": 16, "band": BAND, "anchors": 4, "min_context": 1}
     options = {**base, "threshold": 0.1, **options}
     return mac_attn.ReuseCache(
@@ -29,6 +29,7 @@ def make_reuse(device, dtype=torch.float32, rotary=None, **options):
         num_qo_heads=HEADS,
         num_kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
+        head_dim_v=head_dim_v,
         dtype=dtype,
         device=device,
         rotary=rotary,
@@ -56,8 +57,13 @@ def prime(reuse, q, kv, table, seq_lens):
 
 
 def two_steps(reuse, device, dtype=torch.float32):
-    """A miss, then a hit on a nearly equal query; returns the arguments of the second step."""
+    """A miss, then a hit on a nearly equal query; returns the arguments of the second step.
+
+    The pages are one tensor, or a pair where values are shorter than keys.
+    """
     q, kv, table, seq_lens = make_step(device, dtype)
+    if reuse.head_dim_v < HEAD_DIM:
+        kv = (kv[:, 0], kv[:, 1, ..., : reuse.head_dim_v])
     prime(reuse, q, kv, table, seq_lens)
     q_match = torch.randn_like(q)
     mac_attn.decode(q, kv, table, seq_lens, reuse=reuse, slots=slots_on(device), q_match=q_match)
@@ -79,12 +85,13 @@ def op_arguments(reuse, device, tokens=None):
     there = torch.arange(tokens or 1, device=device) < (seq_lens - first)[:, None]
     source = torch.where(there, (first - 1)[:, None], -1)  # the planted hit
     assert torch.equal(matched[0].view(BATCH, KV_HEADS, -1, HEADS // KV_HEADS).amin((1, 3)), source)
-    ring, _, entries, anchors = reuse.ring_arguments
-    cache = (kv[:, 0], kv[:, 1], None, None, table)
+    ring, *_, entries, anchors = reuse.ring_arguments
+    cache = (*(kv if isinstance(kv, tuple) else kv.unbind(1)), None, None, table)
     amend = (q, *cache, seq_lens, query_lens, *matched, slots, ring, entries, anchors, BAND)
     amend += (reuse.layer, scale, 0.0, False, *persistent)
     amended = torch.ops.mac_attn.amend(*amend)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    out = q.new_empty((*q.shape[:-1], reuse.head_dim_v))
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     complete = (*amended, *matched, q, q_match, seq_lens, query_lens, slots, None, ring, KV_HEADS)
     complete += (entries, BAND, reuse.match_options[-1], amend[1], None, table, scale)
     complete += (None, reuse.workspace, out, lse)

@@ -89,6 +89,7 @@ class Server:
         num_slots: int = 4,
         heads: tuple[int, int] = (4, 2),
         head_dim: int = 16,
+        head_dim_v: int | None = None,
         dtype: torch.dtype = torch.float32,
         page_size: int = 4,
         max_length: int = 64,
@@ -109,20 +110,26 @@ class Server:
             cfg,
             **shape,
             head_dim=head_dim,
+            head_dim_v=head_dim_v,
             dtype=dtype,
             device=device,
             max_batch_size=num_slots + 2,  # see `decode`
         )
         self.reference = ReferenceReuse(cfg, **shape)
         self.sampling = sample_tolerance(kernels or device)
-        self.k_pool, self.v_pool = pool(num_kv_heads, head_dim), pool(num_kv_heads, head_dim)
+        sizes = (head_dim, head_dim_v or head_dim)
+        self.k_pool, self.v_pool = (pool(num_kv_heads, size) for size in sizes)
         self.q_pool = pool(num_qo_heads, head_dim)
         signs = torch.randint(0, 2, (PROTOTYPES, num_qo_heads, head_dim), generator=generator)
         self.prototypes = (2 * signs - 1).numpy()
         self.max_pages = -(-max_length // page_size)
         pages = (2 * num_slots + 2) * self.max_pages
-        size = (pages, page_size, num_kv_heads, head_dim)
-        self.k, self.v = (torch.full(size, torch.nan, dtype=dtype, device=device) for _ in "kv")
+        self.k, self.v = (
+            torch.full(
+                (pages, page_size, num_kv_heads, size), torch.nan, dtype=dtype, device=device
+            )
+            for size in sizes
+        )
         self.free = list(range(pages))
         self.cfg, self.ids, self.page_size, self.max_length = cfg, ids, page_size, max_length
         self.sampled = sampled

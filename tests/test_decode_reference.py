@@ -64,8 +64,8 @@ def check_exact(
         **options,
     )
     kv.write([0] * len(lengths), lengths)
-    shape = (len(lengths), heads[0], head_dim)
-    q = make_q(seed + 1, *shape, dtype=dtype, device=device, strided=strided)
+    shape = (len(lengths), heads[0], options.get("head_dim_v") or head_dim)
+    q = make_q(seed + 1, *shape[:2], head_dim, dtype=dtype, device=device, strided=strided)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     call = (q, kv.cache, kv.table(lengths), seq_lens)
     cache = {"kv_layout": kv.layout, **kv.scales}
@@ -224,7 +224,8 @@ def chain(
     q_match = random_walk(
         seed + 2, steps, batch, heads[1], group, head_dim, dtype=dtype, device=device
     )
-    twins = Twins(cfg, num_slots=5, heads=heads, head_dim=head_dim, dtype=dtype, device=device)
+    sizes = {"head_dim": head_dim, "head_dim_v": options.get("head_dim_v")}
+    twins = Twins(cfg, num_slots=5, heads=heads, **sizes, dtype=dtype, device=device)
     lengths = [n - 1 for n in first]
     kv.write([0] * batch, lengths)
     generator = torch.Generator().manual_seed(seed)

@@ -50,6 +50,23 @@ def test_a_float8_cache_has_half_the_bytes():
         assert same == (field.name not in changed), field.name
 
 
+def test_shorter_values_have_fewer_bytes():
+    cfg = mac_attn.ReuseConfig(entries=10, window=50, band=20, anchors=3, min_context=0)
+    steps = dict(cfg=cfg, sources=[[77] * 4, [-1] * 4])
+    full = step_floor([100, 70], **MODEL | {"head_dim": 24}, **steps)
+    short = step_floor([100, 70], **MODEL | {"head_dim": 24}, head_dim_v=8, **steps)
+    tokens = 2 * (100 - 58) + 2 * 70  # of two KV heads
+    assert full.kv_bytes - short.kv_bytes == tokens * 16 * 2
+    assert full.anchor_bytes - short.anchor_bytes == 2 * 3 * 16 * 2
+    assert full.state_read_bytes - short.state_read_bytes == 4 * 16 * 4  # of four hits
+    assert full.state_write_bytes - short.state_write_bytes == 4 * 16 * 4  # of four misses
+    assert full.query_bytes - short.query_bytes == 2 * 4 * 16 * 2  # what is answered
+    attended = 2 * tokens + 2 * 4 * 3  # two heads each; anchors by two queries
+    assert full.flops - short.flops == attended * 2 * 16
+    same = ("block_table_bytes", "ring_query_bytes", "ring_query_bytes_max")
+    assert all(getattr(full, name) == getattr(short, name) for name in same)
+
+
 def test_group_step_by_hand():
     cfg = mac_attn.ReuseConfig(entries=10, window=50, band=20, anchors=3, min_context=0)
     # Position 99; the first KV head reuses the entry of position 97, so it starts at 97 + 1 - 20.

@@ -48,8 +48,14 @@ def test_list_is_a_pair():
         (TypeError, "v_cache is None", (torch.rand(5, 4, 3, 16), None), "NHD"),
         (
             ValueError,
-            r"v_cache has shape \[5, 4, 3, 8\], must be \[5, 4, 3, 16\]",
-            (torch.rand(5, 4, 3, 16), torch.rand(5, 4, 3, 8)),
+            r"v_cache has shape \[5, 4, 2, 16\], must be \[5, 4, 3, head_dim_v\]",
+            (torch.rand(5, 4, 3, 16), torch.rand(5, 4, 2, 16)),
+            "HND",
+        ),
+        (
+            ValueError,
+            "v_cache has rows of 24, must have at most those of k_cache, 16",
+            (torch.rand(5, 4, 3, 16), torch.rand(5, 4, 3, 24)),
             "HND",
         ),
         (
@@ -145,8 +151,12 @@ def test_dense_cache_is_a_page_per_request(transposed, device):
 
 def test_dense_refuses_other_shapes():
     k = torch.randn(3, 50, 4, 16)
-    with pytest.raises(ValueError, match=r"v has shape \[3, 50, 4, 8\], must be \[3, 50, 4, 16\]"):
-        dense_as_pages(k, torch.randn(3, 50, 4, 8))
+    with pytest.raises(
+        ValueError, match=r"v has shape \[3, 9, 4, 16\], must be \[3, 50, 4, head_dim_v"
+    ):
+        dense_as_pages(k, torch.randn(3, 9, 4, 16))
+    with pytest.raises(ValueError, match="v has rows of 24, must have at most those of k, 16"):
+        dense_as_pages(k, torch.randn(3, 50, 4, 24))
     with pytest.raises(ValueError, match=r"k has shape \[50, 4, 16\]"):
         dense_as_pages(k[0], k[0])
     with pytest.raises(ValueError, match="k has strides"):

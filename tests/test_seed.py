@@ -29,6 +29,7 @@ class Case:
         dtype: torch.dtype | None = None,
         page_size: int = 16,
         head_dim: int = HEAD_DIM,
+        head_dim_v: int | None = None,
         rotary: RotaryEmbedding | None = None,
         kv: dict[str, Any] | None = None,
         **config: Any,
@@ -41,7 +42,7 @@ class Case:
         batch = len(lens)
         self.kv = make_kv(
             3, batch=batch, length=max(lens), num_kv_heads=HEADS[1], head_dim=head_dim,
-            page_size=page_size, **made, **kv or {},
+            page_size=page_size, head_dim_v=head_dim_v, **made, **kv or {},
         )  # fmt: skip
         self.kv.write([0] * batch, lens)
         self.q = make_q(4, batch, length, HEADS[0], head_dim, **made)
@@ -50,7 +51,7 @@ class Case:
         self.q_match = make_q(5, batch, length, HEADS[0], head_dim, **made)
         self.twins = Twins(
             self.cfg, num_slots=batch + 1, heads=HEADS, head_dim=head_dim, rotary=rotary, layer=5,
-            **made,
+            head_dim_v=head_dim_v, **made,
         )  # fmt: skip
         self.cache = self.twins.cache
 

@@ -194,6 +194,14 @@ def test_random_traffic_agrees_with_the_reference(capsys):
         print(f"\n{found}")
 
 
+class ShorterValues(ServingMachine):
+    options = dict(head_dim=24, head_dim_v=8)
+
+
+def test_random_traffic_with_values_shorter_than_keys():
+    summary(run(ShorterValues, settings(SETTINGS, max_examples=30)))
+
+
 # --- proof that it can fail -----------------------------------------------------------------------
 
 PLANTED = settings(SETTINGS, phases=[Phase.generate])

@@ -66,6 +66,7 @@ def test_a_state_is_a_copy_and_can_be_pickled(device):
         ("num_qo_heads", {}, dict(num_qo_heads=4)),
         ("num_kv_heads", {}, dict(num_kv_heads=3)),
         ("head_dim", {}, dict(head_dim=32)),
+        ("head_dim_v", {}, dict(head_dim_v=8)),
         ("dtype", {}, dict(dtype=torch.bfloat16)),
     ],
 )

@@ -46,7 +46,7 @@ inline void take_candidates(const AmendParams& p, const AmendWork& work, int64_t
 template <typename T>
 struct TaskState {
   typename QueryType<T>::type* query;  // [H, T, tiles of heads, query_tile_size]
-  float* out;                          // [Q, D]
+  float* out;                          // [Q, V]
   float* max;                          // [Q]
   float* sum;                          // [Q]
   float* light;                        // [Q]
@@ -77,7 +77,7 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
     const int head = (kv_head * p.shape.tokens + query_token) * G + h;
     const Running running{state.max + head,
                           state.sum + head,
-                          state.out + static_cast<int64_t>(head) * D,
+                          state.out + static_cast<int64_t>(head) * p.shape.head_dim_v,
                           state.light + head,
                           a,
                           counts,
@@ -98,10 +98,10 @@ void attend(const AmendParams& p, const AmendWork& work, const AmendTask& task, 
 }
 
 template <typename T>
-void fetch(const Rows<T>& rows, int64_t head_dim) {
+void fetch(const Rows<T>& rows, const Shape& shape) {
   for (int t = 0; t < rows.count; ++t) {
-    prefetch_row(rows.k + rows.k_at[t], head_dim);
-    prefetch_row(rows.v + rows.v_at[t], head_dim);
+    prefetch_row(rows.k + rows.k_at[t], shape.head_dim);
+    prefetch_row(rows.v + rows.v_at[t], shape.head_dim_v);
   }
 }
 
@@ -138,8 +138,8 @@ void attend_anchors(const AmendParams& p, const AmendWork& work, const AmendTask
   const auto rows_of = [&](const Listed& listed) { return head_rows<T>(p, listed.block, listed.kv_head); };
   find_next(lists[0]);
   find_next(lists[1]);
-  fetch(rows_of(lists[0]), p.shape.head_dim);
-  if (lists[1].block.count > 0) fetch(rows_of(lists[1]), p.shape.head_dim);
+  fetch(rows_of(lists[0]), p.shape);
+  if (lists[1].block.count > 0) fetch(rows_of(lists[1]), p.shape);
   for (int i = 0; lists[i].block.count > 0; i = (i + 1) % 3) {
     const Listed &listed = lists[i], &following = lists[(i + 1) % 3];
     Listed& after = lists[(i + 2) % 3];
@@ -172,7 +172,7 @@ void attend_tokens(const AmendParams& p, const AmendWork& work, const AmendTask&
   const int32_t* starts = work.starts.data() + static_cast<int64_t>(task.request) * p.shape.num_queries();
   Block blocks[2];
   find_tokens(p, task.request, static_cast<int>(task.begin), task_end, blocks[0]);
-  if (!fetched) fetch(head_rows<T>(p, blocks[0], order[0]), p.shape.head_dim);
+  if (!fetched) fetch(head_rows<T>(p, blocks[0], order[0]), p.shape);
   const int tokens = query_len(p.shape, p.requests, task.request);
   const int position = first_position(p.shape, p.requests, task.request);
   int active = 0;  // KV heads that attend to a token of the block
@@ -229,15 +229,15 @@ MAC_INLINE void arrange_query(const AmendParams& p, int i, const T* row, Q* quer
 template <typename T>
 TaskState<T> empty_state(const AmendParams& p, Scratch& scratch, int first) {
   using Q = typename QueryType<T>::type;
-  const int D = p.shape.head_dim, H = p.shape.num_kv_heads;
+  const int D = p.shape.head_dim, V = p.shape.head_dim_v, H = p.shape.num_kv_heads;
   const int64_t queries = p.shape.num_queries();
   const int64_t query_size = int64_t{H} * p.shape.tokens * num_tiles(p.shape.group_size) * query_tile_size<Q>(D);
-  float* out = scratch.array<float>(first + 1, queries * (D + 3));
-  float* max = out + queries * D;
+  float* out = scratch.array<float>(first + 1, queries * (V + 3));
+  float* max = out + queries * V;
   const TaskState<T> state{scratch.array<Q>(first, query_size), out, max, max + queries, max + 2 * queries,
                            scratch.array<Found>(6, H)};
   std::memset(state.query, 0, query_size * sizeof(Q));
-  std::fill(out, out + queries * (D + 3), 0.f);
+  std::fill(out, out + queries * (V + 3), 0.f);
   std::fill(state.max, state.max + queries, -std::numeric_limits<float>::infinity());
   for (int h = 0; h < p.shape.num_kv_heads; ++h) state.found[h].count = 0;
   return state;
@@ -246,14 +246,14 @@ TaskState<T> empty_state(const AmendParams& p, Scratch& scratch, int first) {
 template <typename T>
 void write_partial(const AmendParams& p, const AmendWork& work, const int32_t* order, int64_t partial,
                    const TaskState<T>& state) {
-  const int D = p.shape.head_dim;
+  const int V = p.shape.head_dim_v;
   for (int i = 0; i < p.shape.num_queries(); ++i) {
     const int64_t place = partial * p.shape.num_queries() + order[i];
     work.partial_max[place] = state.max[i];
     work.partial_sum[place] = state.sum[i];
     work.partial_light[place] = state.light[i];
     if (state.sum[i] == 0.f) continue;
-    std::memcpy(work.partial_out + place * D, state.out + static_cast<int64_t>(i) * D, D * sizeof(float));
+    std::memcpy(work.partial_out + place * V, state.out + static_cast<int64_t>(i) * V, V * sizeof(float));
   }
 }
 

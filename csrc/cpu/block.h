@@ -128,11 +128,11 @@ MAC_ALONE void block_logits(const Q* query, const Rows<T>& rows, const Rows<T>& 
 // out[h] = out[h] * rescale[h] + sum over the block of weight * value, for kVectors vectors of a row.
 template <typename T, int kHeads, int kVectors>
 MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, Stream& stream, const float* weights,
-                          const float* rescale, int64_t d, int64_t head_dim, float* out) {
+                          const float* rescale, int64_t d, int64_t head_dim_v, float* out) {
   vf sum[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h) {
     for (int i = 0; i < kVectors; ++i) {
-      sum[h][i] = load(out + h * head_dim + d + i * kLanes) * rescale[h];
+      sum[h][i] = load(out + h * head_dim_v + d + i * kLanes) * rescale[h];
     }
   }
   const T* const first = rows.v + d;
@@ -155,7 +155,7 @@ MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, Stream& stre
     }
   }
   for (int h = 0; h < kHeads; ++h) {
-    for (int i = 0; i < kVectors; ++i) store(out + h * head_dim + d + i * kLanes, sum[h][i]);
+    for (int i = 0; i < kVectors; ++i) store(out + h * head_dim_v + d + i * kLanes, sum[h][i]);
   }
 }
 
@@ -163,7 +163,7 @@ MAC_ALONE void add_values(const Rows<T>& rows, const Rows<T>& next, Stream& stre
 struct Running {
   float* max;
   float* sum;
-  float* out;             // [kHeads, D]
+  float* out;             // [kHeads, V]
   float* light;           // [kHeads] sum of a exp(logit - max)
   const float* a;         // [kBlock] of anchors, else null
   const float* counts;    // [kBlock] how many tokens each of those is counted as
@@ -175,13 +175,13 @@ struct Running {
 template <typename T, int kHeads, typename Q>
 void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, const Rows<T>& next, Stream& stream,
                   const Running& state) {
-  const int D = p.shape.head_dim;
+  const int D = p.shape.head_dim, V = p.shape.head_dim_v;
   alignas(64) float logits[kHeads * kBlock] = {};
   float rescale[kHeads];
   block_logits<T, kHeads>(query, rows, next, stream, D, logits);
   for (int h = 0; h < kHeads; ++h) {
     float* row = logits + h * kBlock;
-    for (int t = 0; t < kFetchedRows; ++t) prefetch_row(next.v + next.v_at[kBlock - 1 - h * kFetchedRows - t], D);
+    for (int t = 0; t < kFetchedRows; ++t) prefetch_row(next.v + next.v_at[kBlock - 1 - h * kFetchedRows - t], V);
     stream.fetch<kFetchedLines>();
     for (int t = 0; t < kBlock; t += kLanes) {
       vf x = load(row + t) * state.scale;
@@ -222,8 +222,8 @@ void attend_block(const AmendParams& p, const Q* query, const Rows<T>& rows, con
   }
   int d = 0;
   constexpr int kVectors = kTileVectors<kHeads>;
-  for (; d + kVectors * kLanes <= D; d += kVectors * kLanes) {
-    add_values<T, kHeads, kVectors>(rows, next, stream, logits, rescale, d, D, state.out);
+  for (; d + kVectors * kLanes <= V; d += kVectors * kLanes) {
+    add_values<T, kHeads, kVectors>(rows, next, stream, logits, rescale, d, V, state.out);
   }
-  for (; d < D; d += kLanes) add_values<T, kHeads, 1>(rows, next, stream, logits, rescale, d, D, state.out);
+  for (; d < V; d += kLanes) add_values<T, kHeads, 1>(rows, next, stream, logits, rescale, d, V, state.out);
 }

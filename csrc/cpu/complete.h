@@ -8,8 +8,8 @@
 // Tasks: (request, KV head). Traffic: two states, one record of the ring read and perhaps one entry written.
 
 template <typename T>
-MAC_INLINE void write_row(T* to, const float* a, float wa, const float* b, float wb, int head_dim) {
-  for (int d = 0; d < head_dim; d += kLanes) store(to + d, load(a + d) * wa + load(b + d) * wb);
+MAC_INLINE void write_row(T* to, const float* a, float wa, const float* b, float wb, int head_dim_v) {
+  for (int d = 0; d < head_dim_v; d += kLanes) store(to + d, load(a + d) * wa + load(b + d) * wb);
 }
 
 // One query of the call: a token's head `g` of its KV head.
@@ -47,11 +47,11 @@ MAC_INLINE float write_lse(const CompleteParams& p, const Query& q, float lse) {
 // A query's output from its carried state; returns the log-sum-exp of its tokens.
 template <typename T>
 float write_out(const CompleteParams& p, const Query& q, const float* carried, float carried_lse) {
-  const int D = p.shape.head_dim;
+  const int V = p.shape.head_dim_v;
   const int64_t fresh_row = q.row(p.shape, kFresh);
   const MergeWeights w = merge_weights(carried_lse, p.state_lse[fresh_row]);
   const float share = write_lse(p, q, w.lse);
-  write_row(out_of<T>(p, q), carried, w.first * share, p.states + fresh_row * D, w.second * share, D);
+  write_row(out_of<T>(p, q), carried, w.first * share, p.states + fresh_row * V, w.second * share, V);
   return w.lse;
 }
 
@@ -59,29 +59,29 @@ float write_out(const CompleteParams& p, const Query& q, const float* carried, f
 template <typename T>
 float write_miss(const CompleteParams& p, const Query& q) {
   const int64_t row = q.row(p.shape, kOld);
-  return write_out<T>(p, q, p.states + row * p.shape.head_dim, p.state_lse[row]);
+  return write_out<T>(p, q, p.states + row * p.shape.head_dim_v, p.state_lse[row]);
 }
 
 // The same on a hit with anchors.
 template <typename T>
 float write_hit(const CompleteParams& p, const Query& q) {
-  const int D = p.shape.head_dim;
+  const int V = p.shape.head_dim_v;
   const int64_t slot = p.requests.slots[q.request], row = q.row(p.shape, kOld), fresh_row = q.row(p.shape, kFresh);
   const int place = p.matched.place[q.row(p.shape)];
   HitWeights w = hit_weights(p.ring.lse(slot, q.kv_head, place)[q.g], p.state_lse[row], p.log_ratio[q.row(p.shape)],
                              p.state_lse[fresh_row]);
-  const float* entry = p.ring.out(slot, q.kv_head, place) + int64_t{q.g} * D;
-  const float *replaced = p.states + row * D, *fresh = p.states + fresh_row * D;
+  const float* entry = p.ring.out(slot, q.kv_head, place) + int64_t{q.g} * V;
+  const float *replaced = p.states + row * V, *fresh = p.states + fresh_row * V;
   T* out = out_of<T>(p, q);
   const float share = write_lse(p, q, w.lse);
   w.entry *= share, w.replaced *= share, w.fresh *= share;
-  for (int d = 0; d < D; d += kLanes) {
+  for (int d = 0; d < V; d += kLanes) {
     store(out + d, load(entry + d) * w.entry + load(replaced + d) * w.replaced + load(fresh + d) * w.fresh);
   }
   return w.lse;
 }
 
-// What the heads of a query token carry on: states [G, D] with their lse and depths.
+// What the heads of a query token carry on: states [G, V] with their lse and depths.
 struct Carried {
   float* out;
   float* lse;
@@ -89,20 +89,20 @@ struct Carried {
 };
 
 MAC_INLINE void carry(const CompleteParams& p, int64_t slot, const Query& q, const Carried& to) {
-  const int D = p.shape.head_dim, kv_head = q.kv_head, g = q.g;
+  const int V = p.shape.head_dim_v, kv_head = q.kv_head, g = q.g;
   const int64_t row = q.row(p.shape, kOld), matched = q.row(p.shape);
-  const float *old = p.states + row * D, old_lse = p.state_lse[row];
-  float* out = to.out + static_cast<int64_t>(g) * D;
+  const float *old = p.states + row * V, old_lse = p.state_lse[row];
+  float* out = to.out + static_cast<int64_t>(g) * V;
   to.lse[g] = old_lse;
   to.depth[g] = 0;
   if (p.matched.source[matched] == kMiss) {
-    std::memcpy(out, old, D * sizeof(float));
+    std::memcpy(out, old, V * sizeof(float));
     return;
   }
   const int place = p.matched.place[matched];
   const float reused_lse = p.ring.lse(slot, kv_head, place)[g];
   const MergeWeights w = merge_weights(reused_lse, old_lse);
-  write_row(out, p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * D, w.first, old, w.second, D);
+  write_row(out, p.ring.out(slot, kv_head, place) + static_cast<int64_t>(g) * V, w.first, old, w.second, V);
   to.lse[g] = w.lse;
   to.depth[g] = next_depth(p.ring.depth(slot, kv_head, place)[g]);
 }
@@ -114,7 +114,7 @@ float answer(const CompleteParams& p, int64_t slot, const Query& q, const Carrie
   const int64_t row = q.row(p.shape);
   if (p.ring.layout.shape.anchors == 0 || p.matched.source[row] == kMiss) {
     carry(p, slot, q, carried);
-    return write_out<T>(p, q, carried.out + int64_t{q.g} * p.shape.head_dim, carried.lse[q.g]);
+    return write_out<T>(p, q, carried.out + int64_t{q.g} * p.shape.head_dim_v, carried.lse[q.g]);
   }
   carried.depth[q.g] = next_depth(p.ring.depth(slot, q.kv_head, p.matched.place[row])[q.g]);
   return write_hit<T>(p, q);
@@ -122,7 +122,7 @@ float answer(const CompleteParams& p, int64_t slot, const Query& q, const Carrie
 
 template <typename T>
 void store_entry(const CompleteParams& p, int request, int kv_head, int place, const Carried& carried) {
-  const int G = p.shape.group_size, D = p.shape.head_dim, S = p.ring.layout.shape.anchors;
+  const int G = p.shape.group_size, D = p.shape.head_dim, V = p.shape.head_dim_v, S = p.ring.layout.shape.anchors;
   const int64_t slot = p.requests.slots[request];
   const int64_t group = static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
   const auto copy_rows = [&](const HeadsView& from, T* to) {
@@ -133,7 +133,7 @@ void store_entry(const CompleteParams& p, int request, int kv_head, int place, c
   };
   *p.ring.position(slot, kv_head, place) = first_position(p.shape, p.requests, request);
   copy_rows(p.query, p.ring.query<T>(slot, kv_head, place));
-  std::memcpy(p.ring.out(slot, kv_head, place), carried.out, static_cast<int64_t>(G) * D * sizeof(float));
+  std::memcpy(p.ring.out(slot, kv_head, place), carried.out, static_cast<int64_t>(G) * V * sizeof(float));
   std::copy(carried.lse, carried.lse + G, p.ring.lse(slot, kv_head, place));
   std::copy(carried.depth, carried.depth + G, p.ring.depth(slot, kv_head, place));
   if (S == 0) return;
@@ -247,7 +247,7 @@ template <typename T>
 void complete_all(const CompleteParams& p, CompleteWork& work) {
   Scratch& scratch = thread_scratch();
   const int G = p.shape.group_size, H = p.shape.num_kv_heads;
-  const Carried carried{scratch.array<float>(0, static_cast<int64_t>(G) * p.shape.head_dim),
+  const Carried carried{scratch.array<float>(0, static_cast<int64_t>(G) * p.shape.head_dim_v),
                         scratch.array<float>(1, G), scratch.array<int32_t>(2, G)};
   for (int64_t i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.num_tasks;) {
     complete_group<T>(p, static_cast<int>(i / H), static_cast<int>(i % H), carried);

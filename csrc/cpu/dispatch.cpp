@@ -85,9 +85,10 @@ const Kernels& best_kernels() {
 
 // Sizes that end with half a vector of AVX-512 are rare, and AVX2 takes as long (float32) to two fifths longer
 // (bfloat16, 8 query heads of a KV head): not worth a tail in every loop. All other levels' vectors fit every size.
-const Kernels& kernels([[maybe_unused]] int32_t head_dim) {
+const Kernels& kernels([[maybe_unused]] const Shape& shape) {
 #if MAC_X86
-  if (head_dim % best_kernels().lanes != 0) return avx2::table;
+  const int32_t lanes = best_kernels().lanes;
+  if (shape.head_dim % lanes != 0 || shape.head_dim_v % lanes != 0) return avx2::table;
 #endif
   return best_kernels();
 }

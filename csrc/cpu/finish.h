@@ -7,7 +7,7 @@ struct Total {
   float max;
   float sum;
   float light;
-  float* out;  // [D]
+  float* out;  // [V]
 };
 
 // Which span a partial state belongs to, of a query that hits with anchors or does not.
@@ -18,7 +18,7 @@ MAC_INLINE Span span_of(Tokens tokens, bool anchors) {
 
 MAC_INLINE void merge_partials(const AmendParams& p, const AmendWork& work, int request, int query, Span span,
                                bool anchors, Total& total) {
-  const int D = p.shape.head_dim;
+  const int V = p.shape.head_dim_v;
   const int64_t queries = p.shape.num_queries();
   const int64_t first = work.first_partial[request], last = work.first_partial[request + 1];
   for (int64_t i = first; i < last; ++i) {
@@ -26,24 +26,24 @@ MAC_INLINE void merge_partials(const AmendParams& p, const AmendWork& work, int 
     total.max = std::max(total.max, work.partial_max[i * queries + query]);
   }
   const float base = std::isinf(total.max) && total.max < 0 ? 0.f : total.max;
-  std::fill(total.out, total.out + D, 0.f);
+  std::fill(total.out, total.out + V, 0.f);
   for (int64_t i = first; i < last; ++i) {
     const float sum = work.partial_sum[i * queries + query];
     if (span_of(work.partial_tokens[i], anchors) != span || sum == 0.f) continue;  // a NaN sum stays
     const float weight = std::exp(work.partial_max[i * queries + query] - base);
-    const float* out = work.partial_out + (i * queries + query) * D;
+    const float* out = work.partial_out + (i * queries + query) * V;
     total.sum += sum * weight;
     total.light += work.partial_light[i * queries + query] * weight;
-    for (int d = 0; d < D; d += kLanes) store(total.out + d, load(total.out + d) + load(out + d) * weight);
+    for (int d = 0; d < V; d += kLanes) store(total.out + d, load(total.out + d) + load(out + d) * weight);
   }
 }
 
 // Writes a state where amend's caller wants it. `unit`: what the values that were summed are multiplied by.
 MAC_INLINE void write_state(const AmendParams& p, Span span, int64_t row, const Total& total, float unit) {
-  const int D = p.shape.head_dim;
+  const int V = p.shape.head_dim_v;
   row += static_cast<int64_t>(span) * p.shape.batch * p.shape.num_queries();
   const float scale = total.sum == 0.f ? 0.f : unit / total.sum;
-  for (int d = 0; d < D; d += kLanes) store(p.out + row * D + d, load(total.out + d) * scale);
+  for (int d = 0; d < V; d += kLanes) store(p.out + row * V + d, load(total.out + d) * scale);
   p.lse[row] = total.sum == 0.f ? -std::numeric_limits<float>::infinity() : total.max + std::log(total.sum);
 }
 
@@ -134,11 +134,10 @@ inline void write_sample(const AmendParams& p, const AmendWork& work, int64_t gr
 }
 
 inline void finish_group(const AmendParams& p, const AmendWork& work, int64_t group_index, Scratch& scratch) {
-  const int G = p.shape.group_size, queries = p.shape.group_queries(), D = p.shape.head_dim,
-            H = p.shape.num_kv_heads;
+  const int G = p.shape.group_size, queries = p.shape.group_queries(), H = p.shape.num_kv_heads;
   const int request = static_cast<int>(group_index / H), kv_head = static_cast<int>(group_index % H);
   const float unit = p.kv.v_scale.of(kv_head) * (p.kv.float8 ? kUnit<float8> : 1.f);
-  float* out = scratch.array<float>(0, D);
+  float* out = scratch.array<float>(0, p.shape.head_dim_v);
   for (int i = 0; i < queries; ++i) {
     const int64_t row = group_index * queries + i;
     const bool hit = work.hits[row / G].anchors != nullptr;

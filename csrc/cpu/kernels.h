@@ -106,7 +106,7 @@ struct AmendWork {
   std::vector<Tokens> partial_tokens;               // [P]
   std::unique_ptr<std::atomic<int32_t>[]> pending;  // [B] tasks not done yet
   // These are kept for the thread's next call: fresh memory costs more than what is written to it here.
-  float* partial_out;         // [P, Q, D] sum of exp(logit - max) * value
+  float* partial_out;         // [P, Q, V] sum of exp(logit - max) * value
   float* partial_max;         // [P, Q]
   float* partial_sum;         // [P, Q] sum of exp(logit - max); 0: the head has no part, and no `out`
   float* partial_light;       // [P, Q] sum of a exp(logit - max) over anchors
@@ -138,8 +138,8 @@ struct Kernels {
 // The best table this machine can run; the environment variable MAC_ATTN_SIMD asks for a lesser one by its name, so
 // that all of them can be tested on one machine. Throws std::invalid_argument if it has another value.
 const Kernels& best_kernels();
-// The same, or the best below it whose vectors a row of `head_dim` is whole ones of.
-const Kernels& kernels(int32_t head_dim);
+// The same, or the best below it whose vectors the rows of keys and values are whole ones of.
+const Kernels& kernels(const Shape& shape);
 
 namespace generic {
 extern const Kernels table;

@@ -78,7 +78,7 @@ class Stream {
       add_page(static_cast<const T*>(kv.k), block.k + i, count, kv.k_token_stride, kv.k_head_stride, order,
                num_heads, p.shape.head_dim);
       add_page(static_cast<const T*>(kv.v), block.v + i, count, kv.v_token_stride, kv.v_head_stride, order,
-               num_heads, p.shape.head_dim);
+               num_heads, p.shape.head_dim_v);
       i += count;
     }
     begin();
@@ -90,7 +90,7 @@ class Stream {
     const T* v = static_cast<const T*>(p.kv.v) + kv_head * p.kv.v_head_stride;
     for (int i = 0; i < block.count; ++i) {
       add_run(k + block.k[i], k + block.k[i] + p.shape.head_dim);
-      add_run(v + block.v[i], v + block.v[i] + p.shape.head_dim);
+      add_run(v + block.v[i], v + block.v[i] + p.shape.head_dim_v);
     }
     begin();
   }

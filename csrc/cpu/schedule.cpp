@@ -77,7 +77,7 @@ void MatchWork::write_matched(const MatchParams& p) const {
 }
 
 AmendWork::AmendWork(const AmendParams& p, int num_threads) {
-  const int B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, D = p.shape.head_dim;
+  const int B = p.shape.batch, H = p.shape.num_kv_heads, G = p.shape.group_size, V = p.shape.head_dim_v;
   const int T = p.shape.tokens, Q = p.shape.num_queries();
   const int64_t room = static_cast<int64_t>(kCandidateRoom) * p.num_anchors;
   groups.resize(static_cast<size_t>(B) * H);
@@ -143,7 +143,7 @@ AmendWork::AmendWork(const AmendParams& p, int num_threads) {
 
   static thread_local Scratch kept;
   const int64_t states = num_partials * p.shape.num_queries();
-  partial_out = kept.array<float>(0, states * D);
+  partial_out = kept.array<float>(0, states * V);
   partial_max = kept.array<float>(1, states);
   partial_sum = kept.array<float>(2, states);
   partial_light = kept.array<float>(3, states);

@@ -6,7 +6,8 @@ complete); the sample of old tokens (Duffield, Lund, Thorup, JACM 2007) and the 
 are this project's own.
 
 An attention state over a set of tokens is `(o, lse)`: the softmax-weighted mean of their values and
-the natural log of the sum of `exp(logit)`; the empty set is `(0, -inf)`. The entry of position c
+the natural log of the sum of `exp(logit)`; the empty set is `(0, -inf)`. D is the size of a query
+and a key, Dv that of a value, and so of an o. The entry of position c
 stands for the old tokens `[0, E(c))`.
 """
 

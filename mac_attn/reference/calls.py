@@ -16,8 +16,8 @@ from .states import KVCache, Scale, attention_state, gather_kv
 class Step:
     """What one decode step answers."""
 
-    out: Tensor  # [B, Hq, D] or [B, T, Hq, D] float64
-    lse: Tensor  # without D, float64, natural log
+    out: Tensor  # [B, Hq, Dv] or [B, T, Hq, Dv] float64
+    lse: Tensor  # without Dv, float64, natural log
     source: Tensor  # as lse, int64, the matched position; -1: a miss, or a token not there
     gain: Tensor  # as lse, by how much the sums of a hit raise errors of their terms
     heads: list[list[HeadStep]]  # [B][Hkv]; of a padding row none
@@ -56,8 +56,9 @@ def decode(
     softmax = (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale, logits_soft_cap)
     single = q.dim() == 3
     q = (q.unsqueeze(1) if single else q).cpu().double()
+    values = kv_cache if isinstance(kv_cache, Tensor) else kv_cache[1]
     result = Step(
-        out=torch.zeros_like(q),
+        out=q.new_zeros(*q.shape[:-1], values.shape[-1]),
         lse=q.new_full(q.shape[:-1], -torch.inf),
         source=torch.full(q.shape[:-1], -1),
         gain=q.new_ones(q.shape[:-1]),

@@ -36,7 +36,7 @@ class HeadStep:
     """What a step of T query tokens answers for one KV head, and what its match saw (so that a
     near tie shows)."""
 
-    out: Tensor  # [T, G, D] float64
+    out: Tensor  # [T, G, Dv] float64
     lse: Tensor  # [T, G] float64, natural log
     source: Tensor  # [T, G] int64, the matched position; -1 is a miss
     gain: Tensor  # [T, G] float64, by how much the sums of a hit raise errors of their terms
@@ -213,7 +213,7 @@ class ReferenceReuse:
     ) -> HeadStep:
         """Match, amend and complete the newest T tokens of one request, for one KV head.
 
-        q and the pre-RoPE query `[T, G, D]`, k and v `[n, D]`, softmax `(sm_scale,
+        q and the pre-RoPE query `[T, G, D]`, k `[n, D]`, v `[n, Dv]`, softmax `(sm_scale,
         logits_soft_cap)`, `where` the row of the batch and the KV head; with `miss` nothing is
         matched, without `learn` nothing stored. Of the first token an entry is. How far the keys
         spread is measured after a slot `starts` and at each power of two of n.
@@ -227,7 +227,7 @@ class ReferenceReuse:
         ]
         matched = self.match_all(seen)
         result = HeadStep(
-            out=torch.empty_like(q),
+            out=q.new_empty(tokens, group, v.shape[1]),
             lse=q.new_empty(tokens, group),
             source=torch.full((tokens, group), -1),
             gain=q.new_ones(tokens, group),
@@ -290,11 +290,11 @@ class ReferenceReuse:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Amend and complete the t-th token, whose heads reuse these entries or none.
 
-        q `[G, D]`, k and v `[n, D]` of what it sees, `old` tokens the first token's entry stands
-        for. Returns the state over those, o `[G, D]` and lse `[G]`, and its depth `[G]`.
+        q `[G, D]`, k `[n, D]` and v `[n, Dv]` of what it sees, `old` tokens the first token's entry
+        stands for. Returns the state over those, o `[G, Dv]` and lse `[G]`, and its depth `[G]`.
         """
         n = len(k)
-        carried, carried_lse = torch.empty_like(q), q.new_empty(len(q))
+        carried, carried_lse = q.new_empty(len(q), v.shape[1]), q.new_empty(len(q))
         depth = torch.zeros(len(q), dtype=torch.int64)
         read = 0
         for i, entry in enumerate(matched):

@@ -25,7 +25,7 @@ class Entry:
     position: int
     query: Tensor  # [G, D] float64, pre-RoPE
     rotated: Tensor  # [G, D] float64, post-RoPE
-    out: Tensor  # [G, D] float64
+    out: Tensor  # [G, Dv] float64
     lse: Tensor  # [G] float64
     depth: Tensor  # [G] int64, 0 for a miss, else the source's depth + 1
     anchors: Tensor = torch.empty(0, dtype=torch.int64)  # [<= S] positions, all < E(c)
@@ -95,9 +95,9 @@ def hit_state(
     Every anchor leaves the entry's state `counts` times, for itself and for the others that it
     answers for, as it has joined `recent`. The mean of what is left stays, and its sum grows by
     rho, the quotient of `sum_A a exp(s)` for q and for the entry's query. Sums are signed: now and
-    then anchors leave with more than there was. k and v `[n, D]`. Returns o `[G, D]`, lse `[G]`,
-    what is left of the entry's sum, as a share of it `[G]`, and by how much the signed sums raise
-    errors of their terms `[G]`.
+    then anchors leave with more than there was. k `[n, D]`, v `[n, Dv]`. Returns o `[G, Dv]`, lse
+    `[G]`, what is left of the entry's sum, as a share of it `[G]`, and by how much the signed sums
+    raise errors of their terms `[G]`.
     """
     k, v = k[entry.anchors], v[entry.anchors]
     lifted = [attention_logits(x, k, *softmax) + entry.weights.log() for x in (q, entry.rotated)]

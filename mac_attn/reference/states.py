@@ -26,9 +26,9 @@ def attention_state(
 ) -> State:
     """Attention state of queries that share a KV head, over a set of n >= 0 tokens.
 
-    q `[G, D]`, k and v `[n, D]`, float64. `logits_soft_cap` 0 is off; else a logit becomes
-    `cap * tanh(logit / cap)` (Gemma 2). With `counts` `[n]` a token counts as so
-    many. Returns o `[G, D]` and lse `[G]` (natural log).
+    q `[G, D]`, k `[n, D]` and v `[n, Dv]`, float64. `logits_soft_cap` 0 is off; else a logit
+    becomes `cap * tanh(logit / cap)` (Gemma 2). With `counts` `[n]` a token counts as so
+    many. Returns o `[G, Dv]` and lse `[G]` (natural log).
     """
     logits = attention_logits(q, k, sm_scale, logits_soft_cap)
     if counts is not None:
@@ -60,7 +60,8 @@ def gather_kv(
     """The first n tokens of one request: k and v `[n, num_kv_heads, D]`, float64.
 
     `kv_cache` is a pair of `[num_pages, page_size, num_kv_heads, D]` (NHD) or `[num_pages,
-    num_kv_heads, page_size, D]` (HND), or one tensor with the pair in dimension 1. Only the first
+    num_kv_heads, page_size, D]` (HND), of V with a D of its own, or one tensor with the pair in
+    dimension 1. Only the first
     `ceil(n / page_size)` ids of `block_table_row` are looked at. `scales`, of K and V, are what the
     numbers of a float8 cache are multiplied by: one, or one for each KV head.
     """

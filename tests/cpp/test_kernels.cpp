@@ -147,7 +147,7 @@ double decode(int first, int tokens, float threshold, int repeat, int64_t& hits,
     match.ring = ring.view(), match.threshold = thresholds.data(), match.relative = true, match.matched = matched;
     match.window = kEntries, match.band = kBand, match.min_context = 1, match.max_reuse_depth = 1;
     cpu::MatchWork match_work(match, kThreads);
-    run_team(cpu::kernels(kHeadDim).match, match, match_work);
+    run_team(cpu::kernels(match.shape).match, match, match_work);
     match_work.write_matched(match);
 
     AmendParams amend{};
@@ -167,7 +167,7 @@ double decode(int first, int tokens, float threshold, int repeat, int64_t& hits,
     amend.out = states.data(), amend.lse = state_lse.data(), amend.log_ratio = log_ratio.data();
     amend.anchors = anchors.data(), amend.anchor_weights = anchor_weights.data(), amend.sampled = sampled.data();
     cpu::AmendWork amend_work(amend, kThreads);
-    run_team(cpu::kernels(kHeadDim).amend, amend, amend_work);
+    run_team(cpu::kernels(amend.shape).amend, amend, amend_work);
 
     CompleteParams complete{};
     complete.shape = shape, complete.dtype = DType::kFloat32, complete.requests = requests;
@@ -180,7 +180,7 @@ double decode(int first, int tokens, float threshold, int repeat, int64_t& hits,
     complete.out_batch_stride = wide * complete.out_token_stride;
     complete.lse = lse.data();
     cpu::CompleteWork complete_work(complete);
-    run_team(cpu::kernels(kHeadDim).complete, complete, complete_work);
+    run_team(cpu::kernels(complete.shape).complete, complete, complete_work);
 
     for (int row = 0; row < queries; ++row) {
       const int head = row % kHeads, token = row / kHeads % wide, b = row / kHeads / wide;

@@ -39,6 +39,8 @@ class Call:
         # An input that has run out gives the lowest number: let that be a full call.
         self.batch, self.kv_heads, self.group = 3 - pick(0, 3), pick(1, 2), pick(1, 5)
         self.head_dim = draw.PickValueInList([16, 8, 24, 48, 80, 256, 512])
+        shorter = (size for size in (8, 24, 64) if size < self.head_dim)
+        self.head_dim_v = draw.PickValueInList([self.head_dim, *shorter])
         self.slots, self.entries, self.num_anchors = 5 - pick(1, 4), 7 - pick(1, 6), pick(0, 3)
         self.band, self.page_size, self.max_pages = pick(1, 5), 6 - pick(1, 5), 5 - pick(0, 5)
         self.num_pages = 6 - pick(0, 6)
@@ -65,7 +67,7 @@ class Call:
 
     def makers(self) -> dict[str, Callable[[], Any]]:
         """What makes each argument of a call that is valid, or nearly."""
-        B, H, G, D = self.batch, self.kv_heads, self.group, self.head_dim
+        B, H, G, D, V = self.batch, self.kv_heads, self.group, self.head_dim, self.head_dim_v
         N, M, S = self.slots, self.entries, self.num_anchors
         T = max(1, self.tokens)
         rows = (B, T, H * G) if self.tokens else (B, H * G)
@@ -78,7 +80,7 @@ class Call:
         slots = order[:B] if B <= N else self.ints(B, low=0, high=N)
         slots[torch.rand(B, generator=self.generator) < 0.2] = -1  # requests without a ring
         rings = self.rings(ends, slots)
-        cache = (self.num_pages, self.page_size, H, D)
+        cache = (self.num_pages, self.page_size, H)
         source = torch.full((B, H, T, G), -1, dtype=torch.int32)
         stored = torch.where(slots >= 0, rings["ring_stored"][slots.clamp(min=0).long(), 0], -1)
         if self.draw.ConsumeBool():  # the newest entry of each that has one
@@ -91,8 +93,8 @@ class Call:
         return {
             "q": lambda: self.normal(*rows, D),
             "q_match": lambda: self.normal(*rows, D),
-            "k_cache": lambda: self.pages(*cache),
-            "v_cache": lambda: self.pages(*cache),
+            "k_cache": lambda: self.pages(*cache, D),
+            "v_cache": lambda: self.pages(*cache, V),
             "k_scale": self.scale,
             "v_scale": self.scale,
             "hnd": lambda: False,
@@ -104,7 +106,7 @@ class Call:
             "source": lambda: source,
             "place": lambda: place,
             "stored": lambda: stored[:, None].expand(B, H).contiguous(),
-            "states": lambda: self.normal(2, B, T * H * G, D, dtype=torch.float32),
+            "states": lambda: self.normal(2, B, T * H * G, V, dtype=torch.float32),
             "state_lse": lambda: self.normal(2, B, T * H * G, dtype=torch.float32),
             "log_ratio": lambda: self.normal(B, T * H * G, dtype=torch.float32),
             "anchor_positions": lambda: torch.full((B, H, S), -1, dtype=torch.int32),
@@ -112,6 +114,7 @@ class Call:
             "sampled": lambda: self.ints(B, H * T, low=-1, high=4 * S + 2),
             "ring": lambda: rings["ring"],
             "num_kv_heads": lambda: H,
+            "head_dim_v": lambda: V,
             "entries": lambda: M,
             "anchors": lambda: S,
             "layer": lambda: 3,
@@ -136,7 +139,7 @@ class Call:
             "inv_freq": lambda: None,
             "interleaved": lambda: self.draw.ConsumeBool(),
             "rotary_scale": lambda: 1.0,
-            "out": lambda: self.normal(*rows, D),
+            "out": lambda: self.normal(*rows, V),
             "lse": lambda: self.normal(*rows, dtype=torch.float32),
         }
 
@@ -151,6 +154,7 @@ class Call:
         cache = mac_attn.ReuseCache(
             cfg, num_slots=self.slots, num_qo_heads=self.kv_heads * self.group,
             num_kv_heads=self.kv_heads, head_dim=self.head_dim, dtype=self.dtype,
+            head_dim_v=self.head_dim_v,
         )  # fmt: skip
         for name in ("query", "rotated", "out", "lse", "last_lse"):
             part = getattr(cache, f"ring_{name}")

@@ -40,6 +40,7 @@ class Plan:
             self.config.entries,
             self.config.anchors,
             self.dtype.itemsize,
+            self.head_dim,
         )
         return layout[1]
 
