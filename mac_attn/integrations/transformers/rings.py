@@ -58,6 +58,7 @@ class Rings:
                 num_qo_heads=num_qo_heads,
                 num_kv_heads=self.store.key_store.shape[2],
                 head_dim=self.store.key_store.shape[3],
+                head_dim_v=self.store.value_store.shape[3],
                 dtype=self.store.dtype,
                 device=self.store.device,
                 rotary=self.rotary,
@@ -85,7 +86,7 @@ class Rings:
             store.stranger = f"queries are {query.dtype}, keys and values {store.dtype}"
         if store.stranger is not None:
             return None
-        shape = query.shape[1], *store.key_store.shape[2:]
+        shape = query.shape[1], *store.key_store.shape[2:], store.value_store.shape[3]
         if reason := _undecodable(store.device.type, store.dtype, store.key_store.dtype, *shape):
             raise Refusal(
                 f"layer {self.index}: {reason}\nmac_attn.decode cannot serve these heads; use "
@@ -191,14 +192,18 @@ def _undecodable(
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    head_dim_v: int,
 ) -> str | None:
     """Why `mac_attn.decode` refuses heads like these, in its own words; None: it does not."""
-    kv = torch.zeros(1, 1, num_kv_heads, head_dim, dtype=kv_dtype, device=device)
+    k, v = (
+        torch.zeros(1, 1, num_kv_heads, size, dtype=kv_dtype, device=device)
+        for size in (head_dim, head_dim_v)
+    )
     q = torch.zeros(1, num_qo_heads, head_dim, dtype=dtype, device=device)
     ints = torch.zeros(1, 1, dtype=torch.int32, device=device)
     scale = 1.0 if kv_dtype == FLOAT8 else None
     try:
-        mac_attn.decode(q, (kv, kv), ints, ints[0] + 1, k_scale=scale, v_scale=scale)
+        mac_attn.decode(q, (k, v), ints, ints[0] + 1, k_scale=scale, v_scale=scale)
     except (ValueError, TypeError) as error:
         return str(error)
     return None

@@ -33,7 +33,7 @@ _NEUTRAL = frozenset(
     }
 )
 # Folders of transformers whose models have no SDPA for their sinks alone.
-_SINKS_ALONE = ("gpt_oss", "granite_swa", "granitemoe_swa", "flint")
+_SINKS_ALONE = ("gpt_oss", "granite_swa", "granitemoe_swa", "flint", "mimo_v2_flash")
 _EAGER = "use attn_implementation='eager', with transformers' own cache"
 
 
