@@ -42,6 +42,9 @@ void check_supported(const Shape& shape, DType dtype) {
   const int32_t most = cuda::max_group(shape.head_dim);
   TORCH_CHECK_VALUE(shape.group_size <= most, "num_qo_heads / num_kv_heads is ", shape.group_size,
                     ", must be at most ", most, " with head_dim ", shape.head_dim, " on CUDA");
+  TORCH_CHECK_VALUE(shape.head_dim_v == shape.head_dim || shape.head_dim <= cuda::kMostOfShorterValues,
+                    "head_dim_v is ", shape.head_dim_v, ", must be ", shape.head_dim,
+                    " as head_dim, which is more than ", cuda::kMostOfShorterValues, ", on CUDA");
 }
 
 // cp.async moves 16 bytes at a time, so every row must begin at a multiple of them.
@@ -120,6 +123,8 @@ void amend(const AmendParams& p, const Persistent& persistent, const Tensor& on)
                     ", must be at most ", most_heads, " with anchors and head_dim ", D, " on CUDA");
   TORCH_CHECK_VALUE(!p.kv.float8 || D % 16 == 0, "q has head_dim ", D,
                     ", must be a multiple of 16 with a float8 cache on CUDA");
+  TORCH_CHECK_VALUE(!p.kv.float8 || p.shape.head_dim_v % 16 == 0, "v_cache has head_dim_v ", p.shape.head_dim_v,
+                    ", must be a multiple of 16 with a float8 cache on CUDA");
   const int64_t kv_itemsize = p.kv.float8 ? 1 : 2;
   check_rows(p.query.data, "q", 2, {p.query.batch_stride, p.query.head_stride, p.query.token_stride});
   check_rows(p.kv.k, "k_cache", kv_itemsize, {p.kv.k_page_stride, p.kv.k_token_stride, p.kv.k_head_stride});
@@ -143,7 +148,7 @@ void amend(const AmendParams& p, const Persistent& persistent, const Tensor& on)
                     p.kv.page_size, " tokens, must have fewer than 2^31 tiles of 64 in all KV heads");
   const auto floats = on.options().dtype(at::kFloat);
   const int64_t states = cuda::max_pieces(p, w, ctas) * kNumSpans * w.tile_heads;
-  const int64_t padded = cuda::padded_head_dim(p.shape.head_dim);
+  const int64_t padded = cuda::padded_head_dim(p.shape);
   Tensor partial = at::empty({states * (padded + 4)}, floats);
   w.partial_out = partial.data_ptr<float>();
   w.partial_sums = w.partial_out + states * padded;

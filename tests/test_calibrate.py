@@ -264,7 +264,7 @@ def test_layers_of_different_heads_are_refused() -> None:
     with pytest.raises(ValueError, match=r"reuse, \[0, 1\], and called attention in \[0\]"):
         capture(model, ids, steps=STEPS, seeded=SEEDED)  # `config` does not follow the model's
     attention.config = model.config
-    with pytest.raises(ValueError, match=r"different .*\[\(4, 2, 16\), \(4, 4, 16\)\]"):
+    with pytest.raises(ValueError, match=r"different .*\[\(4, 2, 16, 16\), \(4, 4, 16, 16\)\]"):
         capture(model, ids, steps=STEPS, seeded=SEEDED)
 
 

@@ -23,6 +23,7 @@ from tiny_models import (  # noqa: E402
 )
 
 from mac_attn import ReuseConfig  # noqa: E402
+from mac_attn.calibrate import Replayer, capture  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -93,3 +94,14 @@ def test_beam_search_and_float8() -> None:
     )
     got, want = run(model, ids, narrow, PARTS), run(model, ids, wide, PARTS)
     assert (got - want).norm() < 0.2 * want.norm() and not torch.equal(got, want)
+
+
+def test_calibrates_its_full_layers() -> None:
+    model, ids = tiny_mimo(), prompts(CPU, 1, 72)
+    captured = capture(model, ids, steps=24, seeded=16)
+    assert captured.layer_index == (0,) and captured.num_model_layers == 2
+    assert captured.k.shape == (1, 72, 2, 24) and captured.v.shape == (1, 72, 2, 16)
+    assert captured.exact.shape == (1, 24, 4, 16)
+    never, always = (Replayer(captured)(config) for config in (NEVER, ALWAYS))
+    assert never.hit_rate == 0 and always.hit_rate == 1
+    assert never.error.max() < 1e-5 < always.error.mean()  # sums of float32 in another order

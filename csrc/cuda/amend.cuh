@@ -60,7 +60,7 @@ auto with_head_blocks(int queries, const Use& use) {
 // error.
 template <typename Launch>
 auto each_amend_launch(const AmendParams& p, const Launch& launch) {
-  const int D = padded_head_dim(p.shape.head_dim), queries = p.shape.group_queries();
+  const int D = padded_head_dim(p.shape), queries = p.shape.group_queries();
   const int blocks = head_blocks(D, queries);
   if (p.num_anchors == 0 || hit_blocks(D, blocks) == blocks) return launch(queries, Serves::kAll);
   if (const auto error = launch(queries, Serves::kMisses)) return error;
@@ -326,8 +326,9 @@ template <typename Q, typename T, int kHeadDim, bool kExact>
 MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
   constexpr int kQueryLine = 64, kLine = 128 / sizeof(T);  // elements
   constexpr int kMostBytes = 20 << 20;                     // of the L2 cache's 50 MB
-  const int elements = row_elements<kHeadDim, kExact>(p.shape);
-  const int query_lines = (elements + kQueryLine - 1) / kQueryLine, lines = (elements + kLine - 1) / kLine;
+  const int elements = row_elements<kHeadDim, kExact>(p.shape), values = value_elements<kHeadDim, kExact>(p.shape);
+  const int query_lines = (elements + kQueryLine - 1) / kQueryLine;
+  const int k_lines = (elements + kLine - 1) / kLine, v_lines = (values + kLine - 1) / kLine;
   const int thread = blockIdx.x * kThreads + threadIdx.x, threads = gridDim.x * kThreads;
   const int B = p.shape.batch, H = p.shape.num_kv_heads, Hq = p.shape.num_qo_heads();
 #pragma unroll 1
@@ -337,7 +338,7 @@ MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
     for (int i = 0; i < query_lines; ++i) ptx::prefetch_l2(query + i * kQueryLine);
   }
   const int64_t rows = int64_t{B} * p.band * H;
-  if (rows * elements * 2 * static_cast<int>(sizeof(T)) > kMostBytes) return;
+  if (rows * (elements + values) * static_cast<int>(sizeof(T)) > kMostBytes) return;
 #pragma unroll 1
   for (int row = thread; row < rows; row += threads) {
     const int kv_head = row % H, request = row / H / p.band, n = p.requests.seq_lens[request];
@@ -348,9 +349,9 @@ MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
     if (page < 0 || page >= p.kv.num_pages) continue;
     const T* k = static_cast<const T*>(p.kv.k) + page * p.kv.k_page_stride + offset * p.kv.k_token_stride;
     const T* v = static_cast<const T*>(p.kv.v) + page * p.kv.v_page_stride + offset * p.kv.v_token_stride;
-    for (int i = 0; i < lines; ++i) {
+    for (int i = 0; i < k_lines; ++i) {
       ptx::prefetch_l2(k + kv_head * p.kv.k_head_stride + i * kLine);
-      ptx::prefetch_l2(v + kv_head * p.kv.v_head_stride + i * kLine);
+      if (kExact || i < v_lines) ptx::prefetch_l2(v + kv_head * p.kv.v_head_stride + i * kLine);
     }
   }
 }

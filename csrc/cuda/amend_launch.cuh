@@ -15,14 +15,14 @@ namespace mac_attn::cuda {
 // the grid has for each. While match leaves the processors, one that is free before the others would else take a
 // third CTA, and another be left with one, for the whole step.
 template <typename Q, typename T, typename Use>
-cudaError_t with_amend_kernel(int head_dim, int queries, const Use& use) {
+cudaError_t with_amend_kernel(const Shape& shape, int queries, const Use& use) {
   int device = 0, all = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)) {
     return error;
   }
-  const int least = all / (ctas_per_processor(head_dim) + 1);  // beside it a CTA has static shared memory
-  return with_head_dim(head_dim, [&](auto dim) {
+  const int least = all / (ctas_per_processor(shape.head_dim) + 1);  // beside it a CTA has static shared memory
+  return with_head_dim(shape, [&](auto dim) {
     constexpr int kHeadDim = decltype(dim)::value;
     return with_head_blocks<kHeadDim>(queries, [&](auto blocks) {
       constexpr int kHeadBlocks = decltype(blocks)::value;
@@ -37,7 +37,7 @@ cudaError_t launch_amend_type(const AmendParams& p, const AmendWorkspace& w, int
   return each_amend_launch(p, [&](int queries, Serves serves) {
     AmendWorkspace served = w;
     served.serves = serves;
-    return with_amend_kernel<Q, T>(p.shape.head_dim, queries, [&](auto* kernel, int shared) {
+    return with_amend_kernel<Q, T>(p.shape, queries, [&](auto* kernel, int shared) {
       return launch(kernel, dim3(ctas), kThreads, shared, stream, p, served);
     });
   });
@@ -49,7 +49,7 @@ cudaError_t amend_ctas_type(const AmendParams& p, int32_t* ctas) {
   int device = 0, processors = 0;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-  return with_amend_kernel<Q, T>(p.shape.head_dim, p.shape.group_queries(), [&](auto* kernel, int shared) {
+  return with_amend_kernel<Q, T>(p.shape, p.shape.group_queries(), [&](auto* kernel, int shared) {
     int each = 0;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, shared);

@@ -10,7 +10,7 @@ namespace {
 template <typename T>
 cudaError_t launch_type(const CompleteParams& p, const CompleteWorkspace& w, cudaStream_t stream) {
   const dim3 grid(p.shape.batch * p.shape.num_kv_heads);
-  return with_head_dim(p.shape.head_dim, [&](auto dim) {
+  return with_head_dim(p.shape, [&](auto dim) {
     return launch(complete_kernel<T, decltype(dim)::value, decltype(dim)::kExact>, grid, complete_threads(p),
                   complete_shared_bytes(p), stream, p, w);
   });

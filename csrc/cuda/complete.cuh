@@ -30,8 +30,7 @@ constexpr int max_complete_warps(int head_dim, bool exact) {
 }
 // With candidates there are always as many, and shared memory to cut them in.
 constexpr int complete_threads(const CompleteParams& p) {
-  const int D = p.shape.head_dim, queries = p.shape.group_queries();
-  const int most = max_complete_warps(D, padded_head_dim(D) == D);
+  const int queries = p.shape.group_queries(), most = max_complete_warps(p.shape.head_dim, is_exact(p.shape));
   return 32 * (p.candidates ? most : std::min(std::max(queries, kWarps), most));
 }
 constexpr int complete_shared_bytes(const CompleteParams& p) {
@@ -64,15 +63,16 @@ struct CompleteHead {
   float carried_lse, fresh_lse, reused_lse, log_ratio;
   int place, depth;  // of the matched entry
 
-  MAC_DEVICE static int elements(const CompleteParams& p) { return row_elements<kHeadDim, kExact>(p.shape); }
+  // Of the states and the output.
+  MAC_DEVICE static int elements(const CompleteParams& p) { return value_elements<kHeadDim, kExact>(p.shape); }
   MAC_DEVICE void load_states(const CompleteParams& p, const CompleteWork& work, int query) {
-    const int D = elements(p);
+    const int V = elements(p);
     const int64_t row = work.row(p, query);
     const int64_t fresh_row = static_cast<int64_t>(p.shape.batch) * p.shape.num_queries() + row;
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) {
       const int d = ptx::lane_id() + 32 * i;
-      if (d < D) carried[i] = p.states[row * D + d], fresh[i] = p.states[fresh_row * D + d];
+      if (d < V) carried[i] = p.states[row * V + d], fresh[i] = p.states[fresh_row * V + d];
     }
     carried_lse = p.state_lse[row], fresh_lse = p.state_lse[fresh_row];
     place = p.matched.source ? p.matched.place[row] : kMiss;
@@ -80,11 +80,11 @@ struct CompleteHead {
   }
   MAC_DEVICE void load_entry(const CompleteParams& p, const CompleteWork& work, int g) {
     if (!work.reuses || place == kMiss) return;
-    const int D = elements(p);
+    const int V = elements(p);
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) {
       const int d = ptx::lane_id() + 32 * i;
-      if (d < D) reused[i] = p.ring.out(work.slot, work.kv_head, place)[g * D + d];
+      if (d < V) reused[i] = p.ring.out(work.slot, work.kv_head, place)[g * V + d];
     }
     reused_lse = p.ring.lse(work.slot, work.kv_head, place)[g];
     depth = p.ring.depth(work.slot, work.kv_head, place)[g];
@@ -94,13 +94,13 @@ struct CompleteHead {
     const bool hit = work.reuses && place != kMiss;
     depth = hit ? next_depth(depth) : 0;
     if (!hit) return;
-    const int D = elements(p);
+    const int V = elements(p);
     if (p.ring.layout.shape.anchors > 0) {
       const HitWeights weights = hit_weights(reused_lse, carried_lse, log_ratio, fresh_lse);
       fresh_lse = weights.lse, carried_lse = -INFINITY;
 #pragma unroll
       for (int i = 0; i < kLaneElements; ++i) {
-        if (ptx::lane_id() + 32 * i >= D) continue;
+        if (ptx::lane_id() + 32 * i >= V) continue;
         fresh[i] = reused[i] * weights.entry + carried[i] * weights.replaced + fresh[i] * weights.fresh;
         carried[i] = 0.f;
       }
@@ -110,7 +110,7 @@ struct CompleteHead {
     carried_lse = weights.lse;
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) {
-      if (ptx::lane_id() + 32 * i < D) carried[i] = reused[i] * weights.first + carried[i] * weights.second;
+      if (ptx::lane_id() + 32 * i < V) carried[i] = reused[i] * weights.first + carried[i] * weights.second;
     }
   }
 };
@@ -201,13 +201,14 @@ template <typename T, int kHeadDim, bool kExact>
 MAC_DEVICE void prefetch_query(const CompleteParams& p, int request, int kv_head, int query, int g, int lane) {
   constexpr int kLine = 128;
   const int G = p.shape.group_size, D = row_elements<kHeadDim, kExact>(p.shape);
+  const int V = value_elements<kHeadDim, kExact>(p.shape);
   const T* stored = static_cast<const T*>(p.query.data) + request * p.query.batch_stride +
                     (kv_head * G + g) * p.query.head_stride;
   if (query < G && lane * kLine < D * 2) ptx::prefetch_l2(stored + lane * kLine / 2);
   const int64_t group = static_cast<int64_t>(request) * p.shape.num_kv_heads + kv_head;
   const int place = p.matched.place[group * p.shape.group_queries() + query], slot = p.requests.slots[request];
   if (place < 0 || place >= p.ring.layout.shape.entries || slot < 0 || slot >= p.ring.num_slots) return;
-  if (lane * kLine < D * 4) ptx::prefetch_l2(p.ring.out(slot, kv_head, place) + g * D + lane * kLine / 4);
+  if (lane * kLine < V * 4) ptx::prefetch_l2(p.ring.out(slot, kv_head, place) + g * V + lane * kLine / 4);
   if (lane == 30) ptx::prefetch_l2(p.ring.lse(slot, kv_head, place) + g);
   if (lane == 31) ptx::prefetch_l2(p.ring.depth(slot, kv_head, place) + g);
 }
@@ -216,7 +217,7 @@ MAC_DEVICE void prefetch_query(const CompleteParams& p, int request, int kv_head
 template <typename T, int kHeadDim, bool kExact>
 MAC_DEVICE void store_head(const CompleteParams& p, const CompleteWork& work, int g,
                            const CompleteHead<kHeadDim, kExact>& head) {
-  const int D = head.elements(p);
+  const int D = row_elements<kHeadDim, kExact>(p.shape), V = head.elements(p);
   const int lane = ptx::lane_id(), kv_head = work.kv_head, qo_head = kv_head * p.shape.group_size + g;
   const auto row_of = [&](const HeadsView& heads) {
     return static_cast<const T*>(heads.data) + work.request * heads.batch_stride + qo_head * heads.head_stride;
@@ -239,7 +240,7 @@ MAC_DEVICE void store_head(const CompleteParams& p, const CompleteWork& work, in
   }
 #pragma unroll
   for (int i = 0; i < head.kLaneElements; ++i) {
-    if (lane + 32 * i < D) p.ring.out(work.slot, kv_head, work.place)[g * D + lane + 32 * i] = head.carried[i];
+    if (lane + 32 * i < V) p.ring.out(work.slot, kv_head, work.place)[g * V + lane + 32 * i] = head.carried[i];
   }
   if (lane != 0) return;
   p.ring.lse(work.slot, kv_head, work.place)[g] = head.carried_lse;

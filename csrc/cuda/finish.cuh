@@ -89,7 +89,7 @@ template <int kHeadDim, bool kExact>
 MAC_DEVICE void finish_unit(const AmendParams& p, const AmendWorkspace& w, const Piece& piece, void* scratch,
                             PieceRange (&pieces)[kNumSpans]) {
   const int queries = piece.work.queries, group = piece.kv_group(p);
-  const int elements = row_elements<kHeadDim, kExact>(p.shape);
+  const int elements = value_elements<kHeadDim, kExact>(p.shape);
   // The first thread may be marking the request below already, as may the CTAs of other KV heads.
   const int given = ptx::load_volatile(w.status + piece.request),
             bad = p.requests.seq_lens[piece.request] != 0 && position_of(p, w, piece.request) < 0,

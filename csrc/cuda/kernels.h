@@ -10,11 +10,19 @@
 namespace mac_attn::cuda {
 
 // Elements of a row in shared memory, in registers and in partial states. The kernels are compiled for six sizes;
-// any other multiple of 8 is filled up with zeros to 128 or 256, see head_dim.cuh.
-constexpr int32_t padded_head_dim(int32_t head_dim) {
-  const bool compiled = head_dim == 64 || head_dim == 80 || head_dim == 96;
-  return compiled ? head_dim : head_dim <= 128 ? 128 : head_dim <= 256 ? 256 : 512;
+// any other multiple of 8 is filled up with zeros to 128 or 256, and so is one with shorter values, see
+// head_dim.cuh.
+constexpr int32_t padded_head_dim(const Shape& shape) {
+  const int32_t D = shape.head_dim;
+  const bool compiled = shape.head_dim_v == D && (D == 64 || D == 80 || D == 96);
+  return compiled ? D : D <= 128 ? 128 : D <= 256 ? 256 : 512;
 }
+// Whether rows are as long in global memory.
+constexpr bool is_exact(const Shape& shape) {
+  return shape.head_dim_v == shape.head_dim && padded_head_dim(shape) == shape.head_dim;
+}
+// Keys for which there are kernels with shorter values.
+constexpr int32_t kMostOfShorterValues = 256;
 
 // Queries of a KV head that one pass over the tokens serves: as many as there are registers for their sums.
 constexpr int32_t most_tile_heads(int32_t head_dim) {

@@ -76,7 +76,9 @@ MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const 
   using Stage = Stage<kHeadDim, T>;
   constexpr int kChunks = kHeadDim / Stage::kUnit;
   constexpr int kLanes = Stage::kHalfLines ? 4 : 8, kRowsAtOnce = 32 / kLanes;
-  const int lane = ptx::lane_id(), row_chunks = row_elements<kHeadDim, kExact>(p.shape) / Stage::kUnit;
+  const int lane = ptx::lane_id();
+  const int k_chunks = row_elements<kHeadDim, kExact>(p.shape) / Stage::kUnit;
+  const int v_chunks = value_elements<kHeadDim, kExact>(p.shape) / Stage::kUnit;
   // A page id outside the cache is not followed: the request is marked and answers NaN.
   if (row.valid && row.page >= static_cast<uint32_t>(p.kv.num_pages)) {
     row.valid = false, row.page = 0;
@@ -106,9 +108,8 @@ MAC_DEVICE void load_stage(const AmendParams& p, const AmendWorkspace& w, const 
       // Rows eight apart have their pieces in the same order.
       T* to = stage + lane / kLanes * Stage::kRow + Stage::place(first % 8 + lane / kLanes, chunk) +
               first * Stage::kRow;
-      const bool there = fill && (kExact || chunk < row_chunks);
-      ptx::cp_async_16(to, k + i * kLanes * 16, there);
-      ptx::cp_async_16(to + kWarpTokens * Stage::kRow, v + i * kLanes * 16, there);
+      ptx::cp_async_16(to, k + i * kLanes * 16, fill && (kExact || chunk < k_chunks));
+      ptx::cp_async_16(to + kWarpTokens * Stage::kRow, v + i * kLanes * 16, fill && (kExact || chunk < v_chunks));
     }
   }
 }

@@ -69,6 +69,10 @@ class Capture:
     def head_dim(self) -> int:
         return self.k.shape[3]
 
+    @property
+    def head_dim_v(self) -> int:
+        return self.v.shape[3]
+
     def layers(self, index: list[int]) -> Capture:
         """The capture of these layers alone (copies)."""
         chosen: dict[str, Any] = {"layer_index": tuple(self.layer_index[i] for i in index)}
@@ -154,10 +158,10 @@ def capture(model: PreTrainedModel, ids: Tensor, *, steps: int = 512, seeded: in
         )
     if len(scales) != 1:
         raise ValueError(f"model has layers with factors {sorted(scales)}, must have one sm_scale")
-    shapes = {(t[0].shape[1], *t[1].shape[1:]) for t in taken.values()}
+    shapes = {(q.shape[1], *k.shape[1:], v.shape[2]) for q, k, v in taken.values()}
     if len(shapes) != 1:
         raise ValueError(
-            "model has layers with different (num_qo_heads, num_kv_heads, head_dim), "
+            "model has layers with different (num_qo_heads, num_kv_heads, head_dim, head_dim_v), "
             f"{sorted(shapes)}, must have the same in all that reuse"
         )
 
@@ -179,7 +183,8 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, sm_scale: float) -> Tensor:
     """Exact decode of the last queries `[L, steps, Hq, D]` in float32, layer by layer."""
     steps, length = q.shape[1], k.shape[1]
     seq_lens = torch.arange(length - steps + 1, length + 1, dtype=torch.int32, device=q.device)
-    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    shape = (*q.shape[:-1], v.shape[-1])
+    out = torch.empty(shape, dtype=torch.float32, device=q.device)
     on_cpu = q.device.type == "cpu"  # the CUDA kernels have no float32
     for layer in range(len(q)):
         # One request per step, all on the same page.

@@ -170,6 +170,7 @@ class Replayer:
             num_qo_heads=c.num_qo_heads,
             num_kv_heads=c.num_kv_heads,
             head_dim=c.head_dim,
+            head_dim_v=c.head_dim_v,
             dtype=c.k.dtype,
             device=c.k.device,
         )
@@ -190,6 +191,7 @@ class Replayer:
             num_qo_heads=c.num_qo_heads,
             num_kv_heads=c.num_kv_heads,
             head_dim=c.head_dim,
+            head_dim_v=c.head_dim_v,
             dtype=c.k.dtype,
             device=c.k.device,
         )

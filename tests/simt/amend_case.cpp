@@ -27,8 +27,9 @@ std::string list(const std::vector<int>& values) {
 std::string AmendSpec::name() const {
   return std::string("amend ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") + (fp8 ? " on fp8" : "") +
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
-         " D=" + std::to_string(head_dim) + " page=" + std::to_string(page_size) + (hnd ? " HND" : " NHD") +
-         " n=" + list(seq_lens) + " T=" + std::to_string(tokens) + " t=" + list(query_lens) +
+         " D=" + std::to_string(head_dim) + " V=" + std::to_string(head_dim_v()) +
+         " page=" + std::to_string(page_size) + (hnd ? " HND" : " NHD") + " n=" + list(seq_lens) +
+         " T=" + std::to_string(tokens) + " t=" + list(query_lens) +
          (exact ? " exact" : " W=" + std::to_string(band)) + " S=" + std::to_string(anchors) +
          " ages=" + list(ages) + (per_head ? " per head" : "") + " candidates=" + std::to_string(candidates) +
          " cap=" + std::to_string(soft_cap) + " sharp=" + std::to_string(sharpness) +
@@ -45,16 +46,16 @@ AmendCase::AmendCase(const AmendSpec& spec)
       ring([&] {
         Data data(spec.seed + 1000);
         const int batch = static_cast<int>(spec.seq_lens.size());
-        return RingTensors(spec.dtype, {batch, spec.num_kv_heads, spec.group_size, spec.head_dim}, batch + 2,
-                           num_entries(spec), spec.anchors, data);
+        const Shape shape{batch, spec.num_kv_heads, spec.group_size, spec.head_dim, 1, spec.head_dim_v()};
+        return RingTensors(spec.dtype, shape, batch + 2, num_entries(spec), spec.anchors, data);
       }()),
       layer(spec.layer),
       spec_(spec),
       data_(spec.seed),
       softmax_{static_cast<float>(1 / std::sqrt(spec.head_dim)), static_cast<float>(spec.soft_cap)},
       query_(spec.dtype, static_cast<int>(spec.seq_lens.size()), queries(), spec.head_dim, spec.sharpness, data_),
-      pages_(spec.dtype, spec.fp8, spec.seq_lens, spec.num_kv_heads, spec.head_dim, spec.page_size, spec.hnd,
-             data_) {
+      pages_(spec.dtype, spec.fp8, spec.seq_lens, spec.num_kv_heads, spec.head_dim, spec.head_dim_v(),
+             spec.page_size, spec.hnd, data_) {
   const int batch = static_cast<int>(spec.seq_lens.size()), H = spec.num_kv_heads, G = spec.group_size;
   for (int i = 0; i < ring.num_slots; ++i) slots_.push_back(i);
   data_.shuffle(slots_);
@@ -86,7 +87,7 @@ AmendCase::AmendCase(const AmendSpec& spec)
       for (const int token : tokens) {
         for (int d = 0; d < spec.head_dim; ++d) {
           k[token].push_back(data_.normal());
-          v[token].push_back(data_.normal());
+          if (d < spec.head_dim_v()) v[token].push_back(data_.normal());
         }
         if (heavy.count(token)) {
           const reference::Vector q = query_.row(b, h * G + data_.below(G));
@@ -248,8 +249,12 @@ reference::Vector AmendCase::uniforms(int request, int kv_head) const {
 
 AmendParams AmendCase::params() {
   AmendParams p{};
-  p.shape = {static_cast<int32_t>(seq_lens.size()), spec_.num_kv_heads, spec_.group_size, spec_.head_dim,
-             spec_.tokens};
+  p.shape = {static_cast<int32_t>(seq_lens.size()),
+             spec_.num_kv_heads,
+             spec_.group_size,
+             spec_.head_dim,
+             spec_.tokens,
+             spec_.head_dim_v()};
   p.dtype = spec_.dtype;
   p.query = query_.view(heads());
   p.kv = pages_.view();
@@ -277,7 +282,7 @@ cuda::AmendWorkspace AmendCase::workspace() {
   done_.assign(w.num_units, 0), counts_.assign(groups, 0);
   drawn_.assign(1, 0);
   error_flag_.assign(1, kStickyBit);
-  partial_out_.assign(states * cuda::padded_head_dim(spec_.head_dim), NAN);
+  partial_out_.assign(states * cuda::padded_head_dim(params().shape), NAN);
   partial_sums_.assign(states * 4, NAN);
   candidate_.assign(groups * kCandidateRoom * params().num_anchors, {kGarbage, NAN});
   w.done = done_.data(), w.sampled = counts_.data(), w.drawn = drawn_.data();
@@ -289,7 +294,7 @@ cuda::AmendWorkspace AmendCase::workspace() {
 
 void AmendCase::run(const Run& run) {
   const size_t groups = seq_lens.size() * spec_.num_kv_heads, rows = seq_lens.size() * queries();
-  out_.assign(kNumSpans * rows * spec_.head_dim, 12345.f);
+  out_.assign(kNumSpans * rows * spec_.head_dim_v(), 12345.f);
   lse_.assign(kNumSpans * rows, 12345.f);
   log_ratio_.assign(rows, 12345.f);
   anchors_.assign(groups * spec_.anchors, kGarbage);
@@ -326,11 +331,11 @@ void AmendCase::check() const {
 }
 
 void AmendCase::check_nan(int request) const {
-  const size_t each = queries(), rows = seq_lens.size() * each, D = spec_.head_dim;
+  const size_t each = queries(), rows = seq_lens.size() * each, V = spec_.head_dim_v();
   for (size_t span = 0; span < kNumSpans; ++span) {
     for (size_t row = span * rows + request * each; row < span * rows + (request + 1) * each; ++row) {
       CHECK(std::isnan(lse_[row]));
-      CHECK(std::all_of(&out_[row * D], &out_[row * D] + D, [](float x) { return std::isnan(x); }));
+      CHECK(std::all_of(&out_[row * V], &out_[row * V] + V, [](float x) { return std::isnan(x); }));
     }
   }
 }
@@ -418,15 +423,16 @@ void AmendCase::check_query(int request, int query) const {
 // State::spread says holds with the dtype's unit roundoff. Everything else is fp32, on sums of a few hundred terms.
 void AmendCase::check_state(int request, int query, Span span, const reference::State& want) const {
   const size_t row = (span * seq_lens.size() + request) * queries() + query;
-  const float* out = &out_[row * spec_.head_dim];
+  const float* out = &out_[row * spec_.head_dim_v()];
   if (want.lse == -INFINITY || std::isnan(want.lse)) {
     CHECK(std::isnan(want.lse) ? std::isnan(lse_[row]) : lse_[row] == -INFINITY);
-    CHECK(std::all_of(out, out + spec_.head_dim, [&](float x) { return std::isnan(want.lse) ? x != x : x == 0; }));
+    CHECK(std::all_of(out, out + spec_.head_dim_v(),
+                      [&](float x) { return std::isnan(want.lse) ? x != x : x == 0; }));
     return;
   }
   const double u = 1.01 * unit_roundoff(spec_.fp8 ? DType::kFloat16 : spec_.dtype), slack = 5e-5;
   double worst = std::abs(lse_[row] - want.lse) / (u + slack);
-  for (int d = 0; d < spec_.head_dim; ++d) {
+  for (int d = 0; d < spec_.head_dim_v(); ++d) {
     const double error = std::abs(out[d] - want.out[d]) / (u * want.spread[d] + slack);
     if (!(error <= worst)) worst = error;  // NaN too
   }

@@ -9,6 +9,7 @@ struct AmendSpec {
   DType dtype = DType::kBFloat16;
   bool fp8 = false;  // the cache
   int num_kv_heads = 2, group_size = 3, head_dim = 64, page_size = 16;
+  int shorter = 0;  // by so many elements values are shorter than keys
   std::vector<int> seq_lens = {150, 37};
   int tokens = 1;               // T
   std::vector<int> query_lens;  // of each request, empty: T
@@ -31,6 +32,7 @@ struct AmendSpec {
   std::vector<int> without_ring = {};  // requests that have no slot
   uint64_t seed = 1;                   // of the data
 
+  int head_dim_v() const { return head_dim - shorter; }
   std::string name() const;
 };
 

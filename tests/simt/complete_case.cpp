@@ -21,9 +21,9 @@ bool close(double got, double want) {
 std::string CompleteSpec::name() const {
   return std::string("complete ") + (dtype == DType::kBFloat16 ? "bf16" : "fp16") +
          " H=" + std::to_string(num_kv_heads) + " G=" + std::to_string(group_size) +
-         " D=" + std::to_string(head_dim) + " S=" + std::to_string(anchors) + (exact ? " exact" : "") +
-         " T=" + std::to_string(tokens) + (candidates ? " candidates" : "") + (per_head ? " per head" : "") +
-         (sinks ? " sinks" : "") + (keys ? fp8 ? " fp8 keys" : " keys" : "") +
+         " D=" + std::to_string(head_dim) + " V=" + std::to_string(head_dim_v()) + " S=" + std::to_string(anchors) +
+         (exact ? " exact" : "") + " T=" + std::to_string(tokens) + (candidates ? " candidates" : "") +
+         (per_head ? " per head" : "") + (sinks ? " sinks" : "") + (keys ? fp8 ? " fp8 keys" : " keys" : "") +
          " depth=" + std::to_string(max_reuse_depth) + " seed=" + std::to_string(seed);
 }
 
@@ -33,24 +33,28 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
       status(spec.seq_lens.size()),
       ring([&] {
         Data data(spec.seed + 1000);
-        const Shape shape{static_cast<int32_t>(spec.seq_lens.size()), spec.num_kv_heads, spec.group_size,
-                          spec.head_dim, spec.tokens};
+        const Shape shape{static_cast<int32_t>(spec.seq_lens.size()),
+                          spec.num_kv_heads,
+                          spec.group_size,
+                          spec.head_dim,
+                          spec.tokens,
+                          spec.head_dim_v()};
         return RingTensors(spec.dtype, shape, shape.batch + 2, spec.entries, spec.anchors, data);
       }()),
       pages([&] {
         Data data(spec.seed + 2000);
-        return Pages(spec.dtype, spec.fp8, spec.seq_lens, spec.num_kv_heads, spec.head_dim, 16, spec.seed % 2,
-                     data);
+        return Pages(spec.dtype, spec.fp8, spec.seq_lens, spec.num_kv_heads, spec.head_dim, spec.head_dim_v(), 16,
+                     spec.seed % 2, data);
       }()),
       spec_(spec),
       data_(spec.seed),
       query_(spec.dtype, static_cast<int>(spec.seq_lens.size()), queries(), spec.head_dim, 1, data_),
       rotated_(spec.dtype, static_cast<int>(spec.seq_lens.size()), queries(), spec.head_dim, 1, data_),
-      head_stride_(spec.head_dim + 3),
+      head_stride_(spec.head_dim_v() + 3),
       batch_stride_(queries() * head_stride_ + 5),
       before_(ring) {
   const int batch = static_cast<int>(seq_lens.size()), H = spec.num_kv_heads, G = spec.group_size;
-  const int D = spec.head_dim, S = spec.anchors, M = spec.entries;
+  const int V = spec.head_dim_v(), S = spec.anchors, M = spec.entries;
   for (int i = 0; i < ring.num_slots; ++i) slots.push_back(i);
   data_.shuffle(slots);
   slots.resize(batch);
@@ -60,7 +64,7 @@ CompleteCase::CompleteCase(const CompleteSpec& spec)
     const bool empty = token >= query_len(request) || data_.below(4) == 0;
     state_lse.push_back(empty ? -INFINITY
                               : static_cast<float>(data_.below(8) ? 3 * data_.normal() : 60 * data_.normal()));
-    for (int d = 0; d < D; ++d) states.push_back(empty ? 0.f : static_cast<float>(data_.normal()));
+    for (int d = 0; d < V; ++d) states.push_back(empty ? 0.f : static_cast<float>(data_.normal()));
   }
   source_.assign(rows, kMiss), place_.assign(rows, kMiss), log_ratio_.assign(rows, 0.f);
   for (int b = 0; b < batch; ++b) {
@@ -195,7 +199,7 @@ void CompleteCase::run(const Run& run) {
   if (ran_) ring = before_;
   before_ = ring;
   ran_ = true;
-  out_.assign((batch - 1) * batch_stride_ + (queries() - 1) * head_stride_ + spec_.head_dim, kGap);
+  out_.assign((batch - 1) * batch_stride_ + (queries() - 1) * head_stride_ + spec_.head_dim_v(), kGap);
   lse_.assign(batch * queries(), 12345.f);
   unchanged_ = {};
   unchanged_.note(query_.bits()), unchanged_.note(rotated_.bits()), unchanged_.note(states);
@@ -238,8 +242,8 @@ int64_t CompleteCase::entries_stored() const {
 
 reference::State CompleteCase::state(Span span, int request, int token, int head) const {
   const int64_t at = int64_t{span} * static_cast<int64_t>(seq_lens.size()) * queries() + row(request, token, head);
-  const float* first = &states[at * spec_.head_dim];
-  return {{first, first + spec_.head_dim}, state_lse[at], {}};
+  const float* first = &states[at * spec_.head_dim_v()];
+  return {{first, first + spec_.head_dim_v()}, state_lse[at], {}};
 }
 
 // fp32: the weights' exponents are differences of numbers up to some 100, so right to 1e-5, and values are near 1.
@@ -261,9 +265,9 @@ CompleteCase::Carried CompleteCase::carried(int request, int token, int head) co
   const int G = spec_.group_size, place = exact(request) ? kMiss : place_[at];
   if (place == kMiss || status[request] != 0) return {old, 0, reference::merge(old, fresh)};
   const Ring r = before_.view();
-  const float* first = r.out(slots[request], head / G, place) + head % G * spec_.head_dim;
+  const float* first = r.out(slots[request], head / G, place) + head % G * spec_.head_dim_v();
   const reference::State entry{
-      {first, first + spec_.head_dim}, r.lse(slots[request], head / G, place)[head % G], {}};
+      {first, first + spec_.head_dim_v()}, r.lse(slots[request], head / G, place)[head % G], {}};
   const int depth = r.depth(slots[request], head / G, place)[head % G] + 1;
   if (spec_.anchors > 0) return {old, depth, reference::hit(entry, old, log_ratio_[at], fresh)};
   const reference::State carried = reference::merge(entry, old);
@@ -275,17 +279,17 @@ void CompleteCase::check_head(int request, int token, int head, const Carried& c
   const uint16_t* out = &out_[request * batch_stride_ + in_request * head_stride_];
   if ((!spec_.exact && status[request] != 0) || std::isnan(carried.whole.lse)) {
     CHECK(std::isnan(lse_[row]));
-    for (int d = 0; d < spec_.head_dim; ++d) CHECK(std::isnan(decode(spec_.dtype, out[d])));
+    for (int d = 0; d < spec_.head_dim_v(); ++d) CHECK(std::isnan(decode(spec_.dtype, out[d])));
     return;
   }
   reference::State whole = carried.whole;
   if (spec_.sinks && token < query_len(request)) {
-    whole = reference::merge(whole, {reference::Vector(spec_.head_dim, 0), sinks_[head], {}});
+    whole = reference::merge(whole, {reference::Vector(spec_.head_dim_v(), 0), sinks_[head], {}});
   }
   CHECK(close(lse_[row], whole.lse));
   double largest = 1;
   for (const double x : carried.state.out) largest = std::max(largest, std::abs(x));
-  for (int d = 0; d < spec_.head_dim; ++d) {
+  for (int d = 0; d < spec_.head_dim_v(); ++d) {
     const double error = std::abs(decode(spec_.dtype, out[d]) - whole.out[d]);
     CHECK(error <= unit_roundoff(spec_.dtype) * std::abs(whole.out[d]) + 3e-5 * largest);
   }
@@ -294,17 +298,18 @@ void CompleteCase::check_head(int request, int token, int head, const Carried& c
 // Floats are compared here and taken over, so that all of the ring can be compared bit by bit.
 void CompleteCase::expect_entry(int request, int kv_head, const std::vector<Carried>& carried,
                                 RingTensors& want) const {
-  const int G = spec_.group_size, D = spec_.head_dim, S = spec_.anchors, slot = slots[request];
+  const int G = spec_.group_size, D = spec_.head_dim, V = spec_.head_dim_v(), S = spec_.anchors;
+  const int slot = slots[request];
   const int place = std::max(stored_[group(request, kv_head)], 0) % spec_.entries;
   const Ring to = want.view(), got = ring.view();
   *to.position(slot, kv_head, place) = position(request);
   for (int g = 0; g < G; ++g) {
     const int head = kv_head * G + g;
-    const float lse = got.lse(slot, kv_head, place)[g], *out = got.out(slot, kv_head, place) + g * D;
+    const float lse = got.lse(slot, kv_head, place)[g], *out = got.out(slot, kv_head, place) + g * V;
     CHECK(close(lse, carried[head].state.lse));
     CHECK(near(out, carried[head].state.out, "carried"));
     to.lse(slot, kv_head, place)[g] = lse;
-    std::copy_n(out, D, to.out(slot, kv_head, place) + g * D);
+    std::copy_n(out, V, to.out(slot, kv_head, place) + g * V);
     to.depth(slot, kv_head, place)[g] = carried[head].depth;
     const reference::Vector query = query_.row(request, head), rotated = rotated_.row(request, head);
     for (int d = 0; d < D; ++d) {
@@ -409,7 +414,7 @@ void CompleteCase::check() const {
   CHECK(unchanged_.holds());
   for (size_t i = 0; i < out_.size(); ++i) {
     const int64_t in_request = static_cast<int64_t>(i) % batch_stride_;
-    if (in_request >= queries() * head_stride_ || in_request % head_stride_ >= spec_.head_dim)
+    if (in_request >= queries() * head_stride_ || in_request % head_stride_ >= spec_.head_dim_v())
       CHECK(out_[i] == kGap);
   }
   CHECK(ring.bytes == want.bytes);

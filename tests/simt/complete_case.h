@@ -8,6 +8,7 @@ namespace mac_attn::simt {
 struct CompleteSpec {
   DType dtype = DType::kBFloat16;
   int num_kv_heads = 2, group_size = 3, head_dim = 64;
+  int shorter = 0;  // by so many elements values are shorter than keys
   std::vector<int> seq_lens = {150, 37, 0, 61};
   int tokens = 1;  // as in AmendSpec
   std::vector<int> query_lens;
@@ -23,6 +24,7 @@ struct CompleteSpec {
   std::vector<int> without_ring = {};  // requests that have no slot
   uint64_t seed = 1;
 
+  int head_dim_v() const { return head_dim - shorter; }
   std::string name() const;
 };
 
@@ -38,7 +40,7 @@ class CompleteCase {
   std::vector<int32_t> seq_lens, query_lens, slots, status;
   RingTensors ring;
   Pages pages;
-  std::vector<float> states, state_lse;  // [2, B, Q, D], [2, B, Q]
+  std::vector<float> states, state_lse;  // [2, B, Q, V], [2, B, Q]
 
  private:
   struct Carried {

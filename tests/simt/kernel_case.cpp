@@ -85,35 +85,41 @@ reference::Vector HeadsTensor::row(int request, int head) const {
   return result;
 }
 
-Pages::Strides Pages::strides(int gap) const {
+Pages::Strides Pages::strides(int row, int gap) const {
   Strides s;
   if (hnd_) {
-    s.token = head_dim_ + gap;
+    s.token = row + gap;
     s.head = page_size_ * s.token + gap;
     s.page = num_kv_heads_ * s.head + gap;
   } else {
-    s.head = head_dim_ + gap;
+    s.head = row + gap;
     s.token = num_kv_heads_ * s.head + gap;
     s.page = page_size_ * s.token + gap;
   }
   return s;
 }
 
-Pages::Pages(DType dtype, bool fp8, const std::vector<int>& lengths, int num_kv_heads, int head_dim, int page_size,
-             bool hnd, Data& data)
-    : dtype_(dtype), fp8_(fp8), num_kv_heads_(num_kv_heads), head_dim_(head_dim), page_size_(page_size), hnd_(hnd) {
+Pages::Pages(DType dtype, bool fp8, const std::vector<int>& lengths, int num_kv_heads, int head_dim, int head_dim_v,
+             int page_size, bool hnd, Data& data)
+    : dtype_(dtype),
+      fp8_(fp8),
+      num_kv_heads_(num_kv_heads),
+      head_dim_(head_dim),
+      head_dim_v_(head_dim_v),
+      page_size_(page_size),
+      hnd_(hnd) {
   const auto pages_of = [&](int length) { return (std::max(length, 0) + page_size - 1) / page_size; };
   for (const int length : lengths) {
     max_pages_ = std::max(max_pages_, pages_of(length));
     num_pages_ += pages_of(length);
   }
-  k_strides_ = strides(fp8 ? 16 : 8), v_strides_ = strides(0);
-  const auto size = [&](const Strides& s) {
-    return (num_pages_ - 1) * s.page + (page_size - 1) * s.token + (num_kv_heads - 1) * s.head + head_dim;
+  k_strides_ = strides(head_dim, fp8 ? 16 : 8), v_strides_ = strides(head_dim_v, 0);
+  const auto fill = [&](std::vector<char>& bytes, const Strides& s, int row) {
+    const int64_t size = (num_pages_ - 1) * s.page + (page_size - 1) * s.token + (num_kv_heads - 1) * s.head + row;
+    bytes.resize(size * (fp8 ? 1 : 2));
+    for (int64_t i = 0; i < size; ++i) put(bytes, i, NAN);
   };
-  k_.resize(size(k_strides_) * (fp8 ? 1 : 2)), v_.resize(size(v_strides_) * (fp8 ? 1 : 2));
-  for (int64_t i = 0; i < size(k_strides_); ++i) put(k_, i, NAN);
-  for (int64_t i = 0; i < size(v_strides_); ++i) put(v_, i, NAN);
+  fill(k_, k_strides_, head_dim), fill(v_, v_strides_, head_dim_v);
   // From numbers up to 200 to such that many are subnormal.
   for (std::vector<float>* scales : {&k_scale_, &v_scale_}) {
     const int count = !fp8 ? 0 : data.below(2) ? 1 : num_kv_heads;
@@ -168,10 +174,10 @@ void Pages::put(std::vector<char>& bytes, int64_t at, double value) {
 
 void Pages::round(int kv_head, reference::Vector& k, reference::Vector& v) const {
   const double scales[2] = {scale_of(k_scale_, kv_head), scale_of(v_scale_, kv_head)};
-  for (int d = 0; d < head_dim_; ++d) {
-    for (double* x : {&k[d], &v[d]}) {
-      const double scale = scales[x == &v[d]];
-      *x = fp8_ ? scale * decode_fp8(encode_fp8(*x / scale)) : decode(dtype_, encode(dtype_, *x));
+  for (reference::Vector* row : {&k, &v}) {
+    const double scale = scales[row == &v];
+    for (double& x : *row) {
+      x = fp8_ ? scale * decode_fp8(encode_fp8(x / scale)) : decode(dtype_, encode(dtype_, x));
     }
   }
 }
@@ -181,6 +187,8 @@ void Pages::set(int request, int token, int kv_head, const reference::Vector& k,
   for (int d = 0; d < head_dim_; ++d) {
     put(k_, page * k_strides_.page + offset * k_strides_.token + kv_head * k_strides_.head + d,
         k[d] / scale_of(k_scale_, kv_head));
+  }
+  for (int d = 0; d < head_dim_v_; ++d) {
     put(v_, page * v_strides_.page + offset * v_strides_.token + kv_head * v_strides_.head + d,
         v[d] / scale_of(v_scale_, kv_head));
   }
@@ -188,7 +196,8 @@ void Pages::set(int request, int token, int kv_head, const reference::Vector& k,
 
 RingTensors::RingTensors(DType dtype, const Shape& shape, int num_slots, int entries, int num_anchors, Data& data)
     : shape(shape),
-      layout(ring_layout({shape.num_kv_heads, shape.group_size, shape.head_dim, entries, num_anchors, 2})),
+      layout(ring_layout(
+          {shape.num_kv_heads, shape.group_size, shape.head_dim, entries, num_anchors, 2, shape.head_dim_v})),
       num_slots(num_slots),
       bytes(num_slots * layout.slot_bytes, 0x5a) {
   const Ring ring = view();
@@ -211,7 +220,7 @@ RingTensors::RingTensors(DType dtype, const Shape& shape, int num_slots, int ent
         }
         for (int i = 0; i < row; ++i) {
           ring.query<uint16_t>(slot, h, place)[i] = encode(dtype, data.normal());
-          ring.out(slot, h, place)[i] = normal(1);
+          if (i < G * shape.head_dim_v) ring.out(slot, h, place)[i] = normal(1);
           if (num_anchors > 0) ring.rotated<uint16_t>(slot, h, place)[i] = encode(dtype, data.normal());
         }
         for (int i = 0; i < num_anchors; ++i) {

@@ -65,8 +65,8 @@ double decode_fp8(uint8_t bits);
 // fp8 has scales, one for all KV heads or one for each.
 class Pages {
  public:
-  Pages(DType dtype, bool fp8, const std::vector<int>& lengths, int num_kv_heads, int head_dim, int page_size,
-        bool hnd, Data& data);
+  Pages(DType dtype, bool fp8, const std::vector<int>& lengths, int num_kv_heads, int head_dim, int head_dim_v,
+        int page_size, bool hnd, Data& data);
   KVPages view() const;
   // Rounds numbers to those that a row can hold.
   void round(int kv_head, reference::Vector& k, reference::Vector& v) const;
@@ -81,13 +81,13 @@ class Pages {
   struct Strides {
     int64_t page, token, head;
   };
-  Strides strides(int gap) const;
+  Strides strides(int row, int gap) const;
   double scale_of(const std::vector<float>& scales, int kv_head) const;
   void put(std::vector<char>& bytes, int64_t at, double value);
 
   DType dtype_;
   bool fp8_;
-  int num_kv_heads_, head_dim_, page_size_, num_pages_ = 2, max_pages_ = 1;
+  int num_kv_heads_, head_dim_, head_dim_v_, page_size_, num_pages_ = 2, max_pages_ = 1;
   bool hnd_;
   int64_t table_stride_;
   Strides k_strides_, v_strides_;

@@ -32,7 +32,7 @@ void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, int 
   cuda::each_amend_launch(p, [&](int queries, cuda::Serves serves) {
     cuda::AmendWorkspace served = w;
     served.serves = serves;
-    cuda::with_head_dim(p.shape.head_dim, [&](auto head_dim) {
+    cuda::with_head_dim(p.shape, [&](auto head_dim) {
       cuda::with_head_blocks<head_dim>(queries, [&](auto blocks) {
         const size_t shared = cuda::amend_shared_bytes<head_dim, blocks, T>();
         launch({static_cast<unsigned>(ctas), cuda::kThreads, shared, run.engine, run.seed},
@@ -45,7 +45,7 @@ void launch_amend_type(const AmendParams& p, const cuda::AmendWorkspace& w, int 
 
 template <typename T>
 void launch_complete_type(const CompleteParams& p, const cuda::CompleteWorkspace& w, const Run& run) {
-  cuda::with_head_dim(p.shape.head_dim, [&](auto head_dim) {
+  cuda::with_head_dim(p.shape, [&](auto head_dim) {
     const int ctas = p.shape.batch * p.shape.num_kv_heads, threads = cuda::complete_threads(p);
     launch({static_cast<unsigned>(ctas), static_cast<unsigned>(threads),
             static_cast<size_t>(cuda::complete_shared_bytes(p)), run.engine, run.seed},

@@ -33,8 +33,9 @@ double logit(const Vector& query, const Vector& key, const Softmax& softmax) {
 State attend(const Vector& query, const Rows& keys, const Rows& values, const std::vector<int>& tokens,
              const Softmax& softmax, const Vector& counts) {
   State state;
-  state.out.assign(query.size(), 0.0);
-  state.spread.assign(query.size(), 0.0);
+  const size_t size = tokens.empty() ? 0 : values[tokens[0]].size();  // may be less than the query's
+  state.out.assign(size, 0.0);
+  state.spread.assign(size, 0.0);
   Vector logits;
   for (const int token : tokens) {
     const size_t i = logits.size();
@@ -43,11 +44,11 @@ State attend(const Vector& query, const Rows& keys, const Rows& values, const st
   }
   for (size_t i = 0; i < tokens.size(); ++i) {
     const double weight = std::exp(logits[i] - state.lse);
-    for (size_t d = 0; d < query.size(); ++d) state.out[d] += weight * values[tokens[i]][d];
+    for (size_t d = 0; d < size; ++d) state.out[d] += weight * values[tokens[i]][d];
   }
   for (size_t i = 0; i < tokens.size(); ++i) {
     const double weight = std::exp(logits[i] - state.lse);
-    for (size_t d = 0; d < query.size(); ++d) {
+    for (size_t d = 0; d < size; ++d) {
       state.spread[d] += weight * std::abs(values[tokens[i]][d] - state.out[d]);
     }
   }

@@ -87,7 +87,7 @@ void test_shapes(const AmendSpec& base) {
   test_divide_up();
   const int pages[] = {1, 7, 16, 64}, head_dims[] = {64, 128, 96, 256, 512};
   int i = 0;
-  const auto test_shape = [&](int head_dim, int group_size, int page_size) {
+  const auto test_shape = [&](int head_dim, int group_size, int page_size, int shorter = 0) {
     AmendSpec spec = base;
     spec.head_dim = head_dim, spec.group_size = group_size;
     spec.page_size = page_size, spec.hnd = i % 2 == 1;
@@ -98,6 +98,7 @@ void test_shapes(const AmendSpec& base) {
     spec.candidates = 0.5 + i % 5;
     spec.exact = i % 7 == 4;
     spec.ctas = 1 + i % 4;
+    spec.shorter = shorter;
     spec.seed = i++;
     if (!kFewShapes || spec.seed % 3 == 1) test(spec, one_run());
   };
@@ -110,6 +111,12 @@ void test_shapes(const AmendSpec& base) {
   for (const int head_dim : {8, 16, 24, 40, 48, 72, 88, 104, 112, 120, 136, 160, 192, 200, 240, 248}) {
     if (base.fp8 && head_dim % 16 != 0) continue;
     for (const int group_size : {1, 5, 12, 20}) test_shape(head_dim, group_size, pages[(i + head_dim / 8) % 4]);
+  }
+  // Shorter values, of sizes that have kernels of their own and others.
+  const int narrow[][2] = {{192, 64}, {64, 32}, {80, 16}, {96, 48}, {128, 64}, {256, 128}, {128, 8}, {40, 16}};
+  for (const auto& [head_dim, shorter] : narrow) {
+    if (base.fp8 && (head_dim % 16 != 0 || shorter % 16 != 0)) continue;
+    for (const int group_size : {1, 5, 12, 20}) test_shape(head_dim, group_size, pages[i % 4], shorter);
   }
   // Lengths around the band, tiles and pages.
   for (const int page_size : pages) {
@@ -136,6 +143,7 @@ void test_shapes(const AmendSpec& base) {
       spec.anchors = replaces ? 6 : 0, spec.exact = i % 5 == 0;
       if (i % 3 == 1) spec.without_ring = {0, 3};
       spec.soft_cap = i % 6 == 2 ? 9 : 0;
+      spec.shorter = i % 3 == 2 && spec.head_dim < 512 ? 16 : 0;
       spec.seed = i++;
       test(spec, one_run());
     }
@@ -412,6 +420,9 @@ void test_schedules(const AmendSpec& base) {
   test(spec, all_runs());
   spec.exact = spec.per_head = false, spec.head_dim = 112, spec.group_size = 4, spec.anchors = 8;
   test(spec, all_runs());
+  spec.head_dim = 192, spec.shorter = 64;
+  test(spec, all_runs());
+  spec.shorter = 0;
   spec.head_dim = 512, spec.ages = {6, 0};
   test(spec, all_runs());
 }

@@ -25,10 +25,31 @@ void test_all(DType dtype) {
   CompleteSpec spec;
   spec.dtype = dtype;
   const std::vector<int> all_ages[] = {{0}, {1}, {30}, {0, 3, 30}};
-  for (const int head_dim : {64, 80, 96, 128, 256, 512, 8, 24, 40, 72, 104, 120, 136, 200, 248}) {
+  struct Sizes {
+    int head_dim, shorter = 0;
+  };
+  for (const auto& [head_dim, shorter] : {Sizes{64},
+                                          {80},
+                                          {96},
+                                          {128},
+                                          {256},
+                                          {512},
+                                          {8},
+                                          {24},
+                                          {40},
+                                          {72},
+                                          {104},
+                                          {120},
+                                          {136},
+                                          {200},
+                                          {248},
+                                          {192, 64},
+                                          {64, 24},
+                                          {128, 64},
+                                          {40, 32}}) {
     for (const int group_size : {1, 3, 5, 8, 16, 32}) {
       for (const std::vector<int>& ages : all_ages) {
-        spec.head_dim = head_dim, spec.group_size = group_size, spec.ages = ages;
+        spec.head_dim = head_dim, spec.shorter = shorter, spec.group_size = group_size, spec.ages = ages;
         spec.request_ids = spec.seed % 3 != 0, spec.exact = spec.seed % 5 == 0;
         spec.max_reuse_depth = 1 + static_cast<int>(spec.seed % 6);
         spec.num_kv_heads = 1 + static_cast<int>(spec.seed % 3);
@@ -46,8 +67,9 @@ void test_all(DType dtype) {
   spec.num_kv_heads = 1, spec.anchors = 200, test(spec, one_run());
   spec.group_size = cuda::kMaxGroup, spec.anchors = 0, spec.per_head = true, test(spec, one_run());
   // Samples that are cut: more candidates than the block has threads, and few; under every schedule.
-  for (const int head_dim : {64, 256, 512, 40}) {
+  for (const int head_dim : {64, 256, 512, 40, 200}) {
     spec = {};
+    spec.shorter = head_dim == 200 ? 72 : 0;
     spec.dtype = dtype, spec.candidates = true, spec.ages = {0}, spec.head_dim = head_dim, spec.seed = head_dim;
     spec.anchors = 300, spec.seq_lens = {2500, 1300, 200};
     CHECK(test(spec, one_run()) > 0);
