@@ -109,7 +109,7 @@ def poisoned_rerun(
         cache.cfg, num_slots=cache.num_slots, num_qo_heads=cache.num_qo_heads,
         num_kv_heads=cache.num_kv_heads, head_dim=cache.head_dim, dtype=cache.dtype,
         device=cache.device, rotary=cache.rotary, max_batch_size=cache.max_batch_size,
-        layer=cache.layer,
+        layer=cache.layer, head_dim_v=cache.head_dim_v,
     )  # fmt: skip
     twin.ring.copy_(garbage(twin.ring, rng))
     q, (k, v), table, lens = call
