@@ -99,7 +99,7 @@ struct AmendWorkspace {
   int32_t* error_flag;  // [1] sticky, or null
   float* partial_out;   // [max_pieces, kNumSpans, tile_heads, padded D] sum of weight * value
   float* partial_sums;  // [.., kNumSpans, tile_heads, 4] max (log2), sums of weight and of a * weight, anchors read
-  Candidate* candidate;  // [B, H, kCandidateRoom * S] in no order; null if S = 0
+  Candidate* candidate;                  // [B, H, kCandidateRoom * S] in no order; null if S = 0
   uint32_t k_page_units, k_token_units;  // strides in 16 bytes
   uint32_t v_page_units, v_token_units;
   Divisor page_size;
