@@ -31,8 +31,11 @@ CASES = [
     (256, 4, 2, torch.bfloat16, "group", True, 8),
     (512, 16, 2, torch.bfloat16, "group", False, 8),
     (512, 8, 2, torch.float16, "head", True, 0),
+    (192, 8, 2, torch.bfloat16, "group", False, 8),
 ]
-LENGTHS = [401, 0, 150, 333]  # before the first step; 0 stays a padding row
+HEAD_DIM_V = {192: 128}  # of values that are shorter than keys
+# Before the first step; 0 stays a padding row. Of 512 keys and more their spread is measured.
+LENGTHS = [520, 0, 150, 333]
 PAGE_SIZE, STEPS = 16, 5
 
 
@@ -48,10 +51,12 @@ def run(case: Case, device: str) -> list[Tensor]:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     batch, per_request = len(LENGTHS), (max(LENGTHS) + STEPS) // PAGE_SIZE + 1
-    kv = random(batch * per_request, 2, PAGE_SIZE, num_kv_heads, head_dim)
+    head_dim_v = HEAD_DIM_V.get(head_dim, head_dim)
+    rows = (batch * per_request, PAGE_SIZE, num_kv_heads)
+    kv = (random(*rows, head_dim), random(*rows, head_dim_v))
     more: dict[str, Tensor] = {}
     if float8:
-        kv = kv.to(torch.float8_e4m3fn)
+        kv = (kv[0].to(torch.float8_e4m3fn), kv[1].to(torch.float8_e4m3fn))
         scales = torch.linspace(0.5, 2, num_kv_heads, device=device)
         sinks = torch.linspace(-2, 4, num_qo_heads, device=device)
         more = {"k_scale": scales, "v_scale": scales.flip(0), "sinks": sinks}
@@ -73,6 +78,7 @@ def run(case: Case, device: str) -> list[Tensor]:
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        head_dim_v=head_dim_v,
         dtype=dtype,
         device=device,
     )
