@@ -1,16 +1,17 @@
-"""Time per token of `vllm serve` on a GPU, against context and hits, with and without the plugin.
+"""Time per token of a server on a GPU, against context and hits, with and without the plugin.
 
-    python bench/serve_gpu.py [--cases 16x32768 4x126976] [--rates 0.5 0.9 1] [--json FILE]
+    python bench/serve_gpu.py [--engine sglang] [--cases 16x32768 4x126976] [--rates 0.5 0.9 1]
 
-Needs vLLM and mac_attn in one environment (docs/vllm.md). The model has the shape of Llama 3 8B and
-random weights; both servers run with vLLM's default options, one after the other, and get the same
-prompts of random tokens. How many heads hit is chosen by what is drawn: a request's next token is
-with that probability one of eight, and else any other. The queries of a token are nearly the same
-wherever it stands, so that one which was there before finds them in the ring.
+Needs vLLM or SGLang and mac_attn in one environment (docs/vllm.md, docs/sglang.md). The model has
+the shape of Llama 3 8B and random weights; both servers run with the engine's default options, one
+after the other, and get the same prompts of random tokens. How many heads hit is chosen by what is
+drawn: a request's next token is with that probability one of eight, and else any other. The queries
+of a token are nearly the same wherever it stands, so that one which was there before finds them in
+the ring.
 
 A turn's requests are sent at once. The first one, of one token, is the prefill; after that the
-prompts are in vLLM's prefix cache. "ms/token" is a step in which all requests decode, as the client
-sees it; hits and keys read are the plugin's metrics of the turn.
+prompts are in the engine's prefix cache. "ms/token" is a step in which all requests decode, as the
+client sees it; hits and keys read are the plugin's metrics of the turn.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import random
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from serve_vllm import Turns, take_turn
+from sglang_server import SGLangServer
 from vllm_server import Request, Server
 
 LLAMA_3_8B = {
@@ -44,7 +47,44 @@ LLAMA_3_8B = {
     "dtype": "bfloat16",
 }
 REPEATED = 8  # tokens that are drawn again and again
-SERVERS = {"vLLM": "0", "plugin": "1"}  # of MAC_ATTN_VLLM
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a server is started: its options by name, and what turns the plugin on."""
+
+    name: str
+    server: type[Server]
+    always: tuple[str, ...]
+    length: str
+    batch: str
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    config: str  # the variable with the plugin's options
+
+
+ENGINES = {
+    "vllm": Engine(
+        name="vLLM",
+        server=Server,
+        always=("--load-format", "dummy", "--skip-tokenizer-init"),
+        length="--max-model-len",
+        batch="--max-num-seqs",
+        arguments=(),
+        environment={"MAC_ATTN_VLLM": "1"},
+        config="MAC_ATTN_VLLM_CONFIG",
+    ),
+    "sglang": Engine(
+        name="SGLang",
+        server=SGLangServer,
+        always=("--load-format", "dummy"),
+        length="--context-length",
+        batch="--max-running-requests",
+        arguments=("--decode-attention-backend", "mac"),
+        environment={},
+        config="MAC_ATTN_SGLANG_CONFIG",
+    ),
+}
 
 
 def requests(case: tuple[int, int], tokens: int, rate: float, vocabulary: int) -> list[Request]:
@@ -85,10 +125,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.model is None
         else json.loads((options.model / "config.json").read_text())
     )
-    longest = max(context for _, context in options.cases) + options.new_tokens
-    arguments = [
-        *("--load-format", "dummy", "--skip-tokenizer-init", "--max-model-len", str(longest)),
-        *("--max-num-seqs", str(max(batch for batch, _ in options.cases))),
+    engine = ENGINES[options.engine]
+    longest = max(context for _, context in options.cases) + options.new_tokens + 8
+    common = [
+        *(*engine.always, engine.length, str(longest)),
+        *(engine.batch, str(max(batch for batch, _ in options.cases))),
         *options.server_arguments,
     ]
     print(f"command: python {' '.join(sys.argv)}\n{options.new_tokens} tokens each")
@@ -97,13 +138,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(config))
         for kind in options.servers:
-            print(f"\n{kind}")
+            title, arguments = engine.name, common
+            environment = dict.fromkeys(engine.environment, "0")
+            rates = options.rates[-1:]  # nothing hits without the plugin: one turn is enough
+            if kind == "plugin":
+                title, arguments, rates = kind, [*common, *engine.arguments], options.rates
+                environment = {**engine.environment, engine.config: options.config}
+            print(f"\n{title}")
             print("requests  context  repeated   ms/token  tokens/s  prefill s    hits  KV read")
-            environment = {"MAC_ATTN_VLLM": SERVERS[kind], "MAC_ATTN_VLLM_CONFIG": options.config}
-            # Nothing hits without the plugin: one turn is enough.
-            rates = options.rates if kind == "plugin" else options.rates[-1:]
-            with Server(folder, arguments, environment, folder / kind, 600) as server:
-                rows[kind] = measure(server, options, rates, config["vocab_size"])
+            with engine.server(folder, arguments, environment, folder / kind, 600) as server:
+                rows[title] = measure(server, options, rates, config["vocab_size"])
     if options.json:
         options.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=1))
 
@@ -125,16 +169,16 @@ def _case(text: str) -> tuple[int, int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--engine", choices=ENGINES, default="vllm")
     parser.add_argument("--model", type=Path, help="folder with a config.json of another shape")
     parser.add_argument("--cases", type=_case, nargs="+", default=[(16, 32768), (4, 126976)])
     parser.add_argument("--rates", type=float, nargs="+", default=[0, 0.5, 0.9, 0.95, 1])
     parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
-    parser.add_argument("--config", default="{}", help="MAC_ATTN_VLLM_CONFIG")
+    kinds = ["alone", "plugin"]
+    parser.add_argument("--servers", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--config", default="{}", help="the plugin's options, as JSON")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument(
-        "server_arguments", nargs="*", help="further ones of `vllm serve`, after --"
-    )
+    parser.add_argument("server_arguments", nargs="*", help="further ones of the server, after --")
     return parser
 
 

@@ -207,7 +207,7 @@ class Server:
         response = connection.getresponse()
         if response.status != 200:
             raise RuntimeError(f"status {response.status}: {response.read().decode()}")
-        for event in _events(response):
+        for event in events(response):
             if event.get("usage"):
                 answer.prompt_tokens = event["usage"]["prompt_tokens"]
             for choice in event["choices"]:
@@ -229,7 +229,7 @@ class Server:
         return answer
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
     """The events of a stream, decoded."""
     for line in response:
         text = line.decode().strip()
