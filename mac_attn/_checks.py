@@ -91,6 +91,14 @@ def check_type(name: str, value: Any, kind: type) -> None:
         raise TypeError(f"{name} is {_kind(value)}, must be a {kind.__name__}")
 
 
+def check_head_dim(name: str, value: Any) -> int:
+    """A size of heads that there are kernels for; returns it."""
+    size = check_int(name, value, low=8, high=512)
+    if size % 8 or 256 < size < 512:
+        raise ValueError(f"{name} is {size}, must be a multiple of 8 up to 256, or 512")
+    return size
+
+
 def check_heads(num_qo_heads: int, num_kv_heads: int) -> int:
     """Query heads that divide evenly among the KV heads; returns the group size."""
     if num_kv_heads < 1 or num_qo_heads < 1 or num_qo_heads % num_kv_heads:

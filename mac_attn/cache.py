@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from . import _C
 from ._checks import (
     FLOAT_DTYPES,
     INT32_MAX,
-    INT_DTYPES,
     MAX_QUERY_TOKENS,
+    check_head_dim,
     check_heads,
     check_int,
-    check_tensor,
     check_type,
 )
+from ._slot_numbers import Ints, ints, valid_pairs, valid_slots
 from .audit import Audit, AuditReport
 from .config import ReuseConfig
 from .rope import RotaryEmbedding
@@ -36,8 +35,6 @@ ERRORS = {
     ERROR_BLOCK_TABLE: "block_table held a page id outside the KV cache among the pages in use",
     ERROR_SLOTS: "slots held a number that is no slot, or one number twice",
 }
-
-Ints = int | Sequence[int] | Tensor
 
 
 class ReuseCache:
@@ -135,10 +132,10 @@ class ReuseCache:
         self.num_qo_heads = check_int("num_qo_heads", num_qo_heads, low=1)
         self.num_kv_heads = check_int("num_kv_heads", num_kv_heads, low=1)
         self.group_size = check_heads(num_qo_heads, num_kv_heads)
-        self.head_dim = _check_head_dim("head_dim", head_dim)
+        self.head_dim = check_head_dim("head_dim", head_dim)
         self.head_dim_v = head_dim
         if head_dim_v is not None:
-            self.head_dim_v = _check_head_dim("head_dim_v", head_dim_v)
+            self.head_dim_v = check_head_dim("head_dim_v", head_dim_v)
             if head_dim_v > head_dim:
                 raise ValueError(
                     f"head_dim_v is {head_dim_v}, must be at most head_dim, {head_dim}"
@@ -273,7 +270,7 @@ class ReuseCache:
         if len(source) == 0:
             return
         valid = source_valid & target_valid
-        pairs = _valid_pairs(valid)
+        pairs = valid_pairs(valid)
         some = valid.any()
         read, write = (slots.take(pairs).where(some, 0) for slots in (source, target))
         self.ring.index_copy_(0, write, self.ring.index_select(0, read))
@@ -295,7 +292,7 @@ class ReuseCache:
         counts, a negative length drops everything.
         """
         index, _ = self._slots("slots", slots, distinct=True)
-        lens = self._ints("seq_lens", seq_lens).to(self.device)
+        lens = ints("seq_lens", seq_lens, self.device).to(self.device)
         if len(lens) != len(index):
             raise ValueError(f"seq_lens has {len(lens)} lengths, must have {len(index)} as slots")
         untouched = torch.iinfo(torch.int64).max
@@ -348,7 +345,7 @@ class ReuseCache:
         state.check_form(self)
         if len(index) == 0:
             return
-        pairs, some = _valid_pairs(valid), valid.any()
+        pairs, some = valid_pairs(valid), valid.any()
         slot = index.take(pairs).where(some, 0)
         given = state.ring.to(self.device, non_blocking=True).index_select(0, pairs)
         if self.device.type != "cpu":
@@ -420,7 +417,7 @@ class ReuseCache:
 
         One that is out of range has become num_slots, which is nobody's.
         """
-        given = self._ints(name, slots)
+        given = ints(name, slots, self.device)
         if given.device.type == "cpu":
             seen: set[int] = set()
             for slot in given.tolist():
@@ -430,56 +427,16 @@ class ReuseCache:
                 seen.add(slot)
             index = given.to(self.device)
             return index, torch.ones_like(index, dtype=torch.bool)
-        index, valid = _valid_slots(given, self.num_slots, distinct=distinct)
+        index, valid = valid_slots(given, self.num_slots, distinct=distinct)
         self._flag(~valid, ERROR_SLOTS)
         return index, valid
 
     def _request_ids(self, request_ids: Ints, count: int) -> Tensor:
         """Ids int64 `[count]` on the device; not negative, where that can be seen."""
-        ids = self._ints("request_ids", request_ids, high=torch.iinfo(torch.int64).max)
+        ids = ints("request_ids", request_ids, self.device, high=torch.iinfo(torch.int64).max)
         if len(ids) != count:
             raise ValueError(f"request_ids has {len(ids)} ids, must have {count} as dst")
         if ids.device.type == "cpu":
             for i in (ids < 0).nonzero().flatten().tolist():
                 raise ValueError(f"request_ids[{i}] is {int(ids[i])}, must not be negative")
         return ids.to(self.device)
-
-    def _ints(self, name: str, values: Ints, high: int = INT32_MAX) -> Tensor:
-        """One int or several as int64 `[k]`, on the CPU or where the caller had them."""
-        if not isinstance(values, Tensor):
-            numbers = list(values) if isinstance(values, Sequence) else [values]
-            for number in numbers:
-                check_int(name, number, low=-INT32_MAX, high=high)
-            return torch.tensor(numbers, dtype=torch.int64)
-        check_tensor(name, values, dtype=INT_DTYPES)
-        if values.ndim > 1:
-            raise ValueError(f"{name} has shape {list(values.shape)}, must be [] or [k]")
-        if values.device.type != "cpu":
-            check_tensor(name, values, device=self.device)
-        return values.reshape(-1).to(torch.int64)
-
-
-def _check_head_dim(name: str, value: Any) -> int:
-    """A size of heads that there are kernels for; returns it."""
-    size = check_int(name, value, low=8, high=512)
-    if size % 8 or 256 < size < 512:
-        raise ValueError(f"{name} is {size}, must be a multiple of 8 up to 256, or 512")
-    return size
-
-
-def _valid_slots(given: Tensor, num_slots: int, *, distinct: bool) -> tuple[Tensor, Tensor]:
-    """What `ReuseCache._slots` answers for values that must not be read back from a GPU."""
-    in_range = (given >= 0) & (given < num_slots)
-    index = given.where(in_range, num_slots)
-    if not distinct:
-        return index, in_range
-    uses = torch.zeros(num_slots + 1, dtype=torch.int32, device=given.device)
-    uses.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
-    return index, in_range & (uses[index] == 1)
-
-
-def _valid_pairs(valid: Tensor) -> Tensor:
-    """Indices `[k]` of pairs to copy: one that is not valid repeats the first that is."""
-    return torch.arange(len(valid), device=valid.device).where(
-        valid, valid.to(torch.int32).argmax()
-    )

@@ -10,7 +10,8 @@ from poison import same_bits
 from torch import Tensor
 
 from mac_attn import ReuseCache, ReuseConfig, RotaryEmbedding
-from mac_attn.cache import ERROR_BLOCK_TABLE, ERROR_SEQ_LENS, ERROR_SLOTS, _valid_slots
+from mac_attn._slot_numbers import valid_slots
+from mac_attn.cache import ERROR_BLOCK_TABLE, ERROR_SEQ_LENS, ERROR_SLOTS
 
 OPTIONS: dict[str, Any] = dict(
     num_slots=5, num_qo_heads=6, num_kv_heads=2, head_dim=16, dtype=torch.float32
@@ -306,7 +307,7 @@ def test_bad_pairs_raise_and_change_nothing():
 
 
 # What the methods do with values that lie on a GPU, where a wrong one cannot raise. The same code
-# runs on any device, so that it is tested here on the CPU too: `_valid_slots` stands in for the
+# runs on any device, so that it is tested here on the CPU too: `valid_slots` stands in for the
 # checks of host values.
 
 
@@ -317,7 +318,7 @@ def unread(monkeypatch, device):
 
     def slots(name: str, given: Any, *, distinct: bool) -> tuple[Tensor, Tensor]:
         given = torch.as_tensor(given, device=device)
-        index, valid = _valid_slots(given, cache.num_slots, distinct=distinct)
+        index, valid = valid_slots(given, cache.num_slots, distinct=distinct)
         cache._flag(~valid, ERROR_SLOTS)
         return index, valid
 
