@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
-from vllm_server import Answer, Request, Server, events
+from vllm_server import Answer, Request, Server
 
 
 class SGLangServer(Server):
@@ -43,27 +42,20 @@ class SGLangServer(Server):
             body |= {"return_logprob": True, "top_logprobs_num": request.logprobs}
         answer = Answer()
         start = time.perf_counter()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/generate", json.dumps(body), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise RuntimeError(f"status {response.status}: {response.read().decode()}")
-        for event in events(response):
-            if "output_ids" not in event:
-                raise RuntimeError(f"an answer without tokens: {event}")
-            meta = event["meta_info"]
-            answer.last = time.perf_counter() - start
-            answer.first = answer.first or answer.last
-            answer.prompt_tokens = meta.get("prompt_tokens", 0)
-            answer.times += [answer.last] * (len(event["output_ids"]) - len(answer.tokens))
-            answer.tokens = list(event["output_ids"])  # all so far
-            answer.top = [
-                {token: logprob for logprob, token, _ in top or []}
-                for top in meta.get("output_top_logprobs") or []
-            ]
-            if request.cancel_after is not None and len(answer.tokens) >= request.cancel_after:
-                break
-        connection.close()
-        response.close()
+        with closing(self.stream("/generate", body)) as events:  # also where it is cancelled
+            for event in events:
+                if "output_ids" not in event:
+                    raise RuntimeError(f"an answer without tokens: {event}")
+                meta = event["meta_info"]
+                answer.last = time.perf_counter() - start
+                answer.first = answer.first or answer.last
+                answer.prompt_tokens = meta.get("prompt_tokens", 0)
+                answer.times += [answer.last] * (len(event["output_ids"]) - len(answer.tokens))
+                answer.tokens = list(event["output_ids"])  # all so far
+                answer.top = [
+                    {token: logprob for logprob, token, _ in top or []}
+                    for top in meta.get("output_top_logprobs") or []
+                ]
+                if request.cancel_after is not None and len(answer.tokens) >= request.cancel_after:
+                    break
         return answer

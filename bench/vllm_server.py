@@ -13,8 +13,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -201,39 +202,37 @@ class Server:
         }
         answer = Answer()
         start = time.perf_counter()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps(body), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise RuntimeError(f"status {response.status}: {response.read().decode()}")
-        for event in events(response):
-            if event.get("usage"):
-                answer.prompt_tokens = event["usage"]["prompt_tokens"]
-            for choice in event["choices"]:
-                answer.last = time.perf_counter() - start
-                answer.first = answer.first or answer.last
-                answer.times.append(answer.last)
-                answer.tokens += choice["token_ids"]
-                answer.top += [
-                    {
-                        int(token.removeprefix("token_id:")): logprob
-                        for token, logprob in top.items()
-                    }
-                    for top in (choice["logprobs"] or {"top_logprobs": []})["top_logprobs"]
-                ]
-            if request.cancel_after is not None and len(answer.tokens) >= request.cancel_after:
-                break
-        connection.close()
-        response.close()
+        with closing(self.stream("/v1/completions", body)) as events:  # also where it is cancelled
+            for event in events:
+                if event.get("usage"):
+                    answer.prompt_tokens = event["usage"]["prompt_tokens"]
+                for choice in event["choices"]:
+                    answer.last = time.perf_counter() - start
+                    answer.first = answer.first or answer.last
+                    answer.times.append(answer.last)
+                    answer.tokens += choice["token_ids"]
+                    answer.top += [
+                        {
+                            int(token.removeprefix("token_id:")): logprob
+                            for token, logprob in top.items()
+                        }
+                        for top in (choice["logprobs"] or {"top_logprobs": []})["top_logprobs"]
+                    ]
+                if request.cancel_after is not None and len(answer.tokens) >= request.cancel_after:
+                    break
         return answer
 
-
-def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The events of a stream, decoded."""
-    for line in response:
-        text = line.decode().strip()
-        if text == "data: [DONE]":
-            return
-        if text.startswith("data: "):
-            yield json.loads(text.removeprefix("data: "))
+    def stream(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """Post a request and yield the events of its answer; the connection ends with them."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", path, json.dumps(body), headers)
+        with closing(connection), connection.getresponse() as response:
+            if response.status != 200:
+                raise RuntimeError(f"status {response.status}: {response.read().decode()}")
+            for line in response:
+                text = line.decode().strip()
+                if text == "data: [DONE]":
+                    return
+                if text.startswith("data: "):
+                    yield json.loads(text.removeprefix("data: "))
