@@ -309,7 +309,7 @@ for _ in range(20):  # each asks for 900 MiB
     try:
         make(500)
     except MemoryError as error:
-        assert "num_slots = 500 of 1.8 MiB need 895.7 MiB" in str(error), error
+        assert "num_slots = 500 of 1.8 MiB need 895.8 MiB" in str(error), error
     else:
         raise AssertionError("it fits?")
     gc.collect()

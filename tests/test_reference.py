@@ -149,7 +149,7 @@ class Slow:
         self.samples: dict[int, dict[int, float]] = {}  # a by token
         self.stored: list[int] = []
         self.tau, self.lse = 1.0, None  # of a sample of one: the chain begins without old tokens
-        self.hits = 0
+        self.hits, self.missed = 0, 0  # steps in a row without a hit
 
     def step(self, p: int) -> tuple[list[int], Tensor]:
         """The two heads' sources and their weights `[2, n]`, not normalised."""
@@ -167,7 +167,9 @@ class Slow:
             else:
                 weights[g, :old] = reused
         self.hits += sum(c >= 0 for c in sources)
-        sample = self.sample(p, logits) if self.cfg.anchors and sources[0] < 0 else None
+        draws = self.cfg.anchors and sources[0] < 0 and (self.missed <= 32 or self.missed % 8 == 0)
+        sample = self.sample(p, logits) if draws else None
+        self.missed = 0 if max(sources) >= 0 else self.missed + 1
         reusable = p >= self.cfg.band and min(depth) < (self.cfg.max_reuse_depth or math.inf)
         if reusable and (not self.cfg.anchors or sample is not None):
             self.stored.append(p)
