@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -14,16 +14,9 @@ from vllm_server import Answer, Request, Server
 class SGLangServer(Server):
     """A server, from `with` until its end. Args: as vLLM's, of `sglang.launch_server`."""
 
-    def __init__(
-        self,
-        model: Path,
-        arguments: Sequence[str],
-        environment: Mapping[str, str],
-        log: Path,
-        start_seconds: float = 240,
-    ) -> None:
-        super().__init__(model, arguments, environment, log, start_seconds)
-        self._command = [
+    def command(self, model: Path, arguments: Sequence[str]) -> list[str]:
+        """What starts it."""
+        return [
             *(sys.executable, "-W", "ignore", "-m", "sglang.launch_server"),
             *("--model-path", str(model), "--host", "127.0.0.1", "--port", str(self.port)),
             *("--skip-tokenizer-init", "--skip-server-warmup", "--enable-metrics", *arguments),

@@ -88,11 +88,7 @@ class Server:
             self.port = free.getsockname()[1]
         self.log = log
         self._start_seconds = start_seconds
-        self._command = [
-            *(str(Path(sys.executable).with_name("vllm")), "serve", str(model)),
-            *("--served-model-name", "model", "--host", "127.0.0.1", "--port", str(self.port)),
-            *arguments,
-        ]
+        self._command = self.command(model, arguments)
         self._environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -100,6 +96,14 @@ class Server:
             **environment,
         }
         self._process: subprocess.Popen[bytes] | None = None
+
+    def command(self, model: Path, arguments: Sequence[str]) -> list[str]:
+        """What starts it."""
+        return [
+            *(str(Path(sys.executable).with_name("vllm")), "serve", str(model)),
+            *("--served-model-name", "model", "--host", "127.0.0.1", "--port", str(self.port)),
+            *arguments,
+        ]
 
     def start(self) -> None:
         """Begin to start, so that others can do so too before `with` waits for it."""

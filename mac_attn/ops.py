@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _C, _fakes  # noqa: F401  (register torch.ops.mac_attn)
-from ._checks import check_tensor
+from ._checks import check_number, check_tensor
 from .paging import KVCache, Scale, kv_scales, kv_views
 
 if TYPE_CHECKING:
@@ -236,6 +236,7 @@ def complete(
     ring, num_kv_heads, _, entries, _ = reuse.ring_arguments
     if sm_scale is None:
         sm_scale = 1.0 / math.sqrt(reuse.head_dim)
+    check_number("sm_scale", sm_scale)
     torch.ops.mac_attn.complete(
         *amended,
         *matched,

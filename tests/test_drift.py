@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cases import make_kv, make_q, small_config
@@ -102,10 +104,12 @@ def test_complete_alone_measures_it_where_it_has_the_keys(device):
             reference.decode(q, kv, table, lens, **rows, reuse=judge)
             check_spread(cache, judge)
     assert (cache.ring_spread == 0).all()
+    call = (amended, lens)
+    given = dict(reuse=cache, matched=matched, q=q, **rows)
+    with pytest.raises(ValueError, match="sm_scale is nan, must be"):
+        mac_attn.complete(*call, **given, k_cache=kv[0], block_table=table, sm_scale=math.nan)
     with pytest.raises(ValueError, match="block_table is None, must be given, as k_cache is"):
-        mac_attn.complete(
-            *(amended, lens), reuse=cache, matched=matched, q=q, **rows, k_cache=kv[0]
-        )
+        mac_attn.complete(*call, **given, k_cache=kv[0])
 
 
 @pytest.mark.parametrize(

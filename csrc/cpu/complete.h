@@ -158,9 +158,11 @@ float key_spread(const CompleteParams& p, int request, int kv_head, float* parts
   };
   float *sum = parts, *squares = parts + D;
   std::fill(parts, parts + 2 * D, 0.f);
+  const T* first = row(0);
   for (int i = 1; i < kSpreadKeys; ++i) {
+    const T* key = row(i);
     for (int d = 0; d < D; d += kLanes) {  // from the first key, as means may be far from 0
-      const vf x = load(row(i) + d) - load(row(0) + d);
+      const vf x = load(key + d) - load(first + d);
       store(sum + d, load(sum + d) + x);
       store(squares + d, load(squares + d) + x * x);
     }
