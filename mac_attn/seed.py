@@ -136,12 +136,11 @@ def seed(
         miss(chosen[0], torch.full_like(stored, -1))
         stored = stored.clamp(min=0)
     valid = active & (slots >= 0) & (slots < reuse.num_slots)
-    seeded = torch.zeros(reuse.num_slots + 1, 1, dtype=torch.bool, device=device)
-    seeded.index_fill_(0, torch.where(valid, slots, reuse.num_slots).long(), True)
+    seeded = reuse._mask(slots.long(), valid)
     for t in chosen:
         miss(t, stored)
         stored = reuse.ring_stored.index_select(0, rows)
-        reuse.ring_missed.masked_fill_(seeded[:-1], 0)  # all are to draw
+        reuse.ring_missed.masked_fill_(seeded[:, None], 0)  # all are to draw
     reuse.counters.copy_(counted)
 
 
