@@ -154,6 +154,7 @@ def measure(
                 "layout": case.layout,
                 "batch": case.batch,
                 "context": case.context,
+                "page_size": case.page_size,
                 "granularity": granularity,
                 "anchors": anchors,
                 "heads": name,
@@ -192,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--contexts", type=int, nargs="+")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--granularity", choices=["head", "group"], default="group")
     parser.add_argument("--anchors", type=int, nargs="+", default=[0, 1024])
     parser.add_argument("--age", type=int, default=1, help="see hit_curve.py")
@@ -230,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     rows = []
     for layout, context, batch in shapes:
-        case = Case.of(layout, context, batch, options.head_dim)
+        case = Case.of(layout, context, batch, options.head_dim, options.page_size)
         for count in anchors:
             new = measure(
                 case, options.granularity, count, options.age, device, timer, bandwidth, chain

@@ -220,12 +220,14 @@ MAC_DEVICE void amend_piece(
   float density = 0.f;
 #pragma unroll 1
   for (int ahead = piece.begin;; ++ahead) {
+    // First of all, as behind the copies of this round it would come as late as they do.
+    const Row last = row;
+    if (ahead < piece.end) row = find_row<kReplaces, kTwice>(p, w, piece, ahead, warp);
     if (ahead > piece.begin && ahead <= piece.end) {
-      load_stage<T, kHeadDim, kExact>(p, w, piece, row,
+      load_stage<T, kHeadDim, kExact>(p, w, piece, last,
                                       stages + (ahead - 1 - piece.begin) % Stage::kCount * Stage::kElements);
     }
     ptx::cp_async_commit();
-    if (ahead < piece.end) row = find_row<kReplaces, kTwice>(p, w, piece, ahead, warp);
     valid = valid << kWarpTokens | (ptx::ballot(row.valid && ahead < piece.end) & 0xffffu);
     if (ahead == piece.begin) {
       load_bounds<kHeadBlocks>(p, w, piece, starts, lasts);
