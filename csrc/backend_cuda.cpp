@@ -47,11 +47,19 @@ void check_supported(const Shape& shape, DType dtype) {
                     " as head_dim, which is more than ", cuda::kMostOfShorterValues, ", on CUDA");
 }
 
+struct Dim {
+  int64_t size, stride;
+};
+
 // cp.async moves 16 bytes at a time, so every row must begin at a multiple of them.
-void check_rows(const void* data, const char* name, int64_t itemsize, std::initializer_list<int64_t> strides) {
+void check_rows(const void* data, const char* name, int64_t itemsize, std::initializer_list<Dim> dims) {
   bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  for (const int64_t stride : strides) aligned = aligned && stride * itemsize % 16 == 0;
-  TORCH_CHECK_VALUE(aligned, name, " has strides ", at::IntArrayRef(strides.begin(), strides.size()),
+  at::DimVector strides;
+  for (const Dim& dim : dims) {
+    aligned = aligned && (dim.size == 1 || dim.stride * itemsize % 16 == 0);
+    strides.push_back(dim.stride);
+  }
+  TORCH_CHECK_VALUE(aligned, name, " has strides ", at::IntArrayRef(strides),
                     ", must have rows aligned to 16 bytes on CUDA");
 }
 
@@ -126,9 +134,13 @@ void amend(const AmendParams& p, const Persistent& persistent, const Tensor& on)
   TORCH_CHECK_VALUE(!p.kv.float8 || p.shape.head_dim_v % 16 == 0, "v_cache has head_dim_v ", p.shape.head_dim_v,
                     ", must be a multiple of 16 with a float8 cache on CUDA");
   const int64_t kv_itemsize = p.kv.float8 ? 1 : 2;
-  check_rows(p.query.data, "q", 2, {p.query.batch_stride, p.query.head_stride, p.query.token_stride});
-  check_rows(p.kv.k, "k_cache", kv_itemsize, {p.kv.k_page_stride, p.kv.k_token_stride, p.kv.k_head_stride});
-  check_rows(p.kv.v, "v_cache", kv_itemsize, {p.kv.v_page_stride, p.kv.v_token_stride, p.kv.v_head_stride});
+  const int64_t Hq = p.shape.num_qo_heads(), T = p.shape.tokens;
+  const int64_t pages = p.kv.num_pages, page_size = p.kv.page_size;
+  check_rows(p.query.data, "q", 2, {{B, p.query.batch_stride}, {T, p.query.token_stride}, {Hq, p.query.head_stride}});
+  check_rows(p.kv.k, "k_cache", kv_itemsize,
+             {{pages, p.kv.k_page_stride}, {page_size, p.kv.k_token_stride}, {H, p.kv.k_head_stride}});
+  check_rows(p.kv.v, "v_cache", kv_itemsize,
+             {{pages, p.kv.v_page_stride}, {page_size, p.kv.v_token_stride}, {H, p.kv.v_head_stride}});
   if (B == 0) return;
   const c10::cuda::CUDAGuard guard(on.device());
   int32_t ctas = 0;

@@ -2,6 +2,7 @@
 // was and what it must be. Wrong values and shapes raise ValueError, wrong dtypes TypeError.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -53,6 +54,19 @@ inline void check_rows_apart(const at::Tensor& t, const char* name) {
                       ", must not overlap itself");
     inner += (t.size(dim) - 1) * t.stride(dim);
   }
+}
+
+// `read` is needed after `written` has been written.
+inline void check_apart(const at::Tensor& written, const char* name, const at::Tensor& read, const char* read_name) {
+  const auto overlap = at::get_overlap_status(written, read);
+  const auto end = [](const at::Tensor& t) {
+    int64_t last = 0;
+    for (int64_t dim = 0; dim < t.dim(); ++dim) last += (t.size(dim) - 1) * t.stride(dim);
+    return static_cast<const char*>(t.const_data_ptr()) + (last + 1) * t.element_size();
+  };
+  const bool apart = overlap == at::MemOverlapStatus::No || written.numel() == 0 || read.numel() == 0 ||
+                     end(written) <= read.const_data_ptr() || end(read) <= written.const_data_ptr();
+  TORCH_CHECK_VALUE(apart, name, " shares memory with ", read_name, ", must not where entries are stored");
 }
 
 // Sizes with another last one.

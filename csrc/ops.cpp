@@ -135,6 +135,8 @@ void complete(const Tensor& states, const Tensor& state_lse, const Tensor& log_r
   const at::DimVector sizes = with_last(out.sizes(), shape.head_dim);
   check_tensor(q_match, "q_match", sizes, out.scalar_type(), device);
   check_tensor(q, "q", sizes, out.scalar_type(), device);
+  check_apart(out, "out", q, "q");
+  check_apart(out, "out", q_match, "q_match");
   p.query = heads_view(q_match);
   p.rotated = heads_view(q);
   p.matched = check_matched(shape, source, place, stored, device);
@@ -241,6 +243,8 @@ std::tuple<Tensor, Tensor> decode_reuse_into(
   if (given_q_match) check_query(q_match, "q_match");
   check_tensor(q, "q", q_match.sizes(), q_match.scalar_type(), q_match.device());
   check_tensor(out, "out", with_last(q.sizes(), head_dim_v(q, v_cache)), q.scalar_type(), device);
+  check_apart(out, "out", q, "q");
+  check_apart(out, "out", q_match, "q_match");
   const KVCache cache{k_cache, v_cache, hnd, k_scale, v_scale};
   TORCH_CHECK_VALUE(cache.num_kv_heads() == num_kv_heads, cache.name(), " has ", cache.num_kv_heads(),
                     " KV heads, must have those of the ring, ", num_kv_heads);

@@ -50,7 +50,8 @@ def decode(
     Args:
         q: [B, num_qo_heads, head_dim] float32, bfloat16 or float16, post-RoPE, or of T new tokens,
             from 1 to 16, [B, T, num_qo_heads, head_dim]. head_dim is a multiple of 8 up to 256,
-            or 512. Only the last dimension has to be contiguous.
+            or 512. Only the last dimension has to be contiguous; on CUDA rows begin at multiples
+            of 16 bytes.
         kv_cache: a pair (k_cache, v_cache), each [num_pages, page_size, num_kv_heads, head_dim] for
             kv_layout "NHD" or [num_pages, num_kv_heads, page_size, head_dim] for "HND", or one
             tensor with the pair in dimension 1. In q's dtype or float8_e4m3fn; read in place.
@@ -87,8 +88,9 @@ def decode(
             be exact, as where drafts are verified. Without `reuse` every step is.
         batch_invariant: cut a request's tokens up in the same way whatever else is in the batch, so
             that its output, decisions and entries are bit for bit what they are alone (on the same
-            device, with the same strides). Costs time on short contexts (docs/speed.md).
-        out: as q with rows of head_dim_v, written in place.
+            device, with the same strides and the same T). Costs time on short contexts (docs/speed.md).
+        out: as q with rows of head_dim_v, written in place. With `reuse` it may not share memory
+            with `q` or `q_match`, of which an entry is made afterwards.
         return_lse: also return the log-sum-exp of the logits, a sink among them: natural log,
             float32, q's shape without the last dimension.
 

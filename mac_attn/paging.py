@@ -168,7 +168,7 @@ def from_flashinfer(
         max_pages = most
     max_pages = check_int("max_pages", max_pages, low=most)
 
-    # Two sentinels of value 0: `indices` may be empty, and places beyond a request's pages hold 0.
+    # A sentinel of 0: `indices` may be empty, and places beyond a request's pages hold 0.
     padded = torch.nn.functional.pad(indices.to(torch.int32), (0, 1))
     column = torch.arange(max_pages, device=device)
     at = torch.where(column < pages[:, None], indptr[:-1, None] + column, len(indices))

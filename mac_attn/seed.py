@@ -130,12 +130,14 @@ def seed(
     counted = reuse.counters.clone()
     # Whether the slot ended where these tokens begin; -1: it did not.
     stored = ops.match(reuse, q_match[:, 0], length_at(0), slots, request_ids).stored
+    # On a GPU nobody has looked at the slots but match, which has marked those that are none.
+    valid = active & (slots >= 0) & (slots < reuse.num_slots)
+    slots = slots.where(valid, -1)
     # A sample is drawn by the log-sum-exp of the step before. That of the first is found first, in
     # a pass that stores nothing: one without history.
     if reuse.cfg.anchors:
         miss(chosen[0], torch.full_like(stored, -1))
         stored = stored.clamp(min=0)
-    valid = active & (slots >= 0) & (slots < reuse.num_slots)
     seeded = reuse._mask(slots.long(), valid)
     for t in chosen:
         miss(t, stored)

@@ -299,7 +299,7 @@ void amend_all(const AmendParams& p, AmendWork& work) {
   Scratch& scratch = thread_scratch();
   const int64_t num_tasks = static_cast<int64_t>(work.tasks.size());
   const auto draw = [&] { return work.next.fetch_add(1, std::memory_order_relaxed); };
-  bool fetched = false;
+  bool fetched = false, short_of_memory = false;
   for (int64_t i = draw(), next; i < num_tasks; i = next) {
     const AmendTask& task = work.tasks[i];
     // Near the end a task that waits for its thread would keep others waiting.
@@ -307,7 +307,11 @@ void amend_all(const AmendParams& p, AmendWork& work) {
     next = early ? draw() : num_tasks;
     const auto listed = [](const AmendTask& one) { return one.tokens == Tokens::kAnchors; };
     const AmendTask* following = next < num_tasks && !listed(work.tasks[next]) ? &work.tasks[next] : nullptr;
-    amend_task<Q, T>(p, work, task, following, fetched, scratch);
+    try {
+      amend_task<Q, T>(p, work, task, following, fetched, scratch);
+    } catch (const std::bad_alloc&) {
+      short_of_memory = true;  // others wait for this task all the same
+    }
     fetched = following && !listed(task);
     work.pending[task.request].fetch_sub(1, std::memory_order_release);
     if (!early) next = draw();
@@ -318,6 +322,7 @@ void amend_all(const AmendParams& p, AmendWork& work) {
     wait_for_zero(work.pending[i / p.shape.num_kv_heads]);
     finish_group(p, work, i, scratch);
   }
+  if (short_of_memory) throw_out_of_memory();
 }
 
 template <typename Q>

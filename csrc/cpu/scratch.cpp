@@ -16,10 +16,14 @@ void* Scratch::bytes(int place, size_t size) {
     size_[place] = 0;
     const size_t rounded = (size + 63) / 64 * 64;
     data_[place] = std::aligned_alloc(64, rounded);
-    if (!data_[place]) throw std::bad_alloc();
+    if (!data_[place]) throw_out_of_memory();
     size_[place] = rounded;
   }
   return data_[place];
+}
+
+void throw_out_of_memory() {
+  throw std::bad_alloc();
 }
 
 void wait_for_zero(const std::atomic<int32_t>& pending) {

@@ -17,7 +17,8 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch();
 
-  // `count` elements, not initialised, 64-byte aligned; valid until the same place is asked for again.
+  // `count` elements, not initialised, 64-byte aligned; valid until the same place is asked for again. Throws
+  // std::bad_alloc.
   template <typename T>
   T* array(int place, int64_t count) {
     return static_cast<T*>(bytes(place, static_cast<size_t>(count) * sizeof(T)));
@@ -30,6 +31,8 @@ class Scratch {
   void* data_[kPlaces] = {};
   size_t size_[kPlaces] = {};
 };
+
+[[noreturn]] void throw_out_of_memory();
 
 // Returns when `pending` is 0. Others that run will soon be done; where they wait for a core, it gives up its own.
 void wait_for_zero(const std::atomic<int32_t>& pending);

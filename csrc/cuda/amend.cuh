@@ -344,8 +344,9 @@ MAC_DEVICE void prefetch_bands(const AmendParams& p, const AmendWorkspace& w) {
 #pragma unroll 1
   for (int row = thread; row < rows; row += threads) {
     const int kv_head = row % H, request = row / H / p.band, n = p.requests.seq_lens[request];
+    if (n <= 0 || n > w.max_tokens) continue;
     const int token = n - 1 - row / H % p.band;
-    if (token < 0 || n > w.max_tokens) continue;
+    if (token < 0) continue;
     const int index = w.page_size.divide(token), offset = token - index * p.kv.page_size;
     const int64_t page = p.kv.block_table[request * p.kv.block_table_stride + index];
     if (page < 0 || page >= p.kv.num_pages) continue;

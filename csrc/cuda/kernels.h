@@ -48,7 +48,7 @@ constexpr int32_t kMaxGroup = 128;
 constexpr int32_t max_group(int32_t head_dim) {
   return head_dim <= 256 ? kMaxGroup : kMaxGroup / 2;
 }
-constexpr int32_t kMaxUnrotateHeads = 32768;  // its CTAs for a request are the grid's y, at most 65,535
+constexpr int32_t kMaxUnrotateHeads = 65535 / 4;  // up to four CTAs each, all of a token the grid's y
 constexpr int32_t kMaxCluster = 8;  // CTAs; more are not portable (CUDA Programming Guide, thread block clusters)
 
 // Bits of a request's status and of the sticky error flag; mac_attn/cache.py reads them.
@@ -124,6 +124,9 @@ cudaError_t match_splits(const MatchParams& params, MatchWorkspace& workspace);
 // Pieces of one pass: with more, merging their states costs more than they save.
 constexpr int32_t kMaxSplits = 96;
 
+// Tokens of a piece that is worth its state, where pieces do not hang on the rest of the call.
+constexpr int32_t kPieceTokensAlone = 1024;
+
 // Fills in what follows from the parameters: how the pages and the heads are cut up. False: a cache is too large.
 inline bool describe(const AmendParams& params, int32_t ctas, AmendWorkspace& w) {
   const KVPages& kv = params.kv;
@@ -147,10 +150,13 @@ inline bool describe(const AmendParams& params, int32_t ctas, AmendWorkspace& w)
   w.unit_tokens = Divisor(unit_tokens);
   w.num_units = params.shape.batch * params.shape.num_kv_heads * unit_tokens;
   w.token_passes = (params.shape.group_size + most - 1) / most;
-  // As many as keep the device busy with the passes of one request.
-  const int32_t alone =
+  // As many as keep the device busy with the passes of one request, and no more than the longest can have, so that
+  // little memory is asked for where lengths are short.
+  const int64_t busy =
       (ctas + params.shape.num_kv_heads * w.head_tiles - 1) / (params.shape.num_kv_heads * w.head_tiles);
-  w.pieces_alone = !params.batch_invariant ? 0 : alone < kMaxSplits ? alone : kMaxSplits;
+  const int64_t longest = w.max_tokens / kPieceTokensAlone + 2;  // its spans are rounded up
+  const int64_t alone = busy < longest ? busy : longest;
+  w.pieces_alone = !params.batch_invariant ? 0 : static_cast<int32_t>(alone < kMaxSplits ? alone : kMaxSplits);
   return fits(kv.k_page_stride, kv.k_token_stride) && fits(kv.v_page_stride, kv.v_token_stride);
 }
 

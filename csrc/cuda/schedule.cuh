@@ -22,8 +22,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kTileTokens = kWarps * kWarpTokens;
 // Tiles of a piece that is worth a draw.
 constexpr int kDrawnTiles = 64;
-// And of one that is worth its state, where pieces do not hang on the rest of the call.
-constexpr int kTilesAlone = 16;
+constexpr int kTilesAlone = kPieceTokensAlone / kTileTokens;
 // What a pass costs besides its tiles (its first wait for memory, writing and merging its states), in tiles.
 constexpr int kPassCost = 4;
 

@@ -161,9 +161,10 @@ inline uint32_t swap_middle_bytes(uint32_t four) {
 
 #endif
 
-// 1 - 2 / (e^2x + 1), within 3e-7.
+// 1 - 2 / (e^2x + 1), within 3e-7. A NaN stays one, which fminf would not let it.
 MAC_DEVICE float tanh(float x) {
-  return 1.f - divide(2.f, fminf(ex2(2.88539008f * x), 0x1p100f) + 1.f);
+  const float power = ex2(2.88539008f * x);
+  return 1.f - divide(2.f, (power > 0x1p100f ? 0x1p100f : power) + 1.f);
 }
 
 template <typename T>
