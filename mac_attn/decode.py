@@ -88,7 +88,7 @@ def decode(
             be exact, as where drafts are verified. Without `reuse` every step is.
         batch_invariant: cut a request's tokens up in the same way whatever else is in the batch, so
             that its output, decisions and entries are bit for bit what they are alone (on the same
-            device, with the same strides and the same T). Costs time on short contexts (docs/speed.md).
+            device, with the same strides and T). Costs time on short contexts (docs/speed.md).
         out: as q with rows of head_dim_v, written in place. With `reuse` it may not share memory
             with `q` or `q_match`, of which an entry is made afterwards.
         return_lse: also return the log-sum-exp of the logits, a sink among them: natural log,

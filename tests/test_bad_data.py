@@ -33,8 +33,10 @@ def make_step(device: torch.device, dtype: torch.dtype = torch.float32, batch: i
     return q, kv, kv.table(lengths), torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
-def exact(q: Tensor, kv: Any, table: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-    return mac_attn.decode(q, kv.cache, table, lens, return_lse=True)
+def exact(
+    q: Tensor, kv: Any, table: Tensor, lens: Tensor, cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    return mac_attn.decode(q, kv.cache, table, lens, logits_soft_cap=cap, return_lse=True)
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
@@ -47,7 +49,7 @@ def dtype_of(device: torch.device) -> torch.dtype:
 def test_a_bad_number_shows_in_its_own_head_and_nowhere_else(cap, where, bad, device):
     """Never a finite answer that hides it, never a bit of another head or request changed."""
     q, kv, table, lens = make_step(device, dtype_of(device))
-    out, lse = exact(q, kv, table, lens)
+    out, lse = exact(q, kv, table, lens, cap)
     if where == "q":
         q[1, 2, 5] = bad
         touched = [2]  # query heads of request 1
@@ -56,7 +58,7 @@ def test_a_bad_number_shows_in_its_own_head_and_nowhere_else(cap, where, bad, de
         page = int(table[1, token // kv.page_size])
         pages[page, token % kv.page_size, 1, 5] = bad
         touched = [2, 3]  # those of KV head 1
-    got, got_lse = exact(q, kv, table, lens)
+    got, got_lse = exact(q, kv, table, lens, cap)
     others = torch.ones(3, HEADS[0], dtype=torch.bool, device=q.device)
     others[1, touched] = False
     assert torch.equal(got[others], out[others]) and torch.equal(got_lse[others], lse[others])
@@ -68,8 +70,11 @@ def test_a_bad_number_shows_in_its_own_head_and_nowhere_else(cap, where, bad, de
             assert torch.equal(got_lse[1, head], lse[1, head])
             continue
         # An infinite key is an infinite logit. If that is -inf the token weighs nothing; else NaN.
-        assert got[1, head].isnan().all() or (where == "k" and math.isinf(bad))
-    if where == "k" and math.isinf(bad):
+        # With a cap it is a logit like any other, of an infinite query too.
+        assert got[1, head].isnan().all() or (math.isinf(bad) and (where == "k" or cap))
+    if math.isinf(bad) and cap and where != "v":
+        assert got[1, touched].isfinite().all()
+    elif where == "k" and math.isinf(bad):
         signs = [bool(q[1, head, 5] * bad > 0) for head in touched]
         assert [bool(got[1, head].isnan().all()) for head in touched] == signs
         assert all(s or got[1, h].isfinite().all() for s, h in zip(signs, touched, strict=True))
@@ -269,6 +274,38 @@ def test_an_output_that_overlaps_itself_is_refused(device):
         assert torch.equal(good, want)
 
 
+def test_an_output_in_the_place_of_the_query(device):
+    """It may be without reuse; with it the entry is made of the query after the output is there."""
+    dtype = dtype_of(device)
+    q, kv, table, lens = make_step(device, dtype)
+    both = torch.stack([q, q], 1)
+    q, q_match = both[:, 0], q.clone()  # a view that is not dense
+    twins = Twins(
+        small_config(anchors=3), num_slots=3, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    slots = torch.arange(3, dtype=torch.int32, device=device)
+    options: dict[str, Any] = dict(reuse=twins.cache, slots=slots, q_match=q_match)
+    before = twins.cache.ring.clone()
+    for out, name in [(q, "q"), (q_match, "q_match"), (both[:, 0, :, :], "q")]:
+        with pytest.raises(ValueError, match=f"out shares memory with {name}, must not"):
+            mac_attn.decode(q, kv.cache, table, lens, out=out, **options)
+    assert torch.equal(twins.cache.ring, before) and torch.equal(both[:, 0], both[:, 1])
+    mac_attn.decode(q, kv.cache, table, lens, out=torch.empty_like(q), **options)
+
+    want = mac_attn.decode(q, kv.cache, table, lens)
+    got = mac_attn.decode(q, kv.cache, table, lens, out=q)
+    assert torch.equal(got, want) and torch.equal(both[:, 0], want)
+
+
+def test_strides_of_a_dimension_of_one_do_not_count(device):
+    """As torch gives them to views: on CUDA none of them would be a multiple of 16 bytes."""
+    q, kv, table, lens = make_step(device, dtype_of(device), batch=1)
+    want = mac_attn.decode(q, kv.cache, table, lens)
+    got = mac_attn.decode(q.as_strided(q.shape, (3, HEAD_DIM, 1)), kv.cache, table, lens)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("reused", [False, True])
 def test_nothing_of_anything(reused, device):
     """No requests, no pages, only padding rows: empty states, and no slot is touched."""
@@ -328,6 +365,39 @@ def test_a_cache_that_does_not_fit_leaves_nothing_behind():
     result = subprocess.run(
         [sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, check=False
     )
+    assert result.returncode == 0 and result.stdout == "ok\n", result.stderr
+
+
+SHORT_OF_MEMORY = """
+import resource
+import torch, mac_attn
+torch.set_num_threads(2)
+q = torch.randn(2, 16, 1024, 128)
+pages = torch.randn(4, 512, 1, 128)
+table = torch.arange(4, dtype=torch.int32).view(2, 2)
+lens = torch.tensor([1000, 900], dtype=torch.int32)
+out = torch.empty_like(q)
+mac_attn.decode(q[:, 0, :4].contiguous(), (pages, pages), table, lens)  # starts the threads
+size = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (size + ({extra} << 20),) * 2)
+try:
+    mac_attn.decode(q, (pages, pages), table, lens, out=out)
+except (MemoryError, RuntimeError) as error:
+    assert "alloc" in str(error), error
+print("ok")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer takes all addresses"
+)
+@pytest.mark.parametrize("extra", [20, 80])  # MiB: where either thread was left waiting
+def test_a_thread_without_memory_keeps_nobody_waiting(extra):
+    result = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY.format(extra=extra)], capture_output=True,
+        text=True, check=False, timeout=120,
+    )  # fmt: skip
     assert result.returncode == 0 and result.stdout == "ok\n", result.stderr
 
 

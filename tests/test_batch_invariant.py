@@ -86,8 +86,10 @@ class Pool:
         if self.tokens == 1:
             q = q[:, 0]
         options = {} if reuse is None else {"reuse": reuse, "slots": ints(slots), "q_match": q}
+        # As wide as this batch needs: of a request alone it may be narrower.
+        table = self.table[rows, : max(1, -(-max(lengths) // self.kv.page_size))]
         out, lse = mac_attn.decode(
-            q, self.kv.cache, self.table[rows], ints(lengths),
+            q, self.kv.cache, table, ints(lengths),
             batch_invariant=invariant, return_lse=True, **options,
         )  # fmt: skip
         return out, lse

@@ -254,6 +254,20 @@ BAD_TYPES = {
 }
 
 
+@pytest.mark.parametrize("length", [50, 11])  # of one less than the queries match sees nothing
+def test_slots_that_nobody_has_on_a_gpu(length, cuda):
+    """Nobody reads them back there: they are marked, and the others are seeded as ever."""
+    case, alone = Case([50, 40], 12, cuda), Case([50, 40], 12, cuda)
+    alone.seed(slots=case.ints([-1, 1]))
+    for slot in (3, -2, 10**6):
+        case.cache.reset()
+        case.seed(slots=case.ints([slot, 1]), seq_lens=case.ints([length, 40]))
+        assert torch.equal(case.cache.ring[[0, 1, 2]], alone.cache.ring[[0, 1, 2]])
+        if length == 50:
+            with pytest.raises(RuntimeError, match="slot"):
+                case.cache.check()
+
+
 @pytest.mark.parametrize("message", [*BAD_VALUES, *BAD_TYPES])
 def test_refuses_bad_arguments_and_writes_nothing(message, device):
     case = Case([50, 40], 12, device, dtype=torch.float32)

@@ -44,6 +44,34 @@ def test_a_planted_bug_is_found(plant):
     assert run(str(TRAFFIC), plant).startswith("found: ")
 
 
+def test_seeding_a_slot_that_nobody_has():
+    """As on a GPU, where its number is not read back: no byte outside the ring is touched."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(TRAFFIC.parent)!r})
+from host_kernels import load_as_c
+load_as_c()
+import mac_attn, torch
+sys.modules["mac_attn.seed"]._check_values = lambda *_: None
+config = mac_attn.ReuseConfig(entries=4, window=64, band=16, anchors=8, min_context=1)
+shape = dict(num_qo_heads=4, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+cache = mac_attn.ReuseCache(config, num_slots=2, **shape)
+kv = torch.randn(2, 40, 16, 2, 64).bfloat16()
+table, slots = torch.arange(40).int()[None], torch.tensor([10**5]).int()
+q = torch.randn(1, 4, 4, 64).bfloat16()
+before = cache.ring.clone()
+marked = []
+for length in (300, 3):
+    lens = torch.tensor([length]).int()
+    try:
+        mac_attn.seed(cache, q, tuple(kv), table, lens, slots=slots, q_match=q)
+    except ValueError as error:  # of the host execution
+        marked.append((length, str(error)))
+print(marked, torch.equal(cache.ring, before))
+"""
+    assert run("-c", code) == "[(300, 'the kernels have set the error flag')] True"
+
+
 def test_a_gpu_without_code_in_the_build_is_named():
     code = f"""
 import sys
