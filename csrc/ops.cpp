@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <string>
@@ -403,6 +404,11 @@ bool register_ops(PyObject* module) {
   define(add(torch::Library::DEF, std::nullopt));
   implement(add(torch::Library::IMPL, c10::DispatchKey::CPU));
   implement(add(torch::Library::IMPL, c10::DispatchKey::CUDA));
+  torch::Library& autograd = add(torch::Library::IMPL, c10::DispatchKey::Autograd);
+  for (const char* op : {"match", "amend", "complete_exact", "complete", "decode_exact", "decode_exact.into",
+                         "decode_reuse", "decode_reuse.into", "unrotate"}) {
+    autograd.impl(op, torch::autograd::autogradNotImplementedFallback());  // a backward pass raises
+  }
   return true;
 }
 

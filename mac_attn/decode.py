@@ -95,7 +95,7 @@ def decode(
             float32, q's shape without the last dimension.
 
     Returns:
-        As q with rows of head_dim_v, or (out, lse).
+        As q with rows of head_dim_v, or (out, lse). There are no gradients: a backward pass raises.
 
     Raises:
         ValueError: a shape, layout, device or value (length, page id, slot) does not fit. On the

@@ -206,6 +206,18 @@ def test_modes_of_the_dispatcher_see_a_step(device):
     assert isinstance(out, FakeTensor) and out.shape == q.shape and out.device == q.device
 
 
+def test_a_backward_pass_raises(device):
+    """It would leave wrong gradients without a word. What is stored has no part in it."""
+    reuse = make_reuse(device)
+    q, kv, table, seq_lens = make_step(device)
+    q.requires_grad_()
+    for options in ({}, dict(reuse=reuse, slots=slots_on(device), q_match=q)):
+        out = mac_attn.decode(q, kv, table, seq_lens, **options)
+        with pytest.raises(RuntimeError, match="derivative for mac_attn::decode_.* is not impl"):
+            out.sum().backward()
+    assert q.grad is None and not reuse.ring.requires_grad
+
+
 def test_compiles_without_graph_breaks(device):
     """The compiled step gives what the plain one gives, to the rings too."""
     plain, compiled = make_reuse(device), make_reuse(device)
