@@ -136,7 +136,8 @@ void amend(const AmendParams& p, const Persistent& persistent, const Tensor& on)
   const int64_t kv_itemsize = p.kv.float8 ? 1 : 2;
   const int64_t Hq = p.shape.num_qo_heads(), T = p.shape.tokens;
   const int64_t pages = p.kv.num_pages, page_size = p.kv.page_size;
-  check_rows(p.query.data, "q", 2, {{B, p.query.batch_stride}, {T, p.query.token_stride}, {Hq, p.query.head_stride}});
+  check_rows(p.query.data, "q", 2,
+             {{B, p.query.batch_stride}, {T, p.query.token_stride}, {Hq, p.query.head_stride}});
   check_rows(p.kv.k, "k_cache", kv_itemsize,
              {{pages, p.kv.k_page_stride}, {page_size, p.kv.k_token_stride}, {H, p.kv.k_head_stride}});
   check_rows(p.kv.v, "v_cache", kv_itemsize,

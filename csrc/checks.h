@@ -57,7 +57,8 @@ inline void check_rows_apart(const at::Tensor& t, const char* name) {
 }
 
 // `read` is needed after `written` has been written.
-inline void check_apart(const at::Tensor& written, const char* name, const at::Tensor& read, const char* read_name) {
+inline void check_apart(const at::Tensor& written, const char* name, const at::Tensor& read,
+                        const char* read_name) {
   const auto overlap = at::get_overlap_status(written, read);
   const auto end = [](const at::Tensor& t) {
     int64_t last = 0;
