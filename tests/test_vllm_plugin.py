@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -354,3 +356,53 @@ class TestMetrics:
         assert samples["mac_attn:requests_turned_away_total"] == 7
         assert samples["mac_attn:hit_rate"] == 0.5
         assert samples["mac_attn:kv_read_share"] == 0.6
+
+    @staticmethod
+    def elsewhere(*arguments: int) -> subprocess.Popen[str]:
+        """Another process that has counters of its own, until its input is closed."""
+        code = """
+import sys
+from mac_attn.integrations.vllm.metrics import WorkerCounters
+engine, rank, layers, steps = map(int, sys.argv[1:])
+worker = WorkerCounters.create(engine, rank, (4, 1), layers, num_slots=1)
+worker.counters[:, 0, 0] = steps
+worker.turned_away.fill_(steps)
+print(flush=True)
+sys.stdin.read()
+"""
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, **pipes)
+        assert process.stdout is not None
+        process.stdout.readline()
+        return process
+
+    def test_a_second_engine_has_counters_of_its_own(self) -> None:
+        """Of the same index and rank, and of fewer layers: the first one counts on."""
+
+        def steps() -> list[int]:
+            return sorted(worker.stats().steps for worker in metrics.WorkerCounters.read_all())
+
+        worker = metrics.WorkerCounters.create(0, 0, (32, 8), layers=32, num_slots=64)
+        with self.elsewhere(0, 0, 2, 3) as other:
+            worker.counters.fill_(1)  # a bus error once, where the other had cut the file short
+            assert steps() == [2 * 3, 32 * 64]
+        other.wait()
+        assert steps() == [32 * 64]
+
+    def test_engines_of_the_same_index_are_added_up(self) -> None:
+        pytest.importorskip("prometheus_client")
+        worker = metrics.WorkerCounters.create(0, 0, (4, 1), layers=1, num_slots=1)
+        worker.turned_away.fill_(5)
+        with self.elsewhere(0, 0, 2, 3):
+            found = {metric.name: metric.samples for metric in metrics.Collector().collect()}
+        (turned_away,) = found["mac_attn:requests_turned_away"]
+        assert turned_away.value == 5 + 3
+
+    def test_an_engine_made_again_in_the_same_process_starts_anew(self) -> None:
+        old = metrics.WorkerCounters.create(0, 0, (32, 8), layers=32, num_slots=64)
+        new = metrics.WorkerCounters.create(0, 0, (4, 1), layers=1, num_slots=1)
+        old.counters.fill_(1)
+        new.counters.fill_(2)
+        (read,) = metrics.WorkerCounters.read_all()
+        assert read.stats().steps == 2

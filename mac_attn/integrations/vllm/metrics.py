@@ -2,13 +2,13 @@
 
 The counters of a worker's rings lie in a file of a folder that all processes of the server know
 from the environment. A collector in the API server adds them up whenever the endpoint is read, so
-nothing has to be sent, and what is read is what the kernels have counted.
+nothing has to be sent, and what is read is what the kernels have counted. All engines that a
+process has started share the folder. What a process counted is gone with it.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import shutil
 import tempfile
@@ -27,6 +27,8 @@ from ..serving.totals import COUNTERS, TURNED_AWAY, TURNED_AWAY_TEXT, totals
 
 FOLDER = "MAC_ATTN_VLLM_METRICS_DIR"
 
+_KIND, _DTYPE = ".i64", torch.int64
+
 
 def folder() -> Path:
     """The folder of this server's counters. The first process to ask makes it, and removes it."""
@@ -42,6 +44,15 @@ def folder() -> Path:
 
     atexit.register(remove)
     return Path(made)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this user's runs."""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -66,29 +77,32 @@ class WorkerCounters:
     def create(
         cls, engine: int, rank: int, heads: tuple[int, int], layers: int, num_slots: int
     ) -> WorkerCounters:
-        """New counters, all 0, in a file that `read_all` finds."""
-        shape = (layers, num_slots, len(COLUMNS))
-        path = folder() / f"engine{engine}-rank{rank}"
-        path.with_suffix(".i64").write_bytes(bytes(8 * (torch.Size(shape).numel() + 1)))
-        about = {"engine": engine, "rank": rank, "heads": heads, "shape": shape}
-        path.with_suffix(".json").write_text(json.dumps(about))
-        return cls._map(path.with_suffix(".json"))
+        """New counters, all 0, in a file that `read_all` finds while this process runs."""
+        about = [engine, rank, *heads, layers, num_slots, 0]
+        numbers = torch.tensor(about + [0] * (layers * num_slots * len(COLUMNS)))
+        path = folder() / f"{os.getpid()}-{engine}-{rank}"
+        new = path.with_suffix(".new")
+        new.write_bytes(numbers.numpy().tobytes())
+        path = new.replace(path.with_suffix(_KIND))  # who maps the file before it keeps that one
+        return cls._of(torch.from_file(str(path), shared=True, size=len(numbers), dtype=_DTYPE))
 
     @classmethod
-    def _map(cls, about_path: Path) -> WorkerCounters:
-        about = json.loads(about_path.read_text())
-        shape = torch.Size(about["shape"])
-        path, size = str(about_path.with_suffix(".i64")), shape.numel()
-        numbers = torch.from_file(path, shared=True, size=size + 1, dtype=torch.int64)
-        counters, turned_away = numbers[:size].view(shape), numbers[size:]
-        num_qo_heads, num_kv_heads = about["heads"]
-        where = (about["engine"], about["rank"])
-        return cls(*where, num_qo_heads, num_kv_heads, counters, turned_away)
+    def _of(cls, numbers: Tensor) -> WorkerCounters:
+        engine, rank, num_qo_heads, num_kv_heads, layers, num_slots = numbers[:6].tolist()
+        counters = numbers[7:].view(layers, num_slots, len(COLUMNS))
+        return cls(engine, rank, num_qo_heads, num_kv_heads, counters, numbers[6:7])
 
     @classmethod
     def read_all(cls) -> list[WorkerCounters]:
-        """Those of every worker of this server."""
-        return [cls._map(path) for path in sorted(folder().glob("*.json"))]
+        """Those of every worker of this server that runs, as they are now."""
+        found = []
+        for path in sorted(folder().glob(f"*{_KIND}")):
+            if _runs(int(path.name.partition("-")[0])):
+                numbers = torch.frombuffer(bytearray(path.read_bytes()), dtype=_DTYPE)
+                found.append(cls._of(numbers))
+            else:
+                path.unlink(missing_ok=True)
+        return found
 
     def stats(self) -> ReuseStats:
         """The statistics of all layers together; `steps` count every layer's."""
@@ -116,7 +130,9 @@ class Collector:
             yield counter
         away = CounterMetricFamily(f"mac_attn:{TURNED_AWAY}", TURNED_AWAY_TEXT, labels=["engine"])
         for engine, workers in engines.items():  # each of whose ranks has the same requests
-            away.add_metric([str(engine)], max(int(worker.turned_away) for worker in workers))
+            first = min(worker.rank for worker in workers)
+            turned_away = sum(int(one.turned_away) for one in workers if one.rank == first)
+            away.add_metric([str(engine)], turned_away)
         yield away
         for name, (part, whole, text) in _SHARES.items():
             gauge = GaugeMetricFamily(f"mac_attn:{name}", text, labels=["engine"])
