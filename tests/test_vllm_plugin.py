@@ -229,17 +229,33 @@ class TestRequests:
         assert not is_alive(before.key)
 
     def test_version_2_and_padding(self) -> None:
+        """Whatever the model's state puts into the metadata: that of hybrid models has no rows."""
+        seen: list[list[Row | None]] = []
+
+        def prepare_attn(batch: Any, mode: str, *, for_capture: bool = False) -> str:
+            seen.append(requests.rows_of(runner, common_metadata([8, 1, 0], [20, 1, 0])))
+            if mode == "fails":
+                raise RuntimeError(mode)
+            return mode
+
         states = SimpleNamespace(
-            index_to_req_id={3: "a"},
-            req_id_to_index={"a": 3},
-            prefill_len=SimpleNamespace(np={3: 40}),
+            req_id_to_index={"a": 3, "b": 0},
+            prefill_len=SimpleNamespace(np={0: 9, 3: 40}),
         )
-        runner = SimpleNamespace(req_states=states)
-        common = common_metadata([8, 0], [20, 0])
-        common.req_idx = torch.tensor([3, 5]).numpy()
-        assert requests.rows_of(runner, common) == [Row("a", 12, 20, 40), None]
+        state = SimpleNamespace(prepare_attn=prepare_attn)
+        runner = SimpleNamespace(req_states=states, model_state=state)
+        requests.watch_batches(runner)
+        batch = SimpleNamespace(req_ids=["a", "over"])
+        assert state.prepare_attn(batch, "full", for_capture=True) == "full"
+        assert seen.pop() == [Row("a", 12, 20, 40), None, None]
+        with pytest.raises(RuntimeError, match="fails"):
+            state.prepare_attn(batch, "fails")
+        # Between batches, as for layers that draft; and for a dummy batch of vLLM's.
+        assert requests.rows_of(runner, common_metadata([8], [20])) == [None]
+        state.prepare_attn(SimpleNamespace(req_ids=["req_0_of_nobody", "req_1"]), "full")
+        assert seen.pop() == [None, None, None]
         assert requests.is_alive(runner)("a")
-        assert not requests.is_alive(runner)("b")
+        assert not requests.is_alive(runner)("over")
 
 
 class TestRotary:

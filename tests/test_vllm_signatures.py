@@ -76,5 +76,5 @@ def test_a_new_keyword_is_noticed() -> None:
     theirs = {**newest["overridden"], name: [*newest["overridden"][name], "sinks="]}
     (found,) = differences(theirs)
     assert found.startswith(f"{name} takes")
-    there = {**newest["present"], "vllm/v1/worker/gpu/states.py:RequestState": ["prefill_len"]}
+    there = {**newest["present"], "vllm/v1/worker/gpu/states.py:RequestState": []}
     assert len(lacking(there)) == 2

@@ -25,7 +25,6 @@ class Common:
     slot_mapping: Tensor
     max_seq_len: int
     max_query_len: int
-    req_idx: Any = None
 
     def replace(self, **changes: Any) -> Common:
         return replace(self, **changes)

@@ -42,14 +42,17 @@ READ = {
     f"{_BASE}:CommonAttentionMetadata": [
         *("query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound"),
         *("num_reqs", "num_actual_tokens", "max_query_len", "max_seq_len", "block_table_tensor"),
-        *("slot_mapping", "req_idx", "replace"),
+        *("slot_mapping", "replace"),
     ],
     "vllm/v1/worker/gpu_input_batch.py:InputBatch": ["req_ids", "num_tokens_no_spec"],
     "vllm/v1/worker/gpu_model_runner.py:GPUModelRunner": ["requests", "input_batch", "get_model"],
-    "vllm/v1/worker/gpu/states.py:RequestState": [
-        *("req_id_to_index", "index_to_req_id", "prefill_len"),
+    "vllm/v1/worker/gpu/states.py:RequestState": ["req_id_to_index", "prefill_len"],
+    "vllm/v1/worker/gpu/model_runner.py:GPUModelRunner": [
+        *("req_states", "model_state", "get_model"),
     ],
-    "vllm/v1/worker/gpu/model_runner.py:GPUModelRunner": ["req_states", "get_model"],
+    "vllm/v1/worker/gpu/input_batch.py:InputBatch": ["req_ids"],
+    "vllm/v1/worker/gpu/model_states/interface.py:ModelState": ["prepare_attn"],
+    "vllm/v1/worker/gpu/model_states/mamba_hybrid.py:MambaHybridModelState": ["prepare_attn"],
     "vllm/v1/worker/worker_base.py:WorkerWrapperBase": ["__getattr__"],
     "vllm/v1/worker/worker_base.py:WorkerBase": [
         *("get_kv_cache_spec", "compile_or_warm_up_model"),

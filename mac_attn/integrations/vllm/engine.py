@@ -68,6 +68,7 @@ class Engine(BaseEngine):
         self._parents = _parents(runner.get_model())
         self.attach(_attention_layers(config))
         if self.rings:
+            requests.watch_batches(runner)
             self._share_counters()
             self._say_what_drafts_do(drafts)
 
