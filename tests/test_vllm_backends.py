@@ -17,6 +17,7 @@ import mac_attn
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; `make vllm` has it", allow_module_level=True)
 import transformers  # noqa: E402, F401  (before vLLM's backends, whose imports are a circle else)
+from vllm.config import VllmConfig  # noqa: E402
 from vllm.v1.attention.backends import flash_attn  # noqa: E402
 from vllm.v1.attention.backends.registry import (  # noqa: E402
     AttentionBackendEnum,
@@ -37,9 +38,11 @@ from mac_attn.integrations.vllm.options import Options  # noqa: E402
 
 def leave_workers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is put into vLLM's class is taken out again after the test."""
-    for name in ("get_kv_cache_spec", "compile_or_warm_up_model"):
-        monkeypatch.setattr(WorkerWrapperBase, name, None, raising=False)
-        monkeypatch.delattr(WorkerWrapperBase, name)
+    for name in ("init_device", "get_kv_cache_spec", "compile_or_warm_up_model"):
+        own = vars(WorkerWrapperBase).get(name)
+        monkeypatch.setattr(WorkerWrapperBase, name, own, raising=False)
+        if own is None:
+            monkeypatch.delattr(WorkerWrapperBase, name)
 
 
 def test_registering_takes_the_place_of_two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +154,29 @@ def test_a_worker_makes_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="of the compiler"):
         wrapper.compile_or_warm_up_model()
     assert not engine.warms_up
+
+
+def test_compiled_models_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a served layer the graph is another; vLLM looks for one by the hash of its config."""
+    said: list[str | None] = [None, None, "KV transfer"]
+    monkeypatch.setattr(support, "engine_reason", lambda config: said.pop(0))
+
+    def hash_with(*options: Options) -> str:
+        wrapper, config = WorkerWrapperBase(), VllmConfig()
+        wrapper.vllm_config = config
+        built: list[str] = []
+        wrapper.worker = SimpleNamespace(init_device=lambda: built.append(config.compute_hash()))
+        with monkeypatch.context() as patch:
+            leave_workers_alone(patch)
+            for one in options:
+                worker.watch_workers(one)
+            wrapper.init_device()
+        (found,) = built
+        return found
+
+    plain = hash_with()
+    assert len({plain, hash_with(Options()), hash_with(Options(by_name=True))}) == 3
+    assert hash_with(Options()) == plain  # where the plugin is off
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,10 @@ READ = {
     "vllm/v1/worker/gpu/input_batch.py:InputBatch": ["req_ids"],
     "vllm/v1/worker/gpu/model_states/interface.py:ModelState": ["prepare_attn"],
     "vllm/v1/worker/gpu/model_states/mamba_hybrid.py:MambaHybridModelState": ["prepare_attn"],
-    "vllm/v1/worker/worker_base.py:WorkerWrapperBase": ["__getattr__"],
+    "vllm/v1/worker/worker_base.py:WorkerWrapperBase": [
+        *("__getattr__", "init_device", "vllm_config"),
+    ],
+    "vllm/config/vllm.py:VllmConfig": ["additional_config", "compute_hash"],
     "vllm/v1/worker/worker_base.py:WorkerBase": [
         *("get_kv_cache_spec", "compile_or_warm_up_model"),
     ],
