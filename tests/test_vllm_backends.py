@@ -138,7 +138,7 @@ def test_a_worker_makes_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         compile_or_warm_up_model=lambda: ("seconds", engine.warms_up),
     )
     assert [wrapper.get_kv_cache_spec() for _ in range(2)] == ["spec", "spec"]
-    assert made == [(runner, Options())]
+    assert made == [(wrapper.worker, Options())]
     assert runner.mac_engine is engine
     assert wrapper.compile_or_warm_up_model() == ("seconds", True)
     assert not engine.warms_up
@@ -221,7 +221,7 @@ def test_layers_with_another_backend_are_named(monkeypatch: pytest.MonkeyPatch) 
     )
     device = torch.device("cpu")
     runner = SimpleNamespace(vllm_config=config, get_model=torch.nn.Module, device=device)
-    assert Engine(runner, Options()).rings == {}
+    assert Engine(SimpleNamespace(model_runner=runner), Options()).rings == {}
     assert said == [
         "MAC-Attention: 2 layers are left to vLLM's attention: vLLM's backend FLASHINFER, its"
         " default on compute capability 10; on a GPU --attention-backend FLASH_ATTN has them"
@@ -261,6 +261,23 @@ def test_layers_that_share_their_cache() -> None:
         "c": SimpleNamespace(),
     }
     assert support.sharing_kv(layers) == [{"a", "b"}]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 32.0), (5 * 2**30, 5.0)])
+def test_memory_of_others_on_a_gpu_does_not_count(
+    given: int | None, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 80 GiB another server has 36 and the loaded model 4; 45% are asked for."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * gib, 80 * gib))
+    cache = SimpleNamespace(kv_cache_memory_bytes=given, gpu_memory_utilization=0.45)
+    config = SimpleNamespace(cache_config=cache)
+    loaded = SimpleNamespace(
+        model_runner=SimpleNamespace(vllm_config=config, device=torch.device("cuda")),
+        requested_memory=36 * gib,
+        init_snapshot=SimpleNamespace(free_memory=44 * gib),
+    )
+    assert engine_module.kv_cache_bytes(loaded) == expected * gib
 
 
 def _engine(config: mac_attn.ReuseConfig, query_tokens: int = 1) -> Engine:

@@ -102,7 +102,7 @@ def test_layers_that_draft_are_left_and_what_drafts_do_is_said(
     config.model_config.dtype, config.model_config.max_model_len = torch.float32, 64
     device = torch.device("cpu")
     runner = SimpleNamespace(vllm_config=config, get_model=torch.nn.Module, device=device)
-    engine = Engine(runner, Options())
+    engine = Engine(SimpleNamespace(model_runner=runner), Options())
     assert engine.rings == {}
     assert engine.query_tokens == min(1 + drafts, 16)
     assert warned == [

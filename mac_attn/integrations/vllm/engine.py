@@ -39,10 +39,11 @@ class Engine(BaseEngine):
     """The rings of the layers of one worker.
 
     Args:
-        runner: vLLM's model runner, with its model loaded.
+        worker: vLLM's, with its model loaded.
         options: the plugin's.
 
     Attributes:
+        runner: the worker's model runner.
         rings: by name, of the layers that are served.
         query_tokens: up to how many tokens of a request a step is one of decode.
         warms_up: whether vLLM takes steps of its own, of requests that nobody has sent.
@@ -53,12 +54,14 @@ class Engine(BaseEngine):
     warms_up = False
     logger = logging.getLogger("vllm.mac_attn")
 
-    def __init__(self, runner: Any, options: Options) -> None:
+    def __init__(self, worker: Any, options: Options) -> None:
+        runner = worker.model_runner
         config = runner.vllm_config
         longest, drafts = config.model_config.max_model_len, num_drafts(config)
         super().__init__(options, runner.device, longest, drafts)
         self.query_tokens = query_tokens(config)
         self.runner = runner
+        self._worker = worker
         self._counters: WorkerCounters | None = None
         self._logged = (time.monotonic(), 0)
         self._published = 0.0
@@ -173,9 +176,8 @@ class Engine(BaseEngine):
         return self._plan_of(extract_layer_index(name), parent, heads, dtype, self._rank)
 
     def _memory(self, layers: list[Plan]) -> tuple[int, int]:
-        config, device = self.runner.vllm_config, self.runner.device
-        memory = kv_cache_bytes(config.cache_config, device)
-        return memory, int(config.scheduler_config.max_num_seqs)
+        most = int(self.runner.vllm_config.scheduler_config.max_num_seqs)
+        return kv_cache_bytes(self._worker), most
 
     def _serve(self, layer: Any, ring: mac_attn.ReuseCache) -> None:
         # Queries must come as they are; prefill's are rounded where vLLM's kernel is called.
@@ -206,19 +208,23 @@ class Engine(BaseEngine):
         )
 
 
-def kv_cache_bytes(cache_config: Any, device: torch.device) -> int:
+def kv_cache_bytes(worker: Any) -> int:
     """About how much memory vLLM will give its KV cache, before it has measured what it needs.
 
-    What is asked for, or what its share of the memory leaves beside the loaded model.
+    What is asked for, or what is left of its share of the memory beside the loaded model; what
+    other processes have is no part of either.
     """
+    runner = worker.model_runner
+    cache_config, device = runner.vllm_config.cache_config, runner.device
     if cache_config.kv_cache_memory_bytes is not None:
         return int(cache_config.kv_cache_memory_bytes)
     if device.type == "cpu":
-        total, used = psutil.virtual_memory().total, psutil.Process().memory_info().rss
+        requested = cache_config.gpu_memory_utilization * psutil.virtual_memory().total
+        used = psutil.Process().memory_info().rss
     else:
-        free, total = torch.cuda.mem_get_info(device)
-        used = total - free
-    return max(0, int(cache_config.gpu_memory_utilization * total - used))
+        requested = worker.requested_memory
+        used = worker.init_snapshot.free_memory - torch.cuda.mem_get_info(device)[0]
+    return max(0, int(requested - used))
 
 
 def most_rows(vllm_config: Any) -> int:

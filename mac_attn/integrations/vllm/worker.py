@@ -44,7 +44,7 @@ def watch_workers(options: Options) -> None:
 
         runner = self.worker.model_runner
         if not hasattr(runner, "mac_engine"):
-            runner.mac_engine = Engine(runner, options)
+            runner.mac_engine = Engine(self.worker, options)
         return call(self, "get_kv_cache_spec")
 
     def compile_or_warm_up_model(self: Any) -> Any:
