@@ -128,6 +128,26 @@ class TestSlots:
         assert table.place(rows, [True, True], self.always) == places
         assert table.turned_away == 3
 
+    def test_one_that_finds_no_slot_speaks_for_all_shorter_ones(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The slots are looked through once a step, however many want one and have none."""
+        searches: list[int] = []
+        search = SlotTable._vacate
+        monkeypatch.setattr(
+            SlotTable, "_vacate", lambda *given: searches.append(given[1].end) or search(*given)
+        )
+        table = SlotTable(2)
+        rows = [Row(key, n - 1, n, n) for key, n in enumerate([30, 50, 45, 60, 40])]
+        first = table.place(rows, [True] * 5, self.always)
+        assert [place is not None for place in first] == [False, True, False, True, False]
+        assert searches == [60, 50, 45]
+        assert table.turned_away == 3  # those that nothing was looked for too
+        searches.clear()
+        assert table.place(rows, [True] * 5, self.always, same_step=True) == first
+        assert searches == [45]
+        assert table.turned_away == 3
+
     def test_requests_turned_away_long_ago_are_forgotten(self) -> None:
         table = SlotTable(1)
         for i in range(6000):

@@ -105,8 +105,8 @@ class SlotTable:
                 self._continue(self._tenants[slot], row)
         wanting = [row for row, wanted in zip(rows, wants, strict=True) if wanted]
         for row in sorted(wanting, key=lambda row: -row.end):  # the longest first
-            if row.key not in self._slot_of:
-                self._admit(row, is_alive)
+            if row.key not in self._slot_of and not self._admit(row, is_alive):
+                break  # what it did not find no shorter one does
         for row in wanting:
             self._count(row.key)
         return [self._place(row.key) for row in rows]
@@ -137,12 +137,14 @@ class SlotTable:
         assert tenant is not None
         return Place(slot, tenant.number)
 
-    def _admit(self, row: Row, is_alive: Callable[[Hashable], bool]) -> None:
-        """Give a request a slot, if there is one for it."""
+    def _admit(self, row: Row, is_alive: Callable[[Hashable], bool]) -> bool:
+        """Give a request a slot, if there is one for it; whether there was."""
         slot = self._vacate(row, is_alive)
-        if slot is not None:
-            self._slot_of[row.key] = slot
-            self._tenants[slot] = _Tenant(row.key, self._next_number(), row.end, self._step)
+        if slot is None:
+            return False
+        self._slot_of[row.key] = slot
+        self._tenants[slot] = _Tenant(row.key, self._next_number(), row.end, self._step)
+        return True
 
     def _vacate(self, row: Row, is_alive: Callable[[Hashable], bool]) -> int | None:
         """A slot for a request: one never used, of a request that is over, of the one longest away.
