@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import subprocess
 import sys
@@ -18,12 +19,19 @@ from torch import Tensor, nn
 from vllm_batches import common_metadata
 
 import mac_attn
+from mac_attn.calibrate import Calibration
 from mac_attn.integrations import vllm as package
 from mac_attn.integrations.serving.budget import Plan, slots_within
+from mac_attn.integrations.serving.engine import BaseEngine
 from mac_attn.integrations.serving.rotary import is_rotated, rotary_of
 from mac_attn.integrations.serving.slots import Row, SlotTable
 from mac_attn.integrations.vllm import metrics, requests
 from mac_attn.integrations.vllm.options import Options
+
+
+def calibration_of(layers: int, heads: int) -> Calibration:
+    config = mac_attn.ReuseConfig(threshold=[0.1] * heads)
+    return Calibration((config,) * layers, target_error=0.03, error=0.02, kv_read_share=0.5)
 
 
 class TestOptions:
@@ -82,9 +90,80 @@ class TestOptions:
         with pytest.raises(ValueError, match=f"^{name} is "):
             Options.from_env({"MAC_ATTN_VLLM": "1", name: value})
 
+    @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"layers": [{}]}', "\x80", None])
+    def test_a_broken_calibration_names_its_variable(
+        self, text: str | None, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "calibration.json"
+        if text is None:  # one of options that there are no more
+            calibration_of(1, 8).save(path)
+            path.write_text(path.read_text().replace("entries", "entrees"))
+        else:
+            path.write_bytes(text.encode("latin-1"))
+        name = "MAC_ATTN_VLLM_CALIBRATION"
+        with pytest.raises(ValueError, match=f"^{name} is '.*is not a calibration"):
+            Options.from_env({"MAC_ATTN_VLLM": "1", name: str(path)})
+
     def test_registering_does_nothing_when_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("MAC_ATTN_VLLM", raising=False)
         package.register()
+
+
+class SomeEngine(BaseEngine):
+    """An engine on one of two ranks, with layers of 4 query heads there; None is left."""
+
+    engine, logger, rank = "Some", logging.getLogger(__name__), (1, 2)
+
+    def most_rows(self) -> int:
+        return 1
+
+    def _plan(self, key: int, layer: str | None) -> Plan:
+        if layer is None:
+            raise ValueError("layers without a name")
+        return self._plan_of(key, TestRotary.Attention(), (4, 2, 16), torch.float32)
+
+    def _memory(self, layers: list[Plan]) -> tuple[int, int]:
+        return 2**20, 1
+
+    def _serve(self, layer: str, ring: mac_attn.ReuseCache) -> None:
+        assert ring.cfg.threshold == (0.1,) * 4
+
+
+class TestLayerOptions:
+    NAME = "MAC_ATTN_VLLM_CALIBRATION"
+
+    def engine(self, tmp_path: Path, layers: int, heads: int) -> SomeEngine:
+        path = tmp_path / "calibration.json"
+        calibration_of(layers, heads).save(path)
+        options = Options.from_env({"MAC_ATTN_VLLM": "1", self.NAME: str(path)})
+        assert options is not None
+        path.unlink()  # it is read once
+        return SomeEngine(options, "cpu", 64)
+
+    def test_of_this_model(self, tmp_path: Path) -> None:
+        engine = self.engine(tmp_path, layers=2, heads=8)
+        engine.attach({0: "a", 1: "b", 2: None})
+        assert set(engine.rings) == {0, 1}
+
+    @pytest.mark.parametrize(
+        ("layers", "heads", "what"),
+        [
+            (1, 8, "layer 1, of 8 query heads: layer is 1, must be from 0 to 0"),
+            (2, 16, "layer 0, of 8 query heads: threshold has 16 numbers"),
+            (2, 4, "layer 0, of 8 query heads: threshold has 4 numbers"),
+        ],
+    )
+    def test_of_another_model(self, layers: int, heads: int, what: str, tmp_path: Path) -> None:
+        engine = self.engine(tmp_path, layers, heads)
+        with pytest.raises(ValueError, match=f"^{self.NAME} is not for {what}"):
+            engine.attach({0: "a", 1: "b"})
+
+    def test_of_the_config(self) -> None:
+        env = {"MAC_ATTN_VLLM": "1", "MAC_ATTN_VLLM_CONFIG": '{"threshold": [0.1, 0.2]}'}
+        options = Options.from_env(env)
+        assert options is not None
+        with pytest.raises(ValueError, match=r"^MAC_ATTN_VLLM_CONFIG is not for layer 0.* 2 num"):
+            SomeEngine(options, "cpu", 64).attach({0: "a"})
 
 
 class TestSlots:

@@ -7,6 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -59,12 +60,20 @@ class BaseEngine(ABC):
 
     @property
     @abstractmethod
+    def rank(self) -> tuple[int, int]:
+        """Which worker this is of how many that split the heads of its layers."""
+
+    @property
     def speaks(self) -> bool:
-        """Whether this worker logs: one for all that split the heads of its layers."""
+        """Whether this worker logs: one of those that split the heads of its layers."""
+        return self.rank[0] == 0
 
     @abstractmethod
     def _plan(self, key: Any, layer: Any) -> Plan:
-        """The rings that a layer is to get. Raises ValueError with the reason why it gets none."""
+        """The rings that a layer is to get, but for its own options.
+
+        Raises ValueError with the reason why it gets none.
+        """
 
     @abstractmethod
     def _memory(self, layers: list[Plan]) -> tuple[int, int]:
@@ -113,14 +122,20 @@ class BaseEngine(ABC):
         return places
 
     def _plans(self, layers: Mapping[Any, Any]) -> tuple[dict[Any, Plan], Counter[str]]:
-        """The layers that can be served, and how many cannot, by the reason."""
+        """The layers that can be served, and how many cannot, by the reason.
+
+        Raises ValueError if the options are not for a layer that can be.
+        """
         plans: dict[Any, Plan] = {}
         left: Counter[str] = Counter()
         for key, layer in layers.items():
             try:
-                plans[key] = self._plan(key, layer)
+                plan = self._plan(key, layer)
             except ValueError as error:
                 left[str(error)] += 1
+                continue
+            config = self.options.layer_config(plan.number, plan.num_qo_heads, *self.rank)
+            plans[key] = replace(plan, config=config)
         return plans, left
 
     def _plan_of(
@@ -129,7 +144,6 @@ class BaseEngine(ABC):
         parent: nn.Module | None,
         heads: tuple[int, int, int],
         dtype: torch.dtype,
-        rank: tuple[int, int],
     ) -> Plan:
         """The plan of a layer with nothing against it but, perhaps, its rotary embedding.
 
@@ -138,16 +152,13 @@ class BaseEngine(ABC):
             parent: the module around it.
             heads: num_qo_heads, num_kv_heads and head_dim of this rank.
             dtype: of its queries.
-            rank: which of how many that split its heads.
         """
         module = getattr(parent, "rotary_emb", None)
         rotated = parent is None or is_rotated(parent)
         if rotated and module is None:
             raise ValueError("no rotary embedding beside it")
-        config = self.options.layer_config(number, heads[0], *rank)
-        config.threshold_per_head(heads[0], heads[2])  # raises for another number
         rotary = self._rotary(module) if rotated else None
-        return Plan(config, *heads, dtype, number, rotary)
+        return Plan(self.options.config, *heads, dtype, number, rotary)
 
     def _rotary(self, module: Any) -> mac_attn.RotaryEmbedding:
         """The rotation of a module, which layers share as a rule."""

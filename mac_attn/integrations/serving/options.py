@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from mac_attn import ReuseConfig
+from mac_attn.calibrate import Calibration
 
 Own = TypeVar("Own", bound="Options")
 
@@ -20,18 +21,20 @@ class Options:
 
     Attributes:
         config: what to reuse when, in every layer that `calibration` does not set.
-        calibration: a file of `mac_attn.calibrate`, with options for each layer, or None.
+        calibration: of `mac_attn.calibrate`, with options for each layer, or None.
         num_slots: requests that have rings at a time; those beyond them decode exactly. None is as
             many as `share` holds.
         share: of the memory that the engine gives its KV cache, how much the rings take.
         log_seconds: shortest time between two lines of statistics in the log; 0 is none.
+        source: the variable that `config` or `calibration` comes from.
     """
 
     config: ReuseConfig = ReuseConfig()
-    calibration: Path | None = None
+    calibration: Calibration | None = None
     num_slots: int | None = None
     share: float = 0.1
     log_seconds: float = 10.0
+    source: str = field(default="config", compare=False)
 
     def layer_config(self, layer: int, num_qo_heads: int, rank: int, ranks: int) -> ReuseConfig:
         """The options of reuse of one layer, counted from 0, for the heads that a rank has.
@@ -40,15 +43,21 @@ class Options:
             layer: which.
             num_qo_heads: query heads of the layer on this rank.
             rank, ranks: which of how many ranks that split the heads, in order.
+
+        Raises ValueError, naming the variable, if they are not for such a layer.
         """
-        config = self.config
-        if self.calibration is not None:
-            config = ReuseConfig.from_calibration(self.calibration, layer)
-        threshold = config.threshold
-        if not isinstance(threshold, tuple) or len(threshold) != num_qo_heads * ranks:
+        heads = num_qo_heads * ranks
+        try:
+            config = self.config if self.calibration is None else self.calibration.config(layer)
+            config.threshold_per_head(heads, head_dim=1)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.source} is not for layer {layer}, of {heads} query heads: {error}"
+            ) from error
+        if not isinstance(config.threshold, tuple) or len(config.threshold) == 1:
             return config
         first = rank * num_qo_heads
-        return replace(config, threshold=threshold[first : first + num_qo_heads])
+        return replace(config, threshold=config.threshold[first : first + num_qo_heads])
 
     @classmethod
     def read(cls: type[Own], env: Mapping[str, str], prefix: str) -> Own:
@@ -57,20 +66,18 @@ class Options:
         Raises ValueError, naming the variable, for a value that does not fit.
         """
         config, calibration = f"{prefix}_CONFIG", f"{prefix}_CALIBRATION"
-        path = Path(env[calibration]) if env.get(calibration) else None
-        if path is not None and env.get(config):
+        if env.get(calibration) and env.get(config):
             raise ValueError(f"{config} and {calibration} are both set, must be one or neither")
-        if path is not None and not path.is_file():
-            raise ValueError(f"{calibration} is {str(path)!r}, must be a file")
         slots, share = f"{prefix}_SLOTS", f"{prefix}_SHARE"
         if env.get(slots) and env.get(share):
             raise ValueError(f"{slots} and {share} are both set, must be one or neither")
         return cls(
             config=_config(config, env.get(config, "")),
-            calibration=path,
+            calibration=_calibration(calibration, env.get(calibration, "")),
             num_slots=int(number(env, slots, 1, low=1, whole=True)) if env.get(slots) else None,
             share=number(env, share, cls.share, low=0.001, high=1),
             log_seconds=number(env, f"{prefix}_LOG_SECONDS", cls.log_seconds, low=0),
+            source=calibration if env.get(calibration) else config,
         )
 
 
@@ -111,3 +118,14 @@ def _config(name: str, text: str) -> ReuseConfig:
         return ReuseConfig(**given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is {text!r}: {error}") from error
+
+
+def _calibration(name: str, path: str) -> Calibration | None:
+    if not path:
+        return None
+    if not Path(path).is_file():
+        raise ValueError(f"{name} is {path!r}, must be a file")
+    try:
+        return Calibration.load(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} is {path!r}: {error}") from error

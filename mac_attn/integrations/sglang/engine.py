@@ -63,9 +63,10 @@ class Engine(BaseEngine):
             self._listen()
 
     @property
-    def speaks(self) -> bool:
-        """Whether this worker logs."""
-        return bool(get_parallel().attn_tp_rank == 0)
+    def rank(self) -> tuple[int, int]:
+        """Which of how many that split the heads of its layers."""
+        parallel = get_parallel()
+        return parallel.attn_tp_rank, parallel.attn_tp_size
 
     def most_rows(self) -> int:
         """Rows of a step of decode at most, padding for a CUDA graph included."""
@@ -166,10 +167,8 @@ class Engine(BaseEngine):
         ((attention, parent),) = layer
         if (reason := layer_reason(attention, parent, self.runner)) is not None:
             raise ValueError(reason)
-        parallel = get_parallel()
         heads = (attention.tp_q_head_num, attention.tp_k_head_num, attention.qk_head_dim)
-        rank = (parallel.attn_tp_rank, parallel.attn_tp_size)
-        return self._plan_of(key, parent, heads, self.runner.dtype, rank)
+        return self._plan_of(key, parent, heads, self.runner.dtype)
 
     def _memory(self, layers: list[Plan]) -> tuple[int, int]:
         token = sum(2 * one.num_kv_heads * one.head_dim * one.dtype.itemsize for one in layers)

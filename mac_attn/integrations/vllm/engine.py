@@ -80,17 +80,12 @@ class Engine(BaseEngine):
         return most_rows(self.runner.vllm_config)
 
     @property
-    def speaks(self) -> bool:
-        """Whether this worker logs."""
-        return self._rank[0] == 0
-
-    @property
     def batch_invariant(self) -> bool:
         """See `Served`."""
         return bool(envs.VLLM_BATCH_INVARIANT)
 
     @property
-    def _rank(self) -> tuple[int, int]:
+    def rank(self) -> tuple[int, int]:
         """Which of how many that split the heads of its layers."""
         parallel = self.runner.vllm_config.parallel_config
         ranks: int = parallel.tensor_parallel_size
@@ -173,7 +168,7 @@ class Engine(BaseEngine):
         parent = self._parents.get(id(layer))
         if parent is None and config.speculative_config is not None:
             raise ValueError("layers of the model that drafts")
-        return self._plan_of(extract_layer_index(name), parent, heads, dtype, self._rank)
+        return self._plan_of(extract_layer_index(name), parent, heads, dtype)
 
     def _memory(self, layers: list[Plan]) -> tuple[int, int]:
         most = int(self.runner.vllm_config.scheduler_config.max_num_seqs)
