@@ -186,10 +186,18 @@ def test_a_mixed_step_on_a_gpu(batch: tuple[Common, Tensor, Tensor]) -> None:
     assert part.query_start_loc.tolist() == [0, 5]
     assert torch.equal(part.block_table_tensor, common.block_table_tensor[3:])
     assert torch.equal(part.slot_mapping, common.slot_mapping[3:])
-    assert buffers.seq_lens[:3].tolist() == [9, 17, 30]
-    assert buffers.slots[:3].tolist() == [2, -1, 0]
+    assert buffers.seq_lens[:4].tolist() == [9, 17, 30, 12]
+    assert buffers.slots[:4].tolist() == [2, -1, 0, 1]
     (seed,) = plan.seeds
     assert (seed.first, seed.last) == (5, 8)
+    # Out of the buffers: a tensor made for a seed alone would have the host wait for the GPU.
+    for part, buffer in [
+        (seed.rows.slots, buffers.slots),
+        (seed.rows.request_ids, buffers.request_ids),
+        (seed.rows.seq_lens, buffers.seq_lens),
+    ]:
+        assert part is not None and part.tolist() == buffer[3:4].tolist()
+        assert part.data_ptr() == buffer[3:4].data_ptr()
 
 
 def test_sinks_of_a_layer_are_in_its_answers(batch: tuple[Common, Tensor, Tensor]) -> None:

@@ -26,8 +26,8 @@ class Rows:
     slots: Tensor | None = None
     request_ids: Tensor | None = None
 
-    def some(self, which: Tensor) -> Rows:
-        """Those of the rows that `which`, [n] int64 on their device, names."""
+    def some(self, which: Tensor | slice) -> Rows:
+        """Those of the rows that `which`, a slice or [n] int64 on their device, names."""
         parts = (self.block_table, self.seq_lens, self.slots, self.request_ids)
         return Rows(*(None if part is None else part[which] for part in parts))  # type: ignore[arg-type]
 

@@ -111,25 +111,25 @@ def seed(layer: Any, seeds: Sequence[Seed], query: Tensor, kv_cache: Tensor) -> 
 
 def plan_seeds(
     engine: Engine,
-    common: Any,
-    rows: Sequence[Row | None],
+    requests: Sequence[Row | None],
     places: Sequence[Place | None],
     starts: Sequence[int],
+    rows: Rows,
 ) -> list[Seed]:
-    """What is seeded after a step, see `Engine.seeded`; `starts` are the rows' first tokens."""
+    """What is seeded after a step, see `Engine.seeded`.
+
+    Args:
+        engine: the worker's.
+        requests, places: of every row.
+        starts: the rows' first tokens, and the end.
+        rows: all of them, with their slots.
+    """
     seeds = []
-    for row, (request, place) in enumerate(zip(rows, places, strict=True)):
+    for row, (request, place) in enumerate(zip(requests, places, strict=True)):
         if request is None or place is None or (length := engine.seeded(request)) == 0:
             continue
-        device = common.seq_lens.device
-        one = slice(row, row + 1)
-        of_request = Rows(
-            common.block_table_tensor[one],
-            common.seq_lens[one],
-            torch.tensor([place.slot], dtype=torch.int32, device=device),
-            torch.tensor([place.number], device=device),
-        )
-        seeds.append(Seed(starts[row + 1] - length, starts[row + 1], of_request))
+        one = rows.some(slice(row, row + 1))
+        seeds.append(Seed(starts[row + 1] - length, starts[row + 1], one))
     return seeds
 
 

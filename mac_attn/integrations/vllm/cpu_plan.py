@@ -65,28 +65,33 @@ def plan_step(
         block_size: tokens per page.
         build: makes vLLM's metadata of a CommonAttentionMetadata.
     """
-    rows = engine.rows(common)
-    places = engine.place(rows, leads)
+    requests = engine.rows(common)
+    places = engine.place(requests, leads)
     starts = common.query_start_loc_cpu.tolist()
     num_decodes = count_decodes(starts, engine.query_tokens)
     prefill = None
     if num_decodes < common.num_reqs:
         prefill = _prefill(common, num_decodes, starts, block_size, build)
-    decode = _decode_rows(common, places[:num_decodes])
+    rows = _rows(common, places)
+    decode = rows.some(slice(num_decodes))
+    if not any(places[:num_decodes]):
+        decode = Rows(decode.block_table, decode.seq_lens)
     return CpuPlan(
         plan_decodes(decode, starts[: num_decodes + 1], engine.batch_invariant),
         prefill,
-        plan_seeds(engine, common, rows, places, starts),
+        plan_seeds(engine, requests, places, starts, rows),
     )
 
 
-def _decode_rows(common: Any, places: Sequence[Place | None]) -> Rows:
-    table, lens = common.block_table_tensor[: len(places)], common.seq_lens[: len(places)]
-    if not any(places):
-        return Rows(table, lens)
+def _rows(common: Any, places: Sequence[Place | None]) -> Rows:
     slots = [place.slot if place else -1 for place in places]
     ids = [place.number if place else 0 for place in places]
-    return Rows(table, lens, torch.tensor(slots, dtype=torch.int32), torch.tensor(ids))
+    return Rows(
+        common.block_table_tensor[: len(places)],
+        common.seq_lens[: len(places)],
+        torch.tensor(slots, dtype=torch.int32),
+        torch.tensor(ids, dtype=torch.int64),
+    )
 
 
 def _prefill(

@@ -45,7 +45,7 @@ class CudaPlan:
 def plan_step(
     engine: Engine, leads: bool, common: Any, buffers: Buffers, build: Callable[[Any], Any]
 ) -> CudaPlan:
-    """Plan a step. With decode alone the rows may be padded; the buffers are written for all.
+    """Plan a step. Its rows may be padded; the buffers are written for all.
 
     Args:
         engine: the worker's.
@@ -54,20 +54,20 @@ def plan_step(
         buffers: written.
         build: makes vLLM's metadata of a CommonAttentionMetadata.
     """
-    rows = engine.rows(common)
-    places = engine.place(rows, leads)
+    requests = engine.rows(common)
+    places = engine.place(requests, leads)
     starts = common.query_start_loc_cpu.tolist()
     num_decodes = count_decodes(starts, engine.query_tokens)
     is_prefill = starts[-1] > starts[num_decodes]  # else the rows that are left are padding
-    last = num_decodes if is_prefill else common.num_reqs
-    buffers.fill(places[:last], common.seq_lens[:last])
-    decode = buffers.rows(common.block_table_tensor[:num_decodes])
+    buffers.fill(places, common.seq_lens[: common.num_reqs])
+    rows = buffers.rows(common.block_table_tensor[: common.num_reqs])
+    decode = rows.some(slice(num_decodes))
     if not any(places[:num_decodes]):
         decode = Rows(decode.block_table, decode.seq_lens)
     return CudaPlan(
         plan_decodes(decode, starts[: num_decodes + 1], engine.batch_invariant),
         _prefill(common, num_decodes, starts, build) if is_prefill else None,
-        plan_seeds(engine, common, rows, places, starts),
+        plan_seeds(engine, requests, places, starts, rows),
     )
 
 
