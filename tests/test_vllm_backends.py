@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -127,18 +129,28 @@ def test_a_worker_makes_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_workers_alone(monkeypatch)
     worker.watch_workers(Options())
     engine = SimpleNamespace(warms_up=False)
+    pools: list[str] = []
+
+    @contextmanager
+    def pool(tag: str) -> Iterator[None]:
+        pools.append(tag)
+        yield
+        pools.pop()
+
     monkeypatch.setattr(
-        "mac_attn.integrations.vllm.engine.Engine", lambda *args: made.append(args) or engine
+        "mac_attn.integrations.vllm.engine.Engine",
+        lambda *args: made.append((*args, *pools)) or engine,
     )
     wrapper = WorkerWrapperBase()
     runner = SimpleNamespace()
     wrapper.worker = SimpleNamespace(
         model_runner=runner,
-        get_kv_cache_spec=lambda: "spec",
+        _maybe_get_memory_pool_context=pool,
+        get_kv_cache_spec=lambda: ("spec", *pools),
         compile_or_warm_up_model=lambda: ("seconds", engine.warms_up),
     )
-    assert [wrapper.get_kv_cache_spec() for _ in range(2)] == ["spec", "spec"]
-    assert made == [(wrapper.worker, Options())]
+    assert [wrapper.get_kv_cache_spec() for _ in range(2)] == [("spec",), ("spec",)]
+    assert made == [(wrapper.worker, Options(), "runtime")]
     assert runner.mac_engine is engine
     assert wrapper.compile_or_warm_up_model() == ("seconds", True)
     assert not engine.warms_up
@@ -154,6 +166,22 @@ def test_a_worker_makes_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="of the compiler"):
         wrapper.compile_or_warm_up_model()
     assert not engine.warms_up
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_what_lies_with_the_rings_outlives_sleep(
+    level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every level vLLM keeps what is in that pool, and brings it back with whatever wakes."""
+    from vllm.device_allocator import cumem, sleep_mode_backend
+
+    kept: list[tuple[str, ...]] = []
+    allocator = SimpleNamespace(sleep=lambda offload_tags: kept.append(offload_tags))
+    monkeypatch.setattr("vllm.device_allocator.get_mem_allocator_instance", lambda: allocator)
+    sleep_mode_backend.CuMemBackend().suspend(level)
+    (tags,) = kept
+    assert "runtime" in tags
+    assert "runtime" not in cumem.DEFERRABLE_TAGS
 
 
 def test_compiled_models_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,9 @@ READ = {
     "vllm/v1/worker/worker_base.py:WorkerBase": [
         *("get_kv_cache_spec", "compile_or_warm_up_model"),
     ],
-    "vllm/v1/worker/gpu_worker.py:Worker": ["model_runner", "requested_memory", "init_snapshot"],
+    "vllm/v1/worker/gpu_worker.py:Worker": [
+        *("model_runner", "requested_memory", "init_snapshot", "_maybe_get_memory_pool_context"),
+    ],
     "vllm/utils/mem_utils.py:MemorySnapshot": ["free_memory"],
     f"{_FLASH}:FlashAttentionImpl": [
         *("scale", "head_size", "logits_soft_cap", "sliding_window", "alibi_slopes", "sinks"),

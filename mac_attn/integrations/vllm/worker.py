@@ -44,7 +44,9 @@ def watch_workers(options: Options) -> None:
 
         runner = self.worker.model_runner
         if not hasattr(runner, "mac_engine"):
-            runner.mac_engine = Engine(self.worker, options)
+            # What vLLM moves to the host while the server sleeps, and back when it wakes.
+            with self.worker._maybe_get_memory_pool_context("runtime"):
+                runner.mac_engine = Engine(self.worker, options)
         return call(self, "get_kv_cache_spec")
 
     def compile_or_warm_up_model(self: Any) -> Any:
