@@ -521,3 +521,12 @@ sys.stdin.read()
         new.counters.fill_(2)
         (read,) = metrics.WorkerCounters.read_all()
         assert read.stats().steps == 2
+
+    def test_an_engine_outlives_who_made_the_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As one that a process leaves behind, which then starts another."""
+        monkeypatch.setenv(metrics.FOLDER, str(tmp_path / "removed"))
+        assert metrics.WorkerCounters.read_all() == []
+        metrics.WorkerCounters.create(0, 0, (4, 1), layers=1, num_slots=1)
+        assert len(metrics.WorkerCounters.read_all()) == 1

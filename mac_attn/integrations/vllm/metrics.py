@@ -80,7 +80,9 @@ class WorkerCounters:
         """New counters, all 0, in a file that `read_all` finds while this process runs."""
         about = [engine, rank, *heads, layers, num_slots, 0]
         numbers = torch.tensor(about + [0] * (layers * num_slots * len(COLUMNS)))
-        path = folder() / f"{os.getpid()}-{engine}-{rank}"
+        home = folder()
+        home.mkdir(parents=True, exist_ok=True)  # who made it may have ended, and removed it
+        path = home / f"{os.getpid()}-{engine}-{rank}"
         new = path.with_suffix(".new")
         new.write_bytes(numbers.numpy().tobytes())
         path = new.replace(path.with_suffix(_KIND))  # who maps the file before it keeps that one
