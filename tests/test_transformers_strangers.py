@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -257,3 +259,48 @@ def test_the_probe_leaves_no_trace() -> None:
     assert torch.equal(torch.randn(1), expected)
     assert torch.equal(model(input_ids=ids).logits, before)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_probe_leaves_other_threads_alone() -> None:
+    model, ids = tiny_model(CPU), prompts(CPU)
+    expected = model(input_ids=ids).logits
+    prober, got = threading.get_ident(), []
+    with ThreadPoolExecutor(1) as pool:
+
+        def meanwhile(*_: Any) -> None:
+            if threading.get_ident() == prober:
+                got.append(pool.submit(lambda: model(input_ids=ids).logits).result())
+
+        with model.model.embed_tokens.register_forward_pre_hook(meanwhile):
+            MacCache(model, max_length=64)
+    assert len(got) == 1 and torch.equal(got[0], expected)
+
+
+def test_two_probes_at_once_leave_the_compiler_on() -> None:
+    """The second would begin while the first has it off, and end last."""
+    model = tiny_model(CPU)
+    prober, first_is_done, second_runs = threading.get_ident(), threading.Event(), threading.Event()
+    seconds = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def meanwhile(*_: Any) -> None:
+            if threading.get_ident() == prober:
+                seconds.append(pool.submit(MacCache, model, max_length=64))
+                second_runs.wait(0.3)
+            else:
+                second_runs.set()
+                first_is_done.wait(10)
+
+        with model.model.embed_tokens.register_forward_pre_hook(meanwhile):
+            MacCache(model, max_length=64)
+            first_is_done.set()
+            seconds[0].result()
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
+    torch.compiler.set_stance("default")
+    assert len(compiled) == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .cache import MacCache
 
 PROBE_TOKENS = 16
+_one_at_a_time = threading.Lock()  # the stance of torch.compiler is the process's
 _WAY_OUT = (
     "Give the rotation as `rotary` (a RotaryEmbedding, or one or None for each layer), or use "
     "config=None, which is exact decode attention"
@@ -134,10 +136,14 @@ def check_rotations(
 def probe_queries(model: PreTrainedModel, cache: MacCache) -> dict[int, Tensor]:
     """Queries `[T, Hq, D]` of every layer for one hidden state at positions 0 to T - 1."""
     queries: dict[int, Tensor] = {}
+    prober = threading.get_ident()
 
+    # In another thread, which may run the same model, torch may not have noted `with_kwargs` yet.
     def one_hidden_state(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if kwargs is None or threading.get_ident() != prober:
+            return None
         if "hidden_states" in kwargs:
             return args, kwargs | {"hidden_states": _same_everywhere(kwargs["hidden_states"])}
         return (_same_everywhere(args[0]), *args[1:]) if args else args, kwargs
@@ -157,7 +163,7 @@ def probe_queries(model: PreTrainedModel, cache: MacCache) -> dict[int, Tensor]:
     name = cache_name(model.forward)
     cache._shared.record = record
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with _one_at_a_time, torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(input_ids=ids, use_cache=True, **{name: cache})
     except Refusal:
         raise
