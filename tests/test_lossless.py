@@ -21,10 +21,18 @@ from tiny_models import (  # noqa: E402
     prompts,
     tiny_model,
 )
-from transformers import StoppingCriteria, StoppingCriteriaList  # noqa: E402
+from transformers import (  # noqa: E402
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput  # noqa: E402
 
 from mac_attn.integrations.transformers import Lossless, MacCache  # noqa: E402
 from mac_attn.integrations.transformers.lossless import _Run  # noqa: E402
+from mac_attn.integrations.transformers.rotation import cache_name  # noqa: E402
 
 # Everything hits, and what is reused is wrong by much: many drafts are rejected.
 WRONG = replace(ALWAYS, anchors=0, threshold=8.0, band=2, min_context=0)
@@ -128,6 +136,61 @@ def test_a_verifying_step_is_exact_and_learns(tokens: int, device: torch.device)
     mac.mode = "reuse"
     model(ids[:, 44:], past_key_values=mac)
     assert mac.stats().query_head_hits == 2 * 2 * 4  # of layers, requests, heads
+
+
+def test_position_ids(device: torch.device) -> None:
+    """Every third position, which changes the tokens, and new tokens count on from the last one."""
+    model, ids = tiny_model(device), prompts(device, 2)
+    every_third = {"position_ids": 3 * torch.arange(ids.shape[1], device=device)[None]}
+    want = generate(model, ids, None, **every_third)
+    check_same(generate(model, ids, Lossless(4), **every_third), want)
+    assert not torch.equal(want.sequences, generate(model, ids, None).sequences)
+
+
+@pytest.mark.parametrize("chunk", [None, 17])
+def test_the_prompt_makes_one_row_of_logits(chunk: int | None) -> None:
+    device = torch.device("cpu")
+    model = tiny_model(device)
+    ids, mask = left_padded(prompts(device, 2), [0, 9])
+    sizes: list[tuple[int, int]] = []
+
+    def note(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        sizes.append((kwargs["input_ids"].shape[1], output.logits.shape[1]))
+
+    with model.register_forward_hook(note, with_kwargs=True):
+        options = {"attention_mask": mask, "prefill_chunk_size": chunk}
+        got = generate(model, ids, Lossless(4), **options)
+    prompt = [(40, 1)] if chunk is None else [(17, 1), (17, 1), (6, 1)]
+    begin = sizes.index(prompt[0])  # behind the probe of the MacCache
+    assert sizes[begin : begin + len(prompt)] == prompt
+    check_same(got, generate(model, ids, None, attention_mask=mask))
+
+
+def test_its_output_has_the_cache() -> None:
+    device = torch.device("cpu")
+    model, ids = tiny_model(device), prompts(device, 1)
+    name = cache_name(GenerateDecoderOnlyOutput)
+    assert isinstance(generate(model, ids, Lossless())[name], MacCache)
+
+
+class Counted(LogitsProcessor):
+    """Changes nothing, and notes the lengths that it has been called with."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.lengths.append(input_ids.shape[1])
+        return scores
+
+
+def test_processors_see_each_token_of_a_verification_once(device: torch.device) -> None:
+    """And each draft, whether or not scores are asked for."""
+    model, ids = tiny_model(device), prompts(device, 1)
+    counted, method = Counted(), Lossless(4, adaptive=False)
+    generate(model, ids, method, logits_processor=LogitsProcessorList([counted]))
+    drafts = method.stats.drafted
+    assert len(counted.lengths) == 1 + drafts + drafts + method.stats.verifications
 
 
 class Recorder:
@@ -260,13 +323,16 @@ def test_sampling_has_the_distribution_of_exact_sampling(
 
     expected: dict[tuple[int, ...], float] = {}
     exact = MacCache(model, max_length=64, config=None)
-    first = run.distribution(prompt, model(prompt, past_key_values=exact).logits[:, -1].float())
+
+    def distribution(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return run.distribution(run.processor(ids, logits[:, -1].float()))
+
+    first = distribution(prompt, model(prompt, past_key_values=exact).logits)
     for token in first[0].nonzero().flatten().tolist():
         ids = torch.cat([prompt, torch.tensor([[token]])], dim=1)
         if exact.get_seq_length() > 40:
             exact.crop(-1)
-        logits = model(ids[:, -1:], past_key_values=exact).logits[:, -1].float()
-        second = run.distribution(ids, logits)
+        second = distribution(ids, model(ids[:, -1:], past_key_values=exact).logits)
         for other in second[0].nonzero().flatten().tolist():
             expected[token, other] = float(first[0, token] * second[0, other])
     assert len(expected) == 9 and min(expected.values()) > 1e-3
@@ -306,6 +372,27 @@ def test_refusals() -> None:
     for options, name in (
         ({"num_beams": 2}, "num_beams"),
         ({"output_attentions": True}, "output_"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
+        ({"position_ids": torch.arange(39)[None]}, "position_ids has 39 .* prompt's 40 tokens"),
     ):
         with pytest.raises(ValueError, match=name):
             generate(model, ids, Lossless(), **options)
+
+
+def test_inputs_besides_token_ids_are_refused() -> None:
+    """They would be lost: generate leaves it to the decoding method to give them to the model."""
+    device = torch.device("cpu")
+    model, ids = tiny_model(device), prompts(device, 1)
+    embeds = model.get_input_embeddings()(ids)
+    cache = MacCache(model, max_length=64)
+    with pytest.raises(ValueError, match=r"Lossless does not do inputs_embeds: use generate's own"):
+        model.generate(
+            inputs_embeds=embeds, past_key_values=cache, custom_generate=Lossless(),
+            max_new_tokens=4,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"Lossless does not do pixel_values: use generate's own"):
+        Lossless()(
+            model, ids, LogitsProcessorList(), StoppingCriteriaList(), GenerationConfig(),
+            past_key_values=cache, pixel_values=torch.ones(1, 3, 8, 8), mm_token_type_ids=None,
+        )  # fmt: skip
+    assert cache.get_seq_length() == 0

@@ -19,10 +19,15 @@ from mac_attn import MAX_QUERY_TOKENS
 from mac_attn._checks import check_int, check_type
 
 from .cache import MacCache
+from .rotation import cache_name
 from .shared import Mode
 from .support import Refusal
 
 TIMED_ROUNDS = 4  # that are waited for, to learn what a draft costs
+# What generate may hand over for the model. Anything else is an input that would be lost.
+_INPUTS = frozenset(
+    {"cache", "past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+)
 
 
 @dataclass
@@ -67,7 +72,8 @@ class Lossless:
 
     Greedy decoding gives the tokens of exact greedy decoding; sampling (with temperature, top-k,
     and whatever else generate's options make a distribution of) has the distribution of exact
-    sampling. In a batch all requests go on from the first token that one of them rejects.
+    sampling. Logits processors must be functions of the ids and logits that they get: drafts are
+    shown to them, too. In a batch all requests go on from the first token that one of them rejects.
 
     Args:
         max_drafts: tokens that are drafted before they are verified, at most; from 1 to 15.
@@ -81,7 +87,8 @@ class Lossless:
 
     Raises:
         ValueError: an argument is out of range; in `generate`, a cache that is no `MacCache` or
-            that reuses nothing, beam search, or outputs that it does not have.
+            that reuses nothing, beam search, classifier-free guidance, inputs of the model besides
+            token ids (pixel_values, inputs_embeds, ...), or outputs that it does not have.
     """
 
     def __init__(
@@ -111,7 +118,7 @@ class Lossless:
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What generate calls; returns the token ids `[B, prompt + new]`, or its output object."""
-        _refuse(generation_config, synced_gpus, model)
+        _refuse(generation_config, synced_gpus, model, model_kwargs)
         run = _Run(self, model, input_ids, logits_processor, generation_config, model_kwargs)
         streamer = streamer or self.streamer
         streamed = 0
@@ -138,11 +145,13 @@ class Lossless:
         self.stats.kv_tokens_exact += steps * layers * after.num_kv_heads
         if not generation_config.return_dict_in_generate:
             return run.ids
-        return GenerateDecoderOnlyOutput(
-            sequences=run.ids,  # type: ignore[arg-type]
-            scores=tuple(run.scores) if generation_config.output_scores else None,  # type: ignore[arg-type]
-            logits=tuple(run.logits) if generation_config.output_logits else None,  # type: ignore[arg-type]
-        )
+        output: dict[str, Any] = {
+            "sequences": run.ids,
+            "scores": tuple(run.scores) if generation_config.output_scores else None,
+            "logits": tuple(run.logits) if generation_config.output_logits else None,
+            cache_name(GenerateDecoderOnlyOutput): run.cache,
+        }
+        return GenerateDecoderOnlyOutput(**output)
 
     def drafts(self) -> int:
         """How many tokens to draft next."""
@@ -191,6 +200,19 @@ class _Run:
         self.name = "cache" if caches[0] is cache else "past_key_values"
         self.mask: Tensor | None = model_kwargs.get("attention_mask")
         self.padded = self.mask is not None and not bool(self.mask.all())
+        self.positions: Tensor | None = model_kwargs.get("position_ids")
+        if self.positions is None and self.padded:
+            assert self.mask is not None
+            self.positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
+        if self.positions is not None and self.positions.shape[-1] < ids.shape[1]:
+            raise Refusal(
+                f"position_ids has {self.positions.shape[-1]} positions, must have one for each of "
+                f"the prompt's {ids.shape[1]} tokens"
+            )
+        self.chunk: int | None = options.prefill_chunk_size
+        self.last_alone = (
+            "logits_to_keep" in model_kwargs
+        )  # as generate does where forward takes it
         self.samples: bool = options.do_sample
         self.pad: Tensor | None = getattr(options, "_pad_token_tensor", None)
         self.keeps = bool(options.output_scores or options.output_logits)
@@ -202,49 +224,54 @@ class _Run:
     def finished(self) -> bool:
         return not bool(self.unfinished.any())
 
-    def forward(self, new: Tensor, mode: Mode) -> Tensor:
-        """Logits `[B, T, V]` float32 of tokens `[B, T]` that follow what the cache holds."""
+    def forward(self, new: Tensor, mode: Mode, *, last: bool = False) -> Tensor:
+        """Logits `[B, T, V]` float32 of new tokens `[B, T]`, or of the `last` alone."""
         begin = self.cache.get_seq_length()
+        end = begin + new.shape[1]
         options: dict[str, Any] = {self.name: self.cache}
         if self.padded:
             assert self.mask is not None
-            more = begin + new.shape[1] - self.mask.shape[1]
-            mask = torch.cat([self.mask, self.mask.new_ones(len(new), max(0, more))], dim=1)
-            mask = mask[:, : begin + new.shape[1]]
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, begin:]
-            options |= {"attention_mask": mask, "position_ids": positions}
+            more = self.mask.new_ones(len(new), max(0, end - self.mask.shape[1]))
+            options["attention_mask"] = torch.cat([self.mask, more], dim=1)[:, :end]
+        if self.positions is not None:
+            more = torch.arange(max(0, end - self.positions.shape[-1]), device=new.device) + 1
+            positions = torch.cat([self.positions, self.positions[..., -1:] + more], dim=-1)
+            options["position_ids"] = positions[..., begin:end]
+        if last and self.last_alone:
+            options["logits_to_keep"] = 1
         before, self.cache.mode = self.cache.mode, mode
         try:
             logits: Tensor = self.model(input_ids=new, use_cache=True, **options).logits
         finally:
             self.cache.mode = before
-        return logits.float()
+        return logits[:, -1:].float() if last else logits.float()
 
     def prefill(self) -> None:
         """Feed the prompt, or what of it the cache does not hold; append the first token."""
         rest = self.ids[:, self.cache.get_seq_length() :]
-        logits = self.forward(rest, "verify")[:, -1]
-        self.append([self.take(self.ids, logits)], [logits])
+        for part in rest.split(self.chunk or rest.shape[1], dim=1):
+            logits = self.forward(part, "verify", last=True)[:, -1]
+        scores = self.processor(self.ids, logits)
+        self.append(self.take(self.distribution(scores)), logits, scores)
 
-    def distribution(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """Scores `[B, V]` of the token that follows `ids`, as generate's options make them."""
-        scores: Tensor = self.processor(ids, logits)
+    def distribution(self, scores: Tensor) -> Tensor:
+        """What a token is taken from, of scores `[B, V]` as generate's options make them."""
         return scores.softmax(-1) if self.samples else scores
 
-    def take(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """A token `[B]` from the distribution."""
-        scores = self.distribution(ids, logits)
-        return torch.multinomial(scores, 1)[:, 0] if self.samples else scores.argmax(-1)
+    def take(self, distribution: Tensor) -> Tensor:
+        """A token `[B]`."""
+        if self.samples:
+            return torch.multinomial(distribution, 1)[:, 0]
+        return distribution.argmax(-1)
 
-    def append(self, tokens: list[Tensor], logits: list[Tensor]) -> None:
-        """Tokens `[B]` one after another; a finished request gets padding."""
-        for token, raw in zip(tokens, logits, strict=True):
-            if self.keeps:
-                self.logits.append(raw)
-                self.scores.append(self.processor(self.ids, raw))
-            if self.pad is not None:
-                token = torch.where(self.unfinished, token, self.pad)
-            self.ids = torch.cat([self.ids, token[:, None]], dim=1)
+    def append(self, token: Tensor, logits: Tensor, scores: Tensor) -> None:
+        """A token `[B]`; a finished request gets padding."""
+        if self.keeps:
+            self.logits.append(logits)
+            self.scores.append(scores)
+        if self.pad is not None:
+            token = torch.where(self.unfinished, token, self.pad)
+        self.ids = torch.cat([self.ids, token[:, None]], dim=1)
 
     def stop(self, criteria: Any) -> None:
         """Note which requests end with the last token."""
@@ -262,22 +289,22 @@ class _Run:
         clock = _Clock(self.ids.device) if timed else None
         ids, proposals = self.ids, []
         for _ in range(drafts):
-            scores = self.distribution(ids, self.forward(ids[:, -1:], "draft")[:, -1])
-            token = torch.multinomial(scores, 1)[:, 0] if self.samples else scores.argmax(-1)
-            proposals.append(scores)
-            ids = torch.cat([ids, token[:, None]], dim=1)
+            drafted = self.processor(ids, self.forward(ids[:, -1:], "draft")[:, -1])
+            proposals.append(self.distribution(drafted))
+            ids = torch.cat([ids, self.take(proposals[-1])[:, None]], dim=1)
         drafting = clock.lap() if clock else 0.0
         if drafts > 0:
             self.cache.crop(-drafts)
         logits = self.forward(ids[:, start - 1 :], "verify").unbind(1)
-        targets = [self.distribution(ids[:, : start + i], x) for i, x in enumerate(logits)]
+        scores = [self.processor(ids[:, : start + i], x) for i, x in enumerate(logits)]
+        targets = [self.distribution(x) for x in scores]
         accepted, last = self.judge(ids[:, start:], proposals, targets)
         if clock and drafts > 0:
             cost = drafting / drafts / clock.lap()
             method.stats.draft_cost = min(cost, method.stats.draft_cost or cost)
         for i in range(accepted + 1):
             token = ids[:, start + i] if i < accepted else last
-            self.append([token], [logits[i]])
+            self.append(token, logits[i], scores[i])
             self.stop(criteria)
             if self.finished:
                 break
@@ -310,7 +337,7 @@ class _Run:
         # the others take their draft. Behind the last draft all draw from the exact one.
         target = targets[accepted]
         if accepted == k:
-            return accepted, torch.multinomial(target, 1)[:, 0]
+            return accepted, self.take(target)
         rest = (target - proposals[accepted]).clamp(min=0)
         nothing = rest.sum(-1, keepdim=True) <= 0  # equal up to rounding: nobody rejects
         last = torch.multinomial(torch.where(nothing, target, rest), 1)[:, 0]
@@ -335,14 +362,16 @@ class _Clock:
         return self.last - before
 
 
-def _refuse(options: Any, synced_gpus: bool, model: Any) -> None:
+def _refuse(options: Any, synced_gpus: bool, model: Any, inputs: dict[str, Any]) -> None:
     """ValueError for what generate can be asked for and this does not do."""
     asked = {
         "num_beams": getattr(options, "num_beams", 1) not in (None, 1),
+        "guidance_scale": options.guidance_scale not in (None, 1),
         "output_attentions": bool(options.output_attentions),
         "output_hidden_states": bool(options.output_hidden_states),
         "synced_gpus": bool(synced_gpus),
         "an encoder": bool(model.config.is_encoder_decoder),
     }
+    asked |= {name: value is not None for name, value in inputs.items() if name not in _INPUTS}
     if refused := [name for name, given in asked.items() if given]:
         raise Refusal(f"Lossless does not do {', '.join(refused)}: use generate's own methods")
