@@ -18,12 +18,14 @@ from mac_attn import ReuseConfig
 from mac_attn.calibrate import (
     Calibration,
     Capture,
+    Replayed,
     Replayer,
     calibrate,
     calibrate_capture,
     capture,
     choose,
 )
+from mac_attn.calibrate.capture import _exact
 from mac_attn.integrations.transformers import MacCache
 
 CPU = torch.device("cpu")
@@ -66,29 +68,39 @@ def test_replay_is_decode(captured: Capture, granularity: str) -> None:
     config = replace(CONFIG, granularity=granularity, anchors=anchors, threshold=1.1)
     replayed = Replayer(captured)(config)
     assert 0.1 < replayed.hit_rate < 0.95
+    check_is_decode(replayed, captured, config)
+
+
+def check_is_decode(replayed: Replayed, captured: Capture, config: ReuseConfig) -> None:
+    seeded, begin = captured.q.shape[1] - captured.steps, captured.num_tokens - captured.steps
     for layer in range(captured.num_layers):
         reuse = mac_attn.ReuseCache(
-            config, num_slots=1, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32
+            config,
+            num_slots=1,
+            num_qo_heads=captured.num_qo_heads,
+            num_kv_heads=captured.num_kv_heads,
+            head_dim=captured.head_dim,
+            dtype=torch.float32,
         )
         kv, table = mac_attn.dense_as_pages(
             captured.k[layer : layer + 1], captured.v[layer : layer + 1]
         )
         slot = torch.zeros(1, dtype=torch.int32)
-        lens = torch.tensor([LENGTH - STEPS], dtype=torch.int32)
+        lens = torch.tensor([begin], dtype=torch.int32)
         options = {"slots": slot, "sm_scale": captured.sm_scale}
         queries = captured.q[layer : layer + 1], captured.q_match[layer : layer + 1]
         mac_attn.seed(
             reuse,
-            queries[0][:, :SEEDED],
+            queries[0][:, :seeded],
             kv,
             table,
             lens,
-            q_match=queries[1][:, :SEEDED],
+            q_match=queries[1][:, :seeded],
             **options,
         )
         errors = []
-        for step in range(STEPS):
-            q, q_match = (t[:, SEEDED + step] for t in queries)
+        for step in range(captured.steps):
+            q, q_match = (t[:, seeded + step] for t in queries)
             out = mac_attn.decode(
                 q, kv, table, lens + step + 1, reuse=reuse, q_match=q_match, **options
             )
@@ -103,6 +115,20 @@ def test_replay_is_decode(captured: Capture, granularity: str) -> None:
         assert stats.kv_tokens_read == int(replayed.tokens[:, layer].sum())
         full = stats.kv_head_steps - stats.kv_head_hits
         assert full == int(replayed.full_reads()[:, layer].sum())
+
+
+def test_replay_measures_the_spread_of_keys_anew() -> None:
+    """At 1,024 tokens; a spread that is not known makes the threshold a cautious one."""
+    torch.manual_seed(0)
+    length, steps, seeded, dim = 1032, 16, 16, 64
+    q = torch.randn(1, 1, 4, dim) + 0.55 * torch.randn(1, steps + seeded, 4, dim)
+    k, v = 0.5 * torch.randn(1, length, 2, dim), torch.randn(1, length, 2, dim)
+    exact = _exact(q[:, seeded:], k, v, dim**-0.5)
+    captured = Capture((0,), 1, q, q, k, v, exact, dim**-0.5)
+    config = ReuseConfig(threshold=0.65, anchors=16, min_context=512)
+    replayed = Replayer(captured)(config)
+    assert (replayed.source[-4:] >= 0).any()
+    check_is_decode(replayed, captured, config)
 
 
 def test_replay_with_a_config_for_each_layer(captured: Capture) -> None:
@@ -185,6 +211,26 @@ def test_calibrate_a_model_and_use_it(tmp_path: Path) -> None:
         MacCache(model, max_length=8, config=loaded.configs[:1] * 3)
     with pytest.raises(ValueError, match="layer is 2, must be from 0 to 1"):
         ReuseConfig.from_calibration(found, 2)
+
+
+def test_heads_without_an_output() -> None:
+    """A pruned KV head: what is exactly 0 has no error."""
+    model = tiny_model(CPU)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[:16] = 0
+    options = {"thresholds": (0, 0.9, 1.2), "anchors": (4,), "steps": STEPS}
+    found = calibrate(model, prompts(CPU, 1, LENGTH), target_error=0.05, base=CONFIG, **options)
+    assert 0 < found.error <= 0.05 * 1.001
+    assert found.configs[0].threshold[:2] == (1.2, 1.2)  # there nothing can go wrong
+
+
+def test_a_capture_that_is_not_finite_is_refused(captured: Capture) -> None:
+    k = captured.k.clone()
+    k[1, 3, 0, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"captured has errors that are not finite in layers \[1\]"
+    ):
+        calibrate_capture(replace(captured, k=k), base=CONFIG, thresholds=(0, 0.9), anchors=(4,))
 
 
 def test_refusals(captured: Capture, tmp_path: Path) -> None:

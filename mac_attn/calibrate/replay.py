@@ -117,7 +117,7 @@ class Replayer:
             t if whole else t[layers]
             for t in (c.q[:, -c.steps :], c.q_match[:, -c.steps :], c.exact)
         )
-        norms = exact.norm(dim=-1)
+        norms = exact.norm(dim=-1).clamp_min(1e-30)
         shape = (c.steps, len(layers), c.num_qo_heads)
         error = torch.empty(shape, device=c.k.device)
         source, depth = (torch.empty(shape, dtype=torch.int32, device=c.k.device) for _ in range(2))
@@ -152,6 +152,9 @@ class Replayer:
                 q=query,
                 q_match=matching,
                 slots=slots,
+                k_cache=kv[0],
+                block_table=table,
+                sm_scale=c.sm_scale,
             )
             error[step] = (out.float() - exact[:, step]).norm(dim=-1) / norms[:, step]
             source[step] = matched.source

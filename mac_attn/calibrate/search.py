@@ -57,7 +57,8 @@ def calibrate(
         steps: decode steps of the replay, >= 1.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, or no choice meets the target.
+        ValueError, TypeError: an argument does not fit, no choice meets the target, or what the
+            model computes is not finite.
     """
     base = ReuseConfig() if base is None else base
     check_type("base", base, ReuseConfig)
@@ -94,6 +95,15 @@ def calibrate_capture(
         raise ValueError("thresholds or anchors is empty, must hold a number to choose")
     replayer = Replayer(captured)
     error, read = measure(replayer, base, thresholds, anchors)
+    finite = error.isfinite().all(3).all(1).all(0)  # [L]
+    if not finite.all():
+        layers = [
+            n for n, fine in zip(captured.layer_index, finite.tolist(), strict=True) if not fine
+        ]
+        raise ValueError(
+            f"captured has errors that are not finite in layers {layers}, must have finite "
+            "queries, keys and values in all"
+        )
     which_anchors, which_threshold = choose(error, read, target_error)
 
     group = captured.num_qo_heads // captured.num_kv_heads
