@@ -152,7 +152,7 @@ class Prefill:
             for layer, (query, scaling) in zip(seeded.layers, self._queries, strict=True):
                 rings = layer.rings
                 if rings.config is not None:  # else one that attends locally
-                    rings.seed(query[:, :, -rings.config.window :], scaling)
+                    rings.seed(layer, query[:, :, -rings.config.window :], scaling)
             self._seeded = mode.seed_key, seeded
         cache = self._on_store(mode.config, copy)
         for new, old in zip(cache.layers, self._seeded[1].layers, strict=True):
@@ -165,7 +165,7 @@ class Prefill:
         layers = zip(cache.layers, self.base.layers, self._queries, strict=True)
         for new, old, (query, _) in layers:
             _place(new, old, copy)
-            new.rings.allocate(query.shape[1])
+            new.rings.allocate(new, query.shape[1])
         cache._shared.layout.set_padding([0] * self.batch)
         return cache
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,13 +225,35 @@ def test_layers_that_share_keys_have_rings_of_their_own() -> None:
     assert writer.num_slots == reader.num_slots == 2
     assert torch.equal(writer.slot_end, reader.slot_end) and (reader.slot_end > 40).all()
     cache = copy.deepcopy(cache)
-    assert cache.layers[3].rings.store is cache.layers[1]
+    assert cache.layers[3].rings.keeper == 1
     cache.layers[1].keys[:, :, 5] += 1  # an edit: nothing may be reused
     model(prompts(CPU, 2, 1), past_key_values=cache)
     rings = cache.layers[3].reuse
     assert rings is not None and (rings.ring_stored <= 1).all()
     cache.reset()
     assert (rings.ring_stored == 0).all()
+
+
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_gc")
+def test_a_dropped_cache_is_freed_at_once() -> None:
+    """Nothing of it refers back to it: its memory does not wait for Python to look for cycles."""
+    model = tiny_causal_model("gemma3n_text")  # some layers attend to the keys of others
+    model.set_attn_implementation("mac")
+    cache = MacCache(model, max_length=80, config=NEVER)
+    generate(model, prompts(CPU), cache)
+    twin = copy.deepcopy(cache)
+    model(prompts(CPU, 2, 1), past_key_values=twin)
+    parts = [weakref.ref(cache), weakref.ref(twin)]
+    parts += [weakref.ref(x) for c in (cache, twin) for x in (*c.layers, c.layers[1].key_store)]
+    del cache, twin
+    assert not [part() for part in parts if part() is not None]
 
 
 def test_hits_change_something(served: tuple[Model, Layers]) -> None:

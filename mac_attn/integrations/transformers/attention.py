@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .cache import MacCache
 from .float8 import FLOAT8
 from .layer import MacLayer
 from .rings import Rings
@@ -55,7 +56,9 @@ def mac_attention_forward(
             padding, dropout, a position bias, training mode, and heads that mac_attn does not do.
             The cache is then as it was before the forward.
     """
-    layer: MacLayer | None = getattr(key, "mac_layer", None)
+    cache: MacCache | None
+    layer: MacLayer | None
+    cache, layer = getattr(key, "mac_source", (None, None))
     rings: Rings | None = None if layer is None else layer.rings_of(module)
     try:
         check_module(module)
@@ -80,22 +83,22 @@ def mac_attention_forward(
                 "a mask that tells which tokens they may see"
             )
         mode: Mode | None = None
-        if rings is not None:
+        if layer is not None and rings is not None:
             local = kwargs.get("sliding_window") is not None
-            mode = rings.claim(query, value, attention_mask, local=local)
+            mode = rings.claim(layer, query, value, attention_mask, local=local)
         if mode is not None:
             _check_cached(module, dropout, position_bias, new, attention_mask, is_causal)
     except Refusal:
-        if layer is not None:
-            layer.shared.roll_back()
+        if cache is not None:
+            cache._roll_back()
         raise
 
     with measured(query.device):
-        decodes = rings is not None and mode in (*WITH_RINGS, "exact") and rings.decodes(new)
+        decodes = layer is not None and mode in (*WITH_RINGS, "exact") and layer.decodes(new)
         if layer is not None and layer.is_float8 and not decodes:
             key, value = layer.wide()  # a copy, for this call
-        if rings is not None and mode is not None and decodes:
-            output = rings.decode(query, scaling, sinks, mode)
+        if layer is not None and rings is not None and mode is not None and decodes:
+            output = rings.decode(layer, query, scaling, sinks, mode)
         elif sinks is not None:
             causal = _is_causal(module, is_causal)
             output = attention_with_sinks(
@@ -116,8 +119,8 @@ def mac_attention_forward(
                 position_bias=position_bias,
                 **kwargs,
             )
-    if rings is not None and mode in ("reuse", "verify") and not decodes:
-        rings.seed(query, scaling)
+    if layer is not None and rings is not None and mode in ("reuse", "verify") and not decodes:
+        rings.seed(layer, query, scaling)
     return output, None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -26,6 +27,8 @@ from .rotation import (
 )
 from .shared import WITH_RINGS, Mode, Shared
 from .support import Refusal, check_model
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT_CONFIG = mac_attn.ReuseConfig()
 Rotary = mac_attn.RotaryEmbedding | Sequence[mac_attn.RotaryEmbedding | None] | None
@@ -114,7 +117,7 @@ class MacCache(Cache):
         if kv_dtype is not None or (config is not None and rotary is None):
             strangers = [layer.stranger for layer in probe.layers]
         if config is not None and rotary is None:
-            # What the probe did not see is never decoded here; see Shared.warn_of_strangers.
+            # What the probe did not see is never decoded here; see _warn_of_strangers.
             configs = [c if i in self._rotations else None for i, c in enumerate(configs)]
             rotaries = [r and r.embedding for r in map(self._rotations.get, range(len(kinds)))]
         mode: Mode = "exact" if config is None else "reuse"
@@ -126,13 +129,14 @@ class MacCache(Cache):
         ]
         for layer, stranger in zip(layers, strangers, strict=True):
             layer.stranger = stranger
-        self._shared.layers = [layer for layer in layers if layer.kind != "none"]
+        self._keepers = [layer for layer in layers if layer.kind != "none"]  # of keys and values
         self._shared.sharing = {x.index: x.rings for x in layers if x.kind == "none"}
-        self._shared.warn_of_strangers()
+        self._warned: set[str] = set()
+        self._warn_of_strangers()
         super().__init__(layers=layers)  # type: ignore[arg-type] # as above
 
     def __repr__(self) -> str:
-        first = self._shared.layers[0]
+        first = self._keepers[0]
         stored = "empty"
         if first.is_initialized:
             stored = f"{first.batch_size} x {first.length} tokens in {first.key_store.dtype}"
@@ -165,7 +169,7 @@ class MacCache(Cache):
                 size than the cache, or `max_length` is exceeded.
         """
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if layer is self._shared.layers[0]:
+        if layer is self._keepers[0]:
             self._begin()
         try:
             if layer is None or layer.kind == "none":
@@ -178,10 +182,16 @@ class MacCache(Cache):
                     f"layer {layer_idx} was given keys and values twice in one forward, which a "
                     "MacCache cannot tell from two tokens; use transformers' own cache"
                 )
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Refusal:
-            self._shared.roll_back()
+            self._roll_back()
             raise
+        # The attention function gets no cache, only these tensors, so they bring theirs along. An
+        # attribute marks exactly this object: a model that changes the keys on the way (a copy, a
+        # cast, repeated heads) loses it and falls back to SDPA, which is right for whatever it
+        # made. A table by storage address would claim those too, and could outlive the storage.
+        keys.mac_source = values.mac_source = self, layer  # type: ignore[attr-defined]
+        return keys, values
 
     def _begin(self) -> None:
         """A forward begins: ValueError if the model, or the cache, is not fit for it."""
@@ -193,8 +203,43 @@ class MacCache(Cache):
                     f"the model's attention implementation is {implementation!r}, which would only "
                     "store in a MacCache; call model.set_attn_implementation('mac') first"
                 )
-        self._shared.begin()
+        lengths = {layer.length for layer in self._keepers}
+        if len(lengths) > 1:
+            raise Refusal(
+                "a forward was interrupted and left the layers of this MacCache with different "
+                "lengths; call reset() and prefill again"
+            )
+        (self._shared.length,) = lengths
+        if self._shared.length:
+            self._warn_of_strangers()
         self._follow_rotations()
+
+    def _roll_back(self) -> None:
+        """Make it as if the current forward had not begun."""
+        for layer in self._keepers:
+            layer.shorten(self._shared.length)
+
+    def _warn_of_strangers(self) -> None:
+        """Say once which layers were attended without mac_attn in the forward that has ended."""
+        reasons: dict[str, list[int]] = {}
+        for layer in self._keepers:
+            if layer.stranger is not None:
+                if layer.is_float8:
+                    raise Refusal(
+                        f"layer {layer.index} cannot have kv_dtype=torch.float8_e4m3fn, as "
+                        f"{layer.stranger}; leave it out"
+                    )
+                reasons.setdefault(layer.stranger, []).append(layer.index)
+        for reason, indices in reasons.items():
+            if reason not in self._warned:
+                self._warned.add(reason)
+                logger.warning(
+                    "%s of %d layers are left to SDPA, and save nothing: %s (layers %s)",
+                    len(indices),
+                    len(self._keepers),
+                    reason,
+                    ", ".join(map(str, indices)),
+                )
 
     def _follow_rotations(self) -> None:
         """Take over frequencies of the model that have changed, or ValueError: it is too late."""
@@ -252,7 +297,7 @@ class MacCache(Cache):
     def _keeper(self, layer_idx: int) -> MacLayer:
         """The layer, or for one that keeps nothing, the first one that does."""
         layer = self.layers[layer_idx]
-        return layer if layer.kind != "none" else self._shared.layers[0]
+        return layer if layer.kind != "none" else self._keepers[0]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens per request that the cache can hold, the same for every layer."""
@@ -272,7 +317,7 @@ class MacCache(Cache):
         if not moved:
             return
         src, dst = (list(side) for side in zip(*moved, strict=True))
-        for layer in self._shared.layers:
+        for layer in self._keepers:
             layer.copy_rows(src, dst)
         self._select_padding(rows)
 
@@ -286,13 +331,13 @@ class MacCache(Cache):
 
     def _batch(self) -> int:
         """Requests in the cache; 0 before its first use."""
-        first = self._shared.layers[0]
+        first = self._keepers[0]
         return first.batch_size if first.is_initialized else 0
 
     def _select_rows(self, rows: list[int]) -> None:
         if self._shared.batch_size is not None:
             self._shared.batch_size = len(rows)
-        for layer in self._shared.layers:
+        for layer in self._keepers:
             layer.select_rows(rows)
         self._select_padding(rows)
 

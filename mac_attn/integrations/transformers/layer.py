@@ -59,7 +59,7 @@ class MacLayer(CacheLayerMixin):
         self.kind = kind
         self.is_float8 = shared.float8 and kind == "full"
         self.window = window  # of a local layer, where the config tells
-        self.rings = Rings(index, config, rotary, None if kind == "none" else self)
+        self.rings = Rings(index, config, rotary, keeper=None if kind == "none" else index)
         self.readers = [self.rings]  # of all layers that attend to these keys
         self.length = 0
         self.is_initialized = False
@@ -90,10 +90,10 @@ class MacLayer(CacheLayerMixin):
     def rings_of(self, module: nn.Module) -> Rings:
         """The rings of the attention module that attends to these keys."""
         rings = self.shared.sharing.get(getattr(module, "layer_idx", self.index), self.rings)
-        if rings.store is None:
-            rings.store = self
+        if rings.keeper is None:
+            rings.keeper = self.index
             self.readers.append(rings)
-        return rings if rings.store is self else self.rings
+        return rings if rings.keeper == self.index else self.rings
 
     @property
     def keys(self) -> Tensor | None:
@@ -179,14 +179,15 @@ class MacLayer(CacheLayerMixin):
         for rings in self.readers:
             rings.claimed = False
         self.stranger = _STRANGERS[self.kind]
-        keys = without_gradients(self._view(self.key_store), key_states)
-        values = without_gradients(self._view(self.value_store), value_states)
-        # The attention function gets no cache, only these tensors, so they bring their layer along.
-        # An attribute marks exactly this object: a model that changes the keys on the way (a copy,
-        # a cast, repeated heads) loses it and falls back to SDPA, which is right for whatever it
-        # made. A table by storage address would claim those too, and could outlive the storage.
-        keys.mac_layer = values.mac_layer = self  # type: ignore[attr-defined]
-        return keys, values
+        return (
+            without_gradients(self._view(self.key_store), key_states),
+            without_gradients(self._view(self.value_store), value_states),
+        )
+
+    def decodes(self, new: int) -> bool:
+        """Whether so many new tokens are a step of `mac_attn.decode`, not a part of a prompt."""
+        few = new <= mac_attn.MAX_QUERY_TOKENS
+        return new == 1 or (few and min(self.shared.layout.lengths(self.length)) > new)
 
     def wide(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, Hkv, n, D]` in the model's dtype; of a float8 store copies."""
@@ -301,7 +302,7 @@ class MacLayer(CacheLayerMixin):
             self.length = length
             lens = self.shared.layout.seq_lens(length, self.device)
             for rings in self.readers:
-                rings.shorten(lens)
+                rings.shorten(self.slots, lens)
 
     def reset(self) -> None:
         """Empty the layer; its memory is kept for a batch of the same size."""
@@ -340,7 +341,7 @@ class MacLayer(CacheLayerMixin):
             new[:, : self.length] = old[rows, : self.length]
         self.sign()
         for rings in self.readers:
-            rings.select_rows(rows)
+            rings.select_rows(self, rows)
 
 
 def _dtype(keys: Tensor, values: Tensor) -> torch.dtype:

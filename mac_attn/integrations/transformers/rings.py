@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ class Rings:
         index: of the attention layer in the model.
         config: None for a layer that never reuses.
         rotary: None for a layer that does not rotate.
-        store: the layer that keeps the keys and values it attends to, once that is known.
+        keeper: index of the layer that keeps the keys and values it attends to, once that is known.
+            The methods get it as `store`.
         reuse: allocated when the layer first attends.
         claimed: whether it has attended to the newest keys.
     """
@@ -39,48 +40,53 @@ class Rings:
         index: int,
         config: mac_attn.ReuseConfig | None,
         rotary: mac_attn.RotaryEmbedding | None,
-        store: MacLayer | None,
+        keeper: int | None,
     ) -> None:
         self.index = index
         self.config = config
         self.rotary = rotary
-        self.store: Any = store  # set before anything below is called
+        self.keeper = keeper
         self.reuse: mac_attn.ReuseCache | None = None
         self.claimed = False
 
     @torch.inference_mode(False)
-    def allocate(self, num_qo_heads: int) -> None:
+    def allocate(self, store: MacLayer, num_qo_heads: int) -> None:
         """Empty rings for the queries of that many heads, if the layer is to reuse at all."""
         if self.config is not None:
             self.reuse = mac_attn.ReuseCache(
                 self.config,
-                num_slots=self.store.batch_size,
+                num_slots=store.batch_size,
                 num_qo_heads=num_qo_heads,
-                num_kv_heads=self.store.key_store.shape[2],
-                head_dim=self.store.key_store.shape[3],
-                head_dim_v=self.store.value_store.shape[3],
-                dtype=self.store.dtype,
-                device=self.store.device,
+                num_kv_heads=store.key_store.shape[2],
+                head_dim=store.key_store.shape[3],
+                head_dim_v=store.value_store.shape[3],
+                dtype=store.dtype,
+                device=store.device,
                 rotary=self.rotary,
                 layer=self.index,
             )
 
     def claim(
-        self, query: Tensor, value: Tensor, attention_mask: Tensor | None, *, local: bool
+        self,
+        store: MacLayer,
+        query: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        local: bool,
     ) -> Mode | None:
         """The mode in which to attend to the keys that `update` returned; None leaves it to SDPA.
 
         Raises:
             ValueError: for a mask, or for heads, that mac_attn does not do.
         """
-        store: MacLayer = self.store
         if store.kind == "local":
             store.check_local(attention_mask)
             return None
         store.stranger = None
         if local:
             store.stranger = "they have a sliding window"
-        elif getattr(value, "mac_layer", None) is not store:
+        elif getattr(value, "mac_source", (None, None))[1] is not store:
             store.stranger = "the model changes values between its cache and its attention"
         elif query.dtype != store.dtype:
             store.stranger = f"queries are {query.dtype}, keys and values {store.dtype}"
@@ -104,35 +110,33 @@ class Rings:
         if not first or self.config is None:
             return "exact"
         if self.reuse is None:
-            self.allocate(query.shape[1])
+            self.allocate(store, query.shape[1])
         return mode
 
-    def decodes(self, new: int) -> bool:
-        """Whether so many new tokens are a step of `mac_attn.decode`, not a part of a prompt."""
-        few = new <= mac_attn.MAX_QUERY_TOKENS
-        store: MacLayer = self.store
-        return new == 1 or (few and min(store.shared.layout.lengths(store.length)) > new)
-
     def decode(
-        self, query: Tensor, sm_scale: float | None, sinks: Tensor | None, mode: Mode
+        self,
+        store: MacLayer,
+        query: Tensor,
+        sm_scale: float | None,
+        sinks: Tensor | None,
+        mode: Mode,
     ) -> Tensor:
         """Attention of the new queries, `[B, Hq, T, D]`; returns `[B, T, Hq, D]`."""
         # One token is the common case, and what a view costs counts there.
         q = query.select(2, 0) if query.shape[2] == 1 else query.transpose(1, 2)
         q = q.detach() if q.requires_grad else q
-        options = self.store.scaling | {"sinks": sinks}
+        options = store.scaling | {"sinks": sinks}
         if mode != "exact":
             q_match = q if self.rotary is None else None
-            options |= {"reuse": self.reuse, "slots": self.store.slots, "q_match": q_match}
+            options |= {"reuse": self.reuse, "slots": store.slots, "q_match": q_match}
             options |= {"learn": mode != "draft", "exact": mode == "verify"}
-        out = mac_attn.decode(q, *self.store.paging(), sm_scale=sm_scale, **options)
+        out = mac_attn.decode(q, *store.paging(), sm_scale=sm_scale, **options)
         assert isinstance(out, Tensor)  # a pair only with `return_lse`
         return without_gradients(out.unsqueeze(1) if out.dim() == 3 else out, query)
 
-    def seed(self, query: Tensor, sm_scale: float | None) -> None:
+    def seed(self, store: MacLayer, query: Tensor, sm_scale: float | None) -> None:
         """Write ring entries for the last of the queries `[B, Hq, T, D]` that joined the cache."""
         assert self.reuse is not None
-        store = self.store
         kv_cache, block_table, seq_lens = store.paging()
         query = query.detach().transpose(1, 2)
         new = min(query.shape[1], self.reuse.cfg.window)
@@ -155,11 +159,11 @@ class Rings:
                     **store.scaling,
                 )
 
-    def shorten(self, seq_lens: Tensor) -> None:
+    def shorten(self, slots: Tensor, seq_lens: Tensor) -> None:
         """Forget what is not of the first `seq_lens` tokens of each request, `[B]`."""
         self.claimed = True  # what is left has been attended to
         if self.reuse is not None:
-            self.reuse.truncate(self.store.slots, seq_lens)
+            self.reuse.truncate(slots, seq_lens)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -174,13 +178,13 @@ class Rings:
             self.reuse.fork(src, dst)
             self.reuse.counters.copy_(counters)
 
-    def select_rows(self, rows: list[int]) -> None:
+    def select_rows(self, store: MacLayer, rows: list[int]) -> None:
         """Make the requests those of the store now, `rows` of the ones before."""
         before = self.reuse
         if before is not None:
-            self.allocate(before.num_qo_heads)
+            self.allocate(store, before.num_qo_heads)
             assert self.reuse is not None
-            self.reuse.import_slots(self.store.slots, before.export_slots(rows))
+            self.reuse.import_slots(store.slots, before.export_slots(rows))
             self.reuse.counters.zero_()
 
 
