@@ -255,6 +255,14 @@ def test_continues_a_conversation(device: torch.device) -> None:
     assert_same(generate(model, ids, cache), generate(model, ids))
 
 
+def test_mac_without_a_mac_cache_compiles_as_one_graph() -> None:
+    device = torch.device("cpu")
+    model, ids = tiny_model(device), prompts(device)
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, **ROUNDING)
+
+
 def test_mac_without_a_mac_cache_is_sdpa(device: torch.device) -> None:
     model, ids = tiny_model(device), prompts(device)
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}

@@ -18,6 +18,7 @@ class AttentionTimer:
     What counts is the attention alone: a torch SDPA call, or `mac_attn.decode` with everything that
     it needs (match, amend, complete). Projections, rotary embedding and the write of the new token
     into the cache are outside. On a GPU CUDA events take the time, so that only `lap` synchronises.
+    Attention in what torch.compile has compiled is not seen.
 
         with AttentionTimer() as timer:
             model(token, past_key_values=cache)
@@ -61,7 +62,7 @@ class AttentionTimer:
 @contextmanager
 def measured(device: torch.device) -> Iterator[None]:
     """Let the entered timer, if there is one, measure the enclosed attention."""
-    timer = _active.get()
+    timer = None if torch.compiler.is_compiling() else _active.get()
     if timer is None:
         yield
     else:
