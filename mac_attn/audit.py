@@ -67,6 +67,7 @@ class Audit:
         self.sums = torch.zeros(4, num_qo_heads, dtype=torch.float64, device=device)
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
 
+    @torch.no_grad()
     def record(
         self,
         out: Tensor,

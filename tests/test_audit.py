@@ -140,6 +140,26 @@ def test_leaves_non_finite_out(device: torch.device) -> None:
     assert report.error.isfinite().all() and report.max_error.isfinite().all()
 
 
+def test_keeps_no_graph(device: torch.device) -> None:
+    """Where torch.no_grad() was forgotten."""
+    cache, table = mac_attn.dense_as_pages(*torch.randn(2, 1, 40, KV_HEADS, DIM, device=device))
+    reuse = ReuseCache(
+        CONFIG,
+        num_slots=1,
+        num_qo_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        dtype=torch.float32,
+        device=device,
+    )
+    reuse.audit(every=1)
+    q = torch.randn(1, HEADS, DIM, device=device, requires_grad=True)
+    seq_lens, slots = (torch.tensor([n], dtype=torch.int32, device=device) for n in (40, 0))
+    mac_attn.decode(q, cache, table, seq_lens, reuse=reuse, slots=slots, q_match=q.detach())
+    report = reuse.audited()
+    assert report.steps == 1 and not report.error.requires_grad
+
+
 def test_begins_anew(device: torch.device) -> None:
     reuse, *_ = run(device, 1)
     assert reuse.audited().steps > 0
