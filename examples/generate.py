@@ -192,10 +192,13 @@ def load(folder: Path) -> Llama:
     from safetensors.torch import load_file
 
     given = json.loads((folder / "config.json").read_text("utf-8"))
-    given.update(given.get("rope_parameters") or {})  # where transformers 5 keeps rope_theta
+    # transformers 5 keeps rope_theta in the second one, 4 in the config itself.
+    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    given.update(rope)
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if not given.get("head_dim"):
         given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
-    if given["model_type"] != "llama" or given.get("rope_type", "default") != "default":
+    if given["model_type"] != "llama" or kind != "default":
         raise SystemExit(f"{folder} must be a llama with plain rotary embeddings")
     model = Llama(Config(**{f.name: given[f.name] for f in fields(Config) if f.name in given}))
     weights: dict[str, Tensor] = {}

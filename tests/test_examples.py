@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -94,10 +95,20 @@ def test_its_model_is_that_of_transformers(example: Any, tmp_path: Path) -> None
     assert ours.layers[0].self_attn.reuse.stats().kv_head_hits == 0
 
 
-def test_another_kind_of_model_is_refused(example: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "qwen2"},
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},  # as transformers 4 writes it
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    ],
+)
+def test_another_kind_of_model_is_refused(
+    example: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
     pytest.importorskip("safetensors")
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4}'
-    )
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4} | options
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit, match="must be a llama with plain rotary embeddings"):
         example.load(tmp_path)
