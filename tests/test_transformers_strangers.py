@@ -16,10 +16,12 @@ transformers = pytest.importorskip("transformers")
 
 from all_models import tiny_causal_model, tiny_config  # noqa: E402
 from tiny_models import ALWAYS, NEVER, ROUNDING, SMALL, Model, prompts, run, tiny_model  # noqa: E402
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 from mac_attn import ReuseConfig, RotaryEmbedding  # noqa: E402
 from mac_attn.integrations.transformers import MacCache, mac_attention_forward  # noqa: E402
+from mac_attn.integrations.transformers.rotation import cache_name  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -247,6 +249,32 @@ def test_a_model_that_does_not_run_alone_says_so() -> None:
         MacCache(model, max_length=64)
     MacCache(model, max_length=64, config=None)
     MacCache(model, max_length=64, rotary=RotaryEmbedding.from_transformers(model))
+
+
+def test_an_encoder() -> None:
+    """Its decoder attends exactly; the message says how."""
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 64)
+    sizes |= dict.fromkeys(("encoder_layers", "decoder_layers"), 2)
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    config = transformers.BartConfig(
+        vocab_size=100, init_std=0.3, forced_eos_token_id=None, **sizes
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    ids = prompts(CPU, 1)
+    options = {"max_new_tokens": 12, "do_sample": False, "num_beams": 1}
+    want = model.generate(ids, **options)
+    model.set_attn_implementation("mac")
+    for given in ({"config": ALWAYS}, {"config": None, "kv_dtype": torch.float8_e4m3fn}):
+        with pytest.raises(ValueError, match=r"encoder-decoder models .* use EncoderDecoderCache"):
+            MacCache(model, max_length=64, **given)
+    cache = MacCache(model, max_length=64, config=None)
+    both = EncoderDecoderCache(cache, DynamicCache())
+    assert torch.equal(model.generate(ids, **{cache_name(model.generate): both}, **options), want)
+    assert cache.get_seq_length() == want.shape[1] - 1
+    cache.reset()
+    with pytest.raises(ValueError, match="twice in one forward .* an EncoderDecoderCache"):
+        model.generate(ids, **{cache_name(model.generate): cache}, **options)
 
 
 def test_the_probe_leaves_no_trace() -> None:

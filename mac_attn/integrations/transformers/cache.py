@@ -69,8 +69,8 @@ class MacCache(Cache):
 
     Raises:
         ValueError: an argument does not fit; transformers gives the model no SDPA; a layer keeps
-            something else than keys and values; or a layer rotates its queries in a way that is not
-            known, or that changes with the length.
+            something else than keys and values; the model has an encoder, and a `config`; or a
+            layer rotates its queries in a way that is not known, or that changes with the length.
         TypeError: an argument is of the wrong type.
     """
 
@@ -107,6 +107,12 @@ class MacCache(Cache):
         self._rotations: dict[int, Rotation | None] = {}
         strangers: list[str | None] = [None] * len(kinds)
         if config is not None or kv_dtype is not None:
+            if getattr(model.config, "is_encoder_decoder", False):
+                raise Refusal(
+                    "encoder-decoder models are not served with a `config` or `kv_dtype`; use "
+                    "EncoderDecoderCache(MacCache(model, max_length=..., config=None), "
+                    "DynamicCache()), which is exact decode attention, or transformers' own cache"
+                )
             probe = MacCache(model, max_length=PROBE_TOKENS, config=None)
         if config is not None and rotary is not None:
             check_rotations(model, probe, rotaries)
@@ -206,8 +212,10 @@ class MacCache(Cache):
         lengths = {layer.length for layer in self._keepers}
         if len(lengths) > 1:
             raise Refusal(
-                "a forward was interrupted and left the layers of this MacCache with different "
-                "lengths; call reset() and prefill again"
+                "the layers of this MacCache have different lengths: a forward was interrupted "
+                "(call reset() and prefill again), or the model gives a layer keys and values "
+                "twice in one forward (use transformers' own cache; for the decoder of an "
+                "encoder-decoder model wrap the MacCache in an EncoderDecoderCache)"
             )
         (self._shared.length,) = lengths
         if self._shared.length:
