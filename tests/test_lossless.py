@@ -17,12 +17,16 @@ from tiny_models import (  # noqa: E402
     EOS,
     FAMILIES,
     ROUNDING,
+    VOCAB,
     left_padded,
     prompts,
     tiny_model,
 )
 from transformers import (  # noqa: E402
+    CLIPVisionConfig,
     GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -385,14 +389,38 @@ def test_inputs_besides_token_ids_are_refused() -> None:
     model, ids = tiny_model(device), prompts(device, 1)
     embeds = model.get_input_embeddings()(ids)
     cache = MacCache(model, max_length=64)
-    with pytest.raises(ValueError, match=r"Lossless does not do inputs_embeds: use generate's own"):
+    with pytest.raises(
+        ValueError, match=r"not do the model's input `inputs_embeds`: use generate's own"
+    ):
         model.generate(
             inputs_embeds=embeds, past_key_values=cache, custom_generate=Lossless(),
             max_new_tokens=4,
         )  # fmt: skip
-    with pytest.raises(ValueError, match=r"Lossless does not do pixel_values: use generate's own"):
+    with pytest.raises(
+        ValueError, match=r"not do the model's input `pixel_values`: use generate's own"
+    ):
         Lossless()(
             model, ids, LogitsProcessorList(), StoppingCriteriaList(), GenerationConfig(),
             past_key_values=cache, pixel_values=torch.ones(1, 3, 8, 8), mm_token_type_ids=None,
         )  # fmt: skip
     assert cache.get_seq_length() == 0
+
+
+def test_a_model_that_sees() -> None:
+    """Text alone it takes as any model does; images are refused."""
+    text = tiny_model(torch.device("cpu")).config
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=VOCAB - 2)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.set_attn_implementation("mac")
+    ids = prompts(torch.device("cpu"), 1)
+    ids[ids == VOCAB - 2] = 1
+    check_same(generate(model, ids, Lossless(4)), generate(model, ids, None))
+    image = torch.randn(1, 3, 28, 28)
+    ids[0, 3:7] = VOCAB - 2
+    with pytest.raises(ValueError, match=r"Lossless does not do the model's input `"):
+        generate(model, ids, Lossless(4), pixel_values=image)

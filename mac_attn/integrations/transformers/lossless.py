@@ -21,13 +21,11 @@ from mac_attn._checks import check_int, check_type
 from .cache import MacCache
 from .rotation import cache_name
 from .shared import Mode
-from .support import Refusal
+from .support import NEUTRAL, Refusal
 
 TIMED_ROUNDS = 4  # that are waited for, to learn what a draft costs
 # What generate may hand over for the model. Anything else is an input that would be lost.
-_INPUTS = frozenset(
-    {"cache", "past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
-)
+_INPUTS = NEUTRAL | {"cache", "past_key_values", "attention_mask", "position_ids"}
 
 
 @dataclass
@@ -210,9 +208,8 @@ class _Run:
                 f"the prompt's {ids.shape[1]} tokens"
             )
         self.chunk: int | None = options.prefill_chunk_size
-        self.last_alone = (
-            "logits_to_keep" in model_kwargs
-        )  # as generate does where forward takes it
+        # generate asks for the last logits alone where the model's forward can be asked.
+        self.last_alone = "logits_to_keep" in model_kwargs
         self.samples: bool = options.do_sample
         self.pad: Tensor | None = getattr(options, "_pad_token_tensor", None)
         self.keeps = bool(options.output_scores or options.output_logits)
@@ -372,6 +369,8 @@ def _refuse(options: Any, synced_gpus: bool, model: Any, inputs: dict[str, Any])
         "synced_gpus": bool(synced_gpus),
         "an encoder": bool(model.config.is_encoder_decoder),
     }
-    asked |= {name: value is not None for name, value in inputs.items() if name not in _INPUTS}
+    for name, value in inputs.items():
+        nothing = value is None or (isinstance(value, dict) and not value)  # as of no images
+        asked[f"the model's input `{name}`"] = name not in _INPUTS and not nothing
     if refused := [name for name, given in asked.items() if given]:
         raise Refusal(f"Lossless does not do {', '.join(refused)}: use generate's own methods")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 # Keywords of an attention call that are about something else than which values are mixed how: the
 # window is in the mask too, and the rest is what a forward was asked to return or to count.
-_NEUTRAL = frozenset(
+NEUTRAL = frozenset(
     {
         "sliding_window",
         "position_ids",
@@ -47,7 +47,7 @@ _approved: set[tuple[type, type]] = set()
 def check_keywords(kwargs: dict[str, Any]) -> None:
     """Refusal for a keyword that SDPA would ignore although it may change the attention."""
     for name, value in kwargs.items():
-        if value is not None and name not in _NEUTRAL:
+        if value is not None and name not in NEUTRAL:
             raise Refusal(
                 f'attention keyword `{name}`: "mac" is SDPA or mac_attn.decode, and neither takes '
                 f"it; {_EAGER}"
