@@ -140,20 +140,27 @@ def test_leaves_non_finite_out(device: torch.device) -> None:
     assert report.error.isfinite().all() and report.max_error.isfinite().all()
 
 
-def test_keeps_no_graph(device: torch.device) -> None:
-    """Where torch.no_grad() was forgotten."""
-    cache, table = mac_attn.dense_as_pages(*torch.randn(2, 1, 40, KV_HEADS, DIM, device=device))
+def one_request(device: torch.device, every: int) -> tuple[ReuseCache, Tensor, Tensor]:
+    """Rings that are audited, and 64 tokens in a paged KV cache."""
+    kv = torch.randn(2, 1, 64, KV_HEADS, DIM, dtype=torch.bfloat16, device=device)
+    cache, table = mac_attn.dense_as_pages(kv[0], kv[1])
     reuse = ReuseCache(
         CONFIG,
         num_slots=1,
         num_qo_heads=HEADS,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
-        dtype=torch.float32,
+        dtype=torch.bfloat16,
         device=device,
     )
-    reuse.audit(every=1)
-    q = torch.randn(1, HEADS, DIM, device=device, requires_grad=True)
+    reuse.audit(every)
+    return reuse, cache, table
+
+
+def test_keeps_no_graph(device: torch.device) -> None:
+    """Where torch.no_grad() was forgotten."""
+    reuse, cache, table = one_request(device, every=1)
+    q = torch.randn(1, HEADS, DIM, dtype=torch.bfloat16, device=device, requires_grad=True)
     seq_lens, slots = (torch.tensor([n], dtype=torch.int32, device=device) for n in (40, 0))
     mac_attn.decode(q, cache, table, seq_lens, reuse=reuse, slots=slots, q_match=q.detach())
     report = reuse.audited()
@@ -179,18 +186,7 @@ def test_refuses(every: object, error: type[Exception]) -> None:
 
 def test_cuda_graph_samples(cuda: torch.device) -> None:
     """Which rows are sampled is decided on the device, so a replayed graph samples too."""
-    kv = torch.randn(2, 1, 64, KV_HEADS, DIM, dtype=torch.bfloat16, device=cuda)
-    cache, table = mac_attn.dense_as_pages(kv[0], kv[1])
-    reuse = ReuseCache(
-        CONFIG,
-        num_slots=1,
-        num_qo_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=DIM,
-        dtype=torch.bfloat16,
-        device=cuda,
-    )
-    reuse.audit(every=4)
+    reuse, cache, table = one_request(cuda, every=4)
     q = torch.randn(1, HEADS, DIM, dtype=torch.bfloat16, device=cuda)
     seq_lens = torch.full((1,), 21, dtype=torch.int32, device=cuda)
     slots = torch.zeros(1, dtype=torch.int32, device=cuda)

@@ -307,7 +307,10 @@ void test_refusals(const AmendSpec& base) {
   });
   changed("all the weight in one token", true,
           [](AmendCase&, float& tau, float* last_lse) { tau = 64, last_lse[0] = -1; });
-  changed("NaN in a key", true, [](AmendCase& a, float&, float*) { a.set_key(0, 40, 1, NAN); });
+  for (const double cap : {0, 5}) {
+    spec.soft_cap = cap;
+    changed("NaN in a key", true, [](AmendCase& a, float&, float*) { a.set_key(0, 40, 1, NAN); });
+  }
 }
 
 // The comparison has to find faults: those of a right answer that is changed as a wrong kernel would have it.
