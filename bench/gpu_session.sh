@@ -82,7 +82,7 @@ flashinfer() {
 }
 
 tests() {
-  "$python" -m pytest -q -p no:cacheprovider -k cuda tests
+  "$python" -m pytest -q -p no:cacheprovider -k "cuda and not serving_cuda_kernels" tests
 }
 
 smoke() {

@@ -9,7 +9,7 @@ drawn: a request's next token is with that probability one of eight, and else an
 of a token are nearly the same wherever it stands, so that one which was there before finds them in
 the ring.
 
-A turn's requests are sent at once. The first one, of one token, is the prefill; after that the
+A turn's requests are sent at once. The first one, of 16 tokens, is the prefill; after that the
 prompts are in the engine's prefix cache. "ms/token" is a step in which all requests decode, as the
 client sees it; hits and keys read are the plugin's metrics of the turn.
 """
@@ -104,15 +104,15 @@ def measure(
     """The rows of one server."""
     rows = []
     for case in options.cases:
-        # Also of what is compiled at its first use.
-        prefill = server.complete_all(requests(case, 1, 0.5, vocabulary))
+        # Also of what is compiled at its first use, and of steps in which all decode.
+        prefill = server.complete_all(requests(case, 16, 0.5, vocabulary))
         for rate in rates:
             turns = Turns()
             take_turn(
                 turns, server, requests(case, options.new_tokens, rate, vocabulary), settle=True
             )
             row = {"requests": case[0], "context": case[1], "repeated": rate, **turns.row(turns)}
-            row["prefill_s"] = max(answer.last for answer in prefill)
+            row["prefill_s"] = max(answer.first for answer in prefill)
             rows.append(row)
             print(_line(row), flush=True)
     return rows

@@ -213,7 +213,7 @@ class Server:
                 for choice in event["choices"]:
                     answer.last = time.perf_counter() - start
                     answer.first = answer.first or answer.last
-                    answer.times.append(answer.last)
+                    answer.times += [answer.last] * len(choice["token_ids"])
                     answer.tokens += choice["token_ids"]
                     answer.top += [
                         {

@@ -34,6 +34,10 @@ IN_SDIST = (
     "LICENSE",
     "csrc/ops.cpp",
     "csrc/cuda/match.cu",
+    "tests/conftest.py",
+    "tests/cpp/test_kernels.cpp",
+    "bench/README.md",
+    "mkdocs.yml",
 )
 
 

@@ -21,7 +21,10 @@ def check(library: Path | None) -> None:
     """Raises ImportError if `library` is missing, or is not for the torch that is installed."""
     if library is None:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        raise ImportError(f"mac_attn is not built for this Python {python}: {HOW}")
+        where = ""
+        if (Path(__file__).parent.parent / "setup.py").exists():
+            where = ", to be used from another folder: in this one Python takes the sources"
+        raise ImportError(f"mac_attn is not built for this Python {python}: {HOW}{where}")
     _, found, rest = library.read_bytes().partition(MARK)
     if not found:
         raise ImportError(

@@ -32,6 +32,13 @@ def cuda() -> torch.device:
     return torch.device("cuda")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-k cuda` selects what exists on CUDA only, too."""
+    for item in items:
+        if "cuda" in getattr(item, "fixturenames", ()):
+            item.extra_keyword_matches.add("cuda")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call() -> Generator[None, object, object]:
     """Skip what the CUDA kernels do not offer (float32, odd head sizes), in their own words."""

@@ -384,6 +384,8 @@ try:
     mac_attn.decode(q, (pages, pages), table, lens, out=out)
 except (MemoryError, RuntimeError) as error:
     assert "alloc" in str(error), error
+else:
+    assert {extra} > 20, "it fits?"
 print("ok")
 """
 
