@@ -15,15 +15,10 @@ CONFIG = ReuseConfig(
 )
 
 
-def run(
-    device: torch.device, every: int | None, poison: int | None = None
-) -> tuple[ReuseCache, Tensor, Tensor, Tensor]:
-    """Decode two requests; returns the cache, out and exact `[steps, B, Hq, D]`, lengths."""
-    kv = torch.randn(2, 2, LENGTH, KV_HEADS, DIM, dtype=torch.bfloat16).to(device)
-    cache, table = mac_attn.dense_as_pages(kv[0], kv[1])
+def audited(device: torch.device, num_slots: int, every: int | None) -> ReuseCache:
     reuse = ReuseCache(
         CONFIG,
-        num_slots=3,
+        num_slots=num_slots,
         num_qo_heads=HEADS,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
@@ -31,6 +26,16 @@ def run(
         device=device,
     )
     reuse.audit(every)
+    return reuse
+
+
+def run(
+    device: torch.device, every: int | None, poison: int | None = None
+) -> tuple[ReuseCache, Tensor, Tensor, Tensor]:
+    """Decode two requests; returns the cache, out and exact `[steps, B, Hq, D]`, lengths."""
+    kv = torch.randn(2, 2, LENGTH, KV_HEADS, DIM, dtype=torch.bfloat16).to(device)
+    cache, table = mac_attn.dense_as_pages(kv[0], kv[1])
+    reuse = audited(device, 3, every)
     slots = torch.tensor([2, 0], dtype=torch.int32, device=device)
     base = torch.randn(2, HEADS, DIM)
     outs, exacts, lengths = [], [], []
@@ -144,17 +149,7 @@ def one_request(device: torch.device, every: int) -> tuple[ReuseCache, Tensor, T
     """Rings that are audited, and 64 tokens in a paged KV cache."""
     kv = torch.randn(2, 1, 64, KV_HEADS, DIM, dtype=torch.bfloat16, device=device)
     cache, table = mac_attn.dense_as_pages(kv[0], kv[1])
-    reuse = ReuseCache(
-        CONFIG,
-        num_slots=1,
-        num_qo_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=DIM,
-        dtype=torch.bfloat16,
-        device=device,
-    )
-    reuse.audit(every)
-    return reuse, cache, table
+    return audited(device, 1, every), cache, table
 
 
 def test_keeps_no_graph(device: torch.device) -> None:
