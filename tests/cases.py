@@ -20,6 +20,11 @@ from mac_attn.reference import ReferenceReuse, Step, decode
 GARBAGE_PAGES = (-1, 2**31 - 1, -(2**31), 10**6)
 
 
+def plain_dtype(device: torch.device | str) -> torch.dtype:
+    """float32, or bfloat16 on CUDA, whose kernels have no float32: what helpers default to."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
 @dataclass
 class PagedKV:
     """KV of several requests in shuffled pages; every place that holds no token yet is NaN."""
@@ -67,7 +72,7 @@ def make_kv(
     num_kv_heads: int,
     head_dim: int,
     page_size: int = 16,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     layout: str = "NHD",
     combined: bool = False,
@@ -82,6 +87,7 @@ def make_kv(
     a cache of float8_e4m3fn with scales that are "0-d", "1-d" or one "per head". Values have rows
     of `head_dim_v`, or None of `head_dim`.
     """
+    dtype = dtype or plain_dtype(device)
     generator = torch.Generator().manual_seed(seed)
     pages_each = -(-length // page_size)
     num_pages = batch * pages_each + 3  # some pages belong to nobody
@@ -120,7 +126,7 @@ def make_kv(
 def make_q(
     seed: int,
     *shape: int,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     strided: bool = False,
 ) -> Tensor:
@@ -128,8 +134,8 @@ def make_q(
     generator = torch.Generator().manual_seed(seed)
     *lead, heads, head_dim = shape
     extra = 2 if strided else 0
-    q = torch.randn((*lead, heads + extra, head_dim), generator=generator).to(device, dtype)
-    return q[..., :heads, :]
+    q = torch.randn((*lead, heads + extra, head_dim), generator=generator)
+    return q.to(device, dtype or plain_dtype(device))[..., :heads, :]
 
 
 def random_walk(
@@ -144,7 +150,7 @@ def random_walk(
     jump: float = 0.15,
     revisit: float = 0.3,
     reach: int = 8,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Queries `[steps, B, Hq, D]`, normal at every step, each near one of the few before it.
@@ -167,7 +173,7 @@ def random_walk(
         jumps = jumps | (torch.rand(shape, generator=generator) < jump / 3)
         a = torch.where(jumps, 1.0, step)[..., None]
         walk[t] = (1 - a**2).sqrt() * source + a * noise
-    return walk.flatten(2, 3).to(device, dtype)
+    return walk.flatten(2, 3).to(device, dtype or plain_dtype(device))
 
 
 def small_config(**changes: Any) -> mac_attn.ReuseConfig:

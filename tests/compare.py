@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import PagedKV, one_thread
+from cases import PagedKV, one_thread, plain_dtype
 from judge import Judge, adopt, sample_tolerance, seed_with_taus
 from torch import Tensor
 
@@ -49,10 +49,13 @@ def state_tolerance(dtype: torch.dtype, device: torch.device | str) -> Tolerance
     return Tolerance(2e-5, 2e-5)
 
 
-def out_tolerance(dtype: torch.dtype, device: torch.device | str) -> Tolerance:
-    """For `out` in the queries' dtype: the state's tolerance and one rounding, eps/2 relative."""
+def out_tolerance(dtype: torch.dtype, device: torch.device | str, roundings: int = 1) -> Tolerance:
+    """For `out` in the queries' dtype: the state's tolerance and a rounding, eps/2 relative.
+
+    There are two `roundings` beside another output of that dtype.
+    """
     state = state_tolerance(dtype, device)
-    return Tolerance(state.absolute, state.relative + torch.finfo(dtype).eps / 2)
+    return Tolerance(state.absolute, state.relative + roundings * torch.finfo(dtype).eps / 2)
 
 
 def check_clear(step: Step, margin: float = 1e-5) -> None:
@@ -145,10 +148,11 @@ class Twins:
         num_slots: int,
         heads: tuple[int, int],
         head_dim: int,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         **options: Any,
     ) -> None:
+        dtype = dtype or plain_dtype(device)
         num_qo_heads, num_kv_heads = heads
         shape = {"num_slots": num_slots, "num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads}
         self.cache = mac_attn.ReuseCache(

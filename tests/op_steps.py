@@ -3,6 +3,7 @@
 import math
 
 import torch
+from cases import plain_dtype
 from torch import Tensor
 
 import mac_attn
@@ -11,8 +12,9 @@ BATCH, HEADS, KV_HEADS, HEAD_DIM, PAGE, PAGES = 2, 6, 2, 64, 16, 20
 ENTRIES, BAND = 16, 8
 
 
-def make_step(device, dtype=torch.float32, n=100):
+def make_step(device, dtype=None, n=100):
     """Queries, pages, table and lengths of one decode step."""
+    dtype = dtype or plain_dtype(device)
     kv = torch.randn(BATCH * PAGES, 2, PAGE, KV_HEADS, HEAD_DIM, device=device).to(dtype)
     table = torch.randperm(BATCH * PAGES, device=device).int().view(BATCH, PAGES)
     q = torch.randn(BATCH, HEADS, HEAD_DIM, device=device).to(dtype)
@@ -20,7 +22,7 @@ def make_step(device, dtype=torch.float32, n=100):
     return q, kv, table, seq_lens
 
 
-def make_reuse(device, dtype=torch.float32, rotary=None, head_dim_v=HEAD_DIM, **options):
+def make_reuse(device, dtype=None, rotary=None, head_dim_v=HEAD_DIM, **options):
     base = {"entries": ENTRIES, "window": 16, "band": BAND, "anchors": 4, "min_context": 1}
     options = {**base, "threshold": 0.1, **options}
     return mac_attn.ReuseCache(
@@ -30,7 +32,7 @@ def make_reuse(device, dtype=torch.float32, rotary=None, head_dim_v=HEAD_DIM, **
         num_kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         head_dim_v=head_dim_v,
-        dtype=dtype,
+        dtype=dtype or plain_dtype(device),
         device=device,
         rotary=rotary,
     )
@@ -56,12 +58,12 @@ def prime(reuse, q, kv, table, seq_lens):
     reuse.counters.zero_()
 
 
-def two_steps(reuse, device, dtype=torch.float32):
+def two_steps(reuse, device):
     """A miss, then a hit on a nearly equal query; returns the arguments of the second step.
 
     The pages are one tensor, or a pair where values are shorter than keys.
     """
-    q, kv, table, seq_lens = make_step(device, dtype)
+    q, kv, table, seq_lens = make_step(device, reuse.dtype)
     if reuse.head_dim_v < HEAD_DIM:
         kv = (kv[:, 0], kv[:, 1, ..., : reuse.head_dim_v])
     prime(reuse, q, kv, table, seq_lens)

@@ -8,7 +8,6 @@ from op_steps import (
     BATCH,
     ENTRIES,
     HEAD_DIM,
-    HEADS,
     PAGE,
     PAGES,
     make_reuse,
@@ -24,7 +23,7 @@ import mac_attn
 # Each case changes one argument; the error names it and nothing is written.
 def bad_cases(device) -> dict[str, tuple[dict, type[Exception], str]]:
     q, kv, table, seq_lens = make_step(device)
-    other_heads = torch.randn(BATCH * PAGES, 2, PAGE, 3, HEAD_DIM, device=device)
+    other_heads = torch.empty(BATCH * PAGES, 2, PAGE, 3, HEAD_DIM, dtype=q.dtype, device=device)
     return {
         "q a list": ({"q": [1.0]}, TypeError, "q is of type list"),
         "q of two dims": ({"q": q[0]}, ValueError, "q has shape"),
@@ -32,11 +31,11 @@ def bad_cases(device) -> dict[str, tuple[dict, type[Exception], str]]:
         "q of another head_dim": ({"q": q[..., :32]}, ValueError, "q"),
         "q of another head count": ({"q": q[:, :4]}, ValueError, "q"),
         "q strided in the last dim": (
-            {"q": torch.randn(BATCH, HEADS, HEAD_DIM * 2, device=device)[..., ::2]},
+            {"q": torch.cat([q, q], dim=-1)[..., ::2]},
             ValueError,
             "q has stride",
         ),
-        "kv of another dtype": ({"kv_cache": kv.bfloat16()}, TypeError, "k_cache is"),
+        "kv of another dtype": ({"kv_cache": kv.half()}, TypeError, "k_cache is"),
         "kv on another device": ({"kv_cache": kv.to("meta")}, ValueError, "k_cache is on"),
         "kv of another head count": ({"kv_cache": other_heads}, ValueError, "k_cache has shape"),
         "kv a pair without v": ({"kv_cache": (kv[:, 0], None)}, TypeError, "v_cache is None"),
@@ -56,7 +55,7 @@ def bad_cases(device) -> dict[str, tuple[dict, type[Exception], str]]:
         "out of another dtype": ({"out": q.half()}, TypeError, "out is"),
         "out of another shape": ({"out": q[:1].clone()}, ValueError, "out has shape"),
         "out strided in the last dim": (
-            {"out": torch.empty(BATCH, HEADS, 2 * HEAD_DIM, device=device)[..., ::2]},
+            {"out": torch.cat([q, q], dim=-1)[..., ::2]},
             ValueError,
             "out has stride",
         ),

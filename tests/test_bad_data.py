@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_kv, make_q, random_walk, small_config
+from cases import make_kv, make_q, plain_dtype, random_walk, small_config
 from compare import Twins, out_tolerance
 from torch import Tensor
 
@@ -21,15 +21,15 @@ HEADS, HEAD_DIM, LENGTH = (4, 2), 64, 60
 BAD_NUMBERS = [math.nan, math.inf, -math.inf]
 
 
-def make_step(device: torch.device, dtype: torch.dtype = torch.float32, batch: int = 3) -> Any:
+def make_step(device: torch.device, batch: int = 3) -> Any:
     """Queries, KV cache, block table and lengths of an exact step; pages beyond are garbage."""
     kv = make_kv(
-        1, batch=batch, length=LENGTH, num_kv_heads=HEADS[1], head_dim=HEAD_DIM, dtype=dtype,
-        device=device, page_size=7,
+        1, batch=batch, length=LENGTH, num_kv_heads=HEADS[1], head_dim=HEAD_DIM, device=device,
+        page_size=7,
     )  # fmt: skip
     lengths = [LENGTH, 33, 50][:batch]
     kv.write([0] * batch, lengths)
-    q = make_q(2, batch, HEADS[0], HEAD_DIM, dtype=dtype, device=device)
+    q = make_q(2, batch, HEADS[0], HEAD_DIM, device=device)
     return q, kv, kv.table(lengths), torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
@@ -39,16 +39,12 @@ def exact(
     return mac_attn.decode(q, kv.cache, table, lens, logits_soft_cap=cap, return_lse=True)
 
 
-def dtype_of(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
 @pytest.mark.parametrize("bad", BAD_NUMBERS)
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("cap", [0.0, 30.0])
 def test_a_bad_number_shows_in_its_own_head_and_nowhere_else(cap, where, bad, device):
     """Never a finite answer that hides it, never a bit of another head or request changed."""
-    q, kv, table, lens = make_step(device, dtype_of(device))
+    q, kv, table, lens = make_step(device)
     out, lse = exact(q, kv, table, lens, cap)
     if where == "q":
         q[1, 2, 5] = bad
@@ -85,15 +81,12 @@ def test_a_bad_number_shows_in_its_own_head_and_nowhere_else(cap, where, bad, de
 def test_reuse_recovers_from_a_bad_query(granularity, bad, device):
     """The step itself is NaN; its entry is never matched, so all later steps are as if it had been
     any miss, which the comparison with the reference shows."""
-    dtype = dtype_of(device)
     cfg = small_config(granularity=granularity)
-    twins = Twins(cfg, num_slots=1, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, device=device)
-    kv = make_kv(
-        3, batch=1, length=70, num_kv_heads=HEADS[1], head_dim=HEAD_DIM, dtype=dtype, device=device
-    )
+    twins = Twins(cfg, num_slots=1, heads=HEADS, head_dim=HEAD_DIM, device=device)
+    kv = make_kv(3, batch=1, length=70, num_kv_heads=HEADS[1], head_dim=HEAD_DIM, device=device)
     kv.write([0], [70])
-    q = make_q(4, 70, 1, HEADS[0], HEAD_DIM, dtype=dtype, device=device)
-    q_match = random_walk(5, 70, 1, 2, 2, HEAD_DIM, dtype=dtype, device=device)
+    q = make_q(4, 70, 1, HEADS[0], HEAD_DIM, device=device)
+    q_match = random_walk(5, 70, 1, 2, 2, HEAD_DIM, device=device)
     q_match[40:60] = q_match[39].clone()  # all of them hit
     q[50, 0, 1, 7] = q_match[50, 0, 1, 7] = bad
     table = kv.table([70])
@@ -121,7 +114,7 @@ def test_reuse_recovers_from_a_bad_query(granularity, bad, device):
 @pytest.mark.parametrize("size", [1e30, 1e15])
 def test_huge_numbers_answer_right_or_not_at_all(size, device):
     """Squares and logits overflow float32: that must end in NaN or infinity, not in a number."""
-    q, kv, table, lens = make_step(device, dtype_of(device))
+    q, kv, table, lens = make_step(device)
     q *= size
     out, lse = exact(q, kv, table, lens)
     want = reference.decode(q, kv.cache, table, lens)
@@ -135,15 +128,12 @@ def test_huge_numbers_answer_right_or_not_at_all(size, device):
 
 def test_huge_queries_never_match(device):
     """Their squared distance overflows: a miss, not a hit by accident."""
-    dtype = dtype_of(device)
     for mode in ("relative", "absolute"):
         cfg = small_config(threshold_mode=mode, threshold=0.5, min_context=0)
-        twins = Twins(cfg, num_slots=1, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, device=device)
-        kv = make_kv(
-            6, batch=1, length=40, num_kv_heads=2, head_dim=HEAD_DIM, dtype=dtype, device=device
-        )
+        twins = Twins(cfg, num_slots=1, heads=HEADS, head_dim=HEAD_DIM, device=device)
+        kv = make_kv(6, batch=1, length=40, num_kv_heads=2, head_dim=HEAD_DIM, device=device)
         kv.write([0], [40])
-        q = make_q(7, 1, HEADS[0], HEAD_DIM, dtype=dtype, device=device)
+        q = make_q(7, 1, HEADS[0], HEAD_DIM, device=device)
         slots = torch.zeros(1, dtype=torch.int32, device=device)
         for n in range(1, 41):
             lens = torch.tensor([n], dtype=torch.int32, device=device)
@@ -157,21 +147,20 @@ def test_huge_queries_never_match(device):
 def test_denormals(device):
     """Tiny keys, values and queries are numbers like any other; whether the hardware rounds them to
     zero is below the tolerance."""
-    dtype = dtype_of(device)
-    q, kv, table, lens = make_step(device, dtype)
+    q, kv, table, lens = make_step(device)
     for scale_q, scale_k, scale_v in [(1e-40, 1, 1), (1, 1e-40, 1), (1, 1, 1e-40), (1e-42,) * 3]:
         cut = (kv.cache[0] * scale_k, kv.cache[1] * scale_v)
         call = (q * scale_q, cut, table, lens)
         out, lse = mac_attn.decode(*call, return_lse=True)
         want = reference.decode(*call)
-        tolerance = out_tolerance(dtype, device)
+        tolerance = out_tolerance(q.dtype, device)
         tolerance.check(out, want.out, "out")
         tolerance.check(lse, want.lse, "lse")
 
 
 @pytest.mark.parametrize("garbage", [-1, 2**31 - 1, -(2**31), 10**6])
 def test_pages_beyond_those_in_use_are_not_read(garbage, device):
-    q, kv, table, lens = make_step(device, dtype_of(device))
+    q, kv, table, lens = make_step(device)
     out, lse = exact(q, kv, table, lens)
     table = table.clone()
     for b, n in enumerate(lens.tolist()):
@@ -183,11 +172,8 @@ def test_pages_beyond_those_in_use_are_not_read(garbage, device):
 @pytest.mark.parametrize("page", [-1, 10**6, 2**31 - 1, -(2**31)])
 def test_a_page_that_is_not_there(page, device):
     """On the CPU the call raises; on CUDA that request alone is NaN and `check` raises."""
-    dtype = dtype_of(device)
-    q, kv, table, lens = make_step(device, dtype)
-    twins = Twins(
-        small_config(), num_slots=3, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, device=device
-    )
+    q, kv, table, lens = make_step(device)
+    twins = Twins(small_config(), num_slots=3, heads=HEADS, head_dim=HEAD_DIM, device=device)
     slots = torch.arange(3, dtype=torch.int32, device=device)
     table[1, 2] = page
     call = dict(reuse=twins.cache, slots=slots, q_match=q)
@@ -255,7 +241,7 @@ def test_the_longest_length_there_is():
 
 def test_an_output_that_overlaps_itself_is_refused(device):
     """Several threads write it: whichever row came last would be everybody's answer."""
-    q, kv, table, lens = make_step(device, dtype_of(device))
+    q, kv, table, lens = make_step(device)
     one = torch.empty(1, 1, HEAD_DIM, dtype=q.dtype, device=q.device)
     flat = torch.empty(10**4, dtype=q.dtype, device=q.device)
     shape = (3, HEADS[0], HEAD_DIM)
@@ -276,14 +262,12 @@ def test_an_output_that_overlaps_itself_is_refused(device):
 
 def test_an_output_in_the_place_of_the_query(device):
     """It may be without reuse; with it the entry is made of the query after the output is there."""
-    dtype = dtype_of(device)
-    q, kv, table, lens = make_step(device, dtype)
+    q, kv, table, lens = make_step(device)
     both = torch.stack([q, q], 1)
     q, q_match = both[:, 0], q.clone()  # a view that is not dense
     twins = Twins(
-        small_config(anchors=3), num_slots=3, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype,
-        device=device,
-    )  # fmt: skip
+        small_config(anchors=3), num_slots=3, heads=HEADS, head_dim=HEAD_DIM, device=device
+    )
     slots = torch.arange(3, dtype=torch.int32, device=device)
     options: dict[str, Any] = dict(reuse=twins.cache, slots=slots, q_match=q_match)
     before = twins.cache.ring.clone()
@@ -300,7 +284,7 @@ def test_an_output_in_the_place_of_the_query(device):
 
 def test_strides_of_a_dimension_of_one_do_not_count(device):
     """As torch gives them to views: on CUDA none of them would be a multiple of 16 bytes."""
-    q, kv, table, lens = make_step(device, dtype_of(device), batch=1)
+    q, kv, table, lens = make_step(device, batch=1)
     want = mac_attn.decode(q, kv.cache, table, lens)
     got = mac_attn.decode(q.as_strided(q.shape, (3, HEAD_DIM, 1)), kv.cache, table, lens)
     assert torch.equal(got, want)
@@ -309,7 +293,7 @@ def test_strides_of_a_dimension_of_one_do_not_count(device):
 @pytest.mark.parametrize("reused", [False, True])
 def test_nothing_of_anything(reused, device):
     """No requests, no pages, only padding rows: empty states, and no slot is touched."""
-    dtype = dtype_of(device)
+    dtype = plain_dtype(device)
     pages = torch.empty(0, 16, 2, HEAD_DIM, dtype=dtype, device=device)
     for batch in (0, 2):
         q = torch.randn(batch, 4, HEAD_DIM, device=device).to(dtype)
@@ -317,9 +301,8 @@ def test_nothing_of_anything(reused, device):
         options: dict[str, Any] = {}
         if reused:
             twins = Twins(
-                small_config(anchors=3), num_slots=2, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype,
-                device=device,
-            )  # fmt: skip
+                small_config(anchors=3), num_slots=2, heads=HEADS, head_dim=HEAD_DIM, device=device
+            )
             slots = torch.full_like(zero, 10**9)
             options = dict(reuse=twins.cache, slots=slots, q_match=q)
         for width in (0, 3):

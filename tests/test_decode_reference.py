@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_kv, make_q, one_thread, random_walk, small_config
+from cases import make_kv, make_q, one_thread, plain_dtype, random_walk, small_config
 from compare import Twins, check_ring, out_tolerance, state_tolerance
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,6 +16,8 @@ import mac_attn
 from mac_attn import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# For cases that take one each: None is `plain_dtype`.
+EACH_DTYPE = [None, torch.bfloat16, torch.float16]
 GROUPS = [1, 3, 5, 8, 32]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 PAGE_SIZES = [1, 7, 16, 64]
@@ -44,14 +46,14 @@ def check_exact(
     lengths: list[int],
     heads: tuple[int, int],
     head_dim: int,
-    dtype: torch.dtype,
     device: torch.device,
+    dtype: torch.dtype | None = None,
     strided: bool = False,
     softmax: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
     """Exact decode of requests of the given lengths equals the reference and torch's SDPA."""
-    softmax = softmax or {}
+    softmax, dtype = softmax or {}, dtype or plain_dtype(device)
     kv = make_kv(
         seed,
         batch=len(lengths),
@@ -92,7 +94,7 @@ def check_exact(
 def test_exact_over_shapes(group, head_dim, form, device):
     # Every page size and dtype meets every group size and head_dim somewhere in this grid.
     at = GROUPS.index(group) * len(HEAD_DIMS) + HEAD_DIMS.index(head_dim)
-    page_size, dtype = PAGE_SIZES[at % 4], DTYPES[at % 3]
+    page_size, dtype = PAGE_SIZES[at % 4], EACH_DTYPE[at % 3]
     check_exact(
         seed=100 + at,
         lengths=[1, BAND, BAND + 1, 0, 2 * page_size, 2 * page_size + 1, 63, 150],
@@ -167,7 +169,6 @@ def test_exact_of_large_logits_does_not_overflow(device):
         lengths=[1, 300],
         heads=(4, 2),
         head_dim=64,
-        dtype=torch.float32,
         device=device,
         # Logits of about ±300, far beyond exp's range in float32; they cost the tolerance nothing
         # here, because one token dominates. The lse's tolerance is relative.
@@ -179,7 +180,7 @@ def test_exact_of_large_logits_does_not_overflow(device):
 def test_empty_batch(with_reuse, device):
     kv = make_kv(5, batch=1, length=4, num_kv_heads=2, head_dim=64, device=device)
     ints = torch.empty(0, dtype=torch.int32, device=device)
-    q = torch.empty(0, 4, 64, device=device)
+    q = torch.empty(0, 4, 64, dtype=plain_dtype(device), device=device)
     options = {}
     if with_reuse:
         twins = Twins(small_config(), num_slots=1, heads=(4, 2), head_dim=64, device=device)
@@ -198,7 +199,7 @@ def chain(
     steps: int = 70,
     heads: tuple[int, int] = (4, 2),
     head_dim: int = 64,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     softmax: dict[str, Any] | None = None,
     **options: Any,
@@ -297,7 +298,7 @@ def test_reuse_over_shapes(at, form, device):
         heads=(2 * group, 2) if group < 32 else (32, 1),
         head_dim=head_dim,
         page_size=page_size,
-        dtype=torch.float32 if form == "plain" else DTYPES[(at + 1) % 3],
+        dtype=None if form == "plain" else EACH_DTYPE[(at + 1) % 3],
         seed=40 + at,
         **form_options(form, at, 2 * group, device),
     )

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from cases import make_kv, make_q, small_config
-from test_decode_reference import DTYPES, FORMS, GROUPS, chain, check_exact, form_options
+from test_decode_reference import (
+    DTYPES,
+    EACH_DTYPE,
+    FORMS,
+    GROUPS,
+    chain,
+    check_exact,
+    form_options,
+)
 
 import mac_attn
 from mac_attn.integrations.serving.limits import heads_reason
@@ -44,7 +52,7 @@ def test_reuse(head_dim, form, device):
         heads=(2 * GROUPS[at % 4], 2),
         head_dim=head_dim,
         page_size=7,
-        dtype=DTYPES[at % 3],
+        dtype=EACH_DTYPE[at % 3],
         strided=True,
         seed=700 + at,
         **form_options(form, at, 2 * GROUPS[at % 4], device),

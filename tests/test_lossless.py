@@ -42,6 +42,8 @@ from mac_attn.integrations.transformers.rotation import cache_name  # noqa: E402
 WRONG = replace(ALWAYS, anchors=0, threshold=8.0, band=2, min_context=0)
 NEW = 40
 
+pytestmark = pytest.mark.float32
+
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_kv, make_q, one_thread, random_walk, small_config
+from cases import make_kv, make_q, one_thread, plain_dtype, random_walk, small_config
 from compare import Twins, out_tolerance, state_tolerance
-from test_decode_reference import FORMS, form_options
+from test_decode_reference import DTYPES, EACH_DTYPE, FORMS, form_options
 
 import mac_attn
 from mac_attn import reference
 from mac_attn.stats import COUNTERS
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def ints(values: list[int], device: Any) -> torch.Tensor:
@@ -37,9 +35,7 @@ def ints(values: list[int], device: Any) -> torch.Tensor:
 def test_exact(tokens, group, head_dim, page_size, options, device):
     """Ragged, with padding rows, with and without sinks; each query attends up to itself."""
     at = tokens + group
-    dtype, layout = DTYPES[at % 3], "HND" if at % 2 else "NHD"
-    if device.type == "cuda" and dtype == torch.float32:
-        dtype = torch.bfloat16
+    dtype, layout = EACH_DTYPE[at % 3] or plain_dtype(device), "HND" if at % 2 else "NHD"
     lengths = [tokens, tokens + 1, 0, 63, 64, 65, 130 + tokens]
     query_lens = [tokens, max(1, tokens - 1), 5, 1, tokens, (tokens + 1) // 2, tokens]
     batch = len(lengths)
@@ -92,8 +88,7 @@ class Draft:
         **walk: Any,
     ) -> None:
         self.steps, self.tokens, self.device = 150 + 54 * tokens, tokens, device
-        plain = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.dtype, self.softmax = dtype or plain, softmax or {}
+        self.dtype, self.softmax = dtype or plain_dtype(device), softmax or {}
         self.heads, self.dim, self.batch = (4, 2), head_dim, 3
         kind = {"dtype": self.dtype, "device": device}
         self.kv = make_kv(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_kv, make_q, random_walk, small_config
+from cases import make_kv, make_q, plain_dtype, random_walk, small_config
 from compare import Twins
 from poison import same_bits
 from torch import Tensor
@@ -22,15 +22,12 @@ class Case:
 
     def __init__(self, device: torch.device, length: int = 130, **config: Any) -> None:
         cfg = small_config(**dict(anchors=6, entries=8, window=64, min_context=1) | config)
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        options = dict(dtype=dtype, device=device)
-        self.kv = make_kv(
-            1, batch=1, length=length, num_kv_heads=HEADS[1], head_dim=HEAD_DIM, **options
-        )
+        options = dict(head_dim=HEAD_DIM, device=device)
+        self.kv = make_kv(1, batch=1, length=length, num_kv_heads=HEADS[1], **options)
         self.kv.write([0], [length])
-        self.q = make_q(2, length, 1, HEADS[0], HEAD_DIM, **options)
-        self.q_match = make_q(3, length, 1, HEADS[0], HEAD_DIM, **options)
-        self.twins = Twins(cfg, num_slots=2, heads=HEADS, head_dim=HEAD_DIM, **options)
+        self.q = make_q(2, length, 1, HEADS[0], HEAD_DIM, device=device)
+        self.q_match = make_q(3, length, 1, HEADS[0], HEAD_DIM, device=device)
+        self.twins = Twins(cfg, num_slots=2, heads=HEADS, **options)
         self.cache, self.rings = self.twins.cache, self.twins.reference.slots[1].rings
         self.device = device
 
@@ -256,9 +253,7 @@ def test_a_logit_that_is_no_number_shows_and_is_gone_with_it(bad, device):
     assert out[0, :2].isnan().all() and out[0, 2:].isfinite().all()
     assert not case.cache.ring_last_lse[1, 0].isfinite().any()
     place = [int(case.cache.ring_stored[1, h]) for h in range(2)]
-    good = make_kv(
-        1, batch=1, length=130, num_kv_heads=2, head_dim=HEAD_DIM, dtype=out.dtype, device=device
-    )
+    good = make_kv(1, batch=1, length=130, num_kv_heads=2, head_dim=HEAD_DIM, device=device)
     case.kv.k[0, 20] = good.k[0, 20]
     case.kv.write([20], [21])
     args = (case.q[102], case.kv.cache, table, ints[0] + 1)
@@ -271,8 +266,7 @@ def test_a_logit_that_is_no_number_shows_and_is_gone_with_it(bad, device):
 
 def test_the_same_calls_leave_the_same_bytes(device):
     """Bit for bit, from run to run: outputs and slots, of several requests that miss and hit."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    options = dict(dtype=dtype, device=device)
+    options = dict(dtype=plain_dtype(device), device=device)
     lengths = [900, 333, 620]
     kv = make_kv(1, batch=3, length=1000, num_kv_heads=2, head_dim=HEAD_DIM, **options)
     kv.write([0] * 3, [1000] * 3)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import plain_dtype
 from serving import Request, Server, serving_config
 from torch import Tensor
 
@@ -19,8 +20,7 @@ from mac_attn import ReuseCache
 
 def make_server(device: torch.device, seed: int = 0, **options: Any) -> Server:
     """float32 heads of 16 on the CPU, what the kernels take on CUDA."""
-    cuda = device.type == "cuda"
-    head_dim, dtype = (64, torch.bfloat16) if cuda else (16, torch.float32)
+    head_dim, dtype = 64 if device.type == "cuda" else 16, plain_dtype(device)
     cfg = serving_config(head_dim, **options.pop("cfg", {}))
     return Server(
         cfg, head_dim=head_dim, dtype=dtype, device=device, max_length=96, seed=seed, **options

@@ -35,7 +35,7 @@ import mac_attn  # noqa: E402
 from mac_attn import ReuseCache, ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.float32]
 
 
 @pytest.mark.parametrize("config", [None, NEVER], ids=["exact", "zero-threshold"])

@@ -25,7 +25,7 @@ from tiny_models import (  # noqa: E402
 from mac_attn import ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import AttentionTimer, MacCache  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.float32]
 
 
 def test_reordered_rows_continue_their_sources(device: torch.device) -> None:

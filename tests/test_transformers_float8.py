@@ -30,7 +30,7 @@ from tiny_models import (  # noqa: E402
 from mac_attn import ReuseConfig  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.float32]
 
 FLOAT8 = torch.float8_e4m3fn
 

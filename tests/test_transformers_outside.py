@@ -31,7 +31,7 @@ from mac_attn import RotaryEmbedding, unrotate  # noqa: E402
 from mac_attn.integrations.transformers import MacCache  # noqa: E402
 from mac_attn.integrations.transformers.rotation import cache_name  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.float32]
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,15 @@ import torch
 from cases import make_kv, make_q, one_thread, small_config
 from compare import Twins, out_tolerance
 from op_steps import HEAD_DIM, make_reuse, op_arguments, slots_on, snapshot, two_steps
-from test_decode_reference import DTYPES, FORMS, GROUPS, chain, check_exact, form_options
+from test_decode_reference import (
+    DTYPES,
+    EACH_DTYPE,
+    FORMS,
+    GROUPS,
+    chain,
+    check_exact,
+    form_options,
+)
 from test_ops import OPS, overload
 from test_seed import Case
 
@@ -54,7 +62,7 @@ def test_reuse(sizes, form, device):
         head_dim=sizes[0],
         head_dim_v=sizes[1],
         page_size=7,
-        dtype=DTYPES[at % 3],
+        dtype=EACH_DTYPE[at % 3],
         strided=at % 3 > 0,
         seed=970 + at,
         **form_options(form, at, 2 * GROUPS[at % 4], device),
@@ -80,19 +88,18 @@ def test_reuse_with_192_and_128(dtype, config, form, device):
 @pytest.mark.parametrize("sizes", [(192, 128), (64, 40)], ids=str)
 def test_several_query_tokens(sizes, device):
     """Verified drafts, ragged, the result into a tensor of the caller."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    kind = {"head_dim": sizes[0], "head_dim_v": sizes[1], "dtype": dtype, "device": device}
+    kind = {"head_dim": sizes[0], "head_dim_v": sizes[1], "device": device}
     kv = make_kv(3, batch=2, length=150, num_kv_heads=2, **kind)
     kv.write([0, 0], [150, 150])
-    q = make_q(4, 2, 4, 6, sizes[0], dtype=dtype, device=device)
+    q = make_q(4, 2, 4, 6, sizes[0], device=device)
     lengths = torch.tensor([150, 77], dtype=torch.int32, device=device)
     some = {"query_lens": torch.tensor([4, 3], dtype=torch.int32, device=device)}
     call = (q, kv.cache, kv.table([150, 77]), lengths)
-    into = torch.empty(2, 6, 4, sizes[1], dtype=dtype, device=device).transpose(1, 2)
+    into = torch.empty(2, 6, 4, sizes[1], dtype=q.dtype, device=device).transpose(1, 2)
     out = mac_attn.decode(*call, **some, out=into)
     assert out is into
     with one_thread():
-        out_tolerance(dtype, device).check(out, reference.decode(*call, **some).out, "out")
+        out_tolerance(q.dtype, device).check(out, reference.decode(*call, **some).out, "out")
     twins = Twins(small_config(), num_slots=2, heads=(6, 2), **kind)
     same = q[:, :1].expand_as(q)  # so that all but the first step hit
     for i in range(4):
@@ -144,8 +151,8 @@ def test_a_cache_of_shorter_values(device):
 def test_bad_sizes_are_named_and_nothing_is_written(device):
     reuse = make_reuse(device, head_dim_v=40)
     q, (k, v), table, seq_lens, q_match = two_steps(reuse, device)
-    wide = torch.randn(*v.shape[:-1], HEAD_DIM + 8, device=device)
-    out = torch.full((*q.shape[:-1], 40), 7.0, device=device)
+    wide = v.new_empty(*v.shape[:-1], HEAD_DIM + 8)
+    out = q.new_full((*q.shape[:-1], 40), 7.0)
     good = {"kv_cache": (k, v), "out": out}
     rings = {"reuse": reuse, "slots": slots_on(device), "q_match": q_match}
     before = snapshot(reuse)
