@@ -285,7 +285,9 @@ FEW += ["more anchors than tokens ever"]
     [(name, "plain") for name in CONFIGS] + [(name, form) for name in FEW for form in FORMS[1:]],
 )
 def test_reuse_over_options(name, form, device):
-    chain(small_config(**CONFIGS[name]), device=device, seed=20, **form_options(form, 0, 4, device))
+    seed = 22 if name == "one anchor" else 20  # in bfloat16 20 has a rest of next to nothing
+    options = form_options(form, 0, 4, device)
+    chain(small_config(**CONFIGS[name]), device=device, seed=seed, **options)
 
 
 @pytest.mark.parametrize("form", FORMS[:2])

@@ -64,7 +64,7 @@ def test_reuse(sizes, form, device):
         page_size=7,
         dtype=EACH_DTYPE[at % 3],
         strided=at % 3 > 0,
-        seed=970 + at,
+        seed=1203 if at == 3 else 970 + at,  # in bfloat16 973 has a rest of next to nothing
         **form_options(form, at, 2 * GROUPS[at % 4], device),
     )
 
