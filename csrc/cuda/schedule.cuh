@@ -25,6 +25,9 @@ constexpr int kDrawnTiles = 64;
 constexpr int kTilesAlone = kPieceTokensAlone / kTileTokens;
 // What a pass costs besides its tiles (its first wait for memory, writing and merging its states), in tiles.
 constexpr int kPassCost = 4;
+// What merging a piece's state of one query takes, one after another at the end, by what a tile takes: tiles / n +
+// queries n kMergeCost is least where a piece has sqrt(tiles queries kMergeCost) tiles. Measured (bench/README.md).
+constexpr float kMergeCost = 0.025f;
 
 // First token that a query head attends to afresh: E(c) on a hit, 0 on a miss or without reuse.
 MAC_DEVICE int amend_start(const AmendParams& p, int source) {
@@ -178,7 +181,10 @@ MAC_DEVICE int tiles_of_piece(const AmendWorkspace& w, int tiles, int passes, in
   const float share = ptx::divide(static_cast<float>(cost), static_cast<float>(room));
   const int most = static_cast<int>(share * 1.00001f) + 1;
   const int least = (longest + kMaxSplits - 1) / kMaxSplits;
-  return most > least ? most : least;
+  const float square = kMergeCost * static_cast<float>(w.tile_heads * longest);
+  const int cheapest = static_cast<int>(ptx::ex2(0.5f * ptx::lg2(square)) + 0.5f);
+  const int wanted = least > cheapest ? least : cheapest;
+  return most > wanted ? most : wanted;
 }
 
 // The same for a pass of `tiles`, from what is best for the call, `most`, or from the pass alone.
