@@ -13,7 +13,7 @@
 # Every step is a line; what it printed is in build/log. Everything else goes into .venv. Variables:
 #   PYTHON=python3.12     the Python that .venv is made with
 #   TORCH="torch==2.13.0" what to install if .venv has no torch yet
-#   DEMO_ARGS, TEST_ARGS  passed on
+#   DEMO_ARGS, TEST_ARGS  passed on (TEST_ARGS=--cov for the coverage, which slows some tests down by half)
 #   FUZZ_SECONDS, SOAK_SECONDS  how long (600 and 1800; in `make test` 60 and 20)
 #   FUZZ_ARGS             passed on to libFuzzer; `make test` draws the same calls every time, `make fuzz` others
 #   VLLM, VLLM_TORCH      what `make vllm` installs; VLLM_ARGS are passed on to its tests
@@ -44,7 +44,7 @@ venv := .venv
 bin := $(venv)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check -q
 extension := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h)
-cxx_files := $(extension) $(wildcard tests/cpp/*.cpp tests/simt/*.cpp tests/simt/*.h tests/simt/torch/*.cpp tests/simt/torch/*/*/*.h tests/fuzz/*.cpp)
+cxx_files := $(extension) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/simt/*.cpp tests/simt/*.h tests/simt/torch/*.cpp tests/simt/torch/*/*/*.h tests/fuzz/*.cpp)
 sources := setup.py pyproject.toml build_support/compiler.py build_support/toolkit.py mac_attn/_version.py $(extension)
 # Of a build that is not editable.
 package_files := README.md LICENSE $(wildcard mac_attn/*.py mac_attn/*.pyi mac_attn/*/*.py mac_attn/*/*/*.py)
@@ -91,7 +91,7 @@ test: $(venv)/built-test
 	$(step) fuzz "fuzzing for a minute" $(MAKE) fuzz FUZZ_SECONDS=60 FUZZ_ARGS="-seed=1 -runs=50000"
 	$(step) soak "traffic" $(MAKE) soak SOAK_SECONDS=20
 	$(step) vllm "vLLM serves with the plugin" $(MAKE) vllm
-	$(in_pairs) $(bin)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term $(TEST_ARGS)
+	$(in_pairs) $(bin)/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
 
 lint: $(venv)/built-test
 	$(bin)/mypy
@@ -159,7 +159,7 @@ op_tests := ops bad_arguments chain decode_reference float8 bad_data cache slot_
 
 ifeq ($(can_sanitize),yes)
 sanitize: $(sanitized)/built
-	$(sanitized_python) -m pytest -q -p no:cacheprovider --rootdir=../.. $(op_tests:%=../../tests/test_%.py)
+	$(sanitized_python) -m pytest -q -n 2 --dist worksteal -p no:cacheprovider --rootdir=../.. $(op_tests:%=../../tests/test_%.py)
 
 # Findings are left in build/sanitized as crash-*; `fuzz_ops.py crash-...` replays one.
 fuzz: $(sanitized)/built

@@ -67,6 +67,7 @@ def test_reuse_of_the_largest(dtype, config, form, device):
     chain(
         small_config(**config),
         device=device,
+        steps=45,  # of 32 entries
         heads=(16, 2),
         head_dim=512,
         dtype=dtype,

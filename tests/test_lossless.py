@@ -301,7 +301,7 @@ def test_sampling_has_the_distribution_of_exact_sampling(
     exact distribution, not from what the draft's leaves of it."""
     device = torch.device("cpu")
     model, prompt = tiny_model(device), prompts(device, 1)
-    batch = prompt.repeat(8, 1)
+    batch = prompt.repeat(64, 1)
     method = Lossless(2, adaptive=False)
     captured: dict[str, Any] = {}
 
@@ -319,11 +319,14 @@ def test_sampling_has_the_distribution_of_exact_sampling(
     )  # fmt: skip
     run: _Run = captured["run"]
     run.forward(batch[:, :-1], "verify")
-    forward, noise = run.forward, 0.5 * torch.randn(model.config.vocab_size)
+    forward = run.forward
 
     def wrong_drafts(new: torch.Tensor, mode: Any) -> torch.Tensor:
-        """Whatever the drafts' distribution is: here one that is wrong by much."""
-        return forward(new, mode) + (noise if mode == "draft" else 0)
+        """Whatever the drafts' distribution is: here one that is wrong by little or by much, so
+        that all 64 accept some drafts."""
+        logits = forward(new, mode)
+        noise = torch.rand(()) ** 3 * torch.randn(logits.shape[-1])
+        return logits + (noise if mode == "draft" else 0)
 
     monkeypatch.setattr(run, "forward", wrong_drafts)
 

@@ -76,6 +76,7 @@ def test_reuse_with_192_and_128(dtype, config, form, device):
     chain(
         small_config(**config),
         device=device,
+        steps=45,  # of 32 entries
         heads=(16, 2),
         head_dim=192,
         head_dim_v=128,

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "asked_level.h"
 #include "cpu/schedule.h"
 
 namespace {
@@ -177,6 +178,7 @@ double decode(const Format& format, bool float8, int kv_heads, int group, int he
 }  // namespace
 
 int main() {
+  if (!has_asked_level()) return kSkipped;
   std::printf("SIMD level: %s\n", cpu::best_kernels().name);
   int failed = 0;
   for (const Format& format : kFormats) {
