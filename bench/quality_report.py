@@ -1,4 +1,4 @@
-"""The tables of docs/fidelity.md from the rows of quality.py.
+"""The tables of docs/fidelity*.md from the rows of quality.py.
 
     python bench/quality_report.py RESULTS.json
 
