@@ -52,9 +52,10 @@ void test_mixes(DType dtype) {
     for (const int splits : {1, 2, 7}) {
       for (const int group_size : {1, 12}) {
         spec.per_head = per_head, spec.splits = splits, spec.group_size = group_size;
-        for (const bool twins : {false, true}) {
-          spec.twins = twins, ++spec.seed, test(spec, one_run());
-        }
+        spec.twins = false, ++spec.seed, test(spec, one_run());
+        spec.twins = true, ++spec.seed;
+        if (kFewShapes) continue;  // what follows has other numbers
+        test(spec, one_run());
         spec.max_reuse_depth = 3, ++spec.seed, test(spec, one_run());
         spec.max_reuse_depth = 1 << 30;
       }
