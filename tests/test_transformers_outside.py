@@ -171,10 +171,10 @@ def test_a_model_of_another_size_is_refused(options: dict[str, Any], reason: str
     assert cache.get_seq_length() == 0
 
 
-def test_a_wrapped_model(monkeypatch: pytest.MonkeyPatch) -> None:
+# The usual 8 are reached, too: transformers' decorators are compiled anew for each function.
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_a_wrapped_model() -> None:
     """As torch.compile, PEFT and others leave it."""
-    # The usual 8 are reached, too: transformers' decorators are compiled anew for each function.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     model, ids = tiny_model(CPU), prompts(CPU)
     compiled = torch.compile(model, backend="eager")
     cache, expected = MacCache(compiled, max_length=80, config=ALWAYS), filled(model, ids)
