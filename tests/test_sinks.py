@@ -114,7 +114,8 @@ def test_stages_and_audit_know_sinks(device):
     )
     tolerance = out_tolerance(q.dtype, device, 2)
     # Nothing hits: it is exact, with the sinks.
-    assert reuse.audited().max_error.max() < tolerance.absolute + tolerance.relative
+    limit = 1e-5 if q.dtype == torch.float32 else tolerance.absolute + tolerance.relative
+    assert reuse.audited().max_error.max() < limit
     amended = mac_attn.amend(q, kv, table, lens)
     alone, _ = mac_attn.complete(amended, lens, dtype=q.dtype, sinks=sinks)
     tolerance.check(alone, out, "out")
